@@ -12,7 +12,7 @@ namespace headroom::inline v0 {
 class Error : public std::runtime_error {
  public:
   Error(std::string_view id, const std::string& message)
-      : std::runtime_error("[" + std::string(id) + "] " + message), id_(id) {}
+      : std::runtime_error(std::string("[").append(id).append("] ").append(message)), id_(id) {}
 
   const std::string& id() const noexcept { return id_; }
 

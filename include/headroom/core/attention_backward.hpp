@@ -63,7 +63,10 @@ class BackwardGroup {
     const auto [b, h, delta, turns] = head;
     const LaneTiling<Scalar> tiling(x.k.length());
     const Index count = std::min(kTiles, tiling.tiles - group * kTiles);
-    for (Index t = 0; t < count; ++t) open(tiles_[t], tiling[group * kTiles + t], x.k.head(b, h), x.v.head(b, h), scale);
+    const KeyRange seen = seen_keys(mask, b, h, x.q.length(), x.k.length());
+    for (Index t = 0; t < count; ++t) {
+      open(tiles_[t], tiling[group * kTiles + t], x.k.head(b, h), x.v.head(b, h), seen, scale);
+    }
     const KeyRange keys = count == 0 ? KeyRange{} : KeyRange{tiles_[0].keys.begin, tiles_[count - 1].keys.end};
 
     const MatrixView<const Scalar> q = x.q.head(b, h), g = x.grad_output.head(b, h), o = x.output.head(b, h);
@@ -117,19 +120,35 @@ class BackwardGroup {
     Index width() const { return vectors * N; }
   };
 
+  /// The range outside which no query of the head sees a key.
+  static KeyRange seen_keys(const MaskRef& mask, Index b, Index h, Index queries, Index keys) {
+    KeyRange seen{keys, 0};
+    for (Index first = 0; first < queries; first += kQueries) {
+      const KeyRange any = Ranges(mask, b, h, first, std::min(kQueries, queries - first), keys).any;
+      seen = {std::min(seen.begin, any.begin), std::max(seen.end, any.end)};
+    }
+    return seen;
+  }
+
+  /// Keys that nobody sees are not read: whatever they hold, NaN included, stays out of every product.
   void open(Tile& tile, typename LaneTiling<Scalar>::Tile lanes, MatrixView<const Scalar> k, MatrixView<const Scalar> v,
-            double scale) const {
+            KeyRange seen, double scale) const {
     tile.keys = {lanes.begin, std::min(lanes.begin + lanes.width(), k.rows)};
     tile.vectors = lanes.vectors;
-    const Index width = tile.width(), count = tile.keys.end - tile.keys.begin;
-    const auto k_tile = k.middle_rows(tile.keys.begin, count);
-    pack_lanes(tile.key, width, k_tile, scale < 0 ? Scalar(-1) : Scalar(1));
-    pack_lanes(tile.value, width, v.middle_rows(tile.keys.begin, count), Scalar(1));
+    const Index width = tile.width();
+    const KeyRange read = tile.keys & seen;
+    const Index skip = std::max<Index>(read.begin - tile.keys.begin, 0);
+    const Index count = std::max<Index>(read.end - read.begin, 0);
+    const auto k_tile = k.middle_rows(tile.keys.begin + skip, count);
+    pack_lanes(tile.key, width, skip, k_tile, scale < 0 ? Scalar(-1) : Scalar(1));
+    pack_lanes(tile.value, width, skip, v.middle_rows(tile.keys.begin + skip, count), Scalar(1));
     std::fill_n(tile.grad_key, k.cols * width, Scalar(0));
     std::fill_n(tile.grad_value, v.cols * width, Scalar(0));
     std::fill_n(tile.scaled_key, width * padded_dim_, Scalar(0));
     for (Index i = 0; i < count; ++i) {
-      for (Index d = 0; d < k.cols; ++d) tile.scaled_key[i * padded_dim_ + d] = static_cast<Scalar>(scale) * k_tile(i, d);
+      for (Index d = 0; d < k.cols; ++d) {
+        tile.scaled_key[(skip + i) * padded_dim_ + d] = static_cast<Scalar>(scale) * k_tile(i, d);
+      }
     }
   }
 
@@ -147,8 +166,8 @@ class BackwardGroup {
     for (Index i = 0; i < g.rows; i += N) {
       const Index rows = std::min(N, g.rows - i);
       Scalar *g_lanes = lanes_, *o_lanes = lanes_ + N * g.cols;
-      pack_lanes(g_lanes, N, g.middle_rows(i, rows), Scalar(1));
-      pack_lanes(o_lanes, N, o.middle_rows(i, rows), Scalar(1));
+      pack_lanes(g_lanes, N, 0, g.middle_rows(i, rows), Scalar(1));
+      pack_lanes(o_lanes, N, 0, o.middle_rows(i, rows), Scalar(1));
       Packet sum = simd::broadcast(Scalar(0));
       for (Index d = 0; d < g.cols; ++d) {
         sum = simd::pmadd(simd::load(g_lanes + d * N), simd::load(o_lanes + d * N), sum);
@@ -259,7 +278,7 @@ void attention_backward(std::type_identity_t<TensorView<const Scalar>> grad_outp
   using Group = detail::BackwardGroup<Scalar>;
   detail::check_shapes<Scalar>(q, k, v, output, lse, params);
   detail::check_shapes<Scalar>(grad_q, grad_k, grad_v, grad_output, lse, params);
-  require(lse.data != nullptr && grad_q.shape == q.shape && grad_k.shape == k.shape, "headroom.core.attention.shape",
+  require((lse.data != nullptr || q.length() == 0) && grad_q.shape == q.shape && grad_k.shape == k.shape, "headroom.core.attention.shape",
           "grad_q ", Shape{grad_q.shape}, " and grad_k ", Shape{grad_k.shape}, " must have the shapes of q ", Shape{q.shape},
           " and k ", Shape{k.shape}, ", and lse must be given");
   const detail::BackwardTensors<Scalar> tensors{grad_output, q, k, v, output, lse, grad_q, grad_k, grad_v};

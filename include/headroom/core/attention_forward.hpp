@@ -48,7 +48,7 @@ class ForwardGroup {
       tile.rows = std::min(tiling[first_tile + t].width(), q.length() - begin);
       tile.ranges = Ranges(mask, b, h, begin, tile.rows, keys.rows);
       const Index width = tile.width();
-      pack_lanes(tile.query, width, queries.middle_rows(begin, tile.rows), scale < 0 ? Scalar(-1) : Scalar(1));
+      pack_lanes(tile.query, width, 0, queries.middle_rows(begin, tile.rows), scale < 0 ? Scalar(-1) : Scalar(1));
       std::fill_n(tile.output, v.dim() * width, Scalar(0));
       std::fill_n(tile.sum, width, Scalar(0));
       std::fill_n(tile.maximum, width, std::numeric_limits<Scalar>::lowest());

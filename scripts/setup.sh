@@ -39,20 +39,27 @@ install_debian_packages() {
   as_root env DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends "${missing[@]}"
 }
 
-# True when CMake finds a LibTorch without .venv
-system_has_torch() {
+# True when this project's own CMake code finds a LibTorch
+has_torch() {
   local folder found=1
   folder=$(mktemp -d)
-  printf '%s\n' 'cmake_minimum_required(VERSION 3.25)' 'project(probe CXX)' 'find_package(Torch REQUIRED)' \
-    > "$folder/CMakeLists.txt"
-  if cmake -S "$folder" -B "$folder/build" ${Torch_DIR:+-DTorch_DIR="$Torch_DIR"} > "$folder/log" 2>&1; then found=0; fi
+  cat > "$folder/CMakeLists.txt" << END
+cmake_minimum_required(VERSION 3.25)
+project(probe CXX)
+list(APPEND CMAKE_MODULE_PATH "$PWD/cmake")
+include(HeadroomTorch)
+if(NOT TARGET torch AND NOT TARGET headroom::torch)
+  message(FATAL_ERROR "no LibTorch")
+endif()
+END
+  if cmake -S "$folder" -B "$folder/build" > /dev/null 2>&1; then found=0; fi
   rm -rf "$folder"
   return "$found"
 }
 
 install_python_packages() {
   [ -x .venv/bin/python ] || python3 -m venv .venv
-  if ! .venv/bin/python -c 'import importlib.metadata as m; m.version("torch")' 2> /dev/null && ! system_has_torch; then
+  if ! has_torch; then
     echo "Installing LibTorch: the Python package torch has its headers and libraries"
     python_packages+=(torch==2.13.0)
   fi

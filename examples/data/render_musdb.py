@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Renders MIDI songs of Debian's `freedoom` package as a data set in the MUSDB18-HQ layout.
 
-    render_musdb.py --out DIR [--songs e1m1,evil] [--test-songs e3m5] [--seconds 75] [--vocals choir|sinsy|none]
+    render_musdb.py --out DIR [--songs e3m5,evil] [--test-songs e1m1] [--seconds 75] [--vocals choir|sinsy|none]
+                    [--jobs 2]
     render_musdb.py --list
 
 makes DIR/train/<Artist - Title>/{mixture,vocals,drums,bass,other}.wav and DIR/test/... : 44.1 kHz, stereo, 16 bits.
@@ -38,8 +39,8 @@ LICENCES = {
 }
 
 # Songs in which all four stems sound most of the time (see --list), and one of their style to test with
-TRAIN_SONGS = "e1m1,evil,stlks3,doom,e3m3,e1m7,e3m6,in_cit,romero,romer2,e2m3,theda2"
-TEST_SONGS = "e3m5"
+TRAIN_SONGS = "e3m5,evil,stlks3,shawn,e3m3,e1m7,e3m6,in_cit,romero,romer2,e2m3,theda2"
+TEST_SONGS = "e1m1"
 
 # RMS of each stem where it sounds; the whole song is then scaled to MIXTURE_RMS, or less where a peak would clip
 STEM_LEVEL_DB = {"vocals": 0.0, "drums": -1.0, "bass": -2.0, "other": -2.0}

@@ -57,7 +57,7 @@ RENDERING = 1
 
 
 def play(events, seconds):
-    """Plays MIDI events with fluidsynth and returns samples [time, 2] of exactly `seconds`, float64."""
+    """Plays MIDI events with fluidsynth and returns samples [time, 2] of exactly `seconds`, float32."""
     with tempfile.TemporaryDirectory() as folder:
         midi, wave = f"{folder}/part.mid", f"{folder}/part.wav"
         midi_song.write_midi(events, midi)
@@ -66,7 +66,7 @@ def play(events, seconds):
              "-o", "synth.polyphony=1024", "-o", "synth.dynamic-sample-loading=1",
              "-O", "float", "-T", "wav", "-F", wave, SOUND_FONT, midi],
             check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        return with_length(soundfile.read(wave, dtype="float64", always_2d=True)[0], seconds)
+        return with_length(soundfile.read(wave, dtype="float32", always_2d=True)[0], seconds)
 
 
 def with_length(samples, seconds):
@@ -146,7 +146,7 @@ def quantize(stems):
 
 
 def render_song(midi, folder, settings):
-    """Makes one song's folder: rendered beside its place and moved there when complete. Returns what song.json holds."""
+    """Makes one song's folder, beside its place and moved there when complete. Returns what song.json holds."""
     waves = quantize(balance(render_stems(midi, settings["seconds"], settings["vocals"])))
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -188,7 +188,7 @@ def remove_other_songs(out, wanted):
             shutil.rmtree(folder)
 
 
-def write_readme(out, arguments, seconds_of_music):
+def write_readme(out, vocals, song_count):
     """Writes what the data set is, where it comes from and under which licences, with the licences beside it."""
     for name, source in LICENCES.items():
         shutil.copyfile(source, out / name)
@@ -197,12 +197,12 @@ def write_readme(out, arguments, seconds_of_music):
         "sinsy": "The melody of each song is sung by the HTS voice nitech_jp_song070_f001 in pysinsy (CC BY 3.0,\n"
                  "Nagoya Institute of Technology).",
         "none": "There is no sung line.",
-    }[arguments.vocals]
+    }[vocals]
     (out / "README.md").write_text(f"""# Rendered songs in the MUSDB18-HQ layout
 
-{seconds_of_music / 60:.0f} minutes of music for trying out a separator: train/ and test/ hold one folder a song with mixture, vocals,
-drums, bass and other as 16-bit WAV at 44.1 kHz. Each mixture is the sum of its stems bit for bit.
-song.json in each folder tells the settings, levels and SHA-256 of the files.
+{song_count} songs for trying out a separator: train/ and test/ hold one folder a song with mixture, vocals, drums, bass and
+other as 16-bit WAV at 44.1 kHz. Each mixture is the sum of its stems bit for bit. song.json in each folder tells the
+settings, levels and SHA-256 of the files.
 
 Made by examples/data/render_musdb.py of the project headroom.
 
@@ -236,7 +236,8 @@ def parse_arguments():
     """Returns the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the data set")
-    parser.add_argument("--songs", default=TRAIN_SONGS, help='songs of DIR/train, by name, or "all" (default: %(default)s)')
+    parser.add_argument("--songs", default=TRAIN_SONGS,
+                        help='songs of DIR/train, by name, or "all" that are not tested (default: %(default)s)')
     parser.add_argument("--test-songs", default=TEST_SONGS, help="songs of DIR/test (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=75, help="longest excerpt of a song (default: %(default)s)")
     parser.add_argument("--vocals", choices=("choir", "sinsy", "none"), default="choir",
@@ -279,7 +280,7 @@ def main():
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     remove_other_songs(arguments.out, songs)
-    write_readme(arguments.out, arguments, arguments.seconds * len(songs))
+    write_readme(arguments.out, arguments.vocals, len(songs))
 
     def report(folder, song, what):
         levels = "  ".join(f"{name} {song['rms_db'][name]:6.1f}" for name in (*STEMS, "mixture"))

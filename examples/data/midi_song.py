@@ -44,7 +44,7 @@ class Note:
 
 
 def wad_songs(paths):
-    """Returns {name: MIDI file bytes} of the songs in WAD archives; of songs with one name the first counts.
+    """Returns {name: MIDI file bytes} of the songs in WAD archives, each song under the first name it has there.
 
     A WAD is a header (magic, number of lumps, offset of the directory), the lumps, and a directory of
     (offset, size, name). Music lumps are named D_<SONG>; those that hold standard MIDI begin with "MThd".
@@ -60,7 +60,8 @@ def wad_songs(paths):
             offset, size, raw_name = struct.unpack_from("<ii8s", data, directory + 16 * entry)
             name = raw_name.rstrip(b"\0").decode("ascii", "replace").lower()
             lump = data[offset : offset + size]
-            if name.startswith("d_") and lump.startswith(b"MThd"):
+            # One song under two names could be in train and test
+            if name.startswith("d_") and lump.startswith(b"MThd") and lump not in songs.values():
                 songs.setdefault(name.removeprefix("d_"), lump)
     return songs
 

@@ -200,8 +200,8 @@ def write_readme(out, vocals, song_count):
     }[vocals]
     (out / "README.md").write_text(f"""# Rendered songs in the MUSDB18-HQ layout
 
-{song_count} songs for trying out a separator: train/ and test/ hold one folder a song with mixture, vocals, drums, bass and
-other as 16-bit WAV at 44.1 kHz. Each mixture is the sum of its stems bit for bit. song.json in each folder tells the
+{song_count} songs for trying out a separator: train/ and test/ hold one folder a song with mixture, vocals, drums, bass
+and other as 16-bit WAV at 44.1 kHz. Each mixture is the sum of its stems bit for bit. song.json in each folder tells the
 settings, levels and SHA-256 of the files.
 
 Made by examples/data/render_musdb.py of the project headroom.

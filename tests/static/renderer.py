@@ -79,7 +79,7 @@ class Stems(unittest.TestCase):
     def test_the_sung_line_has_one_note_at_a_time_in_the_voice(self):
         events = song(melody(2, [36, 38, 40, 67]), note(0.5, 1.6, 2, 33))
         line = midi_song.sung_line(midi_song.notes(events, lead=2))
-        # 33 begins with 38 and is lower: left out. The median, 40, moves up two octaves; 67 is then above E5, down again
+        # 33 begins with 38 and is lower: left out. The median, 40, moves up two octaves; 67 comes down again from there
         self.assertEqual([n.pitch for n in line], [60, 62, 64, 67])
         self.assertTrue(all(a.end <= b.start for a, b in zip(line, line[1:])))
 
@@ -113,7 +113,7 @@ class Files(unittest.TestCase):
             file.save(path.name)
             self.assertAlmostEqual(midi_song.read_events(Path(path.name).read_bytes())[-1].seconds, 0.75)
 
-    def test_wad_songs_are_the_midi_lumps_and_the_first_of_a_name_counts(self):
+    def test_wad_songs_are_the_midi_lumps_each_once(self):
         def wad(*lumps):
             body, directory = b"", b""
             for name, data in lumps:
@@ -124,7 +124,7 @@ class Files(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             first, second, wrong = (Path(folder) / name for name in ("1.wad", "2.wad", "3.wad"))
             first.write_bytes(wad((b"D_E1M1", b"MThd one"), (b"D_MUS", b"MUS\x1a"), (b"MAP01", b"MThd")))
-            second.write_bytes(wad((b"D_E1M1", b"MThd two"), (b"D_EVIL", b"MThd evil")))
+            second.write_bytes(wad((b"D_E1M1", b"MThd two"), (b"D_EVIL", b"MThd evil"), (b"D_TWIN", b"MThd one")))
             wrong.write_bytes(b"RIFF" + bytes(8))
             self.assertEqual(midi_song.wad_songs([first, second]), {"e1m1": b"MThd one", "evil": b"MThd evil"})
             with self.assertRaisesRegex(ValueError, "expected a WAD"):

@@ -61,11 +61,13 @@ def play(events, seconds):
     with tempfile.TemporaryDirectory() as folder:
         midi, wave = f"{folder}/part.mid", f"{folder}/part.wav"
         midi_song.write_midi(events, midi)
-        subprocess.run(
+        played = subprocess.run(
             ["fluidsynth", "-n", "-i", "-q", "-r", str(SAMPLE_RATE), "-g", "0.35", "-R", "1", "-C", "0",
              "-o", "synth.polyphony=1024", "-o", "synth.dynamic-sample-loading=1",
              "-O", "float", "-T", "wav", "-F", wave, SOUND_FONT, midi],
-            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if played.returncode != 0:
+            raise RuntimeError(f"fluidsynth ended with {played.returncode}: {played.stderr.strip()}")
         return with_length(soundfile.read(wave, dtype="float32", always_2d=True)[0], seconds)
 
 
@@ -200,9 +202,9 @@ def write_readme(out, vocals, song_count):
     }[vocals]
     (out / "README.md").write_text(f"""# Rendered songs in the MUSDB18-HQ layout
 
-{song_count} songs for trying out a separator: train/ and test/ hold one folder a song with mixture, vocals, drums, bass
-and other as 16-bit WAV at 44.1 kHz. Each mixture is the sum of its stems bit for bit. song.json in each folder tells the
-settings, levels and SHA-256 of the files.
+{song_count} songs for trying out a separator: train/ and test/ hold one folder a song with mixture, vocals, drums,
+bass and other as 16-bit WAV at 44.1 kHz. Each mixture is the sum of its stems bit for bit. song.json in each folder
+tells the settings, levels and SHA-256 of the files.
 
 Made by examples/data/render_musdb.py of the project headroom.
 

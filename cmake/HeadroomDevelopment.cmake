@@ -15,6 +15,8 @@ if(HEADROOM_SANITIZE)
   target_compile_options(headroom_development INTERFACE -fsanitize=address,undefined -fno-omit-frame-pointer)
   target_link_options(headroom_development INTERFACE -fsanitize=address,undefined)
 endif()
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)  # tests/static/headers_alone.py reads it
+
 find_program(CCACHE ccache)
 if(CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
   # The sloppiness that ccache asks for before it caches a unit with a precompiled header

@@ -61,7 +61,7 @@ TEST_CASE("a reader reads on from any frame in pieces of any size") {
   CHECK(torch::equal(reader.read(7), samples.narrow(1, 123, 7)));
   CHECK(reader.position() == 130);
   const Error error = error_of([&] { reader.seek(150002); });
-  CHECK(error.id() == "headroom.audio.file_position");
+  CHECK(error.id() == "headroom.audio.file.position");
   CHECK_THAT(error.what(), Catch::Contains("150002") && Catch::Contains("x.wav"));
 }
 
@@ -151,17 +151,17 @@ TEST_CASE("a writer that is not closed, fails, or gets too little leaves the old
     writer.write(samples);
     writer.close();
   });
-  CHECK(error.id() == "headroom.audio.file_incomplete");
+  CHECK(error.id() == "headroom.audio.file.incomplete");
   CHECK_THAT(error.what(), Catch::Contains("got 100 frames") && Catch::Contains("expected 101"));
   CHECK(untouched());
   error = error_of([&] { audio::write_audio(folder / "a.wav", samples.clone().fill_(NAN), 44100); });
-  CHECK(error.id() == "headroom.audio.file_not_finite");
+  CHECK(error.id() == "headroom.audio.file.not_finite");
   CHECK(untouched());
 
   // Replacing a folder is refused by the system at the last moment.
   std::filesystem::create_directories(folder / "folder.wav/inside");
   error = error_of([&] { audio::write_audio(folder / "folder.wav", samples, 44100); });
-  CHECK(error.id() == "headroom.audio.file_write");
+  CHECK(error.id() == "headroom.audio.file.write");
   CHECK_THAT(error.what(), Catch::Contains("folder.wav"));
   CHECK(folder.names().size() == 2);
 
@@ -169,9 +169,9 @@ TEST_CASE("a writer that is not closed, fails, or gets too little leaves the old
   closed.write(samples);
   closed.close();
   error = error_of([&] { closed.write(samples); });
-  CHECK(error.id() == "headroom.audio.file_samples");
+  CHECK(error.id() == "headroom.audio.file.samples");
   CHECK_THAT(error.what(), Catch::Contains("closed"));
-  CHECK(error_of([&] { closed.close(); }).id() == "headroom.audio.file_samples");
+  CHECK(error_of([&] { closed.close(); }).id() == "headroom.audio.file.samples");
 }
 
 TEST_CASE("a disk that fills up while writing is an error that names the file, and leaves no temporary file") {
@@ -193,14 +193,14 @@ TEST_CASE("a disk that fills up while writing is an error that names the file, a
   setrlimit(RLIMIT_FSIZE, &old);
   std::signal(SIGXFSZ, handler);
   for (const Error& error : errors) {
-    CHECK(error.id() == "headroom.audio.file_write");
+    CHECK(error.id() == "headroom.audio.file.write");
     CHECK_THAT(error.what(), Catch::Contains("a.wav") && Catch::Contains("room on the disk"));
   }
   CHECK(folder.names() == std::vector<std::string>{"a.wav"});
   CHECK(testing::read_bytes(folder / "a.wav") == "precious");
 
   const Error error = error_of([&] { AudioWriter(folder / "a.wav", {}, std::int64_t{1} << 55); });
-  CHECK(error.id() == "headroom.audio.file_full");
+  CHECK(error.id() == "headroom.audio.file.full");
   CHECK_THAT(error.what(), Catch::Contains("needs 288230376151711744 bytes") && Catch::Contains("free some room"));
   CHECK(folder.names() == std::vector<std::string>{"a.wav"});
 }
@@ -210,15 +210,15 @@ TEST_CASE("the writer refuses shapes, dtypes and folders that can't be right") {
   AudioWriter writer(folder / "a.wav", {2, 44100, Encoding::float32}, 10);
   for (const torch::Tensor& samples :
        {torch::zeros({1, 5}), torch::zeros({10}), torch::zeros({2, 5}, torch::kInt), torch::zeros({2, 11})}) {
-    CHECK(error_of([&] { writer.write(samples); }).id() == "headroom.audio.file_samples");
+    CHECK(error_of([&] { writer.write(samples); }).id() == "headroom.audio.file.samples");
   }
   CHECK(writer.written() == 0);
   const Error error = error_of([&] { AudioWriter(folder / "no/such/a.wav", {}, 1); });
-  CHECK(error.id() == "headroom.audio.file_write");
+  CHECK(error.id() == "headroom.audio.file.write");
   CHECK_THAT(error.what(), Catch::Contains("no/such\"; create it first"));
-  CHECK(error_of([&] { AudioWriter(folder / "b.wav", {.channels = 0}, 1); }).id() == "headroom.audio.file_options");
+  CHECK(error_of([&] { AudioWriter(folder / "b.wav", {.channels = 0}, 1); }).id() == "headroom.audio.file.options");
   CHECK(error_of([&] { audio::write_audio(folder / "b.wav", torch::zeros({4}), 1); }).id() ==
-        "headroom.audio.file_samples");
+        "headroom.audio.file.samples");
 }
 
 TEST_CASE("the reader says what is wrong with a file, and where") {
@@ -229,15 +229,15 @@ TEST_CASE("the reader says what is wrong with a file, and where") {
     CHECK_THAT(error.what(), Catch::Contains("a.wav"));
     return error;
   };
-  CHECK(error_of([&] { AudioReader(folder / "none.wav"); }).id() == "headroom.audio.file_missing");
-  CHECK(error_of([&] { AudioReader(folder.path()); }).id() == "headroom.audio.file_missing");
-  CHECK(error_reading("").id() == "headroom.audio.file_empty");
-  CHECK(error_reading(testing::wav_bytes("", 2, 16)).id() == "headroom.audio.file_empty");
-  CHECK(error_reading("<html>not found</html>").id() == "headroom.audio.file_format");
+  CHECK(error_of([&] { AudioReader(folder / "none.wav"); }).id() == "headroom.audio.file.missing");
+  CHECK(error_of([&] { AudioReader(folder.path()); }).id() == "headroom.audio.file.missing");
+  CHECK(error_reading("").id() == "headroom.audio.file.empty");
+  CHECK(error_reading(testing::wav_bytes("", 2, 16)).id() == "headroom.audio.file.empty");
+  CHECK(error_reading("<html>not found</html>").id() == "headroom.audio.file.format");
 
   const std::string whole = testing::wav_bytes(std::string(4000, 'x'), 2, 16);
   const Error truncated = error_reading(whole.substr(0, 2000));
-  CHECK(truncated.id() == "headroom.audio.file_truncated");
+  CHECK(truncated.id() == "headroom.audio.file.truncated");
   CHECK_THAT(truncated.what(), Catch::Contains("has 2000 bytes, its header says 4044"));
   std::string piped = whole;
   piped.replace(4, 4, 4, '\xff').replace(40, 4, 4, '\xff');  // as ffmpeg leaves it in a pipe
@@ -247,7 +247,7 @@ TEST_CASE("the reader says what is wrong with a file, and where") {
   std::vector<float> values(2 * 100000, 0.5f);
   values[2 * 88200 + 1] = std::numeric_limits<float>::quiet_NaN();
   Error error = error_reading(testing::wav_bytes(bytes_of_floats(values), 2, 32, 3));
-  CHECK(error.id() == "headroom.audio.file_not_finite");
+  CHECK(error.id() == "headroom.audio.file.not_finite");
   CHECK_THAT(error.what(), Catch::Contains("frame 88200 (2 s), channel 1"));
   values[3] = -std::numeric_limits<float>::infinity();
   error = error_reading(testing::wav_bytes(bytes_of_floats(values), 2, 32, 3));
@@ -273,12 +273,12 @@ TEST_CASE("a FLAC file is read like WAV, and one that ends early is refused") {
   CHECK(recording.sample_rate == 22050);
   CHECK(torch::equal(recording.samples, samples));
   const Error rate = error_of([&] { audio::require_sample_rate(AudioReader(folder / "a.flac"), 44100); });
-  CHECK(rate.id() == "headroom.audio.file_sample_rate");
+  CHECK(rate.id() == "headroom.audio.file.sample_rate");
   CHECK_THAT(rate.what(), Catch::Contains("has 22050 Hz, expected 44100; convert it: sox INPUT -r 44100 OUTPUT.wav"));
 
   const std::string bytes = testing::read_bytes(folder / "a.flac");
   testing::write_bytes(folder / "b.flac", bytes.substr(0, bytes.size() / 2));
   const Error error = error_of([&] { audio::read_audio(folder / "b.flac"); });
-  CHECK(error.id() == "headroom.audio.file_truncated");
+  CHECK(error.id() == "headroom.audio.file.truncated");
   CHECK_THAT(error.what(), Catch::Contains("b.flac") && Catch::Contains("its header says 50000"));
 }

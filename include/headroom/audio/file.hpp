@@ -40,7 +40,7 @@ inline void require_finite(const float* samples, std::int64_t count, int channel
     constexpr std::uint32_t exponent = 0x7f800000;
     if ((std::bit_cast<std::uint32_t>(samples[i]) & exponent) == exponent) [[unlikely]] {
       const std::int64_t frame = first_frame + i / channels;
-      fail("headroom.audio.file_not_finite", path, " has a NaN or infinite sample at frame ", frame, " (",
+      fail("headroom.audio.file.not_finite", path, " has a NaN or infinite sample at frame ", frame, " (",
            static_cast<double>(frame) / sample_rate, " s), channel ", i % channels, ", expected finite samples; ",
            remedy);
     }
@@ -59,7 +59,7 @@ inline void require_whole_wav(const std::filesystem::path& path) {
   const std::uint64_t size = 8 + (std::uint64_t{header[4]} | std::uint64_t{header[5]} << 8 |
                                   std::uint64_t{header[6]} << 16 | std::uint64_t{header[7]} << 24);
   const std::uint64_t present = std::filesystem::file_size(path);
-  require(size <= present || size >= 0x7ffff000, "headroom.audio.file_truncated", path, " has ", present,
+  require(size <= present || size >= 0x7ffff000, "headroom.audio.file.truncated", path, " has ", present,
           " bytes, its header says ", size, "; copy or download it again");
 }
 
@@ -71,7 +71,7 @@ inline std::filesystem::path folder_of(const std::filesystem::path& path) {
 inline void require_room(const std::filesystem::path& path, std::uint64_t bytes) {
   std::error_code no_answer;
   const auto space = std::filesystem::space(folder_of(path), no_answer);
-  require(no_answer || space.available >= bytes, "headroom.audio.file_full", path, " needs ", bytes, " bytes, ",
+  require(no_answer || space.available >= bytes, "headroom.audio.file.full", path, " needs ", bytes, " bytes, ",
           folder_of(path), " has room for ", space.available, "; free some room or choose another folder");
 }
 
@@ -80,20 +80,20 @@ inline void require_room(const std::filesystem::path& path, std::uint64_t bytes)
 /// Reads an audio file piece by piece: WAV, FLAC, AIFF, Ogg and whatever else libsndfile knows.
 class AudioReader {
  public:
-  /// Opens `path`. Errors: `headroom.audio.file_missing`, `file_empty` (no bytes or no samples), `file_format` (not
-  /// audio), `file_truncated` (shorter than its header says).
+  /// Opens `path`. Throws `headroom.audio.file.missing`, `file.empty` (no bytes or no samples), `file.format` (not
+  /// audio), `file.truncated` (shorter than its header says).
   explicit AudioReader(std::filesystem::path path) : path_(std::move(path)) {
-    require(std::filesystem::is_regular_file(path_), "headroom.audio.file_missing", "no file ", path_,
+    require(std::filesystem::is_regular_file(path_), "headroom.audio.file.missing", "no file ", path_,
             "; check the spelling and the folder");
-    require(std::filesystem::file_size(path_) > 0, "headroom.audio.file_empty", path_,
+    require(std::filesystem::file_size(path_) > 0, "headroom.audio.file.empty", path_,
             " has 0 bytes, expected audio; copy or download it again");
     file_.reset(sf_open(path_.string().c_str(), SFM_READ, &info_));
-    require(file_ != nullptr, "headroom.audio.file_format", path_, " can't be read as audio: ", sf_strerror(nullptr),
+    require(file_ != nullptr, "headroom.audio.file.format", path_, " can't be read as audio: ", sf_strerror(nullptr),
             " Expected WAV, FLAC, AIFF or Ogg; convert it, e.g. ffmpeg -i INPUT OUTPUT.wav");
-    require(info_.frames != SF_COUNT_MAX, "headroom.audio.file_format", path_,
+    require(info_.frames != SF_COUNT_MAX, "headroom.audio.file.format", path_,
             " does not say how long it is; convert it, e.g. ffmpeg -i INPUT OUTPUT.wav");
     detail::require_whole_wav(path_);
-    require(info_.frames > 0, "headroom.audio.file_empty", path_, " has no samples, expected at least 1");
+    require(info_.frames > 0, "headroom.audio.file.empty", path_, " has no samples, expected at least 1");
   }
 
   const std::filesystem::path& path() const { return path_; }
@@ -102,16 +102,16 @@ class AudioReader {
   int sample_rate() const { return info_.samplerate; }  ///< Hz
   std::int64_t position() const { return position_; }   ///< the frame that `read` returns next
 
-  /// The next `read` begins at `frame`, 0 to frames(). Errors: `headroom.audio.file_position`.
+  /// The next `read` begins at `frame`, 0 to frames(). Throws `headroom.audio.file.position`.
   void seek(std::int64_t frame) {
     require(frame >= 0 && frame <= frames() && sf_seek(file_.get(), frame, SEEK_SET) == frame,
-            "headroom.audio.file_position", "can't go to frame ", frame, " of ", path_, ", expected 0 to ", frames(),
+            "headroom.audio.file.position", "can't go to frame ", frame, " of ", path_, ", expected 0 to ", frames(),
             " in a file that allows seeking");
     position_ = frame;
   }
 
   /// The next `frames` frames, or those that are left (none at the end): float [C,n], full scale is 1.
-  /// Errors: `headroom.audio.file_truncated`, `headroom.audio.file_not_finite`.
+  /// Throws `headroom.audio.file.truncated`, `headroom.audio.file.not_finite`.
   torch::Tensor read(std::int64_t frames) {
     const std::int64_t n = std::clamp<std::int64_t>(frames, 0, info_.frames - position_);
     torch::Tensor result = torch::empty({channels(), n}, torch::kFloat);  // [C,n]
@@ -119,7 +119,7 @@ class AudioReader {
       const std::int64_t count = std::min(n - done, detail::kFramesPerBlock);
       const torch::Tensor block = torch::empty({count, channels()}, torch::kFloat);  // [count,C]
       const std::int64_t got = sf_readf_float(file_.get(), block.data_ptr<float>(), count);
-      require(got == count, "headroom.audio.file_truncated", path_, " ends at frame ", position_ + got,
+      require(got == count, "headroom.audio.file.truncated", path_, " ends at frame ", position_ + got,
               ", its header says ", info_.frames, "; copy or download it again");
       detail::require_finite(block.data_ptr<float>(), block.numel(), channels(), position_, sample_rate(), path_,
                              "write the file again from its source");
@@ -137,9 +137,9 @@ class AudioReader {
   std::int64_t position_ = 0;
 };
 
-/// Refuses a file of another sample rate: this library does not resample. Errors: `headroom.audio.file_sample_rate`.
+/// Refuses a file of another sample rate: this library does not resample. Throws `headroom.audio.file.sample_rate`.
 inline void require_sample_rate(const AudioReader& reader, int sample_rate) {
-  require(reader.sample_rate() == sample_rate, "headroom.audio.file_sample_rate", reader.path(), " has ",
+  require(reader.sample_rate() == sample_rate, "headroom.audio.file.sample_rate", reader.path(), " has ",
           reader.sample_rate(), " Hz, expected ", sample_rate, "; convert it: sox INPUT -r ", sample_rate,
           " OUTPUT.wav");
 }
@@ -165,15 +165,15 @@ struct AudioFormat {
 /// On an error, or without `close()`, the temporary file is removed.
 class AudioWriter {
  public:
-  /// `frames`: how many will be written. Errors: `headroom.audio.file_options`, `headroom.audio.file_full` (the disk
-  /// has less room than the file needs), `headroom.audio.file_write` (no such folder, no permission).
+  /// `frames`: how many will be written. Throws `headroom.audio.file.options`, `headroom.audio.file.full` (the disk
+  /// has less room than the file needs), `headroom.audio.file.write` (no such folder, no permission).
   AudioWriter(std::filesystem::path path, const AudioFormat& format, std::int64_t frames)
       : path_(std::move(path)), format_(format), frames_(frames) {
-    require(frames >= 0 && format.channels >= 1 && format.sample_rate >= 1, "headroom.audio.file_options",
+    require(frames >= 0 && format.channels >= 1 && format.sample_rate >= 1, "headroom.audio.file.options",
             "asked to write ", path_, " with ", frames, " frames, ", format.channels, " channels, ", format.sample_rate,
             " Hz, expected at least 0, 1 and 1");
     const std::filesystem::path folder = detail::folder_of(path_);
-    require(std::filesystem::is_directory(folder), "headroom.audio.file_write", "can't write ", path_,
+    require(std::filesystem::is_directory(folder), "headroom.audio.file.write", "can't write ", path_,
             ": there is no folder ", folder, "; create it first");
     detail::require_room(path_, data_bytes());
     static std::atomic<unsigned> count{std::random_device{}()};
@@ -208,14 +208,14 @@ class AudioWriter {
   std::int64_t written() const { return written_; }  ///< frames so far
   std::int64_t clipped() const { return clipped_; }  ///< samples so far that the integer encoding had to clip
 
-  /// Appends `samples` [C,n], full scale is 1, of any floating dtype and device. Errors: `headroom.audio.file_samples`
-  /// (shape, dtype, or after the end), `headroom.audio.file_not_finite`, `headroom.audio.file_write`.
+  /// Appends `samples` [C,n], full scale is 1, of any floating dtype and device. Throws `headroom.audio.file.samples`
+  /// (shape, dtype, or after the end), `headroom.audio.file.not_finite`, `headroom.audio.file.write`.
   void write(const torch::Tensor& samples) {
     require(samples.dim() == 2 && samples.size(0) == format_.channels && samples.is_floating_point(),
-            "headroom.audio.file_samples", "got samples ", samples.sizes(), " of ", samples.dtype().name(), " for ",
+            "headroom.audio.file.samples", "got samples ", samples.sizes(), " of ", samples.dtype().name(), " for ",
             path_, ", expected floating point [", format_.channels, ", n]");
     require(
-        file_ != nullptr && written_ + samples.size(1) <= frames_, "headroom.audio.file_samples", "got ",
+        file_ != nullptr && written_ + samples.size(1) <= frames_, "headroom.audio.file.samples", "got ",
         samples.size(1), " more frames for ", path_, " after ", written_, " of ", frames_,
         file_ ? "; open the writer with the number of frames that will come" : "; the writer is closed, open another");
     for (std::int64_t done = 0; done < samples.size(1); done += detail::kFramesPerBlock) {
@@ -232,13 +232,13 @@ class AudioWriter {
     }
   }
 
-  /// Finishes the file and puts it in place, replacing what was there. Errors: `headroom.audio.file_incomplete` (fewer
-  /// frames than promised), `headroom.audio.file_write`.
+  /// Finishes the file and puts it in place, replacing what was there. Throws `headroom.audio.file.incomplete` (fewer
+  /// frames than promised), `headroom.audio.file.write`.
   void close() {
-    require(file_ != nullptr, "headroom.audio.file_samples", path_, " is closed already");
+    require(file_ != nullptr, "headroom.audio.file.samples", path_, " is closed already");
     if (written_ != frames_) {
       discard();
-      fail("headroom.audio.file_incomplete", "got ", written_, " frames for ", path_, ", expected ", frames_,
+      fail("headroom.audio.file.incomplete", "got ", written_, " frames for ", path_, ", expected ", frames_,
            "; the file was not written");
     }
     sf_write_sync(file_.get());
@@ -286,7 +286,7 @@ class AudioWriter {
 
   [[noreturn]] void fail_to_write(const std::string& reason) {
     discard();
-    fail("headroom.audio.file_write", "can't write ", path_, ": ", reason, " (", written_, " of ", frames_,
+    fail("headroom.audio.file.write", "can't write ", path_, ": ", reason, " (", written_, " of ", frames_,
          " frames); check the room on the disk and the permissions, or choose another folder. What was there before "
          "is untouched");
   }
@@ -304,16 +304,16 @@ struct Recording {
   int sample_rate = 0;    ///< Hz
 };
 
-/// The whole of a file. Errors: those of AudioReader.
+/// The whole of a file. Throws those of AudioReader.
 inline Recording read_audio(const std::filesystem::path& path) {
   AudioReader reader(path);
   return {reader.read(reader.frames()), reader.sample_rate()};
 }
 
-/// Writes `samples` [C,T] as a WAV file, whole or not at all. Errors: those of AudioWriter.
+/// Writes `samples` [C,T] as a WAV file, whole or not at all. Throws those of AudioWriter.
 inline void write_audio(const std::filesystem::path& path, const torch::Tensor& samples, int sample_rate,
                         Encoding encoding = Encoding::float32) {
-  require(samples.dim() == 2, "headroom.audio.file_samples", "got samples ", samples.sizes(), " for ", path,
+  require(samples.dim() == 2, "headroom.audio.file.samples", "got samples ", samples.sizes(), " for ", path,
           ", expected [channels, frames]");
   AudioWriter writer(path, {static_cast<int>(samples.size(0)), sample_rate, encoding}, samples.size(1));
   writer.write(samples);

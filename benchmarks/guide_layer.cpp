@@ -54,7 +54,8 @@ int main(int argc, char** argv) {
     std::printf("attention over q,k,v [%ld,%ld,%ld,%ld], float, %d threads\n", frames, heads, bins, head_dim,
                 torch::get_num_threads());
     std::printf("  scores, if stored            %12s  in one tensor\n", format_bytes(stored_scores).c_str());
-    std::printf("  floor                        %12s  q,k,v,o,do,dq,dk,dv + LSE + delta\n", format_bytes(floor).c_str());
+    std::printf("  floor                        %12s  q,k,v,o,do,dq,dk,dv + LSE + delta\n",
+                format_bytes(floor).c_str());
     std::printf("  peak                         %12s  %.3f x the floor\n", format_bytes(memory.added_peak()).c_str(),
                 static_cast<double>(memory.added_peak()) / static_cast<double>(floor));
     std::printf("  largest allocation           %12s\n", format_bytes(*memory.largest).c_str());

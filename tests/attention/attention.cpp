@@ -1,6 +1,5 @@
 #include "headroom/attention.hpp"
 
-
 #include "headroom/memory.hpp"
 #include "support/catch.hpp"
 
@@ -81,7 +80,7 @@ TEST_CASE("any number of batch dimensions, whatever their strides") {
 TEST_CASE("transposed, sliced and expanded inputs give the bits of dense ones") {
   torch::manual_seed(3);
   const Tensor base = torch::randn({2, 33, 4, 40});
-  const Tensor q = base.transpose(1, 2).slice(-1, 0, 40, 2);                              // [2,4,33,20]
+  const Tensor q = base.transpose(1, 2).slice(-1, 0, 40, 2);                                   // [2,4,33,20]
   const Tensor k = torch::randn({20, 50, 4, 1}).permute({3, 2, 1, 0}).expand({2, 4, 50, 20});  // a broadcast batch
   const Tensor v = torch::randn({2, 4, 20, 50}).transpose(-2, -1);
   const auto gradients = [](Tensor a, Tensor b, Tensor c) {
@@ -96,7 +95,8 @@ TEST_CASE("transposed, sliced and expanded inputs give the bits of dense ones") 
 
 TEST_CASE("the log-sum-exp is returned, is not differentiable, and is -inf without keys") {
   torch::manual_seed(4);
-  const Tensor q = torch::randn({2, 2, 20, 8}).requires_grad_(), k = torch::randn({2, 2, 30, 8}), v = torch::randn({2, 2, 30, 8});
+  const Tensor q = torch::randn({2, 2, 20, 8}).requires_grad_(), k = torch::randn({2, 2, 30, 8}),
+               v = torch::randn({2, 2, 30, 8});
   const AttentionResult result = attention_with_lse(q, k, v, AttentionOptions().key_lengths(torch::tensor({30, 0})));
   CHECK_FALSE(result.lse.requires_grad());
   CHECK(result.lse.scalar_type() == torch::kFloat);
@@ -135,7 +135,8 @@ TEST_CASE("the gradients agree with finite differences") {
         x[input].view(-1)[i] += by;
         return loss(x[0], x[1], x[2]);
       };
-      CHECK(gradient[input].reshape(-1)[i].item<double>() == Approx((shifted(1e-6) - shifted(-1e-6)) / 2e-6).margin(1e-8));
+      CHECK(gradient[input].reshape(-1)[i].item<double>() ==
+            Approx((shifted(1e-6) - shifted(-1e-6)) / 2e-6).margin(1e-8));
     }
   }
 }
@@ -178,7 +179,9 @@ TEST_CASE("requests that do not fit are refused with what was given") {
   CHECK(error(q, q.to(torch::kMeta)).id() == "headroom.attention.dtype");
   CHECK(error(Tensor(), q).id() == "headroom.attention.shape");
   CHECK(error(q, q, AttentionOptions().scale(std::nan(""))).id() == "headroom.attention.scale");
-  const auto lengths_error = [&](const Tensor& lengths) { return error(q, q, AttentionOptions().key_lengths(lengths)); };
+  const auto lengths_error = [&](const Tensor& lengths) {
+    return error(q, q, AttentionOptions().key_lengths(lengths));
+  };
   CHECK(lengths_error(torch::tensor({8, 9})).id() == "headroom.attention.key_lengths");
   CHECK(testing::contains(lengths_error(torch::tensor({8, 9})).what(), "contains 9"));
   CHECK(lengths_error(torch::tensor({8, -1})).id() == "headroom.attention.key_lengths");

@@ -35,7 +35,8 @@ struct Run {
     fill(q, p.queries, p.dim, p.amplitude), fill(k, p.keys, p.dim, 1), fill(v, p.keys, p.value_dim, 1);
     fill(grad, p.queries, p.value_dim, 1);
     // what must be overwritten
-    output.assign(grad.size(), 1e6), grad_q.assign(q.size(), 1e6), grad_k.assign(k.size(), 1e6), grad_v.assign(v.size(), 1e6);
+    output.assign(grad.size(), 1e6), grad_q.assign(q.size(), 1e6), grad_k.assign(k.size(), 1e6),
+        grad_v.assign(v.size(), 1e6);
     lse.assign(p.batch * p.heads * p.queries, 1e6);
   }
   template <class T>
@@ -44,8 +45,8 @@ struct Run {
   }
   template <class M = NoMask, class E = SerialExecutor>
   Run& tiled(const AttentionParams& params = {}, const M& mask = {}, const E& executor = {}) {
-    attention_forward(of(q, p.queries, p.dim), of(k, p.keys, p.dim), of(v, p.keys, p.value_dim), of(output, p.queries, p.value_dim),
-                      of(lse, p.queries, 1), params, mask, executor);
+    attention_forward(of(q, p.queries, p.dim), of(k, p.keys, p.dim), of(v, p.keys, p.value_dim),
+                      of(output, p.queries, p.value_dim), of(lse, p.queries, 1), params, mask, executor);
     attention_backward(of(grad, p.queries, p.value_dim), of(q, p.queries, p.dim), of(k, p.keys, p.dim),
                        of(v, p.keys, p.value_dim), of(output, p.queries, p.value_dim), of(lse, p.queries, 1),
                        of(grad_q, p.queries, p.dim), of(grad_k, p.keys, p.dim), of(grad_v, p.keys, p.value_dim), params,
@@ -107,8 +108,10 @@ void check_accuracy(const Problem& p, const AttentionParams& params = {}, const 
   compare("grad_v", std::pair(&Run<float>::grad_v, &Run<double>::grad_v));
   Run<double> tiled_double(p);
   tiled_double.tiled(params, mask);
-  for (const auto member : {&Run<double>::output, &Run<double>::lse, &Run<double>::grad_q, &Run<double>::grad_k, &Run<double>::grad_v}) {
-    CHECK(deviation(tiled_double.*member, exact.*member).maximum < 1e-13 * p.amplitude * std::sqrt(static_cast<double>(p.dim * p.keys)));
+  for (const auto member :
+       {&Run<double>::output, &Run<double>::lse, &Run<double>::grad_q, &Run<double>::grad_k, &Run<double>::grad_v}) {
+    CHECK(deviation(tiled_double.*member, exact.*member).maximum <
+          1e-13 * p.amplitude * std::sqrt(static_cast<double>(p.dim * p.keys)));
   }
 }
 
@@ -144,7 +147,8 @@ TEST_CASE("causal masks, top left and bottom right, and key lengths") {
     check_accuracy({.queries = length + 50, .keys = length}, {}, CausalMask{-50});
   }
   check_accuracy({.batch = 3, .queries = 100, .keys = 131}, {}, KeyLengthMask<int>{lengths.data()});
-  check_accuracy({.batch = 3, .queries = 131, .keys = 131}, {}, BothMasks{CausalMask{}, KeyLengthMask<int>{lengths.data()}});
+  check_accuracy({.batch = 3, .queries = 131, .keys = 131}, {},
+                 BothMasks{CausalMask{}, KeyLengthMask<int>{lengths.data()}});
 }
 
 TEST_CASE("a query without keys gets 0, lse -inf and no gradient; a key without queries gets none") {
@@ -155,7 +159,8 @@ TEST_CASE("a query without keys gets 0, lse -inf and no gradient; a key without 
       CHECK((run.lse[h * 40 + i] == -std::numeric_limits<double>::infinity()) == (i < 25));
       for (Index d = 0; d < 16; ++d) {
         CHECK((run.output[(h * 40 + i) * 16 + d] == 0) == (i < 25));
-        CHECK((run.grad_q[(h * 40 + i) * 16 + d] == 0) == (i < 26));  // a single key leaves nothing to choose: exactly 0
+        CHECK((run.grad_q[(h * 40 + i) * 16 + d] == 0) ==
+              (i < 26));  // a single key leaves nothing to choose: exactly 0
       }
     }
     for (Index j = 0; j < 30; ++j) CHECK((run.grad_v[(h * 30 + j) * 16] == 0) == (j >= 15));
@@ -203,7 +208,8 @@ TEST_CASE("NaN behind the valid keys changes no bit; NaN in front of it is not h
   for (Index h = 0; h < 2; ++h) {
     for (Index j = 101; j < 131; ++j) {
       for (Index d = 0; d < 16; ++d) {
-        poisoned.k[(h * 131 + j) * 16 + d] = poisoned.v[(h * 131 + j) * 16 + d] = std::numeric_limits<float>::quiet_NaN();
+        poisoned.k[(h * 131 + j) * 16 + d] = poisoned.v[(h * 131 + j) * 16 + d] =
+            std::numeric_limits<float>::quiet_NaN();
       }
     }
   }
@@ -221,7 +227,8 @@ TEST_CASE("NaN behind the valid keys changes no bit; NaN in front of it is not h
 #ifdef _OPENMP
 TEST_CASE("results are bit-equal over reruns and for any number of workers") {
   for (const Index heads : {1, 2, 3, 5}) {
-    for (const auto& p : {Problem{.heads = heads, .queries = 520, .keys = 520}, Problem{.heads = heads, .queries = 30, .keys = 700}}) {
+    for (const auto& p :
+         {Problem{.heads = heads, .queries = 520, .keys = 520}, Problem{.heads = heads, .queries = 30, .keys = 700}}) {
       Run<float> serial(p);
       serial.tiled({}, CausalMask{200});
       for (const int threads : {1, 2, 3, 4}) {
@@ -307,8 +314,8 @@ TEST_CASE("shapes that do not fit are named") {
   Run<float> run({.queries = 8, .keys = 9});
   const auto call = [&](Index keys, Index value_length) {
     return testing::error_of([&] {
-      attention_forward(run.of(run.q, 8, 16), run.of(run.k, keys, 16), run.of(run.v, value_length, 16), run.of(run.output, 8, 16),
-                        run.of(run.lse, 8, 1));
+      attention_forward(run.of(run.q, 8, 16), run.of(run.k, keys, 16), run.of(run.v, value_length, 16),
+                        run.of(run.output, 8, 16), run.of(run.lse, 8, 1));
     });
   };
   const Error error = call(9, 8);

@@ -9,7 +9,13 @@ using torch::Tensor;
 namespace {
 
 models::TimeFrequencyTransformerOptions small() {
-  return models::TimeFrequencyTransformerOptions().n_fft(64).hop_length(16).n_layers(2).emb_dim(16).n_heads(2).ffn_hidden_dim({24, 20});
+  return models::TimeFrequencyTransformerOptions()
+      .n_fft(64)
+      .hop_length(16)
+      .n_layers(2)
+      .emb_dim(16)
+      .n_heads(2)
+      .ffn_hidden_dim({24, 20});
 }
 
 }  // namespace
@@ -70,7 +76,8 @@ TEST_CASE("the guide's crash in numbers: the scores of one frequency layer") {
   const int64_t frequency = int64_t{431} * 12 * 2049 * 2049 * 4, time = int64_t{2049} * 12 * 431 * 431 * 4;
   CHECK(frequency == 86'856'519'888);
   CHECK(models::stored_scores_bytes(options, 1, 441000) == frequency + time);
-  CHECK(models::stored_scores_bytes(models::TimeFrequencyTransformerOptions(options).n_layers(8), 2, 441000) == 16 * (frequency + time));
+  CHECK(models::stored_scores_bytes(models::TimeFrequencyTransformerOptions(options).n_layers(8), 2, 441000) ==
+        16 * (frequency + time));
 }
 
 TEST_CASE("no allocation of a training step holds scores") {

@@ -30,7 +30,8 @@ TEST_CASE("RMSNorm is torch::rms_norm in values and gradients, second ones inclu
     torch::NoGradGuard guard;
     norm->weight.copy_(torch::randn({12}));
   }
-  const Tensor x = torch::randn({3, 5, 12}, torch::kDouble).requires_grad_(), grad = torch::randn({3, 5, 12}, torch::kDouble);
+  const Tensor x = torch::randn({3, 5, 12}, torch::kDouble).requires_grad_(),
+               grad = torch::randn({3, 5, 12}, torch::kDouble);
   const Tensor weight = norm->weight;
   const auto derivatives = [&](const Tensor& output) {
     const auto first = torch::autograd::grad({output}, {x, weight}, {grad}, true, true);
@@ -52,7 +53,9 @@ TEST_CASE("RMSNorm holds its output and one number a row") {
 TEST_CASE("the rotary table rotates by position times frequency, so that scores depend on distance alone") {
   torch::manual_seed(2);
   const Tensor table = nn::rotary_table(50, 8);
-  CHECK(torch::view_as_real(table[3][1]).to(torch::kDouble).allclose(torch::tensor({std::cos(3 * 0.1), std::sin(3 * 0.1)}, torch::kDouble), 1e-6));
+  CHECK(torch::view_as_real(table[3][1])
+            .to(torch::kDouble)
+            .allclose(torch::tensor({std::cos(3 * 0.1), std::sin(3 * 0.1)}, torch::kDouble), 1e-6));
   const Tensor q = torch::randn({8}).expand({50, 8}), k = torch::randn({8}).expand({50, 8});
   const Tensor scores = torch::matmul(nn::rotate(q, table), nn::rotate(k, table).t());
   for (int64_t i = 0; i < 40; i += 7) {
@@ -81,7 +84,8 @@ TEST_CASE("the attention layer is projection, rotation, attention, projection, a
         const Tensor heads_first = qkv.select(-3, i).transpose(-3, -2).contiguous();
         return rotary && i < 2 ? nn::rotate(heads_first, nn::rotary_table(heads_first.size(-2), 8)) : heads_first;
       };
-      const Tensor attended = attention(part(0), part(1), part(2), headroom::AttentionOptions().backend(AttentionBackend::reference));
+      const Tensor attended =
+          attention(part(0), part(1), part(2), headroom::AttentionOptions().backend(AttentionBackend::reference));
       Tensor expected = layer->to_out->forward(attended.transpose(-3, -2).flatten(-2));
       if (axis == 1) expected = expected.transpose(1, 2);
       CHECK(largest_difference(output, expected) < 1e-6);
@@ -97,7 +101,8 @@ TEST_CASE("the attention layer's backends agree, causal too, and it follows the 
   torch::manual_seed(4);
   nn::Attention tiled(nn::AttentionOptions(16, 2).causal(true));
   nn::Attention reference(nn::AttentionOptions(16, 2).causal(true).backend(AttentionBackend::reference));
-  torch::nn::utils::vector_to_parameters(torch::nn::utils::parameters_to_vector(tiled->parameters()), reference->parameters());
+  torch::nn::utils::vector_to_parameters(torch::nn::utils::parameters_to_vector(tiled->parameters()),
+                                         reference->parameters());
   for (const int64_t length : {1, 40, 13}) {
     const Tensor x = torch::randn({3, length, 16});
     CHECK(largest_difference(tiled->forward(x), reference->forward(x)) < 1e-6);
@@ -139,7 +144,8 @@ TEST_CASE("feed-forward: linear and GELU through the hidden widths") {
     if (i < 2) expected = expected * 0.5 * (1 + torch::erf(expected / std::sqrt(2.0)));
   }
   CHECK(largest_difference(network->forward(x), expected) < 1e-6);
-  CHECK(testing::error_of([] { nn::FeedForward(nn::FeedForwardOptions(6, {})); }).id() == "headroom.nn.feed_forward.hidden");
+  CHECK(testing::error_of([] { nn::FeedForward(nn::FeedForwardOptions(6, {})); }).id() ==
+        "headroom.nn.feed_forward.hidden");
 }
 
 TEST_CASE("a block may be composed of other modules") {
@@ -165,7 +171,8 @@ TEST_CASE("encoders name their parameters by place and axis; gradient checkpoint
                                 nn::AxialLayerImpl::Axes{{"frequency", 2}, {"time", 1}});
   CHECK(plain->named_parameters().contains("layers.1.frequency.attention.to_qkv.weight"));
   CHECK(plain->named_parameters().contains("layers.0.time.feed_forward.layers.1.bias"));
-  torch::nn::utils::vector_to_parameters(torch::nn::utils::parameters_to_vector(plain->parameters()), checkpointed->parameters());
+  torch::nn::utils::vector_to_parameters(torch::nn::utils::parameters_to_vector(plain->parameters()),
+                                         checkpointed->parameters());
   const Tensor x = torch::randn({2, 11, 13, 16}), grad = torch::randn({2, 11, 13, 16});
   const Tensor a = plain->forward(x), b = checkpointed->forward(x);
   CHECK(a.equal(b));

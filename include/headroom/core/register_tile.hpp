@@ -63,7 +63,8 @@ EIGEN_ALWAYS_INLINE void for_row_tiles(Index count, F&& f) {
     const Index rows = count - row > Max ? (count - row + 1) / 2 : count - row;
     [&]<int... R>(std::integer_sequence<int, R...>) __attribute__((always_inline)) {
       ((rows == R + 1 ? f.template operator()<R + 1>(row) : void()), ...);
-    }(std::make_integer_sequence<int, Max>());
+    }
+    (std::make_integer_sequence<int, Max>());
     row += rows;
   }
 }

@@ -64,7 +64,7 @@ const std::vector<Case> cases = {{512, 128, 0, 2000}, {100, 33, 0, 777},   {255,
 
 }  // namespace
 
-TEST_CASE("audio stft equals core stft, forward and inverse") {
+TEST_CASE("audio stft equals core stft and torch.istft") {
   for (const auto& [n_fft, hop, window, samples] : cases) {
     CAPTURE(n_fft, hop, window, samples);
     Stft stft(StftOptions().n_fft(n_fft).hop(hop).window(window));
@@ -77,7 +77,11 @@ TEST_CASE("audio stft equals core stft, forward and inverse") {
     // A masked spectrum belongs to no signal, and its first and last bins are not real
     const Tensor masked = spectrum * torch::complex(noise(spectrum.sizes(), torch::kDouble, 2),
                                                     noise(spectrum.sizes(), torch::kDouble, 3));
-    CHECK(largest(stft->inverse(masked, samples) - core_inverse(reference, masked, samples)) < 1e-12);
+    const Tensor back = stft->inverse(masked, samples);
+    CHECK(largest(back - core_inverse(reference, masked, samples)) < 1e-12);
+    const int64_t length = window == 0 ? n_fft : window;
+    CHECK(largest(back - torch::istft(masked, n_fft, hop, length, torch::hann_window(length, torch::kDouble), true,
+                                      false, true, samples)) < 1e-12);
   }
 }
 
@@ -105,16 +109,11 @@ TEST_CASE("audio stft keeps leading dimensions") {
   CHECK(torch::equal(stft(strided.transpose(0, 3)), spectrum));
 }
 
-TEST_CASE("audio stft of a guide's segment has 431 frames and 2049 bins, on the meta device too") {
+TEST_CASE("audio stft of a ten-second segment has 431 frames and 2049 bins") {
   Stft stft(StftOptions().n_fft(4096).hop(1024));
-  const Tensor waveform = torch::empty({1, 2, 441000}, torch::device(torch::kMeta)).requires_grad_();
-  const Tensor spectrum = stft(waveform);
-  CHECK(spectrum.sizes() == torch::IntArrayRef({1, 2, 2049, 431}));
-  CHECK(spectrum.scalar_type() == torch::kComplexFloat);
-  const Tensor back = stft->inverse(spectrum, 441000);
-  CHECK(back.sizes() == waveform.sizes());
-  back.sum().backward();
-  CHECK(waveform.grad().sizes() == waveform.sizes());
+  CHECK(stft(torch::zeros({441000})).sizes() == torch::IntArrayRef({2049, 431}));
+  CHECK(stft->bins() == 2049);
+  CHECK(stft->frames(441000) == 431);
 }
 
 TEST_CASE("audio stft gradients equal finite differences") {
@@ -122,9 +121,9 @@ TEST_CASE("audio stft gradients equal finite differences") {
     CAPTURE(n_fft);
     Stft stft(StftOptions().n_fft(n_fft).hop(hop).window(window));
     CHECK(gradient_error([&](const Tensor& x) { return torch::view_as_real(stft(x)); }, noise({2, 14})) < 1e-9);
-    const Tensor spectrum = torch::view_as_real(stft(noise({2, 14}))) + noise({2, stft->bins(), stft->frames(14), 2});
-    CHECK(gradient_error([&](const Tensor& z) { return stft->inverse(torch::view_as_complex(z.contiguous()), 14); },
-                         spectrum) < 1e-9);
+    const Tensor spectrum = noise({2, stft->bins(), stft->frames(14), 2});
+    CHECK(gradient_error([&](const Tensor& z) { return stft->inverse(torch::view_as_complex(z), 14); }, spectrum) <
+          1e-9);
   }
 }
 

@@ -53,7 +53,8 @@ inline std::string describe(const torch::Tensor& tensor) {
 
 /// Short-time Fourier transform of waveforms and its inverse: torch.stft and torch.istft with center=True, reflect
 /// padding, a periodic Hann window, one-sided and not normalized, for any leading dimensions. Differentiable both ways.
-/// Also runs on the meta device, where torch.istft does not.
+/// No step depends on values of a tensor (torch.istft asks for the least of its envelope): nothing waits for a GPU's
+/// result, and a dry run on the meta device needs only shapes.
 ///
 /// The module has no parameters and no buffers: the window is made for each call, on the device and in the precision of
 /// the input. Nothing enters the state dict, and `module->to(torch::kBFloat16)` can't coarsen the window.

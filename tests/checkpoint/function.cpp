@@ -386,6 +386,37 @@ TEST_CASE("an exception of the recomputation reaches the caller, with everything
   CHECK_NOTHROW(y.sum().backward());  // the third call works
 }
 
+TEST_CASE("memory that runs out in the recomputation is LibTorch's error and leaks nothing") {
+  Block block(dim);
+  const Tensor x = torch::randn({64, dim}, with_gradient);
+  MemoryMeter meter;
+  const std::int64_t before = meter.live();
+  const MemoryReport whole = meter.measure([&] {
+    const Tensor loss = checkpoint(block, x).sum();
+    std::ignore = grad({loss}, {x});
+  });
+  for (const double share : {0.5, 0.7, 0.9, 0.99}) {
+    torch::manual_seed(13);
+    const Tensor loss = checkpoint(block, x).sum();
+    const Tensor drawn = torch::rand({3});
+    torch::manual_seed(13);
+    std::ignore = checkpoint(block, x);
+    meter.set_limit(before + static_cast<std::int64_t>(share * static_cast<double>(whole.added_peak())));
+    CHECK_THROWS_AS(grad({loss}, {x}), c10::OutOfMemoryError);
+    meter.set_limit(std::nullopt);
+    CHECK(torch::equal(torch::rand({3}), drawn));
+  }
+  CHECK(meter.live() == before);
+}
+
+TEST_CASE("an engine that somebody else installed is not replaced") {
+  struct Foreign : torch::autograd::Engine {};
+  const Foreign engine;
+  const Error error = testing::error_of([&] { headroom::detail::require_stock_engine(engine); });
+  CHECK(error.id() == "headroom.checkpoint.engine");
+  CHECK(testing::contains(error.what(), "torch.utils.checkpoint"));
+}
+
 TEST_CASE("a forward that throws leaves nothing behind") {
   const Tensor x = torch::randn({4}, with_gradient);
   const MemoryMeter meter;

@@ -1,6 +1,8 @@
 #include "headroom/memory/meter.hpp"
 
+#include <sys/wait.h>
 #include <torch/torch.h>
+#include <unistd.h>
 
 #include <optional>
 #include <thread>
@@ -163,6 +165,25 @@ TEST_CASE("raw pointers, which go back through whichever allocator is installed,
     CHECK(meter.live() == before + size);  // noticed, for the address is in use again
   }
   CHECK(MemoryMeter().live() == before);
+}
+
+TEST_CASE("a CPU allocator of higher priority is left alone") {
+  // Priorities cannot be lowered again, so this happens in a child process
+  const pid_t child = fork();
+  if (child == 0) {
+    c10::SetAllocator(c10::kCPU, c10::GetAllocator(c10::kCPU), 1);
+    int code = 1;
+    try {
+      const MemoryMeter meter;
+    } catch (const Error& error) {
+      code = error.id() == "headroom.memory.allocator" ? 0 : 2;
+    }
+    _exit(code);
+  }
+  int status = -1;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  CHECK(WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == 0);
 }
 
 TEST_CASE("memory comes aligned as LibTorch's and survives resizing") {

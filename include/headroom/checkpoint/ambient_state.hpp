@@ -33,16 +33,22 @@ class RandomState {
     std::erase_if(states_, [](const auto& entry) { return equal(entry.second, read(entry.first)); });
   }
 
-  /// Puts the captured states in place and returns those that were there.
-  RandomState exchange() const {
-    RandomState previous;
+  /// The same generators as they are now.
+  RandomState current() const {
+    RandomState now;
+    for (const auto& [generator, state] : states_) {
+      now.states_.emplace_back(generator, read(generator));
+    }
+    return now;
+  }
+
+  /// Puts the captured states in place. Allocates no tensor, so that it works when memory is full.
+  void apply() const {
     for (const auto& [generator, state] : states_) {
       at::Generator target = generator;
       const std::scoped_lock lock(target.mutex());
-      previous.states_.emplace_back(generator, target.get_state());
       target.set_state(state);
     }
-    return previous;
   }
 
  private:
@@ -103,7 +109,8 @@ struct AmbientState {
 /// Puts an AmbientState with gradients enabled in place for its lifetime, and what was there back afterwards.
 class AmbientStateGuard {
  public:
-  explicit AmbientStateGuard(const AmbientState& state) : random_(state.random.exchange()) {
+  explicit AmbientStateGuard(const AmbientState& state) : random_(state.random.current()) {
+    state.random.apply();
     state.autocast.apply();
     at::autocast::increment_nesting();
   }
@@ -113,7 +120,7 @@ class AmbientStateGuard {
       at::autocast::clear_cache();
     }
     autocast_.apply();
-    random_.exchange();
+    random_.apply();
   }
   AmbientStateGuard(const AmbientStateGuard&) = delete;
   AmbientStateGuard& operator=(const AmbientStateGuard&) = delete;

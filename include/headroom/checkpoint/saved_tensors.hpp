@@ -15,6 +15,16 @@
 
 namespace headroom::inline v0 {
 
+namespace detail {
+
+inline void require_stock_engine(const torch::autograd::Engine& present) {
+  require(typeid(present) == typeid(torch::autograd::Engine), "headroom.checkpoint.engine",
+          "this process runs the autograd engine ", typeid(present).name(),
+          ", expected LibTorch's own; inside Python use torch.utils.checkpoint");
+}
+
+}  // namespace detail
+
 /// Brings a saved tensor back when backward needs it; may be called more than once (retain_graph).
 using Unpack = std::function<at::Tensor()>;
 /// Receives a tensor that autograd is about to save and decides what to keep of it.
@@ -68,10 +78,7 @@ class SavedTensorHooks {
    public:
     static void install() {
       [[maybe_unused]] static const bool once = [] {
-        const torch::autograd::Engine& present = get_default_engine();
-        require(typeid(present) == typeid(torch::autograd::Engine), "headroom.checkpoint.engine",
-                "this process runs the autograd engine ", typeid(present).name(),
-                ", expected LibTorch's own; inside Python use torch.utils.checkpoint");
+        detail::require_stock_engine(get_default_engine());
         torch::autograd::set_default_engine_stub([]() -> torch::autograd::Engine& {
           static auto* engine = new Engine;  // never destroyed: graphs may outlive static destruction
           return *engine;

@@ -19,7 +19,9 @@ struct EncoderOptions {
   TORCH_ARG(bool, gradient_checkpointing) = false;
 
  public:
-  EncoderBlock block() const { return EncoderBlock(attention_.dim(), Attention(attention_), FeedForward(feed_forward_)); }
+  EncoderBlock block() const {
+    return EncoderBlock(attention_.dim(), Attention(attention_), FeedForward(feed_forward_));
+  }
 };
 
 namespace detail {

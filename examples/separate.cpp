@@ -1,0 +1,138 @@
+// separate: splits a recording of any length into the stems of a trained model, in the memory of one segment.
+//
+//   separate --model experiments/small/checkpoints/best.pt song.wav separated/song
+
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <csignal>
+#include <filesystem>
+#include <iomanip>
+#include <iostream>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "headroom/audio/separator.hpp"
+#include "headroom/training/state.hpp"
+
+namespace fs = std::filesystem;
+namespace audio = headroom::audio;
+
+namespace {
+
+volatile std::sig_atomic_t interrupted = 0;
+
+// One line that is written over on a terminal, a line every tenth of the way elsewhere.
+class ProgressLine {
+ public:
+  void show(std::int64_t done, std::int64_t total) {
+    const double share = static_cast<double>(done) / static_cast<double>(total);
+    if (!terminal_ && share < next_ && done < total) {
+      return;
+    }
+    next_ = share + 0.1;
+    const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    std::cerr << (terminal_ ? "\r" : "") << std::setw(3) << static_cast<int>(100 * share) << "%, " << time(elapsed)
+              << " elapsed, " << time(elapsed / share - elapsed) << " left" << (terminal_ && done < total ? "  " : "\n")
+              << std::flush;
+  }
+
+ private:
+  static std::string time(double seconds) {
+    const auto s = static_cast<long>(seconds + 0.5);
+    const std::string rest = std::to_string(s % 60);
+    return std::to_string(s / 60) + (rest.size() < 2 ? ":0" : ":") + rest;
+  }
+
+  bool terminal_ = isatty(STDERR_FILENO) != 0;
+  double next_ = 0;
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+struct Arguments {
+  fs::path model, input, output;
+  double overlap = 0.25;
+  std::int64_t segment = 0;  // 0: as trained
+  audio::Encoding encoding = audio::Encoding::pcm16;
+  int threads = 0;  // 0: LibTorch's choice
+  std::string device = "cpu";
+};
+
+void run(const Arguments& arguments) {
+  if (arguments.threads > 0) {
+    torch::set_num_threads(arguments.threads);
+  }
+  auto [config, model] = headroom::training::load_model(arguments.model);
+  const torch::Device device(arguments.device);
+  model->to(device);
+
+  std::error_code failure;
+  fs::create_directories(arguments.output, failure);
+  headroom::require(fs::is_directory(arguments.output), "headroom.separate.output", "can't make the folder ",
+                    arguments.output, ": ", failure.message(), "; choose another output folder");
+  std::vector<fs::path> outputs;
+  for (const std::string& stem : config.audio.stems) {
+    outputs.push_back(arguments.output / (stem + ".wav"));
+  }
+  const audio::SeparatorOptions options{
+      .segment = arguments.segment > 0 ? arguments.segment : config.training.segment_length,
+      .overlap = arguments.overlap,
+      .channels = config.audio.channels,
+      .stems = static_cast<std::int64_t>(outputs.size()),
+      .device = device};
+
+  ProgressLine line;
+  const std::int64_t clipped = audio::separate_file(
+      arguments.input, outputs, model, options, static_cast<int>(config.audio.sample_rate), arguments.encoding,
+      [&](std::int64_t done, std::int64_t total) {
+        headroom::require(!interrupted, "headroom.separate.interrupted", "stopped by a signal; no stem was written");
+        line.show(done, total);
+      });
+  for (const fs::path& path : outputs) {
+    std::cout << path.string() << '\n';
+  }
+  if (clipped > 0) {
+    std::cerr << "separate: " << clipped << " samples were beyond full scale and clipped; --format wav32f keeps them\n";
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"Separates a recording into stems: OUTDIR/<stem>.wav for each stem of the model."};
+  Arguments arguments;
+  const std::map<std::string, audio::Encoding> encodings = {
+      {"wav16", audio::Encoding::pcm16}, {"wav24", audio::Encoding::pcm24}, {"wav32f", audio::Encoding::float32}};
+  std::string format = "wav16";
+  app.add_option("--model", arguments.model, "checkpoint written by train")->required();
+  app.add_option("INPUT", arguments.input, "recording: WAV, FLAC, AIFF or Ogg, with the model's sample rate")
+      ->required();
+  app.add_option("OUTDIR", arguments.output, "folder for the stems, made if it is not there")->required();
+  app.add_option("--overlap", arguments.overlap, "share of a segment that the next one covers again, below 1")
+      ->check(CLI::Range(0.0, 0.999))
+      ->capture_default_str();
+  app.add_option("--segment", arguments.segment, "samples the model works on at a time; default: as trained")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--format", format, "wav16, wav24 (integers) or wav32f (float)")
+      ->check(CLI::IsMember(encodings))
+      ->capture_default_str();
+  app.add_option("--threads", arguments.threads, "CPU threads; default: one a core")->check(CLI::PositiveNumber);
+  app.add_option("--device", arguments.device, "where the model runs, e.g. cpu or cuda")->capture_default_str();
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : 2;
+  }
+  arguments.encoding = encodings.at(format);
+  for (const int signal : {SIGINT, SIGTERM}) {  // let the writers remove their temporary files
+    std::signal(signal, [](int) { interrupted = 1; });
+  }
+  try {
+    run(arguments);
+  } catch (const std::exception& e) {
+    std::cerr << "separate: " << e.what() << '\n';
+    return 1;
+  }
+}

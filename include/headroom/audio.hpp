@@ -1,7 +1,6 @@
 #pragma once
 
-#include "headroom/audio/file.hpp"
+// audio/file.hpp and audio/separator.hpp need libsndfile: headroom::training links it, headroom/training.hpp has them.
 #include "headroom/audio/losses.hpp"
 #include "headroom/audio/metrics.hpp"
-#include "headroom/audio/separator.hpp"
 #include "headroom/audio/stft.hpp"

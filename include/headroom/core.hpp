@@ -8,6 +8,7 @@
 #include "headroom/core/error.hpp"
 #include "headroom/core/executor.hpp"
 #include "headroom/core/mask.hpp"
+#include "headroom/core/nsdr.hpp"
 #include "headroom/core/overlap_add.hpp"
 #include "headroom/core/register_tile.hpp"
 #include "headroom/core/simd.hpp"

@@ -179,7 +179,7 @@ TEST_CASE("encoders name their parameters by place and axis; gradient checkpoint
   const auto expected = gradients(*plain, a, grad), recomputed = gradients(*checkpointed, b, grad);
   for (size_t i = 0; i < expected.size(); ++i) CHECK(expected[i].equal(recomputed[i]));
 
-  nn::Encoder sequence(nn::EncoderOptions(options));
+  nn::Encoder sequence(options);
   CHECK(sequence->named_parameters().contains("layers.1.attention.to_out.weight"));
   CHECK(sequence->forward(torch::randn({3, 9, 16})).sizes() == at::IntArrayRef({3, 9, 16}));
 }

@@ -22,11 +22,12 @@ inline void rotate_packed(const torch::Tensor& packed, const torch::Tensor& rota
 struct PackedAttentionBackward : torch::autograd::Function<PackedAttentionBackward> {
   static torch::Tensor forward(torch::autograd::AutogradContext*, const torch::Tensor& grad_output,
                                const torch::Tensor& packed, const torch::Tensor& output, const torch::Tensor& lse,
-                               const torch::Tensor& rotation, int64_t axis, const AttentionRequest& request) {
+                               const std::optional<torch::Tensor>& rotation, int64_t axis,
+                               const AttentionRequest& request) {
     const torch::Tensor grad = torch::empty_like(packed);
     const auto [q, k, v] = unpack_views(packed, axis);
     tiled_attention_backward(grad_output.movedim(axis, -2), q, k, v, {output, lse}, request, unpack_views(grad, axis));
-    if (rotation.defined()) rotate_packed(grad, rotation.conj());
+    if (rotation.has_value()) rotate_packed(grad, rotation->conj());
     return grad;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list) {
@@ -38,11 +39,12 @@ struct PackedAttentionBackward : torch::autograd::Function<PackedAttentionBackwa
 /// written where the projection's backward wants it. `packed` is rotated in place, so it must not be used elsewhere.
 struct PackedAttention : torch::autograd::Function<PackedAttention> {
   static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& packed,
-                               const torch::Tensor& rotation, int64_t axis, const AttentionRequest& request) {
-    if (rotation.defined()) rotate_packed(packed, rotation);
+                               const std::optional<torch::Tensor>& rotation, int64_t axis,
+                               const AttentionRequest& request) {
+    if (rotation.has_value()) rotate_packed(packed, *rotation);
     const auto [q, k, v] = unpack_views(packed, axis);
     const AttentionForward result = tiled_attention(q, k, v, request);
-    ctx->save_for_backward({packed, result.output, result.lse, rotation});
+    ctx->save_for_backward({packed, result.output, result.lse, rotation.value_or(torch::Tensor())});
     ctx->saved_data["axis"] = axis;
     save_request(ctx, request);
     return result.output.movedim(-2, axis);
@@ -59,17 +61,17 @@ struct PackedAttention : torch::autograd::Function<PackedAttention> {
 };
 
 /// packed [..., 3, H, D] -> [..., H, D]: attention along dimension `axis` (counted from the front) of the leading ones.
-inline torch::Tensor packed_attention(const torch::Tensor& packed, const torch::Tensor& rotation, int64_t axis,
-                                      const AttentionOptions& options) {
+inline torch::Tensor packed_attention(const torch::Tensor& packed, const std::optional<torch::Tensor>& rotation,
+                                      int64_t axis, const AttentionOptions& options) {
   const auto [q, k, v] = unpack_views(packed, axis);
   const auto request = AttentionRequest::check(q, k, v, options);
   if (resolve_backend(packed, options.backend()) == AttentionBackend::tiled) {
     return PackedAttention::apply(packed, rotation, axis, request);
   }
   torch::Tensor rotated = packed;
-  if (rotation.defined()) {
+  if (rotation.has_value()) {
     rotated = packed.clone();
-    rotate_packed(rotated, rotation);
+    rotate_packed(rotated, *rotation);
   }
   const auto views = unpack_views(rotated, axis);
   return reference_attention(views.q, views.k, views.v, request).output.movedim(-2, axis);

@@ -64,8 +64,8 @@ class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
  private:
   /// Table [L, 1 …, D/2] that broadcasts over the dimensions between the sequence and the features; kept from call to
   /// call, not part of the state.
-  torch::Tensor rotation(int64_t length, int64_t behind, torch::Device device) {
-    if (!options.rotary()) return {};
+  std::optional<torch::Tensor> rotation(int64_t length, int64_t behind, torch::Device device) {
+    if (!options.rotary()) return std::nullopt;
     if (!table_.defined() || table_.size(0) != length || table_.device() != device) {
       table_ = rotary_table(length, options.dim() / options.heads(), options.rotary_theta(), device);
     }

@@ -1,0 +1,129 @@
+#pragma once
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
+#include <ATen/DeviceAccelerator.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <cstring>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+namespace headroom::inline v0::detail {
+
+/// The states of the default random generators: the CPU's and that of the accelerator in use.
+class RandomState {
+ public:
+  /// The states as they are now.
+  static RandomState capture() {
+    RandomState now;
+    now.add(c10::Device(c10::kCPU));
+    if (const auto accelerator = at::getAccelerator(false)) {
+      now.add(c10::Device(*accelerator, at::accelerator::getDeviceIndex()));
+    }
+    return now;
+  }
+
+  /// Forgets the generators that nothing has drawn from since capture(): there is nothing to replay, and rewinding them
+  /// would disturb other threads.
+  void forget_unused() {
+    std::erase_if(states_, [](const auto& entry) { return equal(entry.second, read(entry.first)); });
+  }
+
+  /// Puts the captured states in place and returns those that were there.
+  RandomState exchange() const {
+    RandomState previous;
+    for (const auto& [generator, state] : states_) {
+      at::Generator target = generator;
+      const std::scoped_lock lock(target.mutex());
+      previous.states_.emplace_back(generator, target.get_state());
+      target.set_state(state);
+    }
+    return previous;
+  }
+
+ private:
+  void add(c10::Device device) {
+    const at::Generator& generator = at::globalContext().defaultGenerator(device);
+    states_.emplace_back(generator, read(generator));
+  }
+
+  static at::Tensor read(at::Generator generator) {
+    const std::scoped_lock lock(generator.mutex());
+    return generator.get_state();
+  }
+
+  static bool equal(const at::Tensor& a, const at::Tensor& b) {
+    return a.nbytes() == b.nbytes() && std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
+  }
+
+  std::vector<std::pair<at::Generator, at::Tensor>> states_;
+};
+
+/// Autocast of this thread: per device type whether and to which dtype, and the cache of cast weights.
+class AutocastState {
+ public:
+  static AutocastState capture() {
+    AutocastState now;
+    for (std::size_t i = 0; i < devices().size(); ++i) {
+      now.settings_[i] = {at::autocast::is_autocast_enabled(devices()[i]),
+                          at::autocast::get_autocast_dtype(devices()[i])};
+    }
+    now.cache_ = at::autocast::is_autocast_cache_enabled();
+    return now;
+  }
+
+  void apply() const {
+    for (std::size_t i = 0; i < devices().size(); ++i) {
+      at::autocast::set_autocast_enabled(devices()[i], settings_[i].enabled);
+      at::autocast::set_autocast_dtype(devices()[i], settings_[i].dtype);
+    }
+    at::autocast::set_autocast_cache_enabled(cache_);
+  }
+
+ private:
+  static constexpr auto& devices() { return at::autocast::_AUTOCAST_SUPPORTED_DEVICES; }
+
+  struct Setting {
+    bool enabled;
+    at::ScalarType dtype;
+  };
+  std::array<Setting, std::tuple_size_v<std::remove_cvref_t<decltype(devices())>>> settings_;
+  bool cache_ = true;
+};
+
+/// What a forward pass depends on besides its arguments.
+struct AmbientState {
+  RandomState random = RandomState::capture();
+  AutocastState autocast = AutocastState::capture();
+};
+
+/// Puts an AmbientState with gradients enabled in place for its lifetime, and what was there back afterwards.
+class AmbientStateGuard {
+ public:
+  explicit AmbientStateGuard(const AmbientState& state) : random_(state.random.exchange()) {
+    state.autocast.apply();
+    at::autocast::increment_nesting();
+  }
+  ~AmbientStateGuard() {
+    // The outermost autocast region clears the cache of cast weights; backward usually runs outside of any
+    if (at::autocast::decrement_nesting() == 0) {
+      at::autocast::clear_cache();
+    }
+    autocast_.apply();
+    random_.exchange();
+  }
+  AmbientStateGuard(const AmbientStateGuard&) = delete;
+  AmbientStateGuard& operator=(const AmbientStateGuard&) = delete;
+
+ private:
+  AutocastState autocast_ = AutocastState::capture();
+  RandomState random_;
+  at::AutoGradMode gradients_{true};
+};
+
+}  // namespace headroom::inline v0::detail

@@ -1,0 +1,135 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/saved_variable_hooks.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <typeinfo>
+#include <utility>
+
+#include "headroom/core/error.hpp"
+
+namespace headroom::inline v0 {
+
+/// Brings a saved tensor back when backward needs it; may be called more than once (retain_graph).
+using Unpack = std::function<at::Tensor()>;
+/// Receives a tensor that autograd is about to save and decides what to keep of it.
+using Pack = std::function<Unpack(const at::Tensor&)>;
+
+/// While it lives, every tensor that autograd saves on this thread goes through `pack`: torch.autograd.graph's
+/// saved_tensors_hooks for C++. Scopes nest, the innermost one counts. `pack` runs without gradients and must not keep
+/// its argument itself (an output would keep its own graph alive): keep `x.detach()` or something made of it.
+///
+///     SavedTensorHooks offload([](const Tensor& x) -> Unpack {
+///       return [host = x.cpu(), device = x.device()] { return host.to(device); };
+///     });
+///
+/// LibTorch asks the autograd engine for such hooks and only Python's engine has any, so the first scope puts an engine
+/// of ours in place of the default one, for good. Throws headroom.checkpoint.engine when a program, such as a Python
+/// process, has brought its own.
+class SavedTensorHooks {
+ public:
+  explicit SavedTensorHooks(Pack pack) : pack_(std::move(pack)), outer_(std::exchange(current_, this)) {
+    try {
+      Engine::install();
+    } catch (...) {
+      current_ = outer_;
+      throw;
+    }
+  }
+  ~SavedTensorHooks() { current_ = outer_; }
+  SavedTensorHooks(const SavedTensorHooks&) = delete;
+  SavedTensorHooks& operator=(const SavedTensorHooks&) = delete;
+
+  /// The innermost scope of this thread, or nullptr.
+  static const SavedTensorHooks* current() { return current_; }
+
+  /// Hands `x` over as autograd would.
+  Unpack pack(const at::Tensor& x) const {
+    const at::NoGradGuard no_grad;
+    return pack_(x);
+  }
+
+ private:
+  class Hooks final : public torch::autograd::SavedVariableHooks {
+   public:
+    void call_pack_hook(const at::Tensor& x) override { unpack_ = current_->pack(x); }
+    at::Tensor call_unpack_hook() override { return unpack_(); }
+
+   private:
+    Unpack unpack_;
+  };
+
+  class Engine final : public torch::autograd::Engine {
+   public:
+    static void install() {
+      [[maybe_unused]] static const bool once = [] {
+        const torch::autograd::Engine& present = get_default_engine();
+        require(typeid(present) == typeid(torch::autograd::Engine), "headroom.checkpoint.engine",
+                "this process runs the autograd engine ", typeid(present).name(),
+                ", expected LibTorch's own; inside Python use torch.utils.checkpoint");
+        torch::autograd::set_default_engine_stub([]() -> torch::autograd::Engine& {
+          static auto* engine = new Engine;  // never destroyed: graphs may outlive static destruction
+          return *engine;
+        });
+        return true;
+      }();
+    }
+
+    std::unique_ptr<torch::autograd::SavedVariableHooks> get_default_saved_variable_hooks() override {
+      return current_ != nullptr ? std::make_unique<Hooks>() : nullptr;
+    }
+  };
+
+  static inline thread_local const SavedTensorHooks* current_ = nullptr;
+
+  Pack pack_;
+  const SavedTensorHooks* outer_;
+};
+
+namespace detail {
+
+/// Grows with every in-place change of `x`; inference tensors do not count.
+inline std::uint32_t version_of(const at::Tensor& x) { return x.is_inference() ? 0 : x._version(); }
+
+/// A tensor without its graph, and its version: LibTorch skips the version check of tensors that go through hooks.
+class Snapshot {
+ public:
+  Snapshot() = default;
+  explicit Snapshot(const at::Tensor& x) : tensor_(x.detach()), version_(version_of(tensor_)) {}
+
+  bool holds_tensor() const { return tensor_.defined(); }
+
+  void check_unmodified() const {
+    require(!holds_tensor() || version_of(tensor_) == version_, "headroom.checkpoint.modified", "a tensor of shape ",
+            tensor_.sizes(), " was modified in place after forward used it, so that backward ",
+            "would compute with other values; clone it first, or step the optimizer after backward");
+  }
+
+  const at::Tensor& tensor() const {
+    check_unmodified();
+    return tensor_;
+  }
+
+ private:
+  at::Tensor tensor_;
+  std::uint32_t version_ = 0;
+};
+
+/// Keeps `x` as autograd does without hooks.
+inline Unpack keep(const at::Tensor& x) {
+  return [kept = Snapshot(x)] { return kept.tensor(); };
+}
+
+/// Saves `x` the way autograd would at this place: through the enclosing hooks, where there are any.
+inline Unpack save(const at::Tensor& x) {
+  const SavedTensorHooks* hooks = SavedTensorHooks::current();
+  return hooks != nullptr ? hooks->pack(x) : keep(x);
+}
+
+}  // namespace detail
+}  // namespace headroom::inline v0

@@ -1,0 +1,15 @@
+#pragma once
+
+#include "headroom/core/attention.hpp"
+#include "headroom/core/attention_backward.hpp"
+#include "headroom/core/attention_forward.hpp"
+#include "headroom/core/attention_problem.hpp"
+#include "headroom/core/attention_reference.hpp"
+#include "headroom/core/error.hpp"
+#include "headroom/core/executor.hpp"
+#include "headroom/core/mask.hpp"
+#include "headroom/core/overlap_add.hpp"
+#include "headroom/core/register_tile.hpp"
+#include "headroom/core/simd.hpp"
+#include "headroom/core/stft.hpp"
+#include "headroom/core/view.hpp"

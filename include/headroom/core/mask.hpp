@@ -1,0 +1,54 @@
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+
+#include "headroom/core/view.hpp"
+
+namespace headroom::inline v0::core {
+
+/// The keys [begin, end) that a query may attend to; empty when begin >= end.
+struct KeyRange {
+  Index begin = 0, end = 0;
+
+  bool empty() const { return begin >= end; }
+  bool contains(Index key) const { return begin <= key && key < end; }
+  friend KeyRange operator&(KeyRange a, KeyRange b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
+};
+
+/// A mask answers, for a query of one head, which contiguous range of keys it may see. Tiles outside every range are
+/// never computed; only tiles that a range's border crosses are masked element by element.
+template <class M>
+concept Mask = requires(const M& mask, Index i) {
+  { mask.keys(i, i, i) } -> std::convertible_to<KeyRange>;  // (batch, head, query)
+};
+
+/// Every query sees every key.
+struct NoMask {
+  KeyRange keys(Index, Index, Index) const { return {0, Eigen::NumTraits<Index>::highest()}; }
+};
+
+/// Query i sees keys 0 … i + offset. Offset 0 aligns the triangle top left; Lk - Lq aligns it bottom right.
+struct CausalMask {
+  Index offset = 0;
+  KeyRange keys(Index, Index, Index query) const { return {0, query + offset + 1}; }
+};
+
+/// All queries of batch b see keys 0 … lengths[b] - 1.
+template <class Integer>
+struct KeyLengthMask {
+  const Integer* lengths = nullptr;  // [B]
+  KeyRange keys(Index batch, Index, Index) const { return {0, static_cast<Index>(lengths[batch])}; }
+};
+
+/// What both masks allow.
+template <Mask A, Mask B>
+struct BothMasks {
+  A first;
+  B second;
+  KeyRange keys(Index b, Index h, Index query) const { return first.keys(b, h, query) & second.keys(b, h, query); }
+};
+template <Mask A, Mask B>
+BothMasks(A, B) -> BothMasks<A, B>;
+
+}  // namespace headroom::inline v0::core

@@ -1,0 +1,150 @@
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "headroom/core/simd.hpp"
+
+namespace headroom::inline v0::core::detail {
+
+/// Shape of the register tile: accumulators, one row of `b` and one broadcast of `a` fill the vector registers.
+/// 32 registers hold 8 x 3 accumulators (11 loads per 24 FMAs), 16 registers 6 x 2.
+inline constexpr bool kManyRegisters = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32;
+inline constexpr int kTileRows = kManyRegisters ? 8 : 6;
+inline constexpr int kTileVectors = kManyRegisters ? 3 : 2;
+inline constexpr int kGroupBytes = 384;  // lanes of the tiles that one task works on side by side: 96 floats
+
+/// The one matrix product behind every step of attention: c(r,:) = sum_k a(r,k)·b(k,:), where rows of b fill vector
+/// lanes and elements of a are broadcast from memory, so that a may have any strides and needs no packing.
+template <class Scalar, int Rows, int Vectors>
+struct RegisterTile {
+  static constexpr int kLanes = simd::kLanes<Scalar>;
+  simd::Packet<Scalar> c[Rows][Vectors];
+
+  /// a(r,k) = a[r·a_row + k·a_depth], b(k,:) = b[k·b_depth …].
+  EIGEN_ALWAYS_INLINE RegisterTile(const Scalar* a, Index a_row, Index a_depth, const Scalar* b, Index b_depth,
+                                   Index depth) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) c[r][v] = simd::broadcast(Scalar(0));
+    }
+#pragma GCC unroll 1
+    for (Index k = 0; k < depth; ++k, a += a_depth, b += b_depth) {
+      simd::Packet<Scalar> b_row[Vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) b_row[v] = simd::load(b + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+        const simd::Packet<Scalar> a_element = simd::broadcast(a[r * a_row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) c[r][v] = simd::pmadd(a_element, b_row[v], c[r][v]);
+      }
+    }
+  }
+
+  /// f(row, vector, packet) for every packet of the tile.
+  template <class F>
+  EIGEN_ALWAYS_INLINE void for_each(F&& f) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) f(r, v, c[r][v]);
+    }
+  }
+};
+
+/// Splits `count` rows into tiles of at most Max rows, none much smaller than the others: f<rows>(first row).
+template <int Max, class F>
+EIGEN_ALWAYS_INLINE void for_row_tiles(Index count, F&& f) {
+  Index row = 0;
+  for (; count - row >= 2 * Max || count - row == Max; row += Max) f.template operator()<Max>(row);
+  while (row < count) {
+    const Index rows = count - row > Max ? (count - row + 1) / 2 : count - row;
+    [&]<int... R>(std::integer_sequence<int, R...>) __attribute__((always_inline)) {
+      ((rows == R + 1 ? f.template operator()<R + 1>(row) : void()), ...);
+    }(std::make_integer_sequence<int, Max>());
+    row += rows;
+  }
+}
+
+/// Lane tiles over `length` positions: as few tiles of at most kTileVectors packets as possible, the last ones smaller.
+template <class Scalar>
+struct LaneTiling {
+  struct Tile {
+    Index begin;
+    int vectors;
+    Index width() const { return vectors * Index(simd::kLanes<Scalar>); }
+  };
+  static constexpr Index kWidth = Index(kTileVectors) * simd::kLanes<Scalar>;
+
+  explicit LaneTiling(Index length)
+      : packets((length + simd::kLanes<Scalar> - 1) / simd::kLanes<Scalar>),
+        tiles((packets + kTileVectors - 1) / kTileVectors) {}
+
+  Tile operator[](Index tile) const {
+    if (tiles == 1) return {0, static_cast<int>(packets)};
+    const Index full = tiles - (tiles * kTileVectors - packets);  // the rest have one packet less
+    const Index begin = tile * kTileVectors - std::max<Index>(tile - full, 0);
+    return {begin * simd::kLanes<Scalar>, tile < full ? kTileVectors : kTileVectors - 1};
+  }
+
+  Index packets, tiles;
+};
+
+/// to[d][i] = factor·x(i,d) for i < x.rows, zero up to `width`: the rows of x fill the lanes.
+template <class Scalar>
+void pack_lanes(Scalar* to, Index width, MatrixView<const Scalar> x, Scalar factor) {
+  constexpr Index N = simd::kLanes<Scalar>;
+  Index i = 0;
+  for (; i + N <= x.rows; i += N) {
+    Index d = 0;
+    if (x.row_stride == 1) {
+      for (; d < x.cols; ++d) {
+        simd::store(to + d * width + i, simd::pmul(simd::load(&x(i, d)), simd::broadcast(factor)));
+      }
+    } else if (x.col_stride == 1) {
+      for (; d + N <= x.cols; d += N) {
+        simd::Packet<Scalar> block[N];
+        for (Index r = 0; r < N; ++r) block[r] = simd::pmul(simd::load(&x(i + r, d)), simd::broadcast(factor));
+        simd::transpose<Scalar>(block);
+        for (Index c = 0; c < N; ++c) simd::store(to + (d + c) * width + i, block[c]);
+      }
+    }
+    for (; d < x.cols; ++d) {
+      for (Index r = i; r < i + N; ++r) to[d * width + r] = factor * x(r, d);
+    }
+  }
+  for (; i < width; ++i) {
+    for (Index d = 0; d < x.cols; ++d) to[d * width + i] = i < x.rows ? factor * x(i, d) : Scalar(0);
+  }
+}
+
+/// y(i,d) = from[d][i]·factor[i] for i < y.rows: undoes pack_lanes.
+template <class Scalar>
+void unpack_lanes(MatrixView<Scalar> y, const Scalar* from, Index width, const Scalar* factor) {
+  constexpr Index N = simd::kLanes<Scalar>;
+  Index i = 0;
+  for (; i + N <= y.rows; i += N) {
+    const simd::Packet<Scalar> factors = simd::load(factor + i);
+    Index d = 0;
+    if (y.row_stride == 1) {
+      for (; d < y.cols; ++d) simd::store(&y(i, d), simd::pmul(simd::load(from + d * width + i), factors));
+    } else if (y.col_stride == 1) {
+      for (; d + N <= y.cols; d += N) {
+        simd::Packet<Scalar> block[N];
+        for (Index c = 0; c < N; ++c) block[c] = simd::pmul(simd::load(from + (d + c) * width + i), factors);
+        simd::transpose<Scalar>(block);
+        for (Index r = 0; r < N; ++r) simd::store(&y(i + r, d), block[r]);
+      }
+    }
+    for (; d < y.cols; ++d) {
+      for (Index r = i; r < i + N; ++r) y(r, d) = from[d * width + r] * factor[r];
+    }
+  }
+  for (; i < y.rows; ++i) {
+    for (Index d = 0; d < y.cols; ++d) y(i, d) = from[d * width + i] * factor[i];
+  }
+}
+
+}  // namespace headroom::inline v0::core::detail

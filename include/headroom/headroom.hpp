@@ -1,0 +1,10 @@
+#pragma once
+
+#include "headroom/attention.hpp"
+#include "headroom/audio.hpp"
+#include "headroom/checkpoint.hpp"
+#include "headroom/core.hpp"
+#include "headroom/memory.hpp"
+#include "headroom/models.hpp"
+#include "headroom/nn.hpp"
+#include "headroom/training.hpp"

@@ -1,0 +1,5 @@
+#pragma once
+
+#include "headroom/memory/format.hpp"
+#include "headroom/memory/meter.hpp"
+#include "headroom/memory/resident.hpp"

@@ -1,0 +1,344 @@
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/DeviceAccelerator.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/Device.h>
+
+#include <algorithm>
+#include <concepts>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "headroom/core/error.hpp"
+#include "headroom/memory/format.hpp"
+
+namespace headroom::inline v0 {
+
+/// What MemoryMeter::measure saw, in bytes. `peak` is absolute: it contains `live_before`.
+struct MemoryReport {
+  std::int64_t live_before = 0;
+  std::int64_t live_after = 0;
+  std::int64_t peak = 0;
+  std::int64_t allocations = 0;         ///< number of allocations of at least one byte
+  std::optional<std::int64_t> largest;  ///< largest single allocation; accelerators do not tell
+
+  /// Bytes that the measured code needed on top of what was there.
+  std::int64_t added_peak() const { return peak - live_before; }
+  /// Bytes that outlive the measured code; negative when it freed more than it left.
+  std::int64_t held() const { return live_after - live_before; }
+};
+
+namespace detail {
+
+/// One meter's view: what happened since it was opened or restarted.
+struct MeterWindow {
+  std::int64_t peak = 0;
+  std::int64_t allocations = 0;
+  std::int64_t largest = 0;
+  std::int64_t limit = std::numeric_limits<std::int64_t>::max();
+};
+
+/// The bookkeeping of one device. Every open window sees every event, so that windows may nest or overlap and
+/// restarting one leaves the others alone.
+class MemoryLedger {
+ public:
+  virtual ~MemoryLedger() = default;
+  virtual void open(MeterWindow& window) = 0;
+  virtual void close(MeterWindow& window) = 0;
+  virtual void restart(MeterWindow& window) = 0;
+  virtual MeterWindow read(const MeterWindow& window) = 0;
+  virtual std::int64_t live() = 0;
+  virtual std::int64_t reserved() = 0;
+  /// False: `largest` and `limit` of a window mean nothing here.
+  virtual bool sees_single_allocations() const = 0;
+
+  void set_limit(MeterWindow& window, std::int64_t bytes) {
+    const std::scoped_lock lock(mutex_);
+    window.limit = bytes;
+  }
+
+ protected:
+  std::mutex mutex_;
+  std::vector<MeterWindow*> windows_;
+};
+
+/// LibTorch's CPU allocator with a ledger around it. The memory itself comes from the allocator that was there before
+/// and goes back to it; sizes live in a table by address. A header in front of the data would be cheaper, but oneDNN
+/// frees raw pointers through whichever allocator is installed at that time, so a pointer must stay valid for both.
+class CountingAllocator final : public c10::Allocator, public MemoryLedger {
+ public:
+  /// Never destroyed: storages may be freed during static destruction.
+  static CountingAllocator& instance() {
+    static auto* allocator = new CountingAllocator;
+    return *allocator;
+  }
+
+  c10::DataPtr allocate(std::size_t bytes) override {
+    if (bytes == 0) {
+      return {nullptr, nullptr, &release, c10::Device(c10::kCPU)};
+    }
+    const auto size = static_cast<std::int64_t>(bytes);
+    const std::scoped_lock lock(mutex_);
+    for (const MeterWindow* window : windows_) {
+      TORCH_CHECK_WITH(OutOfMemoryError, size <= window->limit - live_,
+                       "[headroom.memory.limit] CPU out of memory: tried to allocate ", format_bytes(size), " with ",
+                       format_bytes(live_), " live under a limit of ", format_bytes(window->limit),
+                       "; make the step smaller or raise MemoryMeter::set_limit");
+    }
+    void* data = underlying_->raw_allocate(bytes);
+    // An address that is still listed was freed behind our back, by the underlying allocator's raw_deallocate
+    std::int64_t& entry = sizes_[data];
+    live_ += size - std::exchange(entry, size);
+    for (MeterWindow* window : windows_) {
+      window->peak = std::max(window->peak, live_);
+      window->largest = std::max(window->largest, size);
+      ++window->allocations;
+    }
+    return {data, data, &release, c10::Device(c10::kCPU)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+
+  void copy_data(void* target, const void* source, std::size_t bytes) const override {
+    default_copy_data(target, source, bytes);
+  }
+
+  void open(MeterWindow& window) override {
+    const std::scoped_lock lock(mutex_);
+    if (windows_.empty()) {
+      underlying_ = c10::GetAllocator(c10::kCPU);
+      c10::SetAllocator(c10::kCPU, this);
+      require(c10::GetAllocator(c10::kCPU) == this, "headroom.memory.allocator",
+              "another CPU allocator was installed with a priority above 0 and cannot be replaced; "
+              "install it with priority 0 or measure without it");
+    }
+    windows_.push_back(&window);
+    window.peak = live_;
+  }
+
+  void close(MeterWindow& window) override {
+    const std::scoped_lock lock(mutex_);
+    std::erase(windows_, &window);
+    if (windows_.empty() && c10::GetAllocator(c10::kCPU) == this) {
+      c10::SetAllocator(c10::kCPU, underlying_);
+    }
+  }
+
+  void restart(MeterWindow& window) override {
+    const std::scoped_lock lock(mutex_);
+    window = {.peak = live_, .limit = window.limit};
+  }
+
+  MeterWindow read(const MeterWindow& window) override {
+    const std::scoped_lock lock(mutex_);
+    return window;
+  }
+
+  std::int64_t live() override {
+    const std::scoped_lock lock(mutex_);
+    return live_;
+  }
+
+  std::int64_t reserved() override { return live(); }
+  bool sees_single_allocations() const override { return true; }
+
+ private:
+  CountingAllocator() = default;
+
+  static void release(void* data) { instance().free(data); }
+
+  void free(void* data) {
+    if (data == nullptr) {
+      return;
+    }
+    {
+      // Unlist first: once freed, another thread may get the same address
+      const std::scoped_lock lock(mutex_);
+      if (const auto entry = sizes_.find(data); entry != sizes_.end()) {
+        live_ -= entry->second;
+        sizes_.erase(entry);
+      }
+    }
+    underlying_->raw_deallocate(data);
+  }
+
+  c10::Allocator* underlying_ = nullptr;
+  std::unordered_map<void*, std::int64_t> sizes_;
+  std::int64_t live_ = 0;
+};
+
+/// An accelerator's own statistics. They know a single peak for everybody: before it is reset, every open window takes
+/// its share.
+class DeviceLedger final : public MemoryLedger {
+ public:
+  DeviceLedger(c10::DeviceAllocator& allocator, c10::DeviceIndex index) : allocator_(allocator), index_(index) {}
+
+  /// The ledger of `device`; throws when the device is not there.
+  static DeviceLedger& instance(c10::Device device) {
+    static auto& ledgers = *new std::map<std::pair<c10::DeviceType, c10::DeviceIndex>, DeviceLedger>;
+    static std::mutex mutex;
+    c10::DeviceAllocator& allocator = allocator_of(device);
+    const auto index = device.has_index() ? device.index() : at::accelerator::getDeviceIndex();
+    const std::scoped_lock lock(mutex);
+    return ledgers.try_emplace({device.type(), index}, allocator, index).first->second;
+  }
+
+  void open(MeterWindow& window) override {
+    const std::scoped_lock lock(mutex_);
+    windows_.push_back(&window);
+    begin(window);
+  }
+
+  void close(MeterWindow& window) override {
+    const std::scoped_lock lock(mutex_);
+    std::erase(windows_, &window);
+  }
+
+  void restart(MeterWindow& window) override {
+    const std::scoped_lock lock(mutex_);
+    begin(window);
+  }
+
+  MeterWindow read(const MeterWindow& window) override {
+    const std::scoped_lock lock(mutex_);
+    const auto stats = allocator_.getDeviceStats(index_);
+    return {.peak = std::max(window.peak, stats.allocated_bytes[0].peak),
+            .allocations = stats.allocation[0].allocated - window.allocations};
+  }
+
+  std::int64_t live() override { return allocator_.getDeviceStats(index_).allocated_bytes[0].current; }
+  std::int64_t reserved() override { return allocator_.getDeviceStats(index_).reserved_bytes[0].current; }
+  bool sees_single_allocations() const override { return false; }
+
+ private:
+  static c10::DeviceAllocator& allocator_of(c10::Device device) {
+    c10::DeviceAllocator* allocator = nullptr;
+    try {
+      allocator = dynamic_cast<c10::DeviceAllocator*>(c10::GetAllocator(device.type()));
+      if (allocator != nullptr && !allocator->initialized()) {
+        at::globalContext().lazyInitDevice(device.type());
+      }
+    } catch (const c10::Error& error) {
+      fail("headroom.memory.device", "cannot meter ", device.str(), ": ", error.what_without_backtrace(),
+           "; use a LibTorch built for this device on a machine that has it, or meter the CPU");
+    }
+    require(allocator != nullptr, "headroom.memory.device", "cannot meter ", device.str(),
+            ": its allocator keeps no statistics; meter the CPU or an accelerator with a caching allocator");
+    return *allocator;
+  }
+
+  /// Here `allocations` holds the device's count when the window began.
+  void begin(MeterWindow& window) {
+    const auto stats = allocator_.getDeviceStats(index_);
+    for (MeterWindow* other : windows_) {
+      other->peak = std::max(other->peak, stats.allocated_bytes[0].peak);
+    }
+    allocator_.resetPeakStats(index_);
+    window.peak = stats.allocated_bytes[0].current;
+    window.allocations = stats.allocation[0].allocated;
+  }
+
+  c10::DeviceAllocator& allocator_;
+  c10::DeviceIndex index_;
+};
+
+}  // namespace detail
+
+/// Counts the bytes of tensor storage on one device while it lives.
+///
+/// On the CPU the first meter puts a counting allocator in front of LibTorch's and the last one takes it away; tensors
+/// may be older or younger than the meter and may be freed on any thread. What was allocated before the first meter is
+/// not counted, neither when it lives nor when it is freed. On an accelerator the meter reads the statistics of the
+/// device's caching allocator.
+///
+/// Meters nest and overlap: each has its own window, and resetting one does not touch another. Install and remove the
+/// first and last CPU meter while no other thread allocates (a rule of c10::SetAllocator).
+///
+///     MemoryMeter meter;
+///     const MemoryReport report = meter.measure([&] { loss(model(x)).backward(); });
+///     std::cout << format_bytes(report.added_peak());
+class MemoryMeter {
+ public:
+  /// Throws headroom.memory.device when the device is not there or keeps no statistics.
+  explicit MemoryMeter(c10::Device device = c10::kCPU) : device_(device), ledger_(ledger_of(device)) {
+    ledger_.open(window_);
+  }
+  ~MemoryMeter() { ledger_.close(window_); }
+  MemoryMeter(const MemoryMeter&) = delete;
+  MemoryMeter& operator=(const MemoryMeter&) = delete;
+
+  c10::Device device() const { return device_; }
+
+  /// Bytes in use now. CPU: allocated while any meter was installed and not freed since.
+  std::int64_t live() const { return ledger_.live(); }
+
+  /// Highest live() since construction or reset_peak().
+  std::int64_t peak() const { return ledger_.read(window_).peak; }
+
+  /// Number of allocations of at least one byte since construction or reset_peak().
+  std::int64_t allocations() const { return ledger_.read(window_).allocations; }
+
+  /// Bytes of the largest single allocation since construction or reset_peak(); CPU only (headroom.memory.unsupported).
+  std::int64_t largest() const {
+    require_single_allocations("largest");
+    return ledger_.read(window_).largest;
+  }
+
+  /// Bytes taken from the system: live() on the CPU, live and cached on an accelerator.
+  std::int64_t reserved() const { return ledger_.reserved(); }
+
+  /// Starts a new window: peak() is live(), allocations() and largest() are 0.
+  void reset_peak() { ledger_.restart(window_); }
+
+  /// An allocation that would take live() above `bytes` throws c10::OutOfMemoryError, as a full GPU does. The limit
+  /// ends with the meter; std::nullopt lifts it. CPU only (headroom.memory.unsupported).
+  void set_limit(std::optional<std::int64_t> bytes) {
+    require_single_allocations("set_limit");
+    require(bytes.value_or(0) >= 0, "headroom.memory.limit", "got a limit of ", bytes.value_or(0),
+            " bytes, expected 0 or more; pass std::nullopt for no limit");
+    ledger_.set_limit(window_, bytes.value_or(std::numeric_limits<std::int64_t>::max()));
+  }
+
+  /// Runs `f` in a window of its own, which leaves this meter's peak() right.
+  template <std::invocable F>
+  MemoryReport measure(F&& f) const {
+    const MemoryMeter inner(device_);
+    const std::int64_t before = inner.live();
+    std::invoke(std::forward<F>(f));
+    const detail::MeterWindow seen = ledger_.read(inner.window_);
+    return {.live_before = before,
+            .live_after = inner.live(),
+            .peak = seen.peak,
+            .allocations = seen.allocations,
+            .largest = ledger_.sees_single_allocations() ? std::optional(seen.largest) : std::nullopt};
+  }
+
+ private:
+  static detail::MemoryLedger& ledger_of(c10::Device device) {
+    if (device.is_cpu()) {
+      return detail::CountingAllocator::instance();
+    }
+    return detail::DeviceLedger::instance(device);
+  }
+
+  void require_single_allocations(const char* what) const {
+    require(ledger_.sees_single_allocations(), "headroom.memory.unsupported", what, " on ", device_.str(),
+            ": the device's allocator only keeps sums; use a CPU meter");
+  }
+
+  c10::Device device_;
+  detail::MemoryLedger& ledger_;
+  detail::MeterWindow window_;
+};
+
+}  // namespace headroom::inline v0

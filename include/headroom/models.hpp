@@ -1,0 +1,3 @@
+#pragma once
+
+#include "headroom/models/time_frequency_transformer.hpp"

@@ -1,0 +1,8 @@
+#pragma once
+
+#include "headroom/nn/attention.hpp"
+#include "headroom/nn/encoder.hpp"
+#include "headroom/nn/encoder_block.hpp"
+#include "headroom/nn/feed_forward.hpp"
+#include "headroom/nn/rms_norm.hpp"
+#include "headroom/nn/rotary.hpp"

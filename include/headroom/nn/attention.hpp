@@ -1,0 +1,78 @@
+#pragma once
+
+#include <torch/nn/modules/linear.h>
+
+#include "headroom/attention.hpp"
+#include "headroom/nn/rotary.hpp"
+
+namespace headroom::inline v0::nn {
+
+struct AttentionOptions {
+  AttentionOptions(int64_t dim, int64_t heads) : dim_(dim), heads_(heads) {}
+  /// Features of a token; the heads divide them.
+  TORCH_ARG(int64_t, dim);
+  TORCH_ARG(int64_t, heads);
+  /// Rotary position embedding of q and k.
+  TORCH_ARG(bool, rotary) = true;
+  TORCH_ARG(double, rotary_theta) = 10000.0;
+  /// Bias of the two projections.
+  TORCH_ARG(bool, bias) = false;
+  TORCH_ARG(bool, causal) = false;
+  TORCH_ARG(AttentionBackend, backend) = AttentionBackend::automatic;
+};
+
+/// Multi-head self-attention along one dimension of a tensor of tokens, all other dimensions being batch. The
+/// sequence dimension is attended where it lies: no transposed copy is made.
+class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
+ public:
+  explicit AttentionImpl(const AttentionOptions& options) : options(options) { reset(); }
+
+  void reset() override {
+    require(options.heads() > 0 && options.dim() > 0 && options.dim() % options.heads() == 0, "headroom.nn.attention.heads",
+            options.heads(), " heads do not divide the width ", options.dim(), "; choose a width that is a multiple of heads");
+    require(!options.rotary() || options.dim() / options.heads() % 2 == 0, "headroom.nn.rotary.dim",
+            "rotary embedding rotates pairs of features, the head dim is ", options.dim() / options.heads(),
+            "; choose an even head dim");
+    to_qkv = register_module("to_qkv", torch::nn::Linear(torch::nn::LinearOptions(options.dim(), 3 * options.dim()).bias(options.bias())));
+    to_out = register_module("to_out", torch::nn::Linear(torch::nn::LinearOptions(options.dim(), options.dim()).bias(options.bias())));
+  }
+  void pretty_print(std::ostream& stream) const override {
+    stream << "headroom::nn::Attention(" << options.dim() << ", heads=" << options.heads() << std::boolalpha
+           << ", rotary=" << options.rotary() << ")";
+  }
+
+  /// x [..., dim] with at least one token dimension -> same shape; attends along dimension `axis`.
+  torch::Tensor forward(const torch::Tensor& x, int64_t axis = -2) {
+    const int64_t rank = x.dim(), sequence = axis < 0 ? axis + rank : axis;
+    require(rank >= 2 && x.size(-1) == options.dim() && 0 <= sequence && sequence < rank - 1, "headroom.nn.attention.shape",
+            "x is ", x.sizes(), " and the axis ", axis, "; expected [...,L,", options.dim(), "] and an axis before the last");
+    torch::Tensor packed = to_qkv->forward(x).unflatten(-1, {3, options.heads(), -1});  // [...,3,H,D]
+    packed = headroom::detail::widened(packed);
+    const auto request = headroom::AttentionOptions().causal(options.causal()).backend(options.backend());
+    return to_out->forward(
+        headroom::detail::packed_attention(packed, rotation(x.size(sequence), rank - 1 - sequence, x.device()), sequence, request)
+            .flatten(-2));  // [...,dim]
+  }
+
+  AttentionOptions options;
+  torch::nn::Linear to_qkv{nullptr}, to_out{nullptr};
+
+ private:
+  /// Table [L, 1 …, D/2] that broadcasts over the dimensions between the sequence and the features; kept from call to
+  /// call, not part of the state.
+  torch::Tensor rotation(int64_t length, int64_t behind, torch::Device device) {
+    if (!options.rotary()) return {};
+    if (!table_.defined() || table_.size(0) != length || table_.device() != device) {
+      table_ = rotary_table(length, options.dim() / options.heads(), options.rotary_theta(), device);
+    }
+    std::vector<int64_t> shape(behind + 3, 1);  // other token dimensions, q or k, head, pair
+    shape.front() = length;
+    shape.back() = table_.size(1);
+    return table_.view(shape);
+  }
+
+  torch::Tensor table_;  // complex [L, D/2]
+};
+TORCH_MODULE(Attention);
+
+}  // namespace headroom::inline v0::nn

@@ -1,0 +1,54 @@
+#pragma once
+
+#include <concepts>
+
+#include "headroom/nn/attention.hpp"
+#include "headroom/nn/feed_forward.hpp"
+#include "headroom/nn/rms_norm.hpp"
+
+namespace headroom::inline v0::nn {
+
+/// A module holder over tokens whose forward attends along an axis: forward(x [..., dim], axis) -> same shape.
+template <class M>
+concept TokenMixer = requires(M m, torch::Tensor x, int64_t axis) {
+  { m->forward(x, axis) } -> std::convertible_to<torch::Tensor>;
+};
+/// A module holder that treats every token alone: forward(x [..., dim]) -> same shape.
+template <class M>
+concept TokenWise = requires(M m, torch::Tensor x) {
+  { m->forward(x) } -> std::convertible_to<torch::Tensor>;
+};
+
+/// Pre-norm block: x + attention(norm(x)), then x + feed_forward(norm(x)). Composed of any two modules of the right
+/// shape; EncoderBlock below is the usual one.
+template <TokenMixer Attention, TokenWise FeedForward>
+class BasicEncoderBlockImpl : public torch::nn::Module {
+ public:
+  BasicEncoderBlockImpl(int64_t dim, Attention attention, FeedForward feed_forward)
+      : attention_norm(register_module("attention_norm", RMSNorm(dim))),
+        attention(register_module("attention", std::move(attention))),
+        feed_forward_norm(register_module("feed_forward_norm", RMSNorm(dim))),
+        feed_forward(register_module("feed_forward", std::move(feed_forward))) {}
+
+  /// x [..., dim] -> same shape, attending along dimension `axis`.
+  torch::Tensor forward(torch::Tensor x, int64_t axis = -2) {
+    x = x + attention->forward(attention_norm->forward(x), axis);
+    return x + feed_forward->forward(feed_forward_norm->forward(x));
+  }
+
+  RMSNorm attention_norm;
+  Attention attention;
+  RMSNorm feed_forward_norm;
+  FeedForward feed_forward;
+};
+
+/// Holder of a BasicEncoderBlockImpl, usable wherever LibTorch takes a module holder.
+template <TokenMixer Attention, TokenWise FeedForward>
+class BasicEncoderBlock : public torch::nn::ModuleHolder<BasicEncoderBlockImpl<Attention, FeedForward>> {
+ public:
+  using torch::nn::ModuleHolder<BasicEncoderBlockImpl<Attention, FeedForward>>::ModuleHolder;
+};
+
+using EncoderBlock = BasicEncoderBlock<Attention, FeedForward>;
+
+}  // namespace headroom::inline v0::nn

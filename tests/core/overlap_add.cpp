@@ -1,0 +1,273 @@
+#include "headroom/core/overlap_add.hpp"
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+#include <limits>
+#include <vector>
+
+#include "support/catch.hpp"
+
+using namespace headroom;
+using core::OverlapAdd;
+using core::OverlapAddOptions;
+using core::TailPadding;
+using Eigen::Index;
+using Block = OverlapAdd<double>::Block;
+using ConstBlockRef = OverlapAdd<double>::ConstBlockRef;
+using BlockRef = OverlapAdd<double>::BlockRef;
+
+namespace {
+
+// Values that differ from each other and from their neighbours, in [-1, 1].
+Block recording(Index channels, Index length) {
+  Block x(channels, length);
+  for (Index c = 0; c < channels; ++c) {
+    for (Index t = 0; t < length; ++t) {
+      x(c, t) = std::sin(0.7 * static_cast<double>(t) + static_cast<double>(c)) + 1e-3 * static_cast<double>(t % 7);
+    }
+  }
+  return x;
+}
+
+// Runs `model` over `x` in blocks of `block` samples and returns all that the sink was given.
+Block stream(const OverlapAddOptions& options, const OverlapAdd<double>::Model& model, const Block& x, Index block) {
+  std::vector<Block> parts;
+  OverlapAdd<double> blend(options, model, [&](const ConstBlockRef& finished) { parts.push_back(finished); });
+  for (Index t = 0; t < x.cols(); t += block) {
+    blend.push(x.middleCols(t, std::min(block, x.cols() - t)));
+  }
+  blend.finish();
+  Index length = 0;
+  for (const Block& part : parts) {
+    length += part.cols();
+  }
+  Block y(options.out_channels, length);
+  Index t = 0;
+  for (const Block& part : parts) {
+    y.middleCols(t, part.cols()) = part;
+    t += part.cols();
+  }
+  return y;
+}
+
+void identity(const ConstBlockRef& input, BlockRef output) { output = input; }
+
+// The definition, on the whole recording in memory: Σ w·y / Σ w over the segments k = 0, 1, … that hold new samples.
+template <class F>
+Block blend_whole(const OverlapAddOptions& options, F&& model, const Block& x) {
+  const Index segment = options.segment, step = *options.step, length = x.cols();
+  const double fade = static_cast<double>(options.fade.value_or(segment / 2));
+  Block sum = Block::Zero(options.out_channels, length), weights = Block::Zero(1, length);
+  for (Index start = 0; start == 0 || start - step + segment < length; start += step) {
+    Block input = Block::Zero(x.rows(), segment);
+    const Index here = std::min(segment, length - start);
+    input.leftCols(here) = x.middleCols(start, here);
+    const Block output = model(input);
+    for (Index i = 0; i < here; ++i) {
+      const double w =
+          std::min({1.0, static_cast<double>(i + 1) / (fade + 1), static_cast<double>(segment - i) / (fade + 1)});
+      sum.col(start + i) += w * output.col(i);
+      weights(start + i) += w;
+    }
+  }
+  return sum.rowwise() / weights.row(0);
+}
+
+}  // namespace
+
+TEST_CASE("overlap-add with the identity returns the recording, for every length, step and block") {
+  for (const Index segment : {1, 2, 7, 12}) {
+    for (Index step = 1; step <= segment; step += segment > 7 ? 5 : 2) {
+      for (const auto padding : {TailPadding::zero, TailPadding::reflect}) {
+        for (Index length = 0; length <= 41; ++length) {
+          const Block x = recording(2, length);
+          for (const Index block : {1, 3, 11, 64}) {
+            OverlapAddOptions options{.segment = segment, .step = step, .padding = padding};
+            const Block y = stream(options, identity, x, block);
+            INFO("segment " << segment << ", step " << step << ", length " << length << ", block " << block);
+            REQUIRE(y.cols() == length);
+            if (length > 0) {
+              REQUIRE((y - x).abs().maxCoeff() < 8 * std::numeric_limits<double>::epsilon());
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("overlap-add of a model that depends on the position equals the definition on the whole recording") {
+  // A different result for each place in the segment and for each segment shows every weight; 3 rows from 2.
+  const auto model = [](const ConstBlockRef& input) {
+    Block output(3, input.cols());
+    for (Index i = 0; i < input.cols(); ++i) {
+      output.col(i) << input(0, i) * static_cast<double>(i), input(1, i) + input.row(0).sum(), 1.0 / (1.0 + i);
+    }
+    return output;
+  };
+  const auto write = [&](const ConstBlockRef& input, BlockRef output) { output = model(input); };
+  for (const Index segment : {8, 13}) {
+    for (const Index step : {1, 3, 6, 8}) {
+      for (const Index fade : {0, 1, 4}) {
+        for (const Index length : {1, 5, 8, 9, 13, 14, 31, 53}) {
+          INFO("segment " << segment << ", step " << step << ", fade " << fade << ", length " << length);
+          const OverlapAddOptions options{.segment = segment, .step = step, .fade = fade, .out_channels = 3};
+          const Block x = recording(2, length);
+          const Block y = stream(options, write, x, 5), expected = blend_whole(options, model, x);
+          REQUIRE(y.cols() == length);
+          REQUIRE((y - expected).abs().maxCoeff() < 1e-12);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("the last segment is padded with silence or with its mirror image") {
+  Block x(1, 6);
+  x << 1, 2, 3, 4, 5, 6;
+  std::vector<Block> seen;
+  const auto model = [&](const ConstBlockRef& input, BlockRef output) {
+    seen.push_back(input);
+    output = input;
+  };
+  const auto segments = [&](Index length, Index segment, Index step, TailPadding padding) {
+    seen.clear();
+    stream({.segment = segment, .step = step, .padding = padding, .in_channels = 1, .out_channels = 1}, model,
+           x.leftCols(length), 4);
+    std::vector<std::vector<double>> values;
+    for (const Block& s : seen) {
+      values.emplace_back(s.data(), s.data() + s.size());
+    }
+    return values;
+  };
+  using Segments = std::vector<std::vector<double>>;
+  CHECK(segments(6, 4, 3, TailPadding::zero) == Segments{{1, 2, 3, 4}, {4, 5, 6, 0}});
+  CHECK(segments(6, 4, 3, TailPadding::reflect) == Segments{{1, 2, 3, 4}, {4, 5, 6, 5}});
+  CHECK(segments(3, 9, 3, TailPadding::reflect) == Segments{{1, 2, 3, 2, 1, 2, 3, 2, 1}});
+  CHECK(segments(2, 5, 5, TailPadding::reflect) == Segments{{1, 2, 1, 2, 1}});
+  CHECK(segments(1, 3, 2, TailPadding::reflect) == Segments{{1, 1, 1}});
+  // A recording that full segments cover needs no padded one.
+  CHECK(segments(6, 4, 2, TailPadding::zero) == Segments{{1, 2, 3, 4}, {3, 4, 5, 6}});
+  CHECK(segments(4, 4, 1, TailPadding::zero) == Segments{{1, 2, 3, 4}});
+  CHECK(segments(0, 4, 1, TailPadding::zero).empty());
+}
+
+TEST_CASE("a sample is handed out as soon as no later segment covers it") {
+  std::vector<Index> handed_out;
+  OverlapAdd<double> blend({.segment = 8, .step = 3, .in_channels = 1, .out_channels = 1}, identity,
+                           [&](const ConstBlockRef& finished) { handed_out.push_back(finished.cols()); });
+  const Block x = recording(1, 20);
+  blend.push(x.leftCols(7));
+  CHECK(handed_out.empty());
+  blend.push(x.middleCols(7, 1));
+  CHECK(handed_out == std::vector<Index>{3});
+  blend.push(x.middleCols(8, 6));
+  CHECK(handed_out == std::vector<Index>{3, 3, 3});
+  blend.finish();
+  CHECK(handed_out == std::vector<Index>{3, 3, 3, 5});
+}
+
+TEST_CASE("after finish, and after reset, overlap-add starts a recording from nothing") {
+  Block y(1, 0);
+  const auto append = [&](const ConstBlockRef& finished) {
+    Block both(1, y.cols() + finished.cols());
+    both << y, finished;
+    y = both;
+  };
+  OverlapAdd<double> blend({.segment = 6, .step = 2, .in_channels = 1, .out_channels = 1}, identity, append);
+  const Block first = recording(1, 11), second = recording(1, 9) + 3.0;
+  blend.push(first);
+  blend.reset();
+  y.resize(1, 0);
+  for (const Block& x : {first, second}) {
+    y.resize(1, 0);
+    blend.push(x);
+    blend.finish();
+    REQUIRE(y.cols() == x.cols());
+    CHECK((y - x).abs().maxCoeff() < 1e-14);
+  }
+}
+
+TEST_CASE("overlap and step are two ways to say the same") {
+  CHECK(core::overlap_add_step({.segment = 441000}) == 330750);
+  CHECK(core::overlap_add_step({.segment = 10, .overlap = 0}) == 10);
+  CHECK(core::overlap_add_step({.segment = 10, .overlap = 0.999}) == 1);
+  CHECK(core::overlap_add_step({.segment = 10, .overlap = 0.5, .step = 7}) == 7);
+  for (const Index step : {1, 3, 98765, 441000}) {
+    CHECK(core::overlap_add_step({.segment = 441000, .overlap = 1 - static_cast<double>(step) / 441000}) == step);
+  }
+}
+
+TEST_CASE("single precision keeps a recording to 8 epsilon with the longest triangle") {
+  using Blend = OverlapAdd<float>;
+  const Index length = 300007;
+  const Blend::Block x = recording(1, length).cast<float>();
+  Blend::Block y(1, length);
+  Index written = 0;
+  Blend blend(
+      {.segment = 100000, .overlap = 0.75, .in_channels = 1, .out_channels = 1},
+      [](const Blend::ConstBlockRef& input, Blend::BlockRef output) { output = input; },
+      [&](const Blend::ConstBlockRef& finished) {
+        y.middleCols(written, finished.cols()) = finished;
+        written += finished.cols();
+      });
+  blend.push(x);
+  blend.finish();
+  REQUIRE(written == length);
+  CHECK(((y - x).abs() / x.abs().max(0.01f)).maxCoeff() < 8 * std::numeric_limits<float>::epsilon());
+}
+
+#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+TEST_CASE("overlap-add allocates its state and nothing more, however long the recording") {
+  const auto in_use = [] {
+    const auto info = mallinfo2();
+    return info.uordblks + info.hblkhd;
+  };
+  const OverlapAddOptions options{.segment = 50000, .in_channels = 2, .out_channels = 8};
+  const Block block = recording(2, 4096);
+  std::size_t in_model = 0, in_sink = 0;
+  const std::size_t before = in_use();
+  OverlapAdd<double> blend(
+      options,
+      [&](const ConstBlockRef& input, BlockRef output) {
+        in_model = std::max(in_model, in_use());
+        output = input.replicate(4, 1);
+      },
+      [&](const ConstBlockRef&) { in_sink = std::max(in_sink, in_use()); });
+  const std::size_t constructed = in_use();
+  CHECK(OverlapAdd<double>::state_bytes(options) == 8 * 50000 * (2 + 2 * 8 + 2));
+  CHECK(constructed - before >= OverlapAdd<double>::state_bytes(options));
+  CHECK(constructed - before < OverlapAdd<double>::state_bytes(options) + 6 * 8192);  // five buffers in whole pages
+  for (int i = 0; i < 200; ++i) {
+    blend.push(block);
+  }
+  blend.finish();
+  CHECK(in_model == constructed);
+  CHECK(in_sink == constructed);
+}
+#endif
+
+TEST_CASE("overlap-add says which option is wrong") {
+  const auto make = [](OverlapAddOptions options) {
+    return testing::error_of([&] { OverlapAdd<float>(options, {}, {}); });
+  };
+  for (const auto& [options, part] : std::vector<std::pair<OverlapAddOptions, const char*>>{
+           {{}, "segment is 0"},
+           {{.segment = 10, .overlap = 1}, "overlap is 1"},
+           {{.segment = 10, .overlap = -0.1}, "overlap is -0.1"},
+           {{.segment = 10, .step = 11}, "step is 11"},
+           {{.segment = 10, .step = 0}, "step is 0"},
+           {{.segment = 10, .fade = 6}, "fade is 6"},
+           {{.segment = 10, .in_channels = 0}, "got 0 input and 2 output channels"},
+       }) {
+    const Error error = make(options);
+    CHECK(error.id() == "headroom.overlap_add.options");
+    CHECK_THAT(error.what(), Catch::Contains(part));
+  }
+  OverlapAdd<double> blend({.segment = 4}, identity, [](const ConstBlockRef&) {});
+  const Error error = testing::error_of([&] { blend.push(recording(1, 3)); });
+  CHECK(error.id() == "headroom.overlap_add.channels");
+  CHECK_THAT(error.what(), Catch::Contains("got a block of 1 channels, expected 2"));
+}

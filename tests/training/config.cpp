@@ -186,21 +186,6 @@ TEST_CASE("the example configurations load and hold the guide's values") {
   CHECK(row("musdb18_ultra_safe") == std::vector<int64_t>{132300, 4, 96, 1, 4});
 }
 
-TEST_CASE("stored scores: the allocation that crashed the guide's trainer") {
-  Config config = load_config(kRoot / "examples/configs/musdb18_memory_optimized_first.json");
-  CHECK(frames_of(config) == 431);
-  CHECK(bins_of(config) == 2049);
-  const StoredScores scores = stored_scores_bytes(config);
-  CHECK(scores.frequency_layer == 86'856'519'888);  // 80.89 GiB
-  CHECK(scores.time_layer == 2049LL * 12 * 431 * 431 * 4);
-  CHECK(scores.step == 8 * (scores.frequency_layer + scores.time_layer));
-  config.training.batch_size = 3;
-  CHECK(stored_scores_bytes(config).step == 3 * scores.step);
-  config.training.segment_length = 1'000'000'000;
-  config.model.hop_length = 1;
-  CHECK(stored_scores_bytes(config).step == std::numeric_limits<int64_t>::max());
-}
-
 TEST_CASE("the documentation has the table of all keys") {
   std::ifstream file(kRoot / "docs/070_training.md");
   std::ostringstream text;

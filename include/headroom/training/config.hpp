@@ -6,7 +6,6 @@
 #include <filesystem>
 #include <fstream>
 #include <initializer_list>
-#include <limits>
 #include <set>
 #include <sstream>
 #include <string>
@@ -272,33 +271,6 @@ inline std::string to_json(const Config& config) { return write_described(config
 /// The documentation of every key as a Markdown table: key, default, accepted values, meaning.
 inline std::string config_table() {
   return "| key | default | accepted | meaning |\n|---|---|---|---|\n" + describe_markdown(Config{});
-}
-
-/// Frames that a segment has in the model's STFT.
-inline int64_t frames_of(const Config& config) { return config.training.segment_length / config.model.hop_length + 1; }
-
-/// Bins that a frame has in the model's STFT: every bin is a token.
-inline int64_t bins_of(const Config& config) { return config.model.n_fft / 2 + 1; }
-
-/// Bytes that attention would keep for the backward pass of one training step (one batch, without checkpointing) if it
-/// stored its scores in float: what `"attention": "reference"` and PyTorch's nn::MultiheadAttention do.
-struct StoredScores {
-  int64_t frequency_layer;  ///< batch x frames x heads x bins² x 4
-  int64_t time_layer;       ///< batch x bins x heads x frames² x 4
-  int64_t step;             ///< n_layers times both
-};
-
-/// The formulas at StoredScores, exact up to 2^53 bytes; what does not fit an int64_t is given as its maximum.
-inline StoredScores stored_scores_bytes(const Config& config) {
-  const double frames = static_cast<double>(frames_of(config));
-  const double bins = static_cast<double>(bins_of(config));
-  const double heads = static_cast<double>(config.training.batch_size) * static_cast<double>(config.model.n_heads);
-  const double frequency = heads * frames * bins * bins * 4;
-  const double time = heads * bins * frames * frames * 4;
-  const auto bytes = [](double value) {
-    return value < 0x1p63 ? static_cast<int64_t>(value) : std::numeric_limits<int64_t>::max();
-  };
-  return {bytes(frequency), bytes(time), bytes(static_cast<double>(config.model.n_layers) * (frequency + time))};
 }
 
 }  // namespace headroom::inline v0::training

@@ -40,7 +40,7 @@ inline int64_t estimated_total_steps(int64_t first, int64_t step, double elapsed
   constexpr double kUnknown = 1e15;  // before the first step is over, the end is far
   const double fraction = std::clamp(elapsed / budget, 0.0, 1.0);
   const double steps = static_cast<double>(step - first);
-  return first + static_cast<int64_t>(steps == 0 ? kUnknown : std::min(kUnknown, std::ceil(steps / fraction)));
+  return first + static_cast<int64_t>(steps == 0 ? kUnknown : std::min(kUnknown, std::round(steps / fraction)));
 }
 
 }  // namespace headroom::inline v0::training

@@ -1,0 +1,7 @@
+#pragma once
+
+#include "headroom/training/config.hpp"
+#include "headroom/training/json.hpp"
+#include "headroom/training/schedule.hpp"
+#include "headroom/training/state.hpp"
+#include "headroom/training/trainer.hpp"

@@ -1,5 +1,6 @@
 #include "headroom/audio/stft.hpp"
 
+#include <ATen/autocast_mode.h>
 #include <torch/torch.h>
 
 #include "support/catch.hpp"

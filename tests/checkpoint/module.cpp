@@ -74,7 +74,7 @@ TEST_CASE("a checkpointed module has the names, options and type of the plain on
   CHECK(block->as<FeedForwardImpl>() != nullptr);
   std::ostringstream text;
   text << *block;
-  CHECK(text.str() == "Checkpointed<FeedForward(8)>");
+  CHECK(text.str().starts_with("Checkpointed<FeedForward(8)>("));
 
   std::stringstream archive;
   torch::save(plain, archive);
@@ -95,7 +95,8 @@ TEST_CASE("a checkpointed module computes and differentiates as the plain one an
 
   const MemoryMeter meter;
   Tensor y;
-  CHECK(meter.measure([&] { y = block(x); }).held() == static_cast<std::int64_t>(y.nbytes()));
+  const MemoryReport report = meter.measure([&] { y = block(x); });
+  CHECK(report.held() == static_cast<std::int64_t>(y.nbytes()));
 }
 
 TEST_CASE("it fits into Sequential, and clones stay checkpointed with parameters of their own") {

@@ -263,11 +263,11 @@ TEST_CASE("overlap-add says which option is wrong") {
            {{.segment = 10, .in_channels = 0}, "got 0 input and 2 output channels"},
        }) {
     const Error error = make(options);
-    CHECK(error.id() == "headroom.overlap_add.options");
+    CHECK(error.id() == "headroom.core.overlap_add.options");
     CHECK_THAT(error.what(), Catch::Contains(part));
   }
   OverlapAdd<double> blend({.segment = 4}, identity, [](const ConstBlockRef&) {});
   const Error error = testing::error_of([&] { blend.push(recording(1, 3)); });
-  CHECK(error.id() == "headroom.overlap_add.channels");
+  CHECK(error.id() == "headroom.core.overlap_add.channels");
   CHECK_THAT(error.what(), Catch::Contains("got a block of 1 channels, expected 2"));
 }

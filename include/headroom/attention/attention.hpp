@@ -18,8 +18,8 @@ namespace detail {
 /// The backend that `automatic` stands for; fails when the named one can't honour the request.
 inline AttentionBackend resolve_backend(const torch::Tensor& q, AttentionBackend wanted) {
   if (wanted == AttentionBackend::reference) return wanted;
-  require(q.device().is_cpu(), "headroom.attention.backend", "backend ", wanted, " computes on the CPU, q is on ", q.device(),
-          "; move the tensors to the CPU or ask for the backend reference, which stores L x L scores");
+  require(q.device().is_cpu(), "headroom.attention.backend", "backend ", wanted, " computes on the CPU, q is on ",
+          q.device(), "; move the tensors to the CPU or ask for the backend reference, which stores L x L scores");
   return AttentionBackend::tiled;
 }
 
@@ -35,12 +35,14 @@ inline void save_request(torch::autograd::AutogradContext* ctx, const AttentionR
   ctx->saved_data["key_lengths"] = request.key_lengths;
 }
 inline AttentionRequest saved_request(torch::autograd::AutogradContext* ctx) {
-  return {ctx->saved_data["causal"].toBool(), ctx->saved_data["scale"].toDouble(), ctx->saved_data["key_lengths"].toTensor()};
+  return {ctx->saved_data["causal"].toBool(), ctx->saved_data["scale"].toDouble(),
+          ctx->saved_data["key_lengths"].toTensor()};
 }
 
 [[noreturn]] inline void refuse_double_backward() {
   fail("headroom.attention.double_backward",
-       "second derivatives of tiled attention are not implemented; call backward without create_graph, or use the backend "
+       "second derivatives of tiled attention are not implemented; call backward without create_graph, or use the "
+       "backend "
        "reference");
 }
 
@@ -50,7 +52,8 @@ struct TiledAttentionBackward : torch::autograd::Function<TiledAttentionBackward
                                                 const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                                 const torch::Tensor& output, const torch::Tensor& lse,
                                                 const AttentionRequest& request) {
-    const AttentionGradients grad{empty_in_order_of(q, q.sizes(), q.options()), empty_in_order_of(k, k.sizes(), k.options()),
+    const AttentionGradients grad{empty_in_order_of(q, q.sizes(), q.options()),
+                                  empty_in_order_of(k, k.sizes(), k.options()),
                                   empty_in_order_of(v, v.sizes(), v.options())};
     tiled_attention_backward(grad_output, q, k, v, {output, lse}, request, grad);
     return {grad.q, grad.k, grad.v};
@@ -70,9 +73,11 @@ struct TiledAttention : torch::autograd::Function<TiledAttention> {
     ctx->mark_non_differentiable({result.lse});
     return {result.output, result.lse};
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grad) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grad) {
     const auto saved = ctx->get_saved_variables();
-    auto grads = TiledAttentionBackward::apply(grad[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved_request(ctx));
+    auto grads =
+        TiledAttentionBackward::apply(grad[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved_request(ctx));
     grads.emplace_back();  // the request has no gradient
     return grads;
   }
@@ -81,10 +86,10 @@ struct TiledAttention : torch::autograd::Function<TiledAttention> {
 }  // namespace detail
 
 /// softmax(scale·q·kᵀ over the allowed keys)·v and its log-sum-exp, differentiable in q, k and v through the output.
-/// q [..., H, Lq, D], k [..., H, Lk, D], v [..., H, Lk, Dv]: three dimensions or more, any strides, floating-point dtype
-/// (computed in float, in double for double). The output lies in memory in the order of q's dimensions. A query without
-/// keys gets output 0, lse -inf, gradient 0. Saved for backward: q, k, v, output and lse.
-/// Throws headroom.attention.{shape,dtype,scale,key_lengths,backend}, and .double_backward for second derivatives.
+/// q [..., H, Lq, D], k [..., H, Lk, D], v [..., H, Lk, Dv]: three dimensions or more, any strides, floating-point
+/// dtype (computed in float, in double for double). The output lies in memory in the order of q's dimensions. A query
+/// without keys gets output 0, lse -inf, gradient 0. Saved for backward: q, k, v, output and lse. Throws
+/// headroom.attention.{shape,dtype,scale,key_lengths,backend}, and .double_backward for second derivatives.
 inline AttentionResult attention_with_lse(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                           const AttentionOptions& options = {}) {
   const auto request = detail::AttentionRequest::check(q, k, v, options);

@@ -11,7 +11,8 @@ inline AttentionGradients unpack_views(const torch::Tensor& packed, int64_t axis
   return {part(0), part(1), part(2)};
 }
 
-/// Rotates q and k of packed projections in place: complex pairs of features times `rotation` (complex, broadcastable to
+/// Rotates q and k of packed projections in place: complex pairs of features times `rotation` (complex, broadcastable
+/// to
 /// [..., 2, H, D/2]).
 inline void rotate_packed(const torch::Tensor& packed, const torch::Tensor& rotation) {
   const torch::Tensor qk = packed.narrow(-3, 0, 2);
@@ -33,8 +34,8 @@ struct PackedAttentionBackward : torch::autograd::Function<PackedAttentionBackwa
   }
 };
 
-/// Self-attention over one projection that holds q, k and v: nothing is copied on the way in, and the gradient is written
-/// where the projection's backward wants it. `packed` is rotated in place, so it must not be used elsewhere.
+/// Self-attention over one projection that holds q, k and v: nothing is copied on the way in, and the gradient is
+/// written where the projection's backward wants it. `packed` is rotated in place, so it must not be used elsewhere.
 struct PackedAttention : torch::autograd::Function<PackedAttention> {
   static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& packed,
                                const torch::Tensor& rotation, int64_t axis, const AttentionRequest& request) {
@@ -46,11 +47,14 @@ struct PackedAttention : torch::autograd::Function<PackedAttention> {
     save_request(ctx, request);
     return result.output.movedim(-2, axis);
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grad) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grad) {
     const auto saved = ctx->get_saved_variables();
-    return {PackedAttentionBackward::apply(grad[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["axis"].toInt(),
-                                           saved_request(ctx)),
-            {}, {}, {}};
+    return {PackedAttentionBackward::apply(grad[0], saved[0], saved[1], saved[2], saved[3],
+                                           ctx->saved_data["axis"].toInt(), saved_request(ctx)),
+            {},
+            {},
+            {}};
   }
 };
 

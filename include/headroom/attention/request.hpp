@@ -24,8 +24,9 @@ struct AttentionRequest {
     for (const torch::Tensor* x : {&q, &k, &v}) {
       require(x->defined(), "headroom.attention.shape", "q, k and v must be defined tensors");
       require(x->dtype() == q.dtype() && x->device() == q.device() && x->layout() == torch::kStrided,
-              "headroom.attention.dtype", "q is ", q.dtype(), " on ", q.device(), " but another input is ", x->dtype(), " on ",
-              x->device(), " with layout ", x->layout(), "; expected three strided tensors of one dtype on one device");
+              "headroom.attention.dtype", "q is ", q.dtype(), " on ", q.device(), " but another input is ", x->dtype(),
+              " on ", x->device(), " with layout ", x->layout(),
+              "; expected three strided tensors of one dtype on one device");
     }
     require(q.is_floating_point(), "headroom.attention.dtype", "q is ", q.dtype(),
             ", expected a floating-point dtype; convert with q.to(torch::kFloat)");
@@ -37,13 +38,15 @@ struct AttentionRequest {
     }
     if (k.size(-1) != q.size(-1)) shape_error("q and k differ in the last dimension");
     if (v.size(-2) != k.size(-2)) shape_error("k and v differ in length");
-    const double scale = options.scale().value_or(1.0 / std::sqrt(std::max<double>(static_cast<double>(q.size(-1)), 1.0)));
+    const double scale =
+        options.scale().value_or(1.0 / std::sqrt(std::max<double>(static_cast<double>(q.size(-1)), 1.0)));
     require(std::isfinite(scale), "headroom.attention.scale", "scale is ", scale, ", expected a finite number");
     return {options.causal(), scale, check_key_lengths(q, k, options)};
   }
 
  private:
-  static torch::Tensor check_key_lengths(const torch::Tensor& q, const torch::Tensor& k, const AttentionOptions& options) {
+  static torch::Tensor check_key_lengths(const torch::Tensor& q, const torch::Tensor& k,
+                                         const AttentionOptions& options) {
     if (!options.key_lengths().has_value()) return {};
     const torch::Tensor& lengths = *options.key_lengths();
     const auto batch = q.sizes().slice(0, q.dim() - 3);

@@ -106,7 +106,8 @@ inline AttentionForward tiled_attention(const torch::Tensor& q, const torch::Ten
           with_mask(request, batch, [&](const auto& mask) {
             [&](const auto& q4, const auto& k4, const auto& v4, const auto& o4, const auto& lse4) {
               core::attention_forward(view_of<const Scalar>(q4), view_of<const Scalar>(k4), view_of<const Scalar>(v4),
-                                      view_of<Scalar>(o4), view_of<double>(lse4), {request.scale}, mask, TorchExecutor{});
+                                      view_of<Scalar>(o4), view_of<double>(lse4), {request.scale}, mask,
+                                      TorchExecutor{});
             }(x...);
           });
         },
@@ -127,9 +128,9 @@ inline void tiled_attention_backward(const torch::Tensor& grad_output, const tor
             [&](const auto& g4, const auto& q4, const auto& k4, const auto& v4, const auto& o4, const auto& lse4,
                 const auto& grad_q4, const auto& grad_k4, const auto& grad_v4) {
               core::attention_backward(view_of<const Scalar>(g4), view_of<const Scalar>(q4), view_of<const Scalar>(k4),
-                                       view_of<const Scalar>(v4), view_of<const Scalar>(o4), view_of<const double>(lse4),
-                                       view_of<Scalar>(grad_q4), view_of<Scalar>(grad_k4), view_of<Scalar>(grad_v4),
-                                       {request.scale}, mask, TorchExecutor{});
+                                       view_of<const Scalar>(v4), view_of<const Scalar>(o4),
+                                       view_of<const double>(lse4), view_of<Scalar>(grad_q4), view_of<Scalar>(grad_k4),
+                                       view_of<Scalar>(grad_v4), {request.scale}, mask, TorchExecutor{});
             }(x...);
           });
         },

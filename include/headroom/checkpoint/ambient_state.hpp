@@ -7,7 +7,6 @@
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 
-#include <array>
 #include <cstring>
 #include <mutex>
 #include <utility>
@@ -69,30 +68,29 @@ class AutocastState {
  public:
   static AutocastState capture() {
     AutocastState now;
-    for (std::size_t i = 0; i < devices().size(); ++i) {
-      now.settings_[i] = {at::autocast::is_autocast_enabled(devices()[i]),
-                          at::autocast::get_autocast_dtype(devices()[i])};
+    for (const c10::DeviceType device : at::autocast::_AUTOCAST_SUPPORTED_DEVICES) {
+      now.settings_.push_back(
+          {device, at::autocast::is_autocast_enabled(device), at::autocast::get_autocast_dtype(device)});
     }
     now.cache_ = at::autocast::is_autocast_cache_enabled();
     return now;
   }
 
   void apply() const {
-    for (std::size_t i = 0; i < devices().size(); ++i) {
-      at::autocast::set_autocast_enabled(devices()[i], settings_[i].enabled);
-      at::autocast::set_autocast_dtype(devices()[i], settings_[i].dtype);
+    for (const auto& [device, enabled, dtype] : settings_) {
+      at::autocast::set_autocast_enabled(device, enabled);
+      at::autocast::set_autocast_dtype(device, dtype);
     }
     at::autocast::set_autocast_cache_enabled(cache_);
   }
 
  private:
-  static constexpr auto& devices() { return at::autocast::_AUTOCAST_SUPPORTED_DEVICES; }
-
   struct Setting {
+    c10::DeviceType device;
     bool enabled;
     at::ScalarType dtype;
   };
-  std::array<Setting, std::tuple_size_v<std::remove_cvref_t<decltype(devices())>>> settings_;
+  std::vector<Setting> settings_;
   bool cache_ = true;
 };
 

@@ -19,7 +19,8 @@ struct BackwardTensors {
 };
 
 /// Backward of a few tiles of keys against all queries, one block of queries at a time. Keys fill the lanes; queries
-/// and output gradients are read where they lie. With P = weights, dP = grad_output·vᵀ, delta = sum(grad_output·output):
+/// and output gradients are read where they lie. With P = weights, dP = grad_output·vᵀ, delta =
+/// sum(grad_output·output):
 ///   dS = P·(dP - delta),  grad_v = Pᵀ·grad_output,  grad_k = scale·dSᵀ·q,  grad_q = scale·dS·k.
 ///
 /// Several groups add to the same rows of grad_q. They take turns, block by block and in ascending order, so that the
@@ -38,7 +39,8 @@ class BackwardGroup {
     std::atomic<int>* turns;  // [blocks of queries]: groups that are done with the block; null when groups run in order
   };
 
-  BackwardGroup(std::byte* workspace, Index dim, Index value_dim) : padded_dim_((dim + N - 1) / N * N), scratch_(workspace) {
+  BackwardGroup(std::byte* workspace, Index dim, Index value_dim)
+      : padded_dim_((dim + N - 1) / N * N), scratch_(workspace) {
     weights_ = scratch_.take(kQueries * kWidth);
     grad_scores_ = scratch_.take(kQueries * kWidth);
     grad_queries_ = scratch_.take(kQueries * padded_dim_);
@@ -55,7 +57,8 @@ class BackwardGroup {
     return BackwardGroup(nullptr, dim, value_dim).scratch_.bytes();
   }
   static Index groups(Index keys) {
-    return std::max<Index>((LaneTiling<Scalar>(keys).tiles + kTiles - 1) / kTiles, 1);  // one even without keys: it clears grad_q
+    return std::max<Index>((LaneTiling<Scalar>(keys).tiles + kTiles - 1) / kTiles,
+                           1);  // one even without keys: it clears grad_q
   }
   static Index blocks(Index queries) { return (queries + kQueries - 1) / kQueries; }
 
@@ -63,7 +66,10 @@ class BackwardGroup {
     const auto [b, h, delta, turns] = head;
     const LaneTiling<Scalar> tiling(x.k.length());
     const Index count = std::min(kTiles, tiling.tiles - group * kTiles);
-    for (Index t = 0; t < count; ++t) open(tiles_[t], tiling[group * kTiles + t], x.k.head(b, h), x.v.head(b, h), scale);
+    const KeyRange seen = seen_keys(mask, b, h, x.q.length(), x.k.length());
+    for (Index t = 0; t < count; ++t) {
+      open(tiles_[t], tiling[group * kTiles + t], x.k.head(b, h), x.v.head(b, h), seen, scale);
+    }
     const KeyRange keys = count == 0 ? KeyRange{} : KeyRange{tiles_[0].keys.begin, tiles_[count - 1].keys.end};
 
     const MatrixView<const Scalar> q = x.q.head(b, h), g = x.grad_output.head(b, h), o = x.output.head(b, h);
@@ -89,9 +95,14 @@ class BackwardGroup {
           if (!ranges_.touches(tile.keys)) continue;
           const auto q_block = q.middle_rows(first, rows), g_block = g.middle_rows(first, rows);
           switch (tile.vectors) {
-            case 1: accumulate<1>(tile, q_block, g_block, delta + first, scale); break;
-            case 2: accumulate<2>(tile, q_block, g_block, delta + first, scale); break;
-            default: accumulate<kTileVectors>(tile, q_block, g_block, delta + first, scale);
+            case 1:
+              accumulate<1>(tile, q_block, g_block, delta + first, scale);
+              break;
+            case 2:
+              accumulate<2>(tile, q_block, g_block, delta + first, scale);
+              break;
+            default:
+              accumulate<kTileVectors>(tile, q_block, g_block, delta + first, scale);
           }
         }
         for (Index i = 0; i < rows; ++i) {
@@ -109,7 +120,7 @@ class BackwardGroup {
   static constexpr Index N = simd::kLanes<Scalar>;
 
   struct Tile {
-    Scalar *key, *value;            // [D][width], [Dv][width]; the sign of a negative scale is in the key, as in q forward
+    Scalar *key, *value;  // [D][width], [Dv][width]; the sign of a negative scale is in the key, as in q forward
     Scalar *grad_key, *grad_value;  // [D][width] without the scale, [Dv][width]
     Scalar* scaled_key;             // [width][padded D]: scale·k
     KeyRange keys;
@@ -117,19 +128,35 @@ class BackwardGroup {
     Index width() const { return vectors * N; }
   };
 
+  /// The range outside which no query of the head sees a key.
+  static KeyRange seen_keys(const MaskRef& mask, Index b, Index h, Index queries, Index keys) {
+    KeyRange seen{keys, 0};
+    for (Index first = 0; first < queries; first += kQueries) {
+      const KeyRange any = Ranges(mask, b, h, first, std::min(kQueries, queries - first), keys).any;
+      seen = {std::min(seen.begin, any.begin), std::max(seen.end, any.end)};
+    }
+    return seen;
+  }
+
+  /// Keys that nobody sees are not read: whatever they hold, NaN included, stays out of every product.
   void open(Tile& tile, typename LaneTiling<Scalar>::Tile lanes, MatrixView<const Scalar> k, MatrixView<const Scalar> v,
-            double scale) const {
+            KeyRange seen, double scale) const {
     tile.keys = {lanes.begin, std::min(lanes.begin + lanes.width(), k.rows)};
     tile.vectors = lanes.vectors;
-    const Index width = tile.width(), count = tile.keys.end - tile.keys.begin;
-    const auto k_tile = k.middle_rows(tile.keys.begin, count);
-    pack_lanes(tile.key, width, k_tile, scale < 0 ? Scalar(-1) : Scalar(1));
-    pack_lanes(tile.value, width, v.middle_rows(tile.keys.begin, count), Scalar(1));
+    const Index width = tile.width();
+    const KeyRange read = tile.keys & seen;
+    const Index skip = std::max<Index>(read.begin - tile.keys.begin, 0);
+    const Index count = std::max<Index>(read.end - read.begin, 0);
+    const auto k_tile = k.middle_rows(tile.keys.begin + skip, count);
+    pack_lanes(tile.key, width, skip, k_tile, scale < 0 ? Scalar(-1) : Scalar(1));
+    pack_lanes(tile.value, width, skip, v.middle_rows(tile.keys.begin + skip, count), Scalar(1));
     std::fill_n(tile.grad_key, k.cols * width, Scalar(0));
     std::fill_n(tile.grad_value, v.cols * width, Scalar(0));
     std::fill_n(tile.scaled_key, width * padded_dim_, Scalar(0));
     for (Index i = 0; i < count; ++i) {
-      for (Index d = 0; d < k.cols; ++d) tile.scaled_key[i * padded_dim_ + d] = static_cast<Scalar>(scale) * k_tile(i, d);
+      for (Index d = 0; d < k.cols; ++d) {
+        tile.scaled_key[(skip + i) * padded_dim_ + d] = static_cast<Scalar>(scale) * k_tile(i, d);
+      }
     }
   }
 
@@ -147,8 +174,8 @@ class BackwardGroup {
     for (Index i = 0; i < g.rows; i += N) {
       const Index rows = std::min(N, g.rows - i);
       Scalar *g_lanes = lanes_, *o_lanes = lanes_ + N * g.cols;
-      pack_lanes(g_lanes, N, g.middle_rows(i, rows), Scalar(1));
-      pack_lanes(o_lanes, N, o.middle_rows(i, rows), Scalar(1));
+      pack_lanes(g_lanes, N, 0, g.middle_rows(i, rows), Scalar(1));
+      pack_lanes(o_lanes, N, 0, o.middle_rows(i, rows), Scalar(1));
       Packet sum = simd::broadcast(Scalar(0));
       for (Index d = 0; d < g.cols; ++d) {
         sum = simd::pmadd(simd::load(g_lanes + d * N), simd::load(o_lanes + d * N), sum);
@@ -184,52 +211,57 @@ class BackwardGroup {
     }
 
     // forward did: weight = exp2(score·factor - lse)
-    for_row_tiles<kTileRows>(rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
-      RegisterTile<Scalar, Rows, Vectors> score(&q(row, 0), q.row_stride, q.col_stride, tile.key, width, q.cols);
-      score.for_each([&](int r, int v, Packet& s) __attribute__((always_inline)) {
-        s = simd::pmadd(s, factor, simd::broadcast(-lse_high_[row + r]));
-        s = simd::exp2<Scalar>(simd::psub(s, simd::broadcast(lse_low_[row + r])));
-        if (masked) [[unlikely]] {
-          s = simd::keep_inside<Packet>(position[v], simd::broadcast(ranges_.first[row + r]),
-                                        simd::broadcast(ranges_.last[row + r]), s, simd::broadcast(Scalar(0)));
-        }
-        simd::store(weights + (row + r) * width + v * N, s);
-      });
-    });
-    for_row_tiles<kTileRows>(rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
-      RegisterTile<Scalar, Rows, Vectors> grad(&g(row, 0), g.row_stride, g.col_stride, tile.value, width, g.cols);
-      grad.for_each([&](int r, int v, Packet dp) __attribute__((always_inline)) {
-        const Index at = (row + r) * width + v * N;
-        simd::store(grad_scores + at,
-                    simd::pmul(simd::load(weights + at), simd::psub(dp, simd::broadcast(delta[row + r]))));
-      });
-    });
+    for_row_tiles<kTileRows>(
+        rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
+          RegisterTile<Scalar, Rows, Vectors> score(&q(row, 0), q.row_stride, q.col_stride, tile.key, width, q.cols);
+          score.for_each([&](int r, int v, Packet& s) __attribute__((always_inline)) {
+            s = simd::pmadd(s, factor, simd::broadcast(-lse_high_[row + r]));
+            s = simd::exp2<Scalar>(simd::psub(s, simd::broadcast(lse_low_[row + r])));
+            if (masked) [[unlikely]] {
+              s = simd::keep_inside<Packet>(position[v], simd::broadcast(ranges_.first[row + r]),
+                                            simd::broadcast(ranges_.last[row + r]), s, simd::broadcast(Scalar(0)));
+            }
+            simd::store(weights + (row + r) * width + v * N, s);
+          });
+        });
+    for_row_tiles<kTileRows>(
+        rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
+          RegisterTile<Scalar, Rows, Vectors> grad(&g(row, 0), g.row_stride, g.col_stride, tile.value, width, g.cols);
+          grad.for_each([&](int r, int v, Packet dp) __attribute__((always_inline)) {
+            const Index at = (row + r) * width + v * N;
+            simd::store(grad_scores + at,
+                        simd::pmul(simd::load(weights + at), simd::psub(dp, simd::broadcast(delta[row + r]))));
+          });
+        });
     // forward did: score(i,j) = sum_d q(i,d)·k(j,d) and output(i,d) = sum_j weight(i,j)·v(j,d)
     add_transposed<Vectors>(tile.grad_value, g, weights);
     add_transposed<Vectors>(tile.grad_key, q, grad_scores);
-    for_row_tiles<kTileVectors>(padded_dim_ / N, [&]<int V>(Index vector) __attribute__((always_inline)) {
-      for_row_tiles<kTileRows>(rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
-        RegisterTile<Scalar, Rows, V> grad(grad_scores + row * width, width, 1, tile.scaled_key + vector * N, padded_dim_,
-                                           width);
-        grad.for_each([&](int r, int v, Packet x) __attribute__((always_inline)) {
-          Scalar* const to = grad_queries_ + (row + r) * padded_dim_ + (vector + v) * N;
-          simd::store(to, simd::padd(simd::load(to), x));
+    for_row_tiles<kTileVectors>(
+        padded_dim_ / N, [&]<int V>(Index vector) __attribute__((always_inline)) {
+          for_row_tiles<kTileRows>(
+              rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
+                RegisterTile<Scalar, Rows, V> grad(grad_scores + row * width, width, 1, tile.scaled_key + vector * N,
+                                                   padded_dim_, width);
+                grad.for_each([&](int r, int v, Packet x) __attribute__((always_inline)) {
+                  Scalar* const to = grad_queries_ + (row + r) * padded_dim_ + (vector + v) * N;
+                  simd::store(to, simd::padd(simd::load(to), x));
+                });
+              });
         });
-      });
-    });
   }
 
   /// to[d][lane] += sum_i x(i,d)·s[i][lane]
   template <int Vectors>
   EIGEN_ALWAYS_INLINE static void add_transposed(Scalar* to, MatrixView<const Scalar> x, const Scalar* s) {
     constexpr Index width = Vectors * N;
-    for_row_tiles<kTileRows>(x.cols, [&]<int Rows>(Index d) __attribute__((always_inline)) {
-      RegisterTile<Scalar, Rows, Vectors> sum(&x(0, d), x.col_stride, x.row_stride, s, width, x.rows);
-      sum.for_each([&](int r, int v, Packet y) __attribute__((always_inline)) {
-        Scalar* const at = to + (d + r) * width + v * N;
-        simd::store(at, simd::padd(simd::load(at), y));
-      });
-    });
+    for_row_tiles<kTileRows>(
+        x.cols, [&]<int Rows>(Index d) __attribute__((always_inline)) {
+          RegisterTile<Scalar, Rows, Vectors> sum(&x(0, d), x.col_stride, x.row_stride, s, width, x.rows);
+          sum.for_each([&](int r, int v, Packet y) __attribute__((always_inline)) {
+            Scalar* const at = to + (d + r) * width + v * N;
+            simd::store(at, simd::padd(simd::load(at), y));
+          });
+        });
   }
 
   Index padded_dim_;
@@ -251,7 +283,8 @@ class BackwardGroup {
 /// Results are bit-equal for any number of workers. Throws headroom.core.attention.{shape,scale,length}.
 template <class Scalar, Mask M = NoMask, Executor E = DefaultExecutor>
 void attention_backward(std::type_identity_t<TensorView<const Scalar>> grad_output,
-                        std::type_identity_t<TensorView<const Scalar>> q, std::type_identity_t<TensorView<const Scalar>> k,
+                        std::type_identity_t<TensorView<const Scalar>> q,
+                        std::type_identity_t<TensorView<const Scalar>> k,
                         std::type_identity_t<TensorView<const Scalar>> v,
                         std::type_identity_t<TensorView<const Scalar>> output, TensorView<const double> lse,
                         TensorView<Scalar> grad_q, TensorView<Scalar> grad_k, TensorView<Scalar> grad_v,
@@ -259,9 +292,9 @@ void attention_backward(std::type_identity_t<TensorView<const Scalar>> grad_outp
   using Group = detail::BackwardGroup<Scalar>;
   detail::check_shapes<Scalar>(q, k, v, output, lse, params);
   detail::check_shapes<Scalar>(grad_q, grad_k, grad_v, grad_output, lse, params);
-  require(lse.data != nullptr && grad_q.shape == q.shape && grad_k.shape == k.shape, "headroom.core.attention.shape",
-          "grad_q ", Shape{grad_q.shape}, " and grad_k ", Shape{grad_k.shape}, " must have the shapes of q ", Shape{q.shape},
-          " and k ", Shape{k.shape}, ", and lse must be given");
+  require((lse.data != nullptr || q.length() == 0) && grad_q.shape == q.shape && grad_k.shape == k.shape,
+          "headroom.core.attention.shape", "grad_q ", Shape{grad_q.shape}, " and grad_k ", Shape{grad_k.shape},
+          " must have the shapes of q ", Shape{q.shape}, " and k ", Shape{k.shape}, ", and lse must be given");
   const detail::BackwardTensors<Scalar> tensors{grad_output, q, k, v, output, lse, grad_q, grad_k, grad_v};
   const detail::MaskRef mask_ref(mask);
   const double scale = params.scale_for(q.dim());

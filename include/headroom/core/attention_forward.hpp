@@ -14,7 +14,7 @@ class ForwardGroup {
  public:
   static constexpr Index kWidth = LaneTiling<Scalar>::kWidth;
   static constexpr Index kTiles = kGroupBytes / (kWidth * sizeof(Scalar));  // they share a block of keys in cache
-  static constexpr Index kKeys = 16 * kTileRows;                    // keys in a block: its scores stay in L1
+  static constexpr Index kKeys = 16 * kTileRows;                            // keys in a block: its scores stay in L1
 
   ForwardGroup(std::byte* workspace, Index dim, Index value_dim) : scratch_(workspace) {
     scores_ = scratch_.take(kKeys * kWidth);
@@ -48,7 +48,7 @@ class ForwardGroup {
       tile.rows = std::min(tiling[first_tile + t].width(), q.length() - begin);
       tile.ranges = Ranges(mask, b, h, begin, tile.rows, keys.rows);
       const Index width = tile.width();
-      pack_lanes(tile.query, width, queries.middle_rows(begin, tile.rows), scale < 0 ? Scalar(-1) : Scalar(1));
+      pack_lanes(tile.query, width, 0, queries.middle_rows(begin, tile.rows), scale < 0 ? Scalar(-1) : Scalar(1));
       std::fill_n(tile.output, v.dim() * width, Scalar(0));
       std::fill_n(tile.sum, width, Scalar(0));
       std::fill_n(tile.maximum, width, std::numeric_limits<Scalar>::lowest());
@@ -109,16 +109,18 @@ class ForwardGroup {
 
     Packet before[Vectors], maximum[Vectors];
     for (int v = 0; v < Vectors; ++v) before[v] = maximum[v] = simd::load(tile.maximum + v * N);
-    for_row_tiles<kTileRows>(keys.rows, [&]<int Rows>(Index key) __attribute__((always_inline)) {
-      RegisterTile<Scalar, Rows, Vectors> score(&keys(key, 0), keys.row_stride, keys.col_stride, tile.query, width, dim);
-      if (masked) [[unlikely]] {
-        score.for_each([&](int r, int v, Packet& s) { s = visible(key + r, v, s, before[v]); });
-      }
-      score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
-        maximum[v] = simd::pmax(s, maximum[v]);
-        simd::store(scores + (key + r) * width + v * N, s);
-      });
-    });
+    for_row_tiles<kTileRows>(
+        keys.rows, [&]<int Rows>(Index key) __attribute__((always_inline)) {
+          RegisterTile<Scalar, Rows, Vectors> score(&keys(key, 0), keys.row_stride, keys.col_stride, tile.query, width,
+                                                    dim);
+          if (masked) [[unlikely]] {
+            score.for_each([&](int r, int v, Packet& s) { s = visible(key + r, v, s, before[v]); });
+          }
+          score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
+            maximum[v] = simd::pmax(s, maximum[v]);
+            simd::store(scores + (key + r) * width + v * N, s);
+          });
+        });
 
     Packet decay[Vectors], sum[Vectors];
     for (int v = 0; v < Vectors; ++v) {
@@ -144,14 +146,15 @@ class ForwardGroup {
       simd::store(tile.sum + v * N, simd::pmadd(simd::load(tile.sum + v * N), decay[v], sum[v]));
     }
 
-    for_row_tiles<kTileRows>(value_dim, [&]<int Rows>(Index d) __attribute__((always_inline)) {
-      RegisterTile<Scalar, Rows, Vectors> weighted(&values(0, d), values.col_stride, values.row_stride, scores, width,
-                                                   keys.rows);
-      weighted.for_each([&](int r, int v, Packet x) __attribute__((always_inline)) {
-        Scalar* const o = tile.output + (d + r) * width + v * N;
-        simd::store(o, simd::pmadd(simd::load(o), decay[v], x));
-      });
-    });
+    for_row_tiles<kTileRows>(
+        value_dim, [&]<int Rows>(Index d) __attribute__((always_inline)) {
+          RegisterTile<Scalar, Rows, Vectors> weighted(&values(0, d), values.col_stride, values.row_stride, scores,
+                                                       width, keys.rows);
+          weighted.for_each([&](int r, int v, Packet x) __attribute__((always_inline)) {
+            Scalar* const o = tile.output + (d + r) * width + v * N;
+            simd::store(o, simd::pmadd(simd::load(o), decay[v], x));
+          });
+        });
   }
 
   /// Divides by the sum of weights; writes the rows and their log-sum-exp. A query without keys gets 0 and -inf.
@@ -183,9 +186,11 @@ class ForwardGroup {
 /// Workspace: ForwardGroup::workspace_bytes(D, Dv) a worker. Results are bit-equal for any number of workers.
 /// Throws headroom.core.attention.{shape,scale,length}.
 template <class Scalar, Mask M = NoMask, Executor E = DefaultExecutor>
-void attention_forward(std::type_identity_t<TensorView<const Scalar>> q, std::type_identity_t<TensorView<const Scalar>> k,
-                       std::type_identity_t<TensorView<const Scalar>> v, TensorView<Scalar> output, TensorView<double> lse,
-                       const AttentionParams& params = {}, const M& mask = {}, const E& executor = {}) {
+void attention_forward(std::type_identity_t<TensorView<const Scalar>> q,
+                       std::type_identity_t<TensorView<const Scalar>> k,
+                       std::type_identity_t<TensorView<const Scalar>> v, TensorView<Scalar> output,
+                       TensorView<double> lse, const AttentionParams& params = {}, const M& mask = {},
+                       const E& executor = {}) {
   using Group = detail::ForwardGroup<Scalar>;
   detail::check_shapes<Scalar>(q, k, v, output, lse, params);
   const detail::MaskRef mask_ref(mask);

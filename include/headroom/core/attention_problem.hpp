@@ -15,16 +15,18 @@ namespace headroom::inline v0::core {
 struct AttentionParams {
   std::optional<double> scale;  // 1/sqrt(D) unless given
 
-  double scale_for(Index dim) const { return scale.value_or(1.0 / std::sqrt(static_cast<double>(std::max<Index>(dim, 1)))); }
+  double scale_for(Index dim) const {
+    return scale.value_or(1.0 / std::sqrt(static_cast<double>(std::max<Index>(dim, 1))));
+  }
 };
 
 namespace detail {
 
 /// Fails unless q [B,H,Lq,D], k [B,H,Lk,D], v [B,H,Lk,Dv], output [B,H,Lq,Dv] and lse [B,H,Lq,1] agree.
 template <class Scalar>
-void check_shapes(const TensorView<const Scalar>& q, const TensorView<const Scalar>& k, const TensorView<const Scalar>& v,
-                  const TensorView<const Scalar>& output, const TensorView<const double>& lse,
-                  const AttentionParams& params) {
+void check_shapes(const TensorView<const Scalar>& q, const TensorView<const Scalar>& k,
+                  const TensorView<const Scalar>& v, const TensorView<const Scalar>& output,
+                  const TensorView<const double>& lse, const AttentionParams& params) {
   const auto expect = [](const char* name, const std::array<Index, 4>& given, const std::array<Index, 4>& expected) {
     require(given == expected, "headroom.core.attention.shape", name, " has shape ", Shape{given}, ", expected ",
             Shape{expected}, " from the shapes of q [B,H,Lq,D], k [B,H,Lk,D] and v [B,H,Lk,Dv]");
@@ -49,7 +51,8 @@ struct MaskRef {
 
   template <Mask M>
   explicit MaskRef(const M& m)
-      : mask(&m), keys([](const void* self, Index b, Index h, Index first, Index queries, Index length, KeyRange* ranges) {
+      : mask(&m),
+        keys([](const void* self, Index b, Index h, Index first, Index queries, Index length, KeyRange* ranges) {
           for (Index i = 0; i < queries; ++i) {
             ranges[i] = static_cast<const M*>(self)->keys(b, h, first + i) & KeyRange{0, length};
           }
@@ -109,9 +112,12 @@ void with_head_dim(Index dim, Index value_dim, F&& f) {
   if constexpr (std::is_same_v<Scalar, float>) {
     if (dim == value_dim) {
       switch (dim) {
-        case 16: return f.template operator()<16>();
-        case 32: return f.template operator()<32>();
-        case 64: return f.template operator()<64>();
+        case 16:
+          return f.template operator()<16>();
+        case 32:
+          return f.template operator()<32>();
+        case 64:
+          return f.template operator()<64>();
       }
     }
   }

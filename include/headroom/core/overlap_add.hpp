@@ -31,9 +31,9 @@ struct OverlapAddOptions {
 };
 
 /// The step that `options` stand for: `step`, or round(segment·(1 - overlap)) and at least 1.
-/// Errors: `headroom.overlap_add.options`.
+/// Throws `headroom.core.overlap_add.options`.
 inline Eigen::Index overlap_add_step(const OverlapAddOptions& options) {
-  constexpr auto id = "headroom.overlap_add.options";
+  constexpr auto id = "headroom.core.overlap_add.options";
   require(options.segment > 0, id, "segment is ", options.segment, ", expected at least 1 sample");
   require(options.overlap >= 0 && options.overlap < 1, id, "overlap is ", options.overlap,
           ", expected a share of a segment in [0, 1), e.g. 0.25");
@@ -68,10 +68,10 @@ class OverlapAdd {
   /// Takes finished samples [out_channels, n], in order, each once, in total as many as were pushed.
   using Sink = std::function<void(const ConstBlockRef& finished)>;
 
-  /// Errors: `headroom.overlap_add.options`.
+  /// Throws `headroom.core.overlap_add.options`.
   OverlapAdd(const OverlapAddOptions& options, Model model, Sink sink)
       : step_(overlap_add_step(options)), padding_(options.padding), model_(std::move(model)), sink_(std::move(sink)) {
-    constexpr auto id = "headroom.overlap_add.options";
+    constexpr auto id = "headroom.core.overlap_add.options";
     const Eigen::Index segment = options.segment, fade = options.fade.value_or(segment / 2);
     require(fade >= 0 && fade <= segment / 2, id, "fade is ", fade, ", expected 0 to half the segment of ", segment,
             " samples");
@@ -100,9 +100,9 @@ class OverlapAdd {
 
   /// Takes the next samples [in_channels, n], n >= 0; runs the model for each segment that they complete.
   /// After an exception from the model or the sink call `reset()` before the next recording.
-  /// Errors: `headroom.overlap_add.channels`.
+  /// Throws `headroom.core.overlap_add.channels`.
   void push(const ConstBlockRef& samples) {
-    require(samples.rows() == input_.rows(), "headroom.overlap_add.channels", "got a block of ", samples.rows(),
+    require(samples.rows() == input_.rows(), "headroom.core.overlap_add.channels", "got a block of ", samples.rows(),
             " channels, expected ", input_.rows());
     for (Eigen::Index taken = 0; taken < samples.cols();) {
       const Eigen::Index n = std::min(samples.cols() - taken, segment() - filled_);

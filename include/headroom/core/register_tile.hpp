@@ -63,7 +63,8 @@ EIGEN_ALWAYS_INLINE void for_row_tiles(Index count, F&& f) {
     const Index rows = count - row > Max ? (count - row + 1) / 2 : count - row;
     [&]<int... R>(std::integer_sequence<int, R...>) __attribute__((always_inline)) {
       ((rows == R + 1 ? f.template operator()<R + 1>(row) : void()), ...);
-    }(std::make_integer_sequence<int, Max>());
+    }
+    (std::make_integer_sequence<int, Max>());
     row += rows;
   }
 }
@@ -92,10 +93,12 @@ struct LaneTiling {
   Index packets, tiles;
 };
 
-/// to[d][i] = factor·x(i,d) for i < x.rows, zero up to `width`: the rows of x fill the lanes.
+/// to[d][first + i] = factor·x(i,d), zero in the other lanes of [0, width): the rows of x fill the lanes.
 template <class Scalar>
-void pack_lanes(Scalar* to, Index width, MatrixView<const Scalar> x, Scalar factor) {
+void pack_lanes(Scalar* to, Index width, Index first, MatrixView<const Scalar> x, Scalar factor) {
   constexpr Index N = simd::kLanes<Scalar>;
+  if (x.rows < width) std::fill_n(to, x.cols * width, Scalar(0));
+  to += first;
   Index i = 0;
   for (; i + N <= x.rows; i += N) {
     Index d = 0;
@@ -115,8 +118,8 @@ void pack_lanes(Scalar* to, Index width, MatrixView<const Scalar> x, Scalar fact
       for (Index r = i; r < i + N; ++r) to[d * width + r] = factor * x(r, d);
     }
   }
-  for (; i < width; ++i) {
-    for (Index d = 0; d < x.cols; ++d) to[d * width + i] = i < x.rows ? factor * x(i, d) : Scalar(0);
+  for (; i < x.rows; ++i) {
+    for (Index d = 0; d < x.cols; ++d) to[d * width + i] = factor * x(i, d);
   }
 }
 

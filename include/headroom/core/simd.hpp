@@ -63,7 +63,7 @@ template <class Scalar>
 EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x) {
   using namespace Eigen::internal;
   const auto constant = [](double c) __attribute__((always_inline)) { return broadcast(static_cast<Scalar>(c)); };
-  if constexpr (std::is_same_v<Scalar, float> && kLanes<float> > 1) {
+  if constexpr (std::is_same_v<Scalar, float> && kLanes < float >> 1) {
     // Adding 1.5·2^23 leaves the nearest integer in the low bits of the mantissa, ready for the exponent.
     const Packet<float> magic = constant(12582912.0);
     x = pmax(x, constant(-127.0));
@@ -84,7 +84,10 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x) {
     const Packet<Scalar> n = print(x);  // round to the nearest integer
     const Packet<Scalar> f = psub(x, n);
     Packet<Scalar> p = constant(1.3691488853904124e-12);  // Taylor: ln(2)^k / k!, k = 13 … 0
-    for (const double c : {2.5678435993488196e-11, 4.44553827187081e-10, 7.054911620801121e-09, 1.0178086009239696e-07, 1.3215486790144305e-06, 1.5252733804059838e-05, 0.00015403530393381606, 0.0013333558146428441, 0.009618129107628477, 0.055504108664821576, 0.2402265069591007, 0.6931471805599453, 1.0}) {
+    for (const double c :
+         {2.5678435993488196e-11, 4.44553827187081e-10, 7.054911620801121e-09, 1.0178086009239696e-07,
+          1.3215486790144305e-06, 1.5252733804059838e-05, 0.00015403530393381606, 0.0013333558146428441,
+          0.009618129107628477, 0.055504108664821576, 0.2402265069591007, 0.6931471805599453, 1.0}) {
       p = pmadd(p, f, constant(c));
     }
     return pldexp(p, n);

@@ -20,9 +20,7 @@ struct MatrixView {
   MatrixView middle_rows(Index first, Index count) const {
     return {data + first * row_stride, count, cols, row_stride, col_stride};
   }
-  operator MatrixView<const Scalar>() const
-    requires(!std::is_const_v<Scalar>)
-  {
+  operator MatrixView<const Scalar>() const requires(!std::is_const_v<Scalar>) {
     return {data, rows, cols, row_stride, col_stride};
   }
 };
@@ -47,11 +45,7 @@ struct TensorView {
   MatrixView<Scalar> head(Index b, Index h) const {
     return {data + b * strides[0] + h * strides[1], shape[2], shape[3], strides[2], strides[3]};
   }
-  operator TensorView<const Scalar>() const
-    requires(!std::is_const_v<Scalar>)
-  {
-    return {data, shape, strides};
-  }
+  operator TensorView<const Scalar>() const requires(!std::is_const_v<Scalar>) { return {data, shape, strides}; }
 };
 
 /// View of a dense row-major array [B,H,L,D].
@@ -70,7 +64,8 @@ auto matrix_view(Eigen::DenseBase<Derived>& matrix) {
 template <class Derived>
 auto matrix_view(const Eigen::DenseBase<Derived>& matrix) {
   const Derived& m = matrix.derived();
-  return TensorView<const typename Derived::Scalar>{m.data(), {1, 1, m.rows(), m.cols()}, {0, 0, m.rowStride(), m.colStride()}};
+  return TensorView<const typename Derived::Scalar>{
+      m.data(), {1, 1, m.rows(), m.cols()}, {0, 0, m.rowStride(), m.colStride()}};
 }
 
 /// Prints a shape as [2,4,100,16].

@@ -59,7 +59,8 @@ class TimeFrequencyTransformerImpl : public torch::nn::Cloneable<TimeFrequencyTr
     nn::EncoderOptions encoder_options(dim, options.n_heads(), options.ffn_hidden_dim(), options.n_layers());
     encoder_options.attention().backend(options.attention());
     encoder_options.gradient_checkpointing(options.gradient_checkpointing());
-    encoder = register_module("encoder", nn::AxialEncoder(encoder_options, nn::AxialLayerImpl::Axes{{"frequency", 2}, {"time", 1}}));
+    encoder = register_module(
+        "encoder", nn::AxialEncoder(encoder_options, nn::AxialLayerImpl::Axes{{"frequency", 2}, {"time", 1}}));
     final_norm = register_module("final_norm", nn::RMSNorm(dim));
     to_masks = register_module("to_masks", torch::nn::Linear(dim, options.stems() * channels * 2));
     torch::NoGradGuard guard;
@@ -68,8 +69,9 @@ class TimeFrequencyTransformerImpl : public torch::nn::Cloneable<TimeFrequencyTr
   }
 
   void pretty_print(std::ostream& stream) const override {
-    stream << "headroom::models::TimeFrequencyTransformer(n_fft=" << options.n_fft() << ", hop_length=" << options.hop_length()
-           << ", n_layers=" << options.n_layers() << ", emb_dim=" << options.emb_dim() << ", n_heads=" << options.n_heads()
+    stream << "headroom::models::TimeFrequencyTransformer(n_fft=" << options.n_fft()
+           << ", hop_length=" << options.hop_length() << ", n_layers=" << options.n_layers()
+           << ", emb_dim=" << options.emb_dim() << ", n_heads=" << options.n_heads()
            << ", ffn_hidden_dim=" << at::IntArrayRef(options.ffn_hidden_dim()) << ", stems=" << options.stems() << ")";
   }
 
@@ -77,12 +79,14 @@ class TimeFrequencyTransformerImpl : public torch::nn::Cloneable<TimeFrequencyTr
   torch::Tensor forward(const torch::Tensor& mixture) {
     require(mixture.dim() == 3 && mixture.size(1) == options.channels(), "headroom.models.mixture", "mixture is ",
             mixture.sizes(), ", expected [B,", options.channels(), ",S]");
-    const torch::Tensor spectrum = stft->forward(mixture);  // [B,C,F,T]
+    const torch::Tensor spectrum = stft->forward(mixture);                     // [B,C,F,T]
     torch::Tensor x = embed->forward(tokens(spectrum)) + frequency_embedding;  // [B,T,F,dim]
     x = encoder->forward(x);
-    const torch::Tensor masks = to_masks->forward(final_norm->forward(x))  // [B,T,F,N·C·2]
-                                    .to(spectrum.scalar_type() == torch::kComplexDouble ? torch::kDouble : torch::kFloat)
-                                    .unflatten(-1, {options.stems(), options.channels(), 2});
+    const torch::Tensor masks =
+        to_masks
+            ->forward(final_norm->forward(x))  // [B,T,F,N·C·2]
+            .to(spectrum.scalar_type() == torch::kComplexDouble ? torch::kDouble : torch::kFloat)
+            .unflatten(-1, {options.stems(), options.channels(), 2});
     const torch::Tensor masked = torch::view_as_complex(masks).permute({0, 3, 4, 2, 1}) * spectrum.unsqueeze(1);
     return stft->inverse(masked, mixture.size(-1));  // [B,N,C,S]
   }

@@ -28,13 +28,16 @@ class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
   explicit AttentionImpl(const AttentionOptions& options) : options(options) { reset(); }
 
   void reset() override {
-    require(options.heads() > 0 && options.dim() > 0 && options.dim() % options.heads() == 0, "headroom.nn.attention.heads",
-            options.heads(), " heads do not divide the width ", options.dim(), "; choose a width that is a multiple of heads");
+    require(options.heads() > 0 && options.dim() > 0 && options.dim() % options.heads() == 0,
+            "headroom.nn.attention.heads", options.heads(), " heads do not divide the width ", options.dim(),
+            "; choose a width that is a multiple of heads");
     require(!options.rotary() || options.dim() / options.heads() % 2 == 0, "headroom.nn.rotary.dim",
             "rotary embedding rotates pairs of features, the head dim is ", options.dim() / options.heads(),
             "; choose an even head dim");
-    to_qkv = register_module("to_qkv", torch::nn::Linear(torch::nn::LinearOptions(options.dim(), 3 * options.dim()).bias(options.bias())));
-    to_out = register_module("to_out", torch::nn::Linear(torch::nn::LinearOptions(options.dim(), options.dim()).bias(options.bias())));
+    to_qkv = register_module(
+        "to_qkv", torch::nn::Linear(torch::nn::LinearOptions(options.dim(), 3 * options.dim()).bias(options.bias())));
+    to_out = register_module(
+        "to_out", torch::nn::Linear(torch::nn::LinearOptions(options.dim(), options.dim()).bias(options.bias())));
   }
   void pretty_print(std::ostream& stream) const override {
     stream << "headroom::nn::Attention(" << options.dim() << ", heads=" << options.heads() << std::boolalpha
@@ -44,14 +47,15 @@ class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
   /// x [..., dim] with at least one token dimension -> same shape; attends along dimension `axis`.
   torch::Tensor forward(const torch::Tensor& x, int64_t axis = -2) {
     const int64_t rank = x.dim(), sequence = axis < 0 ? axis + rank : axis;
-    require(rank >= 2 && x.size(-1) == options.dim() && 0 <= sequence && sequence < rank - 1, "headroom.nn.attention.shape",
-            "x is ", x.sizes(), " and the axis ", axis, "; expected [...,L,", options.dim(), "] and an axis before the last");
+    require(rank >= 2 && x.size(-1) == options.dim() && 0 <= sequence && sequence < rank - 1,
+            "headroom.nn.attention.shape", "x is ", x.sizes(), " and the axis ", axis, "; expected [...,L,",
+            options.dim(), "] and an axis before the last");
     torch::Tensor packed = to_qkv->forward(x).unflatten(-1, {3, options.heads(), -1});  // [...,3,H,D]
     packed = headroom::detail::widened(packed);
     const auto request = headroom::AttentionOptions().causal(options.causal()).backend(options.backend());
-    return to_out->forward(
-        headroom::detail::packed_attention(packed, rotation(x.size(sequence), rank - 1 - sequence, x.device()), sequence, request)
-            .flatten(-2));  // [...,dim]
+    return to_out->forward(headroom::detail::packed_attention(
+                               packed, rotation(x.size(sequence), rank - 1 - sequence, x.device()), sequence, request)
+                               .flatten(-2));  // [...,dim]
   }
 
   AttentionOptions options;

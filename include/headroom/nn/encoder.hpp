@@ -19,14 +19,16 @@ struct EncoderOptions {
   TORCH_ARG(bool, gradient_checkpointing) = false;
 
  public:
-  EncoderBlock block() const { return EncoderBlock(attention_.dim(), Attention(attention_), FeedForward(feed_forward_)); }
+  EncoderBlock block() const {
+    return EncoderBlock(attention_.dim(), Attention(attention_), FeedForward(feed_forward_));
+  }
 };
 
 namespace detail {
 
 /// Runs a block along an axis, checkpointed or not; gradients are the same bit for bit.
 inline torch::Tensor run_block(EncoderBlock& block, const torch::Tensor& x, int64_t axis, bool gradient_checkpointing) {
-  const auto forward = [block, axis](const torch::Tensor& input) mutable { return block->forward(input, axis); };
+  auto forward = [block, axis](const torch::Tensor& input) mutable { return block->forward(input, axis); };
   return gradient_checkpointing ? checkpoint(forward, x) : forward(x);
 }
 

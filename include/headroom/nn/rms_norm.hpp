@@ -27,15 +27,16 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
     const torch::Tensor norm = torch::linalg_vector_norm(x, 2, at::IntArrayRef{-1}, /*keepdim=*/true, dtype);
     return (norm.square() / static_cast<double>(x.size(-1)) + eps).rsqrt();
   }
-  static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& x, const torch::Tensor& weight,
-                               double eps) {
+  static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& x,
+                               const torch::Tensor& weight, double eps) {
     const torch::Tensor inverse = inverse_rms(x, eps);
     ctx->save_for_backward({x, weight, inverse});
     ctx->saved_data["eps"] = eps;
     return (x * inverse).mul_(weight);
   }
   // forward did: out = x·inverse·weight
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const torch::Tensor &x = saved[0], &weight = saved[1], &grad = grads[0];
     // for second derivatives the inverse has to depend on x

@@ -12,18 +12,19 @@ namespace headroom::inline v0::nn {
 /// exp(j·l·theta^(-2i/dim)). dim must be even.
 inline torch::Tensor rotary_table(int64_t length, int64_t dim, double theta = 10000.0,
                                   torch::Device device = torch::kCPU) {
-  require(dim > 0 && dim % 2 == 0, "headroom.nn.rotary.dim", "rotary embedding rotates pairs of features, the head dim is ",
-          dim, "; choose an even head dim");
+  require(dim > 0 && dim % 2 == 0, "headroom.nn.rotary.dim",
+          "rotary embedding rotates pairs of features, the head dim is ", dim, "; choose an even head dim");
   const auto real = torch::TensorOptions(torch::kDouble).device(device);
-  const torch::Tensor frequencies = torch::exp(torch::arange(0, dim, 2, real) * (-std::log(theta) / static_cast<double>(dim)));
+  const torch::Tensor frequencies =
+      torch::exp(torch::arange(0, dim, 2, real) * (-std::log(theta) / static_cast<double>(dim)));
   const torch::Tensor angles = torch::outer(torch::arange(length, real), frequencies);
   return torch::polar(torch::ones_like(angles), angles).to(torch::kComplexFloat);
 }
 
 /// Rotates neighbouring pairs of features of x [..., L, D] by the table [L, D/2]; differentiable, keeps x's dtype.
 inline torch::Tensor rotate(const torch::Tensor& x, const torch::Tensor& table) {
-  require(x.dim() >= 2 && x.size(-2) == table.size(0) && x.size(-1) == 2 * table.size(1), "headroom.nn.rotary.shape", "x is ",
-          x.sizes(), " and the table ", table.sizes(), "; expected x [...,L,D] and a table [L,D/2]");
+  require(x.dim() >= 2 && x.size(-2) == table.size(0) && x.size(-1) == 2 * table.size(1), "headroom.nn.rotary.shape",
+          "x is ", x.sizes(), " and the table ", table.sizes(), "; expected x [...,L,D] and a table [L,D/2]");
   const torch::Tensor pairs = x.to(torch::kFloat).contiguous().unflatten(-1, {-1, 2});
   return torch::view_as_real(torch::view_as_complex(pairs) * table).flatten(-2).to(x.scalar_type());
 }

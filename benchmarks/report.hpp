@@ -1,0 +1,50 @@
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <fstream>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "headroom/core/error.hpp"
+
+namespace headroom::benchmarks {
+
+/// What every benchmark takes and writes: --json FILE and --threads N.
+struct Report {
+  nlohmann::ordered_json json;
+  std::string file;
+  int threads = 0;
+
+  void add_options(CLI::App& app) {
+    app.add_option("--json", file, "Write the figures to this file");
+    app.add_option("--threads", threads, "Threads to use (0: all cores)")->check(CLI::NonNegativeNumber);
+  }
+  void write() const {
+    if (file.empty()) return;
+    std::ofstream out(file);
+    out << json.dump(2) << '\n';
+    require(out.good(), "headroom.benchmarks.file", "cannot write ", file, "; check the folder and the free space");
+  }
+};
+
+/// Runs a benchmark: exit code 0, 1 with a message on an error, 2 for wrong arguments.
+template <class Body>
+int run_benchmark(CLI::App& app, Report& report, int argc, char** argv, Body&& body) {
+  report.add_options(app);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  }
+  try {
+    body();
+    report.write();
+    return 0;
+  } catch (const std::exception& error) {
+    std::cerr << app.get_name() << ": " << error.what() << '\n';
+    return 1;
+  }
+}
+
+}  // namespace headroom::benchmarks

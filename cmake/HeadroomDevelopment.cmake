@@ -1,0 +1,45 @@
+# What this project's own tests, examples and benchmarks share; a project that uses the library sees none of it.
+if(NOT HEADROOM_BUILD_TESTS AND NOT HEADROOM_BUILD_EXAMPLES AND NOT HEADROOM_BUILD_BENCHMARKS)
+  return()
+endif()
+
+add_library(headroom_development INTERFACE)
+target_compile_options(headroom_development INTERFACE -Wall -Wextra)
+if(HEADROOM_NATIVE)
+  target_compile_options(headroom_development INTERFACE -march=native)
+endif()
+if(HEADROOM_WERROR)
+  target_compile_options(headroom_development INTERFACE -Werror)
+endif()
+if(HEADROOM_SANITIZE)
+  target_compile_options(headroom_development INTERFACE -fsanitize=address,undefined -fno-omit-frame-pointer)
+  target_link_options(headroom_development INTERFACE -fsanitize=address,undefined)
+endif()
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)  # tests/static/headers_alone.py reads it
+
+find_program(CCACHE ccache)
+if(CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
+  # The sloppiness that ccache asks for before it caches a unit with a precompiled header
+  set(CMAKE_CXX_COMPILER_LAUNCHER "${CMAKE_COMMAND}" -E env
+      CCACHE_SLOPPINESS=pch_defines,time_macros,include_file_mtime,include_file_ctime "${CCACHE}")
+endif()
+
+if(NOT TARGET headroom_training)
+  return()
+endif()
+
+# torch/torch.h takes about 16 s a unit: compiled once, used by every program below
+file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/pch.cpp" "")
+add_library(headroom_pch OBJECT "${CMAKE_CURRENT_BINARY_DIR}/pch.cpp")
+target_link_libraries(headroom_pch PUBLIC headroom_training headroom_development)
+target_precompile_headers(headroom_pch PRIVATE <torch/torch.h>)
+# With -fpch-preprocess ccache can look into a unit that uses the header
+target_compile_options(headroom_pch PRIVATE -fpch-preprocess)
+
+# headroom_add_torch_program(<name> <source>...): a program that uses LibTorch and the shared precompiled header
+function(headroom_add_torch_program name)
+  add_executable(${name} ${ARGN})
+  target_link_libraries(${name} PRIVATE headroom_training headroom_development)
+  target_compile_options(${name} PRIVATE -fpch-preprocess)
+  target_precompile_headers(${name} REUSE_FROM headroom_pch)
+endfunction()

@@ -1,0 +1,284 @@
+#include "headroom/audio/file.hpp"
+
+#include <sys/resource.h>
+
+#include <csignal>
+#include <cstring>
+
+#include "support/audio_files.hpp"
+#include "support/catch.hpp"
+
+using namespace headroom;
+using audio::AudioReader;
+using audio::AudioWriter;
+using audio::Encoding;
+using testing::error_of;
+using testing::TemporaryFolder;
+
+namespace {
+
+std::string bytes_of(std::initializer_list<int> bytes) { return {bytes.begin(), bytes.end()}; }
+
+std::string bytes_of_floats(std::vector<float> values) {
+  return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float)};
+}
+
+// The samples of a WAV file, after the header of the chunk "data".
+std::string data_of(const std::string& wav) { return wav.substr(wav.find("data") + 8); }
+
+}  // namespace
+
+TEST_CASE("integer samples are read as fractions of full scale, one row a channel") {
+  const TemporaryFolder folder;
+  // frames (1, -32768), (16384, 32767), little-endian
+  const std::string data = bytes_of({1, 0, 0, 0x80, 0, 0x40, 0xff, 0x7f});
+  testing::write_bytes(folder / "a.wav", testing::wav_bytes(data, 2, 16, 1, 48000));
+  AudioReader reader(folder / "a.wav");
+  CHECK(reader.frames() == 2);
+  CHECK(reader.channels() == 2);
+  CHECK(reader.sample_rate() == 48000);
+  const auto expected = torch::tensor({{1.f / 32768, 0.5f}, {-1.f, 32767.f / 32768}});
+  CHECK(torch::equal(reader.read(100), expected));
+  CHECK(reader.read(1).sizes() == torch::IntArrayRef{2, 0});
+
+  testing::write_bytes(folder / "b.wav", testing::wav_bytes(bytes_of({1, 0, 0x80, 0, 0, 0x20}), 1, 24));
+  CHECK(torch::equal(audio::read_audio(folder / "b.wav").samples, torch::tensor({{1.f / 8388608 - 1.f, 0.25f}})));
+}
+
+TEST_CASE("a reader reads on from any frame in pieces of any size") {
+  const TemporaryFolder folder;
+  const torch::Tensor samples = torch::rand({2, 150001});  // more than two internal blocks
+  audio::write_audio(folder / "x.wav", samples, 44100);
+  AudioReader reader(folder / "x.wav");
+  std::vector<torch::Tensor> parts;
+  for (const int n : {1, 70000, 70000, 70000}) {
+    parts.push_back(reader.read(n));
+  }
+  CHECK(parts[3].size(1) == 10000);
+  CHECK(torch::equal(torch::cat(parts, 1), samples));
+  CHECK(reader.position() == 150001);
+  reader.seek(123);
+  CHECK(torch::equal(reader.read(7), samples.narrow(1, 123, 7)));
+  CHECK(reader.position() == 130);
+  const Error error = error_of([&] { reader.seek(150002); });
+  CHECK(error.id() == "headroom.audio.file.position");
+  CHECK_THAT(error.what(), Catch::Contains("150002") && Catch::Contains("x.wav"));
+}
+
+TEST_CASE("what is read from a file is written back bit by bit in the same encoding") {
+  const TemporaryFolder folder;
+  std::string all16, some24;
+  for (int v = -32768; v <= 32767; ++v) {
+    all16 += bytes_of({v & 0xff, v >> 8 & 0xff});
+    some24 += bytes_of({v & 0xff, v >> 8 & 0xff, v / 258 & 0xff});
+  }
+  const std::string floats = bytes_of_floats({0.1f, -0.f, 1e-42f, 1.5f, -3e30f, 0.3333333f});
+  const auto round_trip = [&](const std::string& data, int channels, int bits, int format, Encoding encoding) {
+    testing::write_bytes(folder / "in.wav", testing::wav_bytes(data, channels, bits, format));
+    const audio::Recording recording = audio::read_audio(folder / "in.wav");
+    audio::write_audio(folder / "out.wav", recording.samples, recording.sample_rate, encoding);
+    return testing::read_bytes(folder / "out.wav");
+  };
+  const std::string wav16 = round_trip(all16, 2, 16, 1, Encoding::pcm16);
+  CHECK((wav16 == testing::wav_bytes(all16, 2, 16)));  // the header too
+  CHECK((data_of(round_trip(some24, 1, 24, 1, Encoding::pcm24)) == some24));
+  CHECK((data_of(round_trip(floats, 1, 32, 3, Encoding::float32)) == floats));
+  CHECK(folder.names().size() == 2);
+}
+
+TEST_CASE("integer encodings round to nearest and clip, and the writer counts what it clipped") {
+  const TemporaryFolder folder;
+  const float step = 1.f / 32768;
+  const auto samples = torch::tensor({{1.4f * step, 1.6f * step, -1.6f * step, 1.f, -1.f, 7.f, -1.5f}});
+  AudioWriter writer(folder / "a.wav", {1, 44100, Encoding::pcm16}, 7);
+  writer.write(samples);
+  CHECK(writer.clipped() == 3);
+  writer.close();
+  const auto expected = torch::tensor({{1.f, 2.f, -2.f, 32767.f, -32768.f, 32767.f, -32768.f}}) * step;
+  CHECK(torch::equal(audio::read_audio(folder / "a.wav").samples, expected));
+}
+
+TEST_CASE("a writer takes pieces of any floating dtype and layout, and equal samples make equal files") {
+  const TemporaryFolder folder;
+  const torch::Tensor samples = torch::randint(-100, 100, {2, 1000}).to(torch::kFloat) / 128;
+  AudioWriter writer(folder / "a.wav", {2, 44100, Encoding::float32}, 1000);
+  writer.write(samples.narrow(1, 0, 300).to(torch::kDouble));
+  writer.write(samples.narrow(1, 300, 0));
+  writer.write(samples.t().contiguous().t().narrow(1, 300, 700).set_requires_grad(true));
+  CHECK(writer.written() == 1000);
+  CHECK_FALSE(std::filesystem::exists(folder / "a.wav"));
+  writer.close();
+  audio::write_audio(folder / "b.wav", samples, 44100);
+  CHECK((testing::read_bytes(folder / "a.wav") == testing::read_bytes(folder / "b.wav")));
+  CHECK(torch::equal(audio::read_audio(folder / "a.wav").samples, samples));
+  audio::write_audio(folder / "none.wav", torch::zeros({2, 0}), 44100);
+  CHECK(data_of(testing::read_bytes(folder / "none.wav")).empty());
+}
+
+TEST_CASE("a file of more than 4 GiB is RF64, a smaller one is plain WAV") {
+  const TemporaryFolder folder;
+  std::error_code ignored;
+  if (std::filesystem::space(folder.path(), ignored).available < (std::uintmax_t{5} << 30)) {
+    WARN("skipped: needs 5 GiB of free disk for the writer to agree");
+    return;
+  }
+  const auto magic = [&](std::int64_t frames) {
+    AudioWriter writer(folder / "long.wav", {2, 44100, Encoding::float32}, frames);
+    return testing::read_bytes(folder / folder.names().at(0)).substr(0, 4);  // the temporary file's header
+  };
+  CHECK(magic((std::int64_t{1} << 29) - 1000) == "RIFF");
+  CHECK(magic((std::int64_t{1} << 29) + 1000) == "RF64");
+  CHECK(folder.names().empty());
+}
+
+TEST_CASE("a writer that is not closed, fails, or gets too little leaves the old file and nothing else") {
+  const TemporaryFolder folder;
+  testing::write_bytes(folder / "a.wav", "precious");
+  const torch::Tensor samples = torch::zeros({2, 100});
+  const auto untouched = [&] {
+    return testing::read_bytes(folder / "a.wav") == "precious" && folder.names() == std::vector<std::string>{"a.wav"};
+  };
+  {
+    AudioWriter writer(folder / "a.wav", {}, 100);
+    writer.write(samples);
+    CHECK(folder.names().size() == 2);
+    AudioWriter moved = std::move(writer);
+    CHECK(folder.names().size() == 2);
+  }
+  CHECK(untouched());
+  Error error = error_of([&] {
+    AudioWriter writer(folder / "a.wav", {}, 101);
+    writer.write(samples);
+    writer.close();
+  });
+  CHECK(error.id() == "headroom.audio.file.incomplete");
+  CHECK_THAT(error.what(), Catch::Contains("got 100 frames") && Catch::Contains("expected 101"));
+  CHECK(untouched());
+  error = error_of([&] { audio::write_audio(folder / "a.wav", samples.clone().fill_(NAN), 44100); });
+  CHECK(error.id() == "headroom.audio.file.not_finite");
+  CHECK(untouched());
+
+  // Replacing a folder is refused by the system at the last moment.
+  std::filesystem::create_directories(folder / "folder.wav/inside");
+  error = error_of([&] { audio::write_audio(folder / "folder.wav", samples, 44100); });
+  CHECK(error.id() == "headroom.audio.file.write");
+  CHECK_THAT(error.what(), Catch::Contains("folder.wav"));
+  CHECK(folder.names().size() == 2);
+
+  AudioWriter closed(folder / "b.wav", {}, 100);
+  closed.write(samples);
+  closed.close();
+  error = error_of([&] { closed.write(samples); });
+  CHECK(error.id() == "headroom.audio.file.samples");
+  CHECK_THAT(error.what(), Catch::Contains("closed"));
+  CHECK(error_of([&] { closed.close(); }).id() == "headroom.audio.file.samples");
+}
+
+TEST_CASE("a disk that fills up while writing is an error that names the file, and leaves no temporary file") {
+  const TemporaryFolder folder;
+  testing::write_bytes(folder / "a.wav", "precious");
+  // A limit on the size of files makes write() fail like a full disk does.
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  rlimit old{};
+  getrlimit(RLIMIT_FSIZE, &old);
+  const rlimit small{100000, old.rlim_max};
+  setrlimit(RLIMIT_FSIZE, &small);
+  std::vector<Error> errors;
+  for (const auto encoding : {Encoding::float32, Encoding::pcm16}) {
+    for (const std::int64_t frames : {12500 - 5, 200000}) {  // the header alone does not fit, or nearly nothing does
+      const std::int64_t n = encoding == Encoding::pcm16 ? 2 * frames : frames;
+      errors.push_back(error_of([&] { audio::write_audio(folder / "a.wav", torch::zeros({2, n}), 44100, encoding); }));
+    }
+  }
+  setrlimit(RLIMIT_FSIZE, &old);
+  std::signal(SIGXFSZ, handler);
+  for (const Error& error : errors) {
+    CHECK(error.id() == "headroom.audio.file.write");
+    CHECK_THAT(error.what(), Catch::Contains("a.wav") && Catch::Contains("room on the disk"));
+  }
+  CHECK(folder.names() == std::vector<std::string>{"a.wav"});
+  CHECK(testing::read_bytes(folder / "a.wav") == "precious");
+
+  const Error error = error_of([&] { AudioWriter(folder / "a.wav", {}, std::int64_t{1} << 55); });
+  CHECK(error.id() == "headroom.audio.file.full");
+  CHECK_THAT(error.what(), Catch::Contains("needs 288230376151711744 bytes") && Catch::Contains("free some room"));
+  CHECK(folder.names() == std::vector<std::string>{"a.wav"});
+}
+
+TEST_CASE("the writer refuses shapes, dtypes and folders that can't be right") {
+  const TemporaryFolder folder;
+  AudioWriter writer(folder / "a.wav", {2, 44100, Encoding::float32}, 10);
+  for (const torch::Tensor& samples :
+       {torch::zeros({1, 5}), torch::zeros({10}), torch::zeros({2, 5}, torch::kInt), torch::zeros({2, 11})}) {
+    CHECK(error_of([&] { writer.write(samples); }).id() == "headroom.audio.file.samples");
+  }
+  CHECK(writer.written() == 0);
+  const Error error = error_of([&] { AudioWriter(folder / "no/such/a.wav", {}, 1); });
+  CHECK(error.id() == "headroom.audio.file.write");
+  CHECK_THAT(error.what(), Catch::Contains("no/such\"; create it first"));
+  CHECK(error_of([&] { AudioWriter(folder / "b.wav", {.channels = 0}, 1); }).id() == "headroom.audio.file.options");
+  CHECK(error_of([&] { audio::write_audio(folder / "b.wav", torch::zeros({4}), 1); }).id() ==
+        "headroom.audio.file.samples");
+}
+
+TEST_CASE("the reader says what is wrong with a file, and where") {
+  const TemporaryFolder folder;
+  const auto error_reading = [&](const std::string& bytes) {
+    testing::write_bytes(folder / "a.wav", bytes);
+    const Error error = error_of([&] { audio::read_audio(folder / "a.wav"); });
+    CHECK_THAT(error.what(), Catch::Contains("a.wav"));
+    return error;
+  };
+  CHECK(error_of([&] { AudioReader(folder / "none.wav"); }).id() == "headroom.audio.file.missing");
+  CHECK(error_of([&] { AudioReader(folder.path()); }).id() == "headroom.audio.file.missing");
+  CHECK(error_reading("").id() == "headroom.audio.file.empty");
+  CHECK(error_reading(testing::wav_bytes("", 2, 16)).id() == "headroom.audio.file.empty");
+  CHECK(error_reading("<html>not found</html>").id() == "headroom.audio.file.format");
+
+  const std::string whole = testing::wav_bytes(std::string(4000, 'x'), 2, 16);
+  const Error truncated = error_reading(whole.substr(0, 2000));
+  CHECK(truncated.id() == "headroom.audio.file.truncated");
+  CHECK_THAT(truncated.what(), Catch::Contains("has 2000 bytes, its header says 4044"));
+  std::string piped = whole;
+  piped.replace(4, 4, 4, '\xff').replace(40, 4, 4, '\xff');  // as ffmpeg leaves it in a pipe
+  testing::write_bytes(folder / "piped.wav", piped);
+  CHECK(AudioReader(folder / "piped.wav").frames() == 1000);
+
+  std::vector<float> values(2 * 100000, 0.5f);
+  values[2 * 88200 + 1] = std::numeric_limits<float>::quiet_NaN();
+  Error error = error_reading(testing::wav_bytes(bytes_of_floats(values), 2, 32, 3));
+  CHECK(error.id() == "headroom.audio.file.not_finite");
+  CHECK_THAT(error.what(), Catch::Contains("frame 88200 (2 s), channel 1"));
+  values[3] = -std::numeric_limits<float>::infinity();
+  error = error_reading(testing::wav_bytes(bytes_of_floats(values), 2, 32, 3));
+  CHECK_THAT(error.what(), Catch::Contains("frame 1 (") && Catch::Contains("channel 1"));
+}
+
+TEST_CASE("a FLAC file is read like WAV, and one that ends early is refused") {
+  const TemporaryFolder folder;
+  SF_INFO info{};
+  info.channels = 1;
+  info.samplerate = 22050;
+  info.format = SF_FORMAT_FLAC | SF_FORMAT_PCM_16;
+  const torch::Tensor samples = torch::randint(-32768, 32767, {1, 50000}).to(torch::kFloat) / 32768;
+  SNDFILE* flac = sf_open((folder / "a.flac").string().c_str(), SFM_WRITE, &info);
+  REQUIRE(flac != nullptr);
+  std::vector<short> values(50000);
+  for (int i = 0; i < 50000; ++i) {
+    values[i] = static_cast<short>(samples[0][i].item<float>() * 32768);
+  }
+  sf_writef_short(flac, values.data(), 50000);
+  sf_close(flac);
+  const audio::Recording recording = audio::read_audio(folder / "a.flac");
+  CHECK(recording.sample_rate == 22050);
+  CHECK(torch::equal(recording.samples, samples));
+  const Error rate = error_of([&] { audio::require_sample_rate(AudioReader(folder / "a.flac"), 44100); });
+  CHECK(rate.id() == "headroom.audio.file.sample_rate");
+  CHECK_THAT(rate.what(), Catch::Contains("has 22050 Hz, expected 44100; convert it: sox INPUT -r 44100 OUTPUT.wav"));
+
+  const std::string bytes = testing::read_bytes(folder / "a.flac");
+  testing::write_bytes(folder / "b.flac", bytes.substr(0, bytes.size() / 2));
+  const Error error = error_of([&] { audio::read_audio(folder / "b.flac"); });
+  CHECK(error.id() == "headroom.audio.file.truncated");
+  CHECK_THAT(error.what(), Catch::Contains("b.flac") && Catch::Contains("its header says 50000"));
+}

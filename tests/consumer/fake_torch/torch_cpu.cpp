@@ -1,0 +1,4 @@
+const char*& device() {
+  static const char* name = "nothing";
+  return name;
+}

@@ -1,0 +1,3 @@
+const char*& device();
+
+static const bool registered = (device() = "cuda", true);

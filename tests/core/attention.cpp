@@ -1,0 +1,332 @@
+#include "headroom/core/attention.hpp"
+
+#include <cmath>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "headroom/core/attention_reference.hpp"
+#include "support/catch.hpp"
+
+using namespace headroom;
+using namespace headroom::core;
+
+namespace {
+
+struct Problem {
+  Index batch = 1, heads = 2, queries = 64, keys = 64, dim = 16, value_dim = 16;
+  double amplitude = 1;  // of q: larger scores, sharper weights
+};
+
+/// All tensors of a forward and backward pass, dense.
+template <class Scalar>
+struct Run {
+  Problem p;
+  std::vector<Scalar> q, k, v, grad, output, grad_q, grad_k, grad_v;
+  std::vector<double> lse;
+
+  explicit Run(const Problem& problem) : p(problem) {
+    std::mt19937 generator(7);
+    std::normal_distribution<float> normal;
+    const auto fill = [&](std::vector<Scalar>& x, Index length, Index dim, double amplitude) {
+      x.resize(p.batch * p.heads * length * dim);
+      for (Scalar& e : x) e = static_cast<Scalar>(amplitude * normal(generator));
+    };
+    fill(q, p.queries, p.dim, p.amplitude), fill(k, p.keys, p.dim, 1), fill(v, p.keys, p.value_dim, 1);
+    fill(grad, p.queries, p.value_dim, 1);
+    // what must be overwritten
+    output.assign(grad.size(), 1e6), grad_q.assign(q.size(), 1e6), grad_k.assign(k.size(), 1e6),
+        grad_v.assign(v.size(), 1e6);
+    lse.assign(p.batch * p.heads * p.queries, 1e6);
+  }
+  template <class T>
+  TensorView<T> of(std::vector<T>& x, Index length, Index dim) {
+    return dense_view(x.data(), p.batch, p.heads, length, dim);
+  }
+  template <class M = NoMask, class E = SerialExecutor>
+  Run& tiled(const AttentionParams& params = {}, const M& mask = {}, const E& executor = {}) {
+    attention_forward(of(q, p.queries, p.dim), of(k, p.keys, p.dim), of(v, p.keys, p.value_dim),
+                      of(output, p.queries, p.value_dim), of(lse, p.queries, 1), params, mask, executor);
+    attention_backward(of(grad, p.queries, p.value_dim), of(q, p.queries, p.dim), of(k, p.keys, p.dim),
+                       of(v, p.keys, p.value_dim), of(output, p.queries, p.value_dim), of(lse, p.queries, 1),
+                       of(grad_q, p.queries, p.dim), of(grad_k, p.keys, p.dim), of(grad_v, p.keys, p.value_dim), params,
+                       mask, executor);
+    return *this;
+  }
+  template <class M = NoMask>
+  Run& reference(const AttentionParams& params = {}, const M& mask = {}) {
+    attention_forward_reference(of(q, p.queries, p.dim), of(k, p.keys, p.dim), of(v, p.keys, p.value_dim),
+                                of(output, p.queries, p.value_dim), of(lse, p.queries, 1), params, mask);
+    attention_backward_reference(of(grad, p.queries, p.value_dim), of(q, p.queries, p.dim), of(k, p.keys, p.dim),
+                                 of(v, p.keys, p.value_dim), of(grad_q, p.queries, p.dim), of(grad_k, p.keys, p.dim),
+                                 of(grad_v, p.keys, p.value_dim), params, mask);
+    return *this;
+  }
+};
+
+struct Deviation {
+  double rms = 0, maximum = 0;
+};
+template <class A, class B>
+Deviation deviation(const std::vector<A>& x, const std::vector<B>& exact) {
+  Deviation d;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double e = std::abs(static_cast<double>(x[i]) - static_cast<double>(exact[i]));
+    if (!(e <= d.maximum)) d.maximum = e;  // a NaN stays
+    d.rms += e * e / static_cast<double>(x.size());
+  }
+  d.rms = std::sqrt(d.rms);
+  return d;
+}
+
+/// float kernel against double definition: at most twice the RMS and four times the maximum error of plain float loops.
+/// With fewer than 16 keys both errors are a handful of roundings of terms that cancel: four roundings of the largest
+/// term are allowed there.
+template <class M = NoMask>
+void check_accuracy(const Problem& p, const AttentionParams& params = {}, const M& mask = {}) {
+  CAPTURE(p.batch, p.heads, p.queries, p.keys, p.dim, p.value_dim, p.amplitude);
+  Run<float> tiled(p), naive(p);
+  Run<double> exact(p);
+  tiled.tiled(params, mask), naive.reference(params, mask), exact.reference(params, mask);
+  const auto largest = [](const std::vector<float>& x) {
+    double m = 1;
+    for (const float e : x) m = std::max<double>(m, std::abs(e));
+    return m;
+  };
+  const double largest_term = largest(tiled.q) * largest(tiled.k) * largest(tiled.v) * largest(tiled.grad);
+  const auto compare = [&](const char* name, auto member) {
+    CAPTURE(name);
+    const Deviation ours = deviation(tiled.*member.first, exact.*member.second);
+    const Deviation theirs = deviation(naive.*member.first, exact.*member.second);
+    const double rounding = p.keys < 16 ? 4 * std::numeric_limits<float>::epsilon() * largest_term : 0;
+    CHECK(ours.rms <= std::max(2 * theirs.rms, rounding));
+    CHECK(ours.maximum <= std::max(4 * theirs.maximum, rounding));
+  };
+  compare("output", std::pair(&Run<float>::output, &Run<double>::output));
+  compare("grad_q", std::pair(&Run<float>::grad_q, &Run<double>::grad_q));
+  compare("grad_k", std::pair(&Run<float>::grad_k, &Run<double>::grad_k));
+  compare("grad_v", std::pair(&Run<float>::grad_v, &Run<double>::grad_v));
+  Run<double> tiled_double(p);
+  tiled_double.tiled(params, mask);
+  for (const auto member :
+       {&Run<double>::output, &Run<double>::lse, &Run<double>::grad_q, &Run<double>::grad_k, &Run<double>::grad_v}) {
+    CHECK(deviation(tiled_double.*member, exact.*member).maximum <
+          1e-13 * p.amplitude * std::sqrt(static_cast<double>(p.dim * p.keys)));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("tiled attention is as accurate as plain loops, for every length and head dim") {
+  for (const Index length : {1, 2, 7, 16, 33, 96, 97, 131, 300}) {
+    for (const Index dim : {1, 3, 8, 16, 24, 32, 64, 129}) {
+      check_accuracy({.queries = length, .keys = length, .dim = dim, .value_dim = dim});
+    }
+  }
+  check_accuracy({.batch = 2, .heads = 3, .queries = 100, .keys = 77, .dim = 16, .value_dim = 40});
+  check_accuracy({.queries = 1, .keys = 500, .dim = 256, .value_dim = 5});
+  check_accuracy({.queries = 500, .keys = 1, .dim = 5, .value_dim = 256});
+}
+
+TEST_CASE("sharp weights keep their accuracy") {
+  check_accuracy({.queries = 300, .keys = 300, .amplitude = 8});
+  check_accuracy({.queries = 131, .keys = 300, .dim = 64, .value_dim = 64, .amplitude = 30});
+}
+
+TEST_CASE("the scale may be anything finite") {
+  for (const double scale : {0.0, 1.0, -0.3, 4.0}) {
+    check_accuracy({.queries = 70, .keys = 90}, {.scale = scale});
+  }
+}
+
+TEST_CASE("causal masks, top left and bottom right, and key lengths") {
+  const std::vector<int> lengths{40, 0, 131};
+  for (const Index length : {1, 20, 131, 260}) {
+    check_accuracy({.queries = length, .keys = length}, {}, CausalMask{});
+    check_accuracy({.queries = length, .keys = length + 50}, {}, CausalMask{50});
+    check_accuracy({.queries = length + 50, .keys = length}, {}, CausalMask{-50});
+  }
+  check_accuracy({.batch = 3, .queries = 100, .keys = 131}, {}, KeyLengthMask<int>{lengths.data()});
+  check_accuracy({.batch = 3, .queries = 131, .keys = 131}, {},
+                 BothMasks{CausalMask{}, KeyLengthMask<int>{lengths.data()}});
+}
+
+TEST_CASE("a query without keys gets 0, lse -inf and no gradient; a key without queries gets none") {
+  Run<float> run({.queries = 40, .keys = 30});
+  run.tiled({}, CausalMask{-25});  // queries 0 … 24 see nothing, keys 15 … 29 are never seen
+  for (Index h = 0; h < 2; ++h) {
+    for (Index i = 0; i < 40; ++i) {
+      CHECK((run.lse[h * 40 + i] == -std::numeric_limits<double>::infinity()) == (i < 25));
+      for (Index d = 0; d < 16; ++d) {
+        CHECK((run.output[(h * 40 + i) * 16 + d] == 0) == (i < 25));
+        CHECK((run.grad_q[(h * 40 + i) * 16 + d] == 0) ==
+              (i < 26));  // a single key leaves nothing to choose: exactly 0
+      }
+    }
+    for (Index j = 0; j < 30; ++j) CHECK((run.grad_v[(h * 30 + j) * 16] == 0) == (j >= 15));
+  }
+}
+
+TEST_CASE("without keys or queries there is nothing but zeros") {
+  Run<float> no_keys({.queries = 5, .keys = 0});
+  no_keys.tiled();
+  for (const float x : no_keys.output) CHECK(x == 0);
+  for (const float x : no_keys.grad_q) CHECK(x == 0);
+  Run<float> no_queries({.queries = 0, .keys = 5});
+  no_queries.tiled();
+  for (const float x : no_queries.grad_v) CHECK(x == 0);
+}
+
+TEST_CASE("the log-sum-exp is that of the scores") {
+  Run<float> run({.queries = 50, .keys = 200, .amplitude = 5});
+  run.tiled();
+  for (Index i = 0; i < 50; ++i) {
+    double sum = 0;
+    for (Index j = 0; j < 200; ++j) {
+      double score = 0;
+      for (Index d = 0; d < 16; ++d) score += static_cast<double>(run.q[i * 16 + d]) * run.k[j * 16 + d];
+      sum += std::exp(score / 4);
+    }
+    CHECK(run.lse[i] == Approx(std::log(sum)).epsilon(1e-6));
+  }
+}
+
+TEST_CASE("one key: its weight is exactly 1 and no gradient reaches the scores") {
+  Run<float> run({.queries = 9, .keys = 1, .amplitude = 20});
+  run.tiled();
+  for (Index i = 0; i < 9; ++i) {
+    for (Index d = 0; d < 16; ++d) CHECK(run.output[i * 16 + d] == run.v[d]);
+  }
+  for (const float x : run.grad_q) CHECK(x == 0);
+  for (const float x : run.grad_k) CHECK(x == 0);
+}
+
+TEST_CASE("NaN behind the valid keys changes no bit; NaN in front of it is not hidden") {
+  const std::vector<int> lengths{101};
+  const Problem p{.queries = 100, .keys = 131};
+  Run<float> clean(p), poisoned(p);
+  for (Index h = 0; h < 2; ++h) {
+    for (Index j = 101; j < 131; ++j) {
+      for (Index d = 0; d < 16; ++d) {
+        poisoned.k[(h * 131 + j) * 16 + d] = poisoned.v[(h * 131 + j) * 16 + d] =
+            std::numeric_limits<float>::quiet_NaN();
+      }
+    }
+  }
+  clean.tiled({}, KeyLengthMask<int>{lengths.data()});
+  poisoned.tiled({}, KeyLengthMask<int>{lengths.data()});
+  CHECK((clean.output == poisoned.output));
+  CHECK((clean.lse == poisoned.lse));
+  CHECK((clean.grad_q == poisoned.grad_q));
+  CHECK((clean.grad_k == poisoned.grad_k));
+  CHECK((clean.grad_v == poisoned.grad_v));
+  poisoned.tiled();
+  CHECK(poisoned.output[0] != poisoned.output[0]);
+}
+
+#ifdef _OPENMP
+TEST_CASE("results are bit-equal over reruns and for any number of workers") {
+  for (const Index heads : {1, 2, 3, 5}) {
+    for (const auto& p :
+         {Problem{.heads = heads, .queries = 520, .keys = 520}, Problem{.heads = heads, .queries = 30, .keys = 700}}) {
+      Run<float> serial(p);
+      serial.tiled({}, CausalMask{200});
+      for (const int threads : {1, 2, 3, 4}) {
+        Run<float> parallel(p);
+        parallel.tiled({}, CausalMask{200}, OpenMpExecutor{threads});
+        CHECK((serial.output == parallel.output));
+        CHECK((serial.lse == parallel.lse));
+        CHECK((serial.grad_q == parallel.grad_q));
+        CHECK((serial.grad_k == parallel.grad_k));
+        CHECK((serial.grad_v == parallel.grad_v));
+      }
+    }
+  }
+}
+#endif
+
+TEST_CASE("any strides give the bits of dense tensors") {
+  const Problem p{.batch = 2, .heads = 3, .queries = 100, .keys = 70, .dim = 20, .value_dim = 12};
+  Run<float> dense(p);
+  dense.tiled();
+  // every order of the four dimensions, with gaps between the elements
+  std::array<int, 4> order{0, 1, 2, 3};
+  do {
+    std::vector<std::vector<float>> storage;
+    storage.reserve(8);
+    const auto strided = [&](const std::vector<float>& from, Index length, Index dim) {
+      TensorView<float> view{nullptr, {p.batch, p.heads, length, dim}, {}};
+      Index stride = 2;
+      for (int i = 3; i >= 0; --i) {
+        view.strides[order[i]] = stride;
+        stride *= view.shape[order[i]] + 1;
+      }
+      view.data = storage.emplace_back(stride, 1e6F).data();
+      for (Index b = 0; b < p.batch; ++b)
+        for (Index h = 0; h < p.heads; ++h)
+          for (Index l = 0; l < length; ++l)
+            for (Index d = 0; d < dim; ++d) view(b, h, l, d) = from[((b * p.heads + h) * length + l) * dim + d];
+      return view;
+    };
+    const auto equal = [&](const TensorView<float>& view, const std::vector<float>& to) {
+      for (Index b = 0; b < p.batch; ++b)
+        for (Index h = 0; h < p.heads; ++h)
+          for (Index l = 0; l < view.length(); ++l)
+            for (Index d = 0; d < view.dim(); ++d)
+              if (view(b, h, l, d) != to[((b * p.heads + h) * view.length() + l) * view.dim() + d]) return false;
+      return true;
+    };
+    const auto q = strided(dense.q, 100, 20), k = strided(dense.k, 70, 20), v = strided(dense.v, 70, 12);
+    const auto grad = strided(dense.grad, 100, 12), output = strided(dense.grad, 100, 12);
+    const auto grad_q = strided(dense.q, 100, 20), grad_k = strided(dense.k, 70, 20), grad_v = strided(dense.v, 70, 12);
+    std::vector<double> lse(dense.lse.size());
+    const auto lse_view = dense_view(lse.data(), 2, 3, 100, 1);
+    attention_forward(q, k, v, output, lse_view);
+    attention_backward(grad, q, k, v, output, lse_view, grad_q, grad_k, grad_v);
+    CAPTURE(order);
+    CHECK(equal(output, dense.output));
+    CHECK((lse == dense.lse));
+    CHECK(equal(grad_q, dense.grad_q));
+    CHECK(equal(grad_k, dense.grad_k));
+    CHECK(equal(grad_v, dense.grad_v));
+  } while (std::next_permutation(order.begin(), order.end()));
+}
+
+TEST_CASE("Eigen matrices, row- and column-major, are heads") {
+  using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+  const Eigen::MatrixXf q = Eigen::MatrixXf::Random(37, 16), k = Eigen::MatrixXf::Random(50, 16);
+  const RowMajor v = Eigen::MatrixXf::Random(50, 10);
+  RowMajor output(37, 10);
+  attention_forward(matrix_view(q), matrix_view(k), matrix_view(v), matrix_view(output), TensorView<double>{});
+  Eigen::MatrixXf weights = (q * k.transpose() / 4).array().exp();
+  weights.array().colwise() /= weights.array().rowwise().sum().eval();
+  CHECK((output - weights * v).cwiseAbs().maxCoeff() < 1e-6F);
+}
+
+TEST_CASE("the workspace of a worker stays below 1 MiB") {
+  for (const Index dim : {1, 16, 64, 256}) {
+    CHECK(core::detail::ForwardGroup<float>::workspace_bytes(dim, dim) < (1 << 20));
+    CHECK(core::detail::BackwardGroup<float>::workspace_bytes(dim, dim) < (1 << 20));
+  }
+}
+
+TEST_CASE("shapes that do not fit are named") {
+  Run<float> run({.queries = 8, .keys = 9});
+  const auto call = [&](Index keys, Index value_length) {
+    return testing::error_of([&] {
+      attention_forward(run.of(run.q, 8, 16), run.of(run.k, keys, 16), run.of(run.v, value_length, 16),
+                        run.of(run.output, 8, 16), run.of(run.lse, 8, 1));
+    });
+  };
+  const Error error = call(9, 8);
+  CHECK(error.id() == "headroom.core.attention.shape");
+  CHECK(testing::contains(error.what(), "v has shape [1,2,8,16], expected [1,2,9,16]"));
+  const Error scale = testing::error_of([&] { run.tiled({.scale = std::numeric_limits<double>::infinity()}); });
+  CHECK(scale.id() == "headroom.core.attention.scale");
+  const Error null_lse = testing::error_of([&] {
+    attention_backward(run.of(run.grad, 8, 16), run.of(run.q, 8, 16), run.of(run.k, 9, 16), run.of(run.v, 9, 16),
+                       run.of(run.output, 8, 16), TensorView<const double>{}, run.of(run.grad_q, 8, 16),
+                       run.of(run.grad_k, 9, 16), run.of(run.grad_v, 9, 16));
+  });
+  CHECK(testing::contains(null_lse.what(), "lse must be given"));
+}

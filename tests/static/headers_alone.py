@@ -1,0 +1,42 @@
+"""Compiles each header by itself, with the flags of one unit of the build.
+
+Usage: headers_alone.py <compile_commands.json> <compiler> <source> <header>...
+
+<source> is the unit whose flags are taken. When it has a precompiled header (torch/torch.h), a header is checked after
+it, so a missing LibTorch or standard include goes unseen there; a missing headroom include does not. Such a unit ends at
+a failing assertion: the compiler stops there, before it instantiates all that LibTorch left pending (8 s a unit).
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+END = "the header compiles alone"
+database, compiler, source, *headers = sys.argv[1:]
+entry = next(e for e in json.loads(Path(database).read_text()) if os.path.samefile(e["file"], source))
+command = shlex.split(entry["command"])
+command = command[command.index(compiler) : command.index("-o")]
+precompiled = "-include" in command
+
+
+def complaint(header):
+    unit = f'#include "{header}"\n'
+    if precompiled:
+        unit += f'static_assert(false, "{END}");\n'
+    run = subprocess.run(
+        [*command, "-fsyntax-only", "-Wfatal-errors", "-x", "c++", "-"],
+        cwd=entry["directory"], input=unit, capture_output=True, text=True,
+    )
+    ended_well = END in run.stderr if precompiled else run.returncode == 0
+    return "" if ended_well else f"{header} does not compile alone:\n{run.stderr}"
+
+
+with ThreadPoolExecutor(2) as pool:
+    found = [text for text in pool.map(complaint, headers) if text]
+print("\n".join(found))
+print(f"{len(headers)} headers, {len(found)} do not compile alone")
+sys.exit(bool(found))

@@ -1,0 +1,56 @@
+"""Includes point one way: each folder of include/headroom uses only the folders and libraries below it.
+
+Usage: includes.py <project folder>
+"""
+
+import re
+import sys
+from pathlib import Path
+
+FOLDERS = {
+    "core": {"core"},
+    "attention": {"core", "attention"},
+    "checkpoint": {"core", "checkpoint"},
+    "memory": {"core", "checkpoint", "memory"},
+    "audio": {"core", "audio"},
+    "nn": {"core", "attention", "checkpoint", "memory", "nn"},
+    "models": {"core", "attention", "checkpoint", "memory", "audio", "nn", "models"},
+    "training": {"core", "attention", "checkpoint", "memory", "audio", "nn", "models", "training"},
+}
+STANDARD = re.compile(r"[a-z_0-9]+|immintrin\.h|omp\.h|(sys/[a-z]+|unistd|fcntl)\.h")
+EIGEN = re.compile(r"(unsupported/)?Eigen/.+")
+TORCH = re.compile(r"(torch|ATen|c10)/.+")
+TRAINING = re.compile(r"nlohmann/.+|sndfile\.h")
+# Headers of the target headroom::training that live in another folder.
+TRAINING_HEADERS = {"audio/file.hpp"}
+
+
+def problems(include):
+    for header in sorted(include.glob("*/**/*.hpp")):
+        name = header.relative_to(include)
+        folder = name.parts[0]
+        text = header.read_text()
+        if folder not in FOLDERS:
+            yield f"headroom/{name}: the folder {folder} has no rule in tests/static/includes.py"
+            continue
+        if text.splitlines()[:1] != ["#pragma once"]:
+            yield f"headroom/{name}: the first line is not #pragma once"
+        libraries = [STANDARD, EIGEN]
+        if folder != "core":
+            libraries.append(TORCH)
+        if folder == "training" or name.as_posix() in TRAINING_HEADERS:
+            libraries.append(TRAINING)
+        for quoted, angled in re.findall(r'^\s*#\s*include\s+(?:"(.+?)"|<(.+?)>)', text, re.MULTILINE):
+            if angled:
+                allowed = any(library.fullmatch(angled) for library in libraries)
+            else:
+                own = re.fullmatch(r"headroom/(\w+)(/.+)?\.hpp", quoted)
+                below = own and own[1] in FOLDERS[folder] and quoted != f"headroom/{folder}.hpp"
+                allowed = below and (include.parent / quoted).exists()
+            if not allowed:
+                yield f"headroom/{name}: must not include {quoted or angled}"
+
+
+found = list(problems(Path(sys.argv[1]) / "include" / "headroom"))
+print("\n".join(found))
+sys.exit(bool(found))

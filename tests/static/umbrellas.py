@@ -1,0 +1,39 @@
+"""Umbrella headers (include/headroom/*.hpp) hold includes only and name every header of their folder.
+
+Usage: umbrellas.py <project folder>
+"""
+
+import re
+import sys
+from pathlib import Path
+
+# Headers that a program includes by itself, each for the reason given.
+OPT_IN = {
+    "audio/file.hpp": "needs libsndfile, which headroom::headroom does not link",
+}
+
+
+def problems(include):
+    for umbrella in sorted(include.glob("*.hpp")):
+        name = umbrella.relative_to(include.parent)
+        included = set()
+        for number, line in enumerate(umbrella.read_text().splitlines(), 1):
+            match = re.fullmatch(r'#include "headroom/(.+)"', line)
+            if match:
+                included.add(match[1])
+            elif line.strip() and line != "#pragma once" and not line.startswith("//"):
+                yield f"{name}:{number}: an umbrella header holds includes only: {line}"
+        if umbrella.stem == "headroom":
+            expected = {header.name for header in include.glob("*.hpp")} - {umbrella.name}
+        else:
+            expected = {header.relative_to(include).as_posix() for header in include.glob(f"{umbrella.stem}/*.hpp")}
+        for missing in sorted(expected - included - OPT_IN.keys()):
+            yield f"{name}: does not include headroom/{missing}"
+    for folder in sorted(path for path in include.iterdir() if path.is_dir()):
+        if not folder.with_suffix(".hpp").exists():
+            yield f"headroom/{folder.name}: has no umbrella headroom/{folder.name}.hpp"
+
+
+found = list(problems(Path(sys.argv[1]) / "include" / "headroom"))
+print("\n".join(found))
+sys.exit(bool(found))

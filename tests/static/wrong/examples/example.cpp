@@ -1,0 +1,1 @@
+int in_an_example;

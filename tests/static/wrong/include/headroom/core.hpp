@@ -1,0 +1,5 @@
+#pragma once
+
+#include "headroom/core/first.hpp"
+
+int not_an_include();

@@ -1,0 +1,3 @@
+#include <vector>
+
+std::string needs_a_header();

@@ -1,10 +1,11 @@
 #pragma once
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <torch/torch.h>
-#include <unistd.h>
 
-#include <filesystem>
-#include <string>
+#include <cstdint>
+#include <vector>
+
 
 namespace headroom::testing {
 
@@ -52,19 +53,5 @@ inline NoiseExample noise_examples(int64_t first, int64_t count, int64_t samples
   const torch::Tensor all = torch::stack(stems);
   return {all.sum(1), all};
 }
-
-/// A new empty folder, removed with its contents at the end.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "headroom_test_XXXXXX").string();
-    path = ::mkdtemp(name.data());
-  }
-  ~TemporaryFolder() { std::filesystem::remove_all(path); }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-
-  std::filesystem::path path;
-};
 
 }  // namespace headroom::testing

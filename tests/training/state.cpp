@@ -8,6 +8,7 @@
 #include <sstream>
 #include <thread>
 
+#include "support/audio_files.hpp"
 #include "support/catch.hpp"
 #include "support/tiny_separator.hpp"
 
@@ -15,19 +16,12 @@ using namespace headroom;
 using namespace headroom::training;
 using headroom::testing::contains;
 using headroom::testing::error_of;
+using headroom::testing::read_bytes;
 using headroom::testing::TemporaryFolder;
 using headroom::testing::TinySeparator;
+using headroom::testing::write_bytes;
 
 namespace {
-
-std::string read_file(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-void write_file(const std::filesystem::path& path, const std::string& bytes) {
-  std::ofstream(path, std::ios::binary) << bytes;
-}
 
 TrainingState example_state() {
   return {.config = "{\"a\": 1}",
@@ -41,10 +35,6 @@ TrainingState example_state() {
           .optimizer = {{"a.weight.exp_avg", torch::full({2, 3}, -1.5)}}};
 }
 
-int files_in(const std::filesystem::path& folder) {
-  return static_cast<int>(std::distance(std::filesystem::directory_iterator(folder), {}));
-}
-
 }  // namespace
 
 TEST_CASE("a state comes back from its file as it was") {
@@ -53,9 +43,9 @@ TEST_CASE("a state comes back from its file as it was") {
   const torch::Tensor large = torch::randn({100'000});
   state.model["view"] = large.slice(0, 10, 13);
   state.model["transposed"] = torch::arange(6.0).view({2, 3}).t();
-  save_state(folder.path / "a.pt", state);
-  CHECK(std::filesystem::file_size(folder.path / "a.pt") < 50'000);  // the view did not take its storage along
-  const TrainingState back = load_state(folder.path / "a.pt");
+  save_state(folder / "a.pt", state);
+  CHECK(std::filesystem::file_size(folder / "a.pt") < 50'000);  // the view did not take its storage along
+  const TrainingState back = load_state(folder / "a.pt");
   CHECK(back.config == state.config);
   CHECK(back.step == state.step);
   CHECK(back.epoch_losses == state.epoch_losses);
@@ -69,18 +59,18 @@ TEST_CASE("a state comes back from its file as it was") {
     CHECK(back.model.at(name).scalar_type() == tensor.scalar_type());
   }
   CHECK(back.optimizer.at("a.weight.exp_avg").equal(state.optimizer.at("a.weight.exp_avg")));
-  CHECK(files_in(folder.path) == 1);
+  CHECK(folder.names().size() == 1);
 }
 
 TEST_CASE("a checkpoint that is truncated, damaged or something else is named and refused") {
   const TemporaryFolder folder;
-  save_state(folder.path / "good.pt", example_state());
-  const std::string good = read_file(folder.path / "good.pt");
+  save_state(folder / "good.pt", example_state());
+  const std::string good = read_bytes(folder / "good.pt");
   const auto refused = [&](const std::string& bytes) {
-    write_file(folder.path / "bad.pt", bytes);
-    const Error error = error_of([&] { load_state(folder.path / "bad.pt"); });
+    write_bytes(folder / "bad.pt", bytes);
+    const Error error = error_of([&] { load_state(folder / "bad.pt"); });
     CHECK(error.id() == "headroom.training.state.corrupt");
-    CHECK(contains(error.what(), (folder.path / "bad.pt").string()));
+    CHECK(contains(error.what(), (folder / "bad.pt").string()));
     return std::string(error.what());
   };
   for (const std::size_t size : {std::size_t(0), std::size_t(1), std::size_t(24), good.size() / 2, good.size() - 1}) {
@@ -93,14 +83,14 @@ TEST_CASE("a checkpoint that is truncated, damaged or something else is named an
     CHECK(contains(refused(changed), "does not match its checksum"));
   }
   CHECK(contains(refused("RIFF" + std::string(1000, 'x')), "it is truncated or no checkpoint"));
-  CHECK(error_of([&] { load_state(folder.path / "none.pt"); }).id() == "headroom.training.state.read");
-  CHECK(error_of([&] { load_state(folder.path); }).id() == "headroom.training.state.read");
+  CHECK(error_of([&] { load_state(folder / "none.pt"); }).id() == "headroom.training.state.read");
+  CHECK(error_of([&] { load_state(folder.path()); }).id() == "headroom.training.state.read");
 }
 
 TEST_CASE("a disk that is full leaves the old checkpoint and no temporary file") {
   const TemporaryFolder folder;
-  const auto path = folder.path / "a.pt";
-  write_file(path, "old");
+  const auto path = folder / "a.pt";
+  write_bytes(path, "old");
   std::signal(SIGXFSZ, SIG_IGN);
   rlimit before{};
   getrlimit(RLIMIT_FSIZE, &before);
@@ -111,20 +101,20 @@ TEST_CASE("a disk that is full leaves the old checkpoint and no temporary file")
   std::signal(SIGXFSZ, SIG_DFL);
   CHECK(error.id() == "headroom.training.state.write");
   CHECK(contains(error.what(), path.string() + ": File too large"));
-  CHECK(read_file(path) == "old");
-  CHECK(files_in(folder.path) == 1);
-  const Error missing = error_of([&] { write_atomically(folder.path / "no/a.pt", {"x"}); });
+  CHECK(read_bytes(path) == "old");
+  CHECK(folder.names().size() == 1);
+  const Error missing = error_of([&] { write_atomically(folder / "no/a.pt", {"x"}); });
   CHECK(missing.id() == "headroom.training.state.write");
   CHECK(contains(missing.what(), "No such file or directory"));
-  write_file(path.string() + ".partial", "left by a process that was killed");
+  write_bytes(path.string() + ".partial", "left by a process that was killed");
   write_atomically(path, {"n", "ew"});
-  CHECK(read_file(path) == "new");
-  CHECK(files_in(folder.path) == 1);
+  CHECK(read_bytes(path) == "new");
+  CHECK(folder.names().size() == 1);
 }
 
 TEST_CASE("a process killed while it writes leaves one of its checkpoints whole") {
   const TemporaryFolder folder;
-  const auto path = folder.path / "a.pt";
+  const auto path = folder / "a.pt";
   const std::string a(300'000, 'a'), b(200'000, 'b');
   write_atomically(path, {a});
   for (int round = 0; round < 20; ++round) {
@@ -138,7 +128,7 @@ TEST_CASE("a process killed while it writes leaves one of its checkpoints whole"
     std::this_thread::sleep_for(std::chrono::microseconds(1000 + 517 * round));
     kill(child, SIGKILL);
     waitpid(child, nullptr, 0);
-    const std::string now = read_file(path);
+    const std::string now = read_bytes(path);
     CHECK((now == a || now == b));
   }
 }
@@ -179,9 +169,9 @@ TEST_CASE("load_model gives the saved model ready for inference") {
   CHECK(options.stems() == 2);
   CHECK(options.ffn_hidden_dim() == std::vector<int64_t>{16});
   models::TimeFrequencyTransformer model(options);
-  save_state(folder.path / "m.pt",
+  save_state(folder / "m.pt",
              {.config = to_json(config), .random = random_state(), .model = tensors_of(*model), .optimizer = {}});
-  LoadedModel loaded = load_model(folder.path / "m.pt");
+  LoadedModel loaded = load_model(folder / "m.pt");
   CHECK(loaded.config.audio.stems == config.audio.stems);
   CHECK_FALSE(loaded.model->is_training());
   const torch::Tensor mixture = torch::randn({1, 2, 300});

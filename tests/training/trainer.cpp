@@ -2,6 +2,7 @@
 
 #include <filesystem>
 
+#include "support/audio_files.hpp"
 #include "support/catch.hpp"
 #include "support/tiny_separator.hpp"
 
@@ -76,7 +77,7 @@ TEST_CASE("a run that is stopped and resumed in new objects ends bit-equal to on
   std::vector<double> rates, rates_in_parts;
   auto [model, trainer] = make_trainer(config);
   const Summary summary =
-      trainer.run({.folder = whole.path, .on_step = [&](const Progress& p) { rates.push_back(p.learning_rate); }});
+      trainer.run({.folder = whole.path(), .on_step = [&](const Progress& p) { rates.push_back(p.learning_rate); }});
   CHECK(summary.steps == 12);  // epochs x steps_per_epoch
 
   Summary last;
@@ -84,13 +85,13 @@ TEST_CASE("a run that is stopped and resumed in new objects ends bit-equal to on
   for (const int stop_after : {6, 8, 12}) {  // in the middle of an epoch, at its end, never
     auto [fresh_model, fresh] = make_trainer(config);
     if (runs++ > 0) {
-      fresh.resume(load_state(parts.path / "last.pt"), "last.pt");
+      fresh.resume(load_state(parts / "last.pt"), "last.pt");
     } else {
       torch::manual_seed(7);
       TinySeparator again;  // draws what make_trainer drew, so that dropout starts alike
     }
     int64_t now = 0;
-    last = fresh.run({.folder = parts.path,
+    last = fresh.run({.folder = parts.path(),
                       .on_step =
                           [&](const Progress& p) {
                             now = p.step;
@@ -106,7 +107,7 @@ TEST_CASE("a run that is stopped and resumed in new objects ends bit-equal to on
   CHECK(last.best_score == summary.best_score);
   for (const char* name : {"last.pt", "best.pt"}) {
     INFO(name);
-    const TrainingState a = load_state(whole.path / name), b = load_state(parts.path / name);
+    const TrainingState a = load_state(whole / name), b = load_state(parts / name);
     CHECK(a.step == b.step);
     CHECK(a.epoch_losses == b.epoch_losses);
     CHECK(a.random.equal(b.random));
@@ -205,15 +206,15 @@ TEST_CASE("a loss that is not finite stops the run before it changes anything") 
   Trainer trainer(model, config, broken);
   TensorMap before;
   const Error error = error_of([&] {
-    trainer.run({.folder = folder.path, .on_step = [&](const Progress& p) {
+    trainer.run({.folder = folder.path(), .on_step = [&](const Progress& p) {
                    if (p.step == 6) before = copy(trainer.state().model);
                  }});
   });
   CHECK(error.id() == "headroom.training.non_finite");
   CHECK(contains(error.what(), "the loss is nan at step 7, examples 12 to 13"));
   check_equal(before, trainer.state().model);
-  CHECK(load_state(folder.path / "last.pt").step == 4);
-  CHECK(load_state(folder.path / "best.pt").step == 4);
+  CHECK(load_state(folder / "last.pt").step == 4);
+  CHECK(load_state(folder / "best.pt").step == 4);
 }
 
 TEST_CASE("best.pt is the epoch with the best validation, or without one the least loss") {
@@ -224,14 +225,14 @@ TEST_CASE("best.pt is the epoch with the best validation, or without one the lea
   std::vector<double> scores = {1.0, 5.0, 3.0};
   std::size_t asked = 0;
   const Summary summary =
-      trainer.run({.steps = 24, .folder = folder.path, .validate = [&] { return scores.at(asked++); }});
+      trainer.run({.steps = 24, .folder = folder.path(), .validate = [&] { return scores.at(asked++); }});
   CHECK(asked == 3);  // after epochs 2, 4, 6
   CHECK(summary.validation == 3.0);
   CHECK(summary.best_metric == "validation nSDR");
   CHECK(summary.best_score == 5.0);
-  CHECK(load_state(folder.path / "best.pt").step == 16);
-  CHECK(load_state(folder.path / "last.pt").step == 24);
-  CHECK(load_state(folder.path / "last.pt").best_score == 5.0);
+  CHECK(load_state(folder / "best.pt").step == 16);
+  CHECK(load_state(folder / "last.pt").step == 24);
+  CHECK(load_state(folder / "last.pt").best_score == 5.0);
 }
 
 TEST_CASE("validation_nsdr is the ratio over all examples, the mean over the stems") {
@@ -270,9 +271,9 @@ TEST_CASE("the trainer trains the time-frequency transformer") {
   torch::manual_seed(0);
   models::TimeFrequencyTransformer model(model_options(config));
   Trainer trainer(model, config, source);
-  const Summary summary = trainer.run({.steps = 8, .folder = folder.path});
+  const Summary summary = trainer.run({.steps = 8, .folder = folder.path()});
   CHECK(summary.epoch_losses[1] < summary.epoch_losses[0]);
-  LoadedModel loaded = load_model(folder.path / "last.pt");
+  LoadedModel loaded = load_model(folder / "last.pt");
   model->eval();
   const torch::Tensor mixture = source(50, 1).mixture;
   CHECK(loaded.model->forward(mixture).equal(model->forward(mixture)));

@@ -61,17 +61,21 @@ struct AudioConfig {
 /// `data`: the data set and its augmentation.
 struct DataConfig {
   std::string path;
-  bool remix = true;
+  std::string draw = "uniform";
+  double remix = 1.0;
   std::array<double, 2> gain = {0.25, 1.25};
   bool swap_channels = true;
   bool flip_polarity = true;
 
   static void describe(auto& self, auto&& field) {
     field("path", self.path, {.may_be_empty = true}, "MUSDB18-HQ folder, with `train` in it; `--data` overrides it");
-    field("remix", self.remix, {}, "take each stem from a track and position of its own");
-    field("gain", self.gain, {.at_least = 0, .at_most = 100}, "least and greatest random factor of a stem");
-    field("swap_channels", self.swap_channels, {}, "swap left and right of half of the stems");
-    field("flip_polarity", self.flip_polarity, {}, "negate half of the stems");
+    field("draw", self.draw, {.choices = {"uniform", "by_length"}},
+          "every track equally often, or every segment of the data set");
+    field("remix", self.remix, {.at_least = 0, .at_most = 1},
+          "probability that an example takes each stem from a track and position of its own");
+    field("gain", self.gain, {.at_least = 0, .at_most = 100}, "least and greatest random factor of a remixed stem");
+    field("swap_channels", self.swap_channels, {}, "reverse the channels of half of the remixed stems");
+    field("flip_polarity", self.flip_polarity, {}, "negate half of the remixed stems");
   }
 };
 
@@ -208,9 +212,6 @@ inline void check_together(const Config& config, std::vector<Problem>& problems)
   rule(
       {"data.gain"}, [&] { return data.gain[0] <= data.gain[1]; }, "got [", data.gain[0], ",", data.gain[1],
       "], expected the smaller factor first");
-  rule(
-      {"data.swap_channels", "audio.channels"}, [&] { return !data.swap_channels || audio.channels == 2; },
-      "got true, expected false unless audio.channels is 2, it is ", audio.channels);
   rule(
       {"audio.stems"}, [&] { return std::set(audio.stems.begin(), audio.stems.end()).size() == audio.stems.size(); },
       "got a name twice, expected different stems");

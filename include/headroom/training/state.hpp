@@ -39,15 +39,15 @@ using TensorMap = std::map<std::string, torch::Tensor>;
 
 /// Everything that a training run needs to go on as if it had never stopped: one file per checkpoint.
 struct TrainingState {
-  std::string config;                ///< JSON text of the configuration
-  int64_t step = 0;                  ///< optimizer steps taken
-  std::vector<double> epoch_losses;  ///< mean loss of each finished epoch
-  double unfinished_loss = 0;        ///< sum of the losses in the epoch that is under way
-  std::string best_metric;           ///< what `best_score` measures: "validation nSDR" or "training loss"
-  double best_score = 0;             ///< greatest nSDR, or least loss, of an epoch so far; valid once a metric is named
-  torch::Tensor random;              ///< state of LibTorch's default CPU generator
-  TensorMap model;                   ///< parameters and buffers
-  TensorMap optimizer;               ///< AdamW's moments and step counts, by parameter
+  std::string config = {};                ///< JSON text of the configuration
+  int64_t step = 0;                       ///< optimizer steps taken
+  std::vector<double> epoch_losses = {};  ///< mean loss of each finished epoch
+  double unfinished_loss = 0;             ///< sum of the losses in the epoch that is under way
+  std::string best_metric = {};           ///< what `best_score` measures: "validation nSDR" or "training loss"
+  double best_score = 0;                  ///< greatest nSDR, or least loss, so far; valid once a metric is named
+  torch::Tensor random = {};              ///< state of LibTorch's default CPU generator
+  TensorMap model = {};                   ///< parameters and buffers
+  TensorMap optimizer = {};               ///< AdamW's moments and step counts, by parameter
 };
 
 namespace detail {

@@ -39,15 +39,16 @@ concept BatchSource = requires(Source& source, int64_t index) {
 
 /// What happened in one optimizer step.
 struct Progress {
-  int64_t step = 0;        ///< optimizer steps taken
-  int64_t epoch = 1;       ///< the epoch that this step belongs to, from 1
-  int64_t epoch_step = 0;  ///< steps taken in this epoch
+  int64_t step = 0;                ///< optimizer steps taken
+  int64_t epoch = 1;               ///< the epoch that this step belongs to, from 1
+  int64_t epoch_step = 0;          ///< steps taken in this epoch
+  int64_t epoch_steps_in_run = 0;  ///< those of them that this run took
+  double epoch_seconds = 0;        ///< that they took
   int64_t steps_per_epoch = 0;
   double loss = 0;  ///< mean over the epoch so far
   double learning_rate = 0;
-  double epoch_seconds = 0;  ///< since the epoch began, or since this run did
-  int64_t live_bytes = 0;    ///< tensors
-  int64_t peak_bytes = 0;    ///< highest live_bytes so far
+  int64_t live_bytes = 0;  ///< held by tensors
+  int64_t peak_bytes = 0;  ///< highest live_bytes so far
 };
 
 /// What came out of a run.
@@ -64,12 +65,12 @@ struct Summary {
 
 /// How long a run takes and who is told. Without `steps` and `seconds` it takes the configuration's epochs.
 struct RunOptions {
-  std::optional<int64_t> steps;                  ///< end at this step, counted from the first start
-  std::optional<double> seconds;                 ///< end after this wall-clock time; the schedule follows the pace
-  std::filesystem::path folder;                  ///< for last.pt and best.pt; empty: no checkpoints
-  std::function<double()> validate;              ///< nSDR in dB; without it the training loss chooses best.pt
-  std::function<void(const Progress&)> on_step;  ///< called after each step
-  std::function<bool()> stop_requested;          ///< asked after each step
+  std::optional<int64_t> steps = {};                  ///< end at this step, counted from the first start
+  std::optional<double> seconds = {};                 ///< end after this wall-clock time; the schedule follows the pace
+  std::filesystem::path folder = {};                  ///< for last.pt and best.pt; empty: no checkpoints
+  std::function<double()> validate = {};              ///< nSDR in dB; without it the training loss chooses best.pt
+  std::function<void(const Progress&)> on_step = {};  ///< called after each step
+  std::function<bool()> stop_requested = {};          ///< asked after each step
 };
 
 namespace detail {
@@ -203,10 +204,11 @@ class Trainer {
         options.on_step({.step = state_.step,
                          .epoch = (state_.step - 1) / training.steps_per_epoch + 1,
                          .epoch_step = epoch_step,
+                         .epoch_steps_in_run = std::min(epoch_step, state_.step - first),
+                         .epoch_seconds = detail::seconds_since(epoch_start),
                          .steps_per_epoch = training.steps_per_epoch,
                          .loss = state_.unfinished_loss / static_cast<double>(epoch_step),
                          .learning_rate = learning_rate,
-                         .epoch_seconds = detail::seconds_since(epoch_start),
                          .live_bytes = meter_.live(),
                          .peak_bytes = meter_.peak()});
       }

@@ -1,0 +1,75 @@
+#pragma once
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <string>
+
+#include "headroom/training/trainer.hpp"
+
+/// 3 minutes and 7 seconds as "03:07", from an hour on as "1:03:07".
+inline std::string clock_time(double seconds) {
+  const auto total = static_cast<long>(std::max(0.0, seconds));
+  char text[32];
+  if (total < 3600) {
+    std::snprintf(text, sizeof text, "%02ld:%02ld", total / 60, total % 60);
+  } else {
+    std::snprintf(text, sizeof text, "%ld:%02ld:%02ld", total / 3600, total / 60 % 60, total % 60);
+  }
+  return text;
+}
+
+/// The line of an epoch, in tqdm's form:
+/// Epoch 1: 100%|██████████| 100/100 [10:23<00:00, loss=2.3456, lr=0.000300, mem=45.2/50.1GB]
+/// The loss is the mean of the epoch so far; mem is what tensors hold now and their peak, in units of 2^30 bytes.
+inline std::string progress_line(const headroom::training::Progress& progress) {
+  constexpr int kWidth = 10;
+  const double share = static_cast<double>(progress.epoch_step) / static_cast<double>(progress.steps_per_epoch);
+  const double left = progress.epoch_seconds / static_cast<double>(progress.epoch_steps_in_run) *
+                      static_cast<double>(progress.steps_per_epoch - progress.epoch_step);
+  std::string bar;
+  for (int cell = 0; cell < kWidth; ++cell) {
+    bar += cell < static_cast<int>(share * kWidth) ? "█" : " ";
+  }
+  constexpr double kGiB = 1 << 30;
+  char text[256];
+  std::snprintf(text, sizeof text, "Epoch %lld: %3d%%|%s| %lld/%lld [%s<%s, loss=%.4f, lr=%.6f, mem=%.2f/%.2fGB]",
+                static_cast<long long>(progress.epoch), static_cast<int>(100 * share), bar.c_str(),
+                static_cast<long long>(progress.epoch_step), static_cast<long long>(progress.steps_per_epoch),
+                clock_time(progress.epoch_seconds).c_str(), clock_time(left).c_str(), progress.loss,
+                progress.learning_rate, static_cast<double>(progress.live_bytes) / kGiB,
+                static_cast<double>(progress.peak_bytes) / kGiB);
+  return text;
+}
+
+/// Shows the steps of each epoch: a line that is rewritten on a terminal, elsewhere a line for each epoch.
+class ProgressBar {
+ public:
+  void show(const headroom::training::Progress& progress) {
+    const bool done = progress.epoch_step == progress.steps_per_epoch;
+    line_ = progress_line(progress);
+    open_ = !done;
+    if (terminal_) {
+      std::printf("\r%s\x1b[K%s", line_.c_str(), done ? "\n" : "");
+    } else if (done) {
+      std::printf("%s\n", line_.c_str());
+    }
+    std::fflush(stdout);
+  }
+
+  /// Ends the line of an epoch that is not over.
+  void close() {
+    if (open_) {
+      std::printf("%s\n", terminal_ ? "" : line_.c_str());
+      std::fflush(stdout);
+      open_ = false;
+    }
+  }
+
+ private:
+  bool terminal_ = isatty(STDOUT_FILENO) != 0;
+  bool open_ = false;
+  std::string line_;
+};

@@ -1,0 +1,190 @@
+// train: trains the time-frequency transformer on a MUSDB18-HQ folder.
+//
+//   train --config examples/configs/musdb18_small.json --data musdb18hq --out experiments/small
+
+#include <CLI/CLI.hpp>
+#include <csignal>
+#include <filesystem>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+
+#include "headroom/memory/format.hpp"
+#include "headroom/memory/meter.hpp"
+#include "headroom/models/time_frequency_transformer.hpp"
+#include "headroom/training/config.hpp"
+#include "headroom/training/dataset.hpp"
+#include "headroom/training/state.hpp"
+#include "headroom/training/trainer.hpp"
+#include "progress.hpp"
+
+namespace fs = std::filesystem;
+namespace training = headroom::training;
+
+namespace {
+
+volatile std::sig_atomic_t caught_signal = 0;
+
+struct Arguments {
+  fs::path config, resume, data, out = "experiments/run";
+  std::optional<int64_t> steps;
+  std::optional<double> seconds;
+  int threads = 0;  // 0: LibTorch's choice
+  std::string device = "cpu";
+};
+
+// Examples of one split: a source of batches for the trainer.
+struct Split {
+  training::MusdbDataset dataset;
+  uint64_t seed;
+
+  training::Example operator()(int64_t first, int64_t count) const { return dataset.batch(seed, first, count); }
+};
+
+training::MusdbOptions dataset_options(const training::Config& config) {
+  return {.segment_length = config.training.segment_length,
+          .channels = config.audio.channels,
+          .sample_rate = config.audio.sample_rate,
+          .stems = config.audio.stems,
+          .draw = config.data.draw == "uniform" ? training::TrackDraw::uniform : training::TrackDraw::by_length,
+          .remix = config.data.remix,
+          .gain = config.data.gain,
+          .swap_channels = config.data.swap_channels,
+          .flip_polarity = config.data.flip_polarity};
+}
+
+// What the model is validated on: music as it is, the same segments each time. Without a `valid` folder there is none.
+std::optional<Split> validation_split(const fs::path& data, const training::Config& config) {
+  if (!fs::is_directory(data / "valid")) {
+    return std::nullopt;
+  }
+  training::MusdbOptions options = dataset_options(config);
+  options.remix = 0;
+  return Split{training::MusdbDataset(data / "valid", options), 0};
+}
+
+void print_start(const training::Config& config, const headroom::models::TimeFrequencyTransformer& model,
+                 const Arguments& arguments) {
+  const auto& options = model->options;
+  const auto& run = config.training;
+  int64_t parameters = 0;
+  for (const torch::Tensor& parameter : model->parameters()) {
+    parameters += parameter.numel();
+  }
+  const int64_t frames = options.frames(run.segment_length);
+  std::cout << "model:    " << parameters << " parameters, " << options.n_layers() << " layers, width "
+            << options.emb_dim() << ", " << options.n_heads() << " heads\n"
+            << "tokens:   " << frames * options.bins() << " a segment (" << frames << " frames x " << options.bins()
+            << " bins), batch " << run.batch_size << " x " << run.gradient_accumulation_steps << "\n"
+            << "device:   " << arguments.device << ", " << torch::get_num_threads() << " threads\n"
+            << "stored attention scores would take "
+            << headroom::format_bytes(
+                   headroom::models::stored_scores_bytes(options, run.batch_size, run.segment_length))
+            << " a step; "
+            << (options.attention() == headroom::AttentionBackend::reference ? "this backend stores them"
+                                                                             : "none are stored")
+            << std::endl;
+}
+
+// Returns the exit code.
+int run(const Arguments& arguments) {
+  const training::Config config = training::load_config(arguments.config);
+  const fs::path data = arguments.data.empty() ? fs::path(config.data.path) : arguments.data;
+  headroom::require(!data.empty(), "headroom.train.data", "no data: ", arguments.config.string(),
+                    " has no data.path; give --data the folder that holds `train`");
+  if (arguments.threads > 0) {
+    torch::set_num_threads(arguments.threads);
+  }
+  const torch::Device device(arguments.device);
+  const headroom::MemoryMeter meter(device);  // before the first tensor, so that it sees them all
+
+  const Split train{training::MusdbDataset(data / "train", dataset_options(config)),
+                    static_cast<uint64_t>(config.training.seed)};
+  const std::optional<Split> valid = validation_split(data, config);
+  torch::manual_seed(static_cast<uint64_t>(config.training.seed));
+  headroom::models::TimeFrequencyTransformer model(training::model_options(config));
+  model->to(device);
+  training::Trainer trainer(model, config, train);
+  if (!arguments.resume.empty()) {
+    trainer.resume(training::load_state(arguments.resume), arguments.resume.string());
+  }
+  std::error_code failure;
+  fs::create_directories(arguments.out, failure);
+  headroom::require(fs::is_directory(arguments.out), "headroom.train.output", "cannot make the folder ",
+                    arguments.out.string(), ": ", failure.message(), "; give --out another one");
+  training::write_atomically(arguments.out / "config.json", {training::to_json(config)});
+  print_start(config, model, arguments);
+
+  ProgressBar bar;
+  training::RunOptions options{.steps = arguments.steps,
+                               .seconds = arguments.seconds,
+                               .folder = arguments.out,
+                               .on_step = [&](const training::Progress& progress) { bar.show(progress); },
+                               .stop_requested = [] { return caught_signal != 0; }};
+  if (valid) {
+    options.validate = [&] {
+      const double nsdr = training::validation_nsdr(model, *valid, config.training.validation_segments);
+      bar.close();
+      std::cout << "validation nSDR " << nsdr << " dB" << std::endl;
+      return nsdr;
+    };
+  }
+  const training::Summary summary = trainer.run(options);
+  bar.close();
+  const std::string last = (arguments.out / "last.pt").string();
+  if (summary.stopped) {
+    std::cout << "stopped after step " << summary.steps << "; go on with --resume " << last << std::endl;
+    return 128 + caught_signal;
+  }
+  const nlohmann::ordered_json json = {
+      {"train_seconds", summary.seconds},
+      {"steps", summary.steps},
+      {"peak_bytes", summary.peak_bytes},
+      {"stored_scores_bytes", headroom::models::stored_scores_bytes(model->options, config.training.batch_size,
+                                                                    config.training.segment_length)},
+      {"best_metric", summary.best_metric},
+      {"best_score", summary.best_score},
+      {"losses", summary.epoch_losses}};
+  training::write_atomically(arguments.out / "summary.json", {json.dump(2) + "\n"});
+  std::cout << summary.steps << " steps, " << clock_time(summary.seconds) << ", peak "
+            << headroom::format_bytes(summary.peak_bytes) << ": " << last << std::endl;
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"Trains a separator on a MUSDB18-HQ folder; writes last.pt, best.pt, config.json and summary.json."};
+  Arguments arguments;
+  app.add_option("--config", arguments.config, "configuration, such as examples/configs/musdb18_small.json")
+      ->required();
+  app.add_option("--resume", arguments.resume, "checkpoint to go on from, with the same model");
+  app.add_option("--data", arguments.data, "folder with `train` and, optionally, `valid`; default: data.path");
+  app.add_option("--out", arguments.out, "folder for what is written")->capture_default_str();
+  app.add_option("--steps", arguments.steps, "end at this step; default: epochs x steps_per_epoch")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--seconds", arguments.seconds, "end after this time; the learning rate reaches its end then")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--threads", arguments.threads, "CPU threads; default: one a core")->check(CLI::PositiveNumber);
+  app.add_option("--device", arguments.device, "where the model runs, e.g. cpu or cuda")->capture_default_str();
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : 2;
+  }
+  for (const int signal : {SIGINT, SIGTERM}) {  // finish the step and save; a second one ends at once
+    std::signal(signal, [](int number) {
+      caught_signal = number;
+      std::signal(number, SIG_DFL);
+    });
+  }
+  try {
+    return run(arguments);
+  } catch (const c10::Error& e) {
+    std::cerr << "train: " << e.what_without_backtrace() << '\n';
+  } catch (const std::exception& e) {
+    std::cerr << "train: " << e.what() << '\n';
+  }
+  return 1;
+}

@@ -1,0 +1,8 @@
+#pragma once
+
+#include "headroom/training/config.hpp"
+#include "headroom/training/dataset.hpp"
+#include "headroom/training/json.hpp"
+#include "headroom/training/schedule.hpp"
+#include "headroom/training/state.hpp"
+#include "headroom/training/trainer.hpp"

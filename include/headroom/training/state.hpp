@@ -1,0 +1,327 @@
+#pragma once
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
+#include <fcntl.h>
+#include <torch/csrc/jit/serialization/pickle.h>
+#include <torch/nn/module.h>
+#include <torch/optim/adamw.h>
+#include <torch/types.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <initializer_list>
+#include <iterator>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <sstream>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "headroom/core/error.hpp"
+#include "headroom/models/time_frequency_transformer.hpp"
+#include "headroom/training/config.hpp"
+
+namespace headroom::inline v0::training {
+
+/// Tensors by name.
+using TensorMap = std::map<std::string, torch::Tensor>;
+
+/// Everything that a training run needs to go on as if it had never stopped: one file per checkpoint.
+struct TrainingState {
+  std::string config = {};                ///< JSON text of the configuration
+  int64_t step = 0;                       ///< optimizer steps taken
+  std::vector<double> epoch_losses = {};  ///< mean loss of each finished epoch
+  double unfinished_loss = 0;             ///< sum of the losses in the epoch that is under way
+  std::string best_metric = {};           ///< what `best_score` measures: "validation nSDR" or "training loss"
+  double best_score = 0;                  ///< greatest nSDR, or least loss, so far; valid once a metric is named
+  torch::Tensor random = {};              ///< state of LibTorch's default CPU generator
+  TensorMap model = {};                   ///< parameters and buffers
+  TensorMap optimizer = {};               ///< AdamW's moments and step counts, by parameter
+};
+
+namespace detail {
+
+/// Checks that the bytes of a file are those that were written (64-bit FNV-1a).
+inline uint64_t checksum(std::string_view bytes) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (const char byte : bytes) {
+    hash = (hash ^ static_cast<unsigned char>(byte)) * 0x100000001b3u;
+  }
+  return hash;
+}
+
+/// The last bytes of a checkpoint. They come after the archive, so that Python's torch.load reads the file too.
+struct Trailer {
+  static constexpr std::array<char, 8> kMagic = {'h', 'e', 'a', 'd', 'r', 'm', '0', '1'};
+  std::array<char, 8> magic = kMagic;
+  uint64_t size = 0;
+  uint64_t checksum = 0;
+};
+static_assert(sizeof(Trailer) == 24);
+
+/// Closes and removes the temporary file unless it took the place of the real one.
+struct TemporaryFile {
+  std::string path;
+  int descriptor;
+  bool renamed = false;
+  ~TemporaryFile() {
+    const int error = errno;
+    if (descriptor >= 0) ::close(descriptor);
+    if (!renamed) ::unlink(path.c_str());
+    errno = error;
+  }
+};
+
+}  // namespace detail
+
+/// Replaces the file by the concatenation of `parts`, or leaves it as it was: the bytes go to `<path>.partial` in the
+/// same folder, to the disk, and then take the name. A process that is killed leaves the old or the new file.
+/// Throws headroom.training.state.write; the temporary file is removed then.
+inline void write_atomically(const std::filesystem::path& path, std::initializer_list<std::string_view> parts) {
+  const auto check = [&](bool done, const char* what) {
+    require(done, "headroom.training.state.write", "cannot ", what, " ", path.string(), ": ", std::strerror(errno),
+            "; what the file held before is unchanged, make room or choose another folder");
+  };
+  const std::string temporary = path.string() + ".partial";
+  const int opened = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  check(opened >= 0, "create a temporary file beside");
+  detail::TemporaryFile file{temporary, opened};
+  for (std::string_view part : parts) {
+    while (!part.empty()) {
+      const ssize_t written = ::write(file.descriptor, part.data(), part.size());
+      check(written > 0 || (written < 0 && errno == EINTR), "write");
+      part.remove_prefix(static_cast<std::size_t>(std::max<ssize_t>(written, 0)));
+    }
+  }
+  check(::fsync(file.descriptor) == 0, "write");
+  check(::close(std::exchange(file.descriptor, -1)) == 0, "write");
+  check(::rename(temporary.c_str(), path.c_str()) == 0, "replace");
+  file.renamed = true;
+  // The new name is safe when the folder is on the disk as well; not every file system offers it, so no error if not
+  const std::string folder = path.has_parent_path() ? path.parent_path().string() : ".";
+  if (const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); descriptor >= 0) {
+    ::fsync(descriptor);
+    ::close(descriptor);
+  }
+}
+
+namespace detail {
+
+inline c10::Dict<std::string, torch::Tensor> to_dictionary(const TensorMap& tensors) {
+  c10::Dict<std::string, torch::Tensor> dictionary;
+  for (const auto& [name, tensor] : tensors) {
+    const torch::Tensor value = tensor.detach().cpu().contiguous();
+    // A view would drag the whole storage behind it into the file
+    dictionary.insert(name, value.storage().nbytes() == value.nbytes() ? value : value.clone());
+  }
+  return dictionary;
+}
+
+inline TensorMap to_tensor_map(const c10::IValue& value) {
+  TensorMap tensors;
+  for (const auto& entry : value.toGenericDict()) {
+    tensors.emplace(entry.key().toStringRef(), entry.value().toTensor());
+  }
+  return tensors;
+}
+
+}  // namespace detail
+
+/// Writes a checkpoint atomically. Python reads it too: torch.load(path, weights_only=False).
+/// Throws headroom.training.state.write.
+inline void save_state(const std::filesystem::path& path, const TrainingState& state) {
+  c10::impl::GenericDict content(c10::StringType::get(), c10::AnyType::get());
+  content.insert("config", state.config);
+  content.insert("step", state.step);
+  content.insert("epoch_losses", c10::List<double>(state.epoch_losses));
+  content.insert("unfinished_loss", state.unfinished_loss);
+  content.insert("best_metric", state.best_metric);
+  content.insert("best_score", state.best_score);
+  content.insert("random", state.random);
+  content.insert("model", detail::to_dictionary(state.model));
+  content.insert("optimizer", detail::to_dictionary(state.optimizer));
+  const std::vector<char> archive = torch::pickle_save(content);
+  const std::string_view bytes(archive.data(), archive.size());
+  const detail::Trailer trailer{.size = bytes.size(), .checksum = detail::checksum(bytes)};
+  write_atomically(path, {bytes, {reinterpret_cast<const char*>(&trailer), sizeof trailer}});
+}
+
+/// Reads a checkpoint. Throws headroom.training.state.read when there is no such file and
+/// headroom.training.state.corrupt when it is truncated, changed, or something else.
+inline TrainingState load_state(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  require(file.is_open() && std::filesystem::is_regular_file(path), "headroom.training.state.read",
+          "cannot read a checkpoint from ", path.string(), "; expected a file that train wrote, such as last.pt");
+  std::vector<char> bytes(std::istreambuf_iterator<char>(file), {});
+  const auto check = [&](bool fine, const auto&... what) {
+    require(fine, "headroom.training.state.corrupt", path.string(), " (", bytes.size(), " bytes) ", what...,
+            "; use another checkpoint of the run, such as best.pt or last.pt");
+  };
+  detail::Trailer trailer{.magic = {}};
+  const bool has_trailer = bytes.size() > sizeof trailer;
+  if (has_trailer) {
+    std::memcpy(&trailer, bytes.data() + bytes.size() - sizeof trailer, sizeof trailer);
+  }
+  check(has_trailer && trailer.magic == detail::Trailer::kMagic, "has no end mark: it is truncated or no checkpoint");
+  bytes.resize(bytes.size() - sizeof trailer);
+  check(trailer.size == bytes.size(), "should hold ", trailer.size, " bytes of data and holds ", bytes.size());
+  check(trailer.checksum == detail::checksum({bytes.data(), bytes.size()}),
+        "does not match its checksum: it is damaged");
+  try {
+    const auto content = torch::pickle_load(bytes).toGenericDict();
+    return {.config = content.at("config").toStringRef(),
+            .step = content.at("step").toInt(),
+            .epoch_losses = content.at("epoch_losses").toDoubleVector(),
+            .unfinished_loss = content.at("unfinished_loss").toDouble(),
+            .best_metric = content.at("best_metric").toStringRef(),
+            .best_score = content.at("best_score").toDouble(),
+            .random = content.at("random").toTensor(),
+            .model = detail::to_tensor_map(content.at("model")),
+            .optimizer = detail::to_tensor_map(content.at("optimizer"))};
+  } catch (const std::exception& error) {
+    check(false, "is not laid out as this version writes it: ", error.what());
+    throw;
+  }
+}
+
+/// Parameters and buffers of a module by name; they share memory with the module.
+inline TensorMap tensors_of(const torch::nn::Module& module) {
+  TensorMap tensors;
+  for (const auto& parameter : module.named_parameters()) tensors.emplace(parameter.key(), parameter.value());
+  for (const auto& buffer : module.named_buffers()) tensors.emplace(buffer.key(), buffer.value());
+  return tensors;
+}
+
+/// Copies tensors into others of the same names. Throws headroom.training.state.structure unless names, shapes and
+/// types agree, with every difference, before anything is changed. `what` names the source, such as a file.
+inline void copy_tensors(const TensorMap& source, const TensorMap& target, const std::string& what) {
+  const auto type_of = [](const torch::Tensor& tensor) {
+    std::ostringstream text;
+    text << tensor.sizes() << " " << c10::toString(tensor.scalar_type());
+    return text.str();
+  };
+  std::ostringstream differences;
+  for (const auto& [name, tensor] : target) {
+    const auto found = source.find(name);
+    if (found == source.end()) {
+      differences << "\n  missing: " << name << " " << type_of(tensor);
+    } else if (type_of(found->second) != type_of(tensor)) {
+      differences << "\n  differs: " << name << " is " << type_of(found->second) << ", expected " << type_of(tensor);
+    }
+  }
+  for (const auto& [name, tensor] : source) {
+    if (!target.contains(name)) {
+      differences << "\n  unexpected: " << name << " " << type_of(tensor);
+    }
+  }
+  require(differences.view().empty(), "headroom.training.state.structure", what,
+          " does not fit this model; train with the configuration saved in it, or start anew", differences.str());
+  const torch::NoGradGuard guard;
+  for (const auto& [name, tensor] : target) {
+    torch::Tensor(tensor).copy_(source.at(name));
+  }
+}
+
+/// AdamW's moments and step counts as tensors, named after the parameters of `module`.
+inline TensorMap optimizer_tensors(torch::optim::AdamW& optimizer, const torch::nn::Module& module) {
+  TensorMap tensors;
+  for (const auto& parameter : module.named_parameters()) {
+    const auto found = optimizer.state().find(parameter.value().unsafeGetTensorImpl());
+    if (found != optimizer.state().end()) {
+      const auto& state = static_cast<const torch::optim::AdamWParamState&>(*found->second);
+      tensors.emplace(parameter.key() + ".step", torch::tensor(state.step()));
+      tensors.emplace(parameter.key() + ".exp_avg", state.exp_avg());
+      tensors.emplace(parameter.key() + ".exp_avg_sq", state.exp_avg_sq());
+    }
+  }
+  return tensors;
+}
+
+/// Undoes optimizer_tensors. Throws headroom.training.state.structure like copy_tensors.
+inline void restore_optimizer(torch::optim::AdamW& optimizer, const torch::nn::Module& module, const TensorMap& tensors,
+                              const std::string& what) {
+  TensorMap target;
+  for (const auto& parameter : module.named_parameters()) {
+    if (tensors.contains(parameter.key() + ".step")) {  // AdamW knows nothing of parameters without gradients
+      target.emplace(parameter.key() + ".step", torch::zeros({}, torch::kLong));
+      target.emplace(parameter.key() + ".exp_avg", torch::empty_like(parameter.value(), torch::requires_grad(false)));
+      target.emplace(parameter.key() + ".exp_avg_sq",
+                     torch::empty_like(parameter.value(), torch::requires_grad(false)));
+    }
+  }
+  copy_tensors(tensors, target, what);
+  optimizer.state().clear();
+  for (const auto& parameter : module.named_parameters()) {
+    if (target.contains(parameter.key() + ".step")) {
+      auto state = std::make_unique<torch::optim::AdamWParamState>();
+      state->step(target.at(parameter.key() + ".step").item<int64_t>());
+      state->exp_avg(target.at(parameter.key() + ".exp_avg"));
+      state->exp_avg_sq(target.at(parameter.key() + ".exp_avg_sq"));
+      optimizer.state()[parameter.value().unsafeGetTensorImpl()] = std::move(state);
+    }
+  }
+}
+
+/// The state of LibTorch's default CPU generator.
+inline torch::Tensor random_state() {
+  at::Generator generator = at::globalContext().defaultGenerator(c10::kCPU);
+  const std::scoped_lock lock(generator.mutex());
+  return generator.get_state();
+}
+
+/// Puts a state from random_state() back.
+inline void set_random_state(const torch::Tensor& state) {
+  at::Generator generator = at::globalContext().defaultGenerator(c10::kCPU);
+  const std::scoped_lock lock(generator.mutex());
+  generator.set_state(state);
+}
+
+/// The model's options that a configuration describes.
+inline models::TimeFrequencyTransformerOptions model_options(const Config& config) {
+  const auto& names = kAttentionBackendNames;
+  const auto backend = std::ranges::find(names, config.model.attention) - std::begin(names);
+  return models::TimeFrequencyTransformerOptions()
+      .n_fft(config.model.n_fft)
+      .hop_length(config.model.hop_length)
+      .n_layers(config.model.n_layers)
+      .emb_dim(config.model.emb_dim)
+      .n_heads(config.model.n_heads)
+      .ffn_hidden_dim(config.model.ffn_hidden_dim)
+      .channels(config.audio.channels)
+      .stems(static_cast<int64_t>(config.audio.stems.size()))
+      .gradient_checkpointing(config.model.gradient_checkpointing)
+      .attention(static_cast<AttentionBackend>(backend));
+}
+
+/// A trained model and the configuration that it was trained with.
+struct LoadedModel {
+  Config config;
+  models::TimeFrequencyTransformer model;
+};
+
+/// Reads a checkpoint for inference: the model is in evaluation mode and needs no gradients. Throws like load_state,
+/// copy_tensors and parse_config.
+inline LoadedModel load_model(const std::filesystem::path& path) {
+  const TrainingState state = load_state(path);
+  LoadedModel loaded{parse_config(state.config, path.string() + " (configuration)"), nullptr};
+  loaded.model = models::TimeFrequencyTransformer(model_options(loaded.config));
+  copy_tensors(state.model, tensors_of(*loaded.model), path.string());
+  loaded.model->eval();
+  for (torch::Tensor& parameter : loaded.model->parameters()) {
+    parameter.requires_grad_(false);
+  }
+  return loaded;
+}
+
+}  // namespace headroom::inline v0::training

@@ -1,0 +1,356 @@
+#pragma once
+
+#include <torch/nn/utils/clip_grad.h>
+#include <torch/optim/adamw.h>
+#include <torch/types.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <concepts>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "headroom/audio/losses.hpp"
+#include "headroom/audio/metrics.hpp"
+#include "headroom/checkpoint/ambient_state.hpp"
+#include "headroom/core/error.hpp"
+#include "headroom/memory/meter.hpp"
+#include "headroom/training/config.hpp"
+#include "headroom/training/schedule.hpp"
+#include "headroom/training/state.hpp"
+
+namespace headroom::inline v0::training {
+
+/// Where examples come from: source(first, count) gives the examples first, …, first + count - 1 of an endless sequence
+/// as `.mixture` [count,C,S] and `.stems` [count,N,C,S]. The same indices must give the same examples.
+template <class Source>
+concept BatchSource = requires(Source& source, int64_t index) {
+  { source(index, index).mixture } -> std::convertible_to<torch::Tensor>;
+  { source(index, index).stems } -> std::convertible_to<torch::Tensor>;
+};
+
+/// What happened in one optimizer step.
+struct Progress {
+  int64_t step = 0;                ///< optimizer steps taken
+  int64_t epoch = 1;               ///< the epoch that this step belongs to, from 1
+  int64_t epoch_step = 0;          ///< steps taken in this epoch
+  int64_t epoch_steps_in_run = 0;  ///< those of them that this run took
+  double epoch_seconds = 0;        ///< that they took
+  int64_t steps_per_epoch = 0;
+  double loss = 0;  ///< mean over the epoch so far
+  double learning_rate = 0;
+  int64_t live_bytes = 0;  ///< held by tensors
+  int64_t peak_bytes = 0;  ///< highest live_bytes so far
+};
+
+/// What came out of a run.
+struct Summary {
+  int64_t steps = 0;                 ///< optimizer steps taken since the first start
+  double seconds = 0;                ///< wall clock of this run
+  int64_t peak_bytes = 0;            ///< highest sum of all tensors in this run
+  std::vector<double> epoch_losses;  ///< mean loss of each epoch; the last one may be unfinished
+  std::optional<double> validation;  ///< last validation nSDR in dB
+  std::string best_metric;           ///< what chose best.pt
+  double best_score = 0;             ///< its best value
+  bool stopped = false;              ///< ended because it was told to stop, before its end
+};
+
+/// How long a run takes and who is told. Without `steps` and `seconds` it takes the configuration's epochs.
+struct RunOptions {
+  std::optional<int64_t> steps = {};                  ///< end at this step, counted from the first start
+  std::optional<double> seconds = {};                 ///< end after this wall-clock time; the schedule follows the pace
+  std::filesystem::path folder = {};                  ///< for last.pt and best.pt; empty: no checkpoints
+  std::function<double()> validate = {};              ///< nSDR in dB; without it the training loss chooses best.pt
+  std::function<void(const Progress&)> on_step = {};  ///< called after each step
+  std::function<bool()> stop_requested = {};          ///< asked after each step
+};
+
+namespace detail {
+
+/// bfloat16 autocast on one device type while it lives; leaves no cast weights behind.
+class Bf16Autocast {
+ public:
+  explicit Bf16Autocast(c10::DeviceType device) {
+    at::autocast::set_autocast_enabled(device, true);
+    at::autocast::set_autocast_dtype(device, at::kBFloat16);
+    at::autocast::increment_nesting();
+  }
+  ~Bf16Autocast() {
+    if (at::autocast::decrement_nesting() == 0) {
+      at::autocast::clear_cache();
+    }
+    before_.apply();
+  }
+  Bf16Autocast(const Bf16Autocast&) = delete;
+  Bf16Autocast& operator=(const Bf16Autocast&) = delete;
+
+ private:
+  headroom::detail::AutocastState before_ = headroom::detail::AutocastState::capture();
+};
+
+inline double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace detail
+
+/// The loss that a configuration describes.
+inline audio::SeparationLoss make_loss(const Config& config) {
+  return audio::SeparationLoss(audio::SeparationLossOptions()
+                                   .stft_weight(config.loss.stft_weight)
+                                   .stft(audio::MultiResolutionStftLossOptions()
+                                             .windows(config.loss.windows)
+                                             .hop(config.loss.hop)
+                                             .min_n_fft(config.loss.min_n_fft)));
+}
+
+/// AdamW over all parameters of a module; vectors and scalars (norms, biases) are not decayed.
+inline torch::optim::AdamW make_optimizer(const torch::nn::Module& model, const TrainingConfig& config) {
+  std::vector<torch::Tensor> matrices, vectors;
+  for (const torch::Tensor& parameter : model.parameters()) {
+    (parameter.dim() >= 2 ? matrices : vectors).push_back(parameter);
+  }
+  const auto options = [&](double weight_decay) {
+    return std::make_unique<torch::optim::AdamWOptions>(torch::optim::AdamWOptions(config.learning_rate)
+                                                            .betas({config.betas[0], config.betas[1]})
+                                                            .weight_decay(weight_decay));
+  };
+  return torch::optim::AdamW(
+      std::vector<torch::optim::OptimizerParamGroup>{{matrices, options(config.weight_decay)}, {vectors, options(0)}});
+}
+
+/// Mean over the stems of the nSDR in dB that a model reaches on the first `count` examples of a source, taken
+/// together.
+template <class Model, BatchSource Source>
+double validation_nsdr(Model& model, Source& source, int64_t count) {
+  const torch::NoGradGuard guard;
+  const bool was_training = model->is_training();
+  model->eval();
+  std::vector<audio::NsdrAccumulator> stems;
+  for (int64_t index = 0; index < count; ++index) {
+    const auto example = source(index, 1);  // [1,C,S], [1,N,C,S]
+    const torch::Tensor estimate = model->forward(example.mixture.to(model->parameters().front().device()));
+    stems.resize(static_cast<std::size_t>(estimate.size(1)));
+    for (std::size_t n = 0; n < stems.size(); ++n) {
+      const auto stem = static_cast<int64_t>(n);
+      audio::add(stems[n], example.stems.select(1, stem), estimate.select(1, stem).cpu());  // [1,C,S]
+    }
+  }
+  model->train(was_training);
+  double sum = 0;
+  for (const audio::NsdrAccumulator& stem : stems) {
+    sum += stem.value();
+  }
+  return sum / static_cast<double>(stems.size());
+}
+
+/// Trains a separator. `Model` is a module holder whose forward takes mixtures [B,C,S] to stems [B,N,C,S]; the trainer
+/// works on the device of its parameters. Given the configuration, the model's first parameters, the source and a
+/// number of steps, everything that follows is determined; only a time budget makes the learning rate depend on the
+/// clock.
+template <class Model, BatchSource Source>
+class Trainer {
+ public:
+  using Loss = std::function<torch::Tensor(const torch::Tensor& estimate, const torch::Tensor& stems)>;
+
+  Trainer(Model model, const Config& config, Source source)
+      : Trainer(std::move(model), config, std::move(source),
+                [loss = make_loss(config)](const torch::Tensor& estimate, const torch::Tensor& stems) mutable {
+                  return loss->forward(estimate, stems);
+                }) {}
+
+  Trainer(Model model, const Config& config, Source source, Loss loss)
+      : model_(std::move(model)),
+        config_(config),
+        source_(std::move(source)),
+        loss_(std::move(loss)),
+        optimizer_(make_optimizer(*model_, config.training)),
+        device_(model_->parameters().front().device()),
+        meter_(device_) {}
+
+  /// Trains until the end that `options` names, or until it is told to stop. Checkpoints: last.pt every
+  /// checkpoint_every epochs and at the end, best.pt after each epoch that is better than all before.
+  /// Throws headroom.training.non_finite, and headroom.training.state.write when a checkpoint cannot be written.
+  Summary run(const RunOptions& options) {
+    const TrainingConfig& training = config_.training;
+    const auto start = std::chrono::steady_clock::now();
+    const int64_t first = state_.step;
+    const int64_t last = options.steps.value_or(options.seconds ? std::numeric_limits<int64_t>::max()
+                                                                : training.epochs * training.steps_per_epoch);
+    Summary summary;
+    meter_.reset_peak();
+    auto epoch_start = start;
+    while (state_.step < last && !summary.stopped) {
+      const double elapsed = detail::seconds_since(start);
+      if (options.seconds && elapsed >= *options.seconds) {
+        break;
+      }
+      const int64_t total =
+          options.seconds ? std::min(last, estimated_total_steps(first, state_.step, elapsed, *options.seconds)) : last;
+      const double learning_rate = learning_rate_at(schedule(), state_.step, total);
+
+      state_.unfinished_loss += step(learning_rate);
+
+      const int64_t epoch_step = (state_.step - 1) % training.steps_per_epoch + 1;
+      if (options.on_step) {
+        options.on_step({.step = state_.step,
+                         .epoch = (state_.step - 1) / training.steps_per_epoch + 1,
+                         .epoch_step = epoch_step,
+                         .epoch_steps_in_run = std::min(epoch_step, state_.step - first),
+                         .epoch_seconds = detail::seconds_since(epoch_start),
+                         .steps_per_epoch = training.steps_per_epoch,
+                         .loss = state_.unfinished_loss / static_cast<double>(epoch_step),
+                         .learning_rate = learning_rate,
+                         .live_bytes = meter_.live(),
+                         .peak_bytes = meter_.peak()});
+      }
+      if (epoch_step == training.steps_per_epoch) {
+        finish_epoch(options, summary);
+        epoch_start = std::chrono::steady_clock::now();
+      }
+      summary.stopped = state_.step < last && options.stop_requested && options.stop_requested();
+    }
+    summary.epoch_losses = state_.epoch_losses;
+    if (const int64_t unfinished = state_.step % training.steps_per_epoch; unfinished > 0) {
+      const double loss = state_.unfinished_loss / static_cast<double>(unfinished);
+      summary.epoch_losses.push_back(loss);
+      if (!summary.stopped) {
+        judge(options, loss, true, summary);
+      }
+    }
+    save(options, "last.pt");
+    summary.steps = state_.step;
+    summary.seconds = detail::seconds_since(start);
+    summary.peak_bytes = meter_.peak();
+    summary.best_metric = state_.best_metric;
+    summary.best_score = state_.best_score;
+    return summary;
+  }
+
+  /// One optimizer step: the mean loss of its examples.
+  double step(double learning_rate) {
+    const TrainingConfig& training = config_.training;
+    const int64_t passes = training.gradient_accumulation_steps;
+    const int64_t first = state_.step * passes * training.batch_size;
+    model_->train();
+    optimizer_.zero_grad();
+    double mean_loss = 0;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      const auto example = source_(first + pass * training.batch_size, training.batch_size);
+      const torch::Tensor estimate = forward(example.mixture.to(device_));         // [B,N,C,S]
+      const auto type = at::promote_types(estimate.scalar_type(), torch::kFloat);  // not in bfloat16
+      const torch::Tensor loss = loss_(estimate.to(type), example.stems.to(device_)) / passes;
+      mean_loss += loss.template item<double>();
+      require_finite(mean_loss, "loss", first);
+      loss.backward();
+    }
+    const double limit =
+        training.clip_grad_norm > 0 ? training.clip_grad_norm : std::numeric_limits<double>::infinity();
+    require_finite(torch::nn::utils::clip_grad_norm_(model_->parameters(), limit), "gradient norm", first);
+    for (auto& group : optimizer_.param_groups()) {
+      group.options().set_lr(learning_rate);
+    }
+    optimizer_.step();
+    ++state_.step;
+    return mean_loss;
+  }
+
+  /// Everything needed to go on later; its tensors share memory with the model and the optimizer.
+  TrainingState state() {
+    TrainingState now = state_;
+    now.config = to_json(config_);
+    now.random = random_state();
+    now.model = tensors_of(*model_);
+    now.optimizer = optimizer_tensors(optimizer_, *model_);
+    return now;
+  }
+
+  /// Goes on from a state; `what` names it in messages. Throws headroom.training.state.structure when it belongs to
+  /// another model, which leaves the trainer as it was.
+  void resume(const TrainingState& state, const std::string& what) {
+    copy_tensors(state.model, tensors_of(*model_), what);
+    restore_optimizer(optimizer_, *model_, state.optimizer, what);
+    set_random_state(state.random);
+    state_ = state;
+    state_.model.clear();
+    state_.optimizer.clear();
+  }
+
+ private:
+  Schedule schedule() const {
+    return {config_.training.learning_rate, config_.training.warmup_steps, config_.training.min_learning_rate_ratio};
+  }
+
+  torch::Tensor forward(const torch::Tensor& mixture) {
+    std::optional<detail::Bf16Autocast> autocast;
+    if (config_.training.bf16) {
+      autocast.emplace(device_.type());
+    }
+    return model_->forward(mixture);
+  }
+
+  void require_finite(double value, const char* what, int64_t first) const {
+    const int64_t count = config_.training.gradient_accumulation_steps * config_.training.batch_size;
+    require(
+        std::isfinite(value), "headroom.training.non_finite", "the ", what, " is ", value, " at step ", state_.step + 1,
+        ", examples ", first, " to ", first + count - 1,
+        "; the checkpoints on disk are those of before. Lower training.learning_rate, lengthen training.warmup_steps, "
+        "or look for broken audio among these examples");
+  }
+
+  void finish_epoch(const RunOptions& options, Summary& summary) {
+    const TrainingConfig& training = config_.training;
+    const double loss = state_.unfinished_loss / static_cast<double>(training.steps_per_epoch);
+    state_.epoch_losses.push_back(loss);
+    state_.unfinished_loss = 0;
+    const int64_t epoch = state_.step / training.steps_per_epoch;
+    judge(options, loss, epoch % training.validation_every == 0, summary);
+    if (epoch % training.checkpoint_every == 0) {
+      save(options, "last.pt");
+    }
+  }
+
+  /// Saves best.pt when the model is better than ever. Scores of different kinds are not compared: the first validation
+  /// replaces a best training loss.
+  void judge(const RunOptions& options, double loss, bool validation_due, Summary& summary) {
+    if (options.validate && !validation_due) {
+      return;
+    }
+    const std::string metric = options.validate ? "validation nSDR" : "training loss";
+    const double score = options.validate ? options.validate() : loss;
+    if (options.validate) {
+      summary.validation = score;
+    }
+    const bool better = options.validate ? score > state_.best_score : score < state_.best_score;
+    if (better || metric != state_.best_metric) {
+      state_.best_metric = metric;
+      state_.best_score = score;
+      save(options, "best.pt");
+    }
+  }
+
+  void save(const RunOptions& options, const char* name) {
+    if (!options.folder.empty()) {
+      save_state(options.folder / name, state());
+    }
+  }
+
+  Model model_;
+  Config config_;
+  Source source_;
+  Loss loss_;
+  torch::optim::AdamW optimizer_;
+  c10::Device device_;
+  MemoryMeter meter_;
+  TrainingState state_;
+};
+
+}  // namespace headroom::inline v0::training

@@ -1,0 +1,192 @@
+#include "headroom/training/config.hpp"
+
+#include <filesystem>
+#include <fstream>
+#include <set>
+#include <sstream>
+
+#include "support/catch.hpp"
+
+using namespace headroom;
+using namespace headroom::training;
+using headroom::testing::contains;
+using headroom::testing::error_of;
+
+namespace {
+
+const std::filesystem::path kRoot = HEADROOM_SOURCE_DIR;
+
+const std::string kSmallest = R"({
+  "model": {"n_layers": 1, "emb_dim": 32, "n_heads": 2, "ffn_hidden_dim": [64]},
+  "training": {"segment_length": 44100, "batch_size": 1}
+})";
+
+/// kSmallest with `members` (a JSON object of sections) laid over it.
+std::string with(const std::string& members) {
+  nlohmann::json json = nlohmann::json::parse(kSmallest);
+  json.merge_patch(nlohmann::json::parse(members));
+  return json.dump();
+}
+
+/// The problems that parse_config finds: one line each, without the file's name.
+std::vector<std::string> problems_of(const std::string& text) {
+  const Error error = error_of([&] { parse_config(text, "a.json"); });
+  CHECK(error.id() == "headroom.training.config");
+  std::vector<std::string> lines;
+  std::istringstream message(error.what());
+  for (std::string line; std::getline(message, line);) {
+    if (line.starts_with("  a.json: ")) {
+      lines.push_back(line.substr(10));
+    }
+  }
+  return lines;
+}
+
+using Lines = std::vector<std::string>;
+
+}  // namespace
+
+TEST_CASE("a configuration needs six keys, the rest has defaults") {
+  const Config config = parse_config(kSmallest, "a.json");
+  CHECK(config.model.n_fft == 4096);
+  CHECK(config.model.hop_length == 1024);
+  CHECK(config.model.ffn_hidden_dim == std::vector<int64_t>{64});
+  CHECK(config.audio.stems == std::vector<std::string>{"vocals", "drums", "bass", "other"});
+  CHECK(config.training.segment_length == 44100);
+  CHECK(config.training.gradient_accumulation_steps == 1);
+
+  const Lines missing = problems_of("{}");
+  std::set<std::string> paths;
+  for (const std::string& line : missing) {
+    CHECK(contains(line, ": missing; expected "));
+    paths.insert(line.substr(0, line.find(':')));
+  }
+  CHECK(paths == std::set<std::string>{"model.n_layers", "model.emb_dim", "model.n_heads", "model.ffn_hidden_dim",
+                                       "training.segment_length", "training.batch_size"});
+}
+
+TEST_CASE("every member is read, and written back as it was read") {
+  // Each member differs from its default, so one that is described twice or not at all shows
+  const std::string text = R"({
+    "model": {"n_fft": 2048, "hop_length": 512, "n_layers": 3, "emb_dim": 64, "n_heads": 4, "ffn_hidden_dim": [128, 96],
+              "gradient_checkpointing": true, "attention": "tiled"},
+    "audio": {"sample_rate": 48000, "channels": 1, "stems": ["vocals", "rest"]},
+    "data": {"path": "music \"1\"", "draw": "by_length", "remix": 0.5, "gain": [0.5, 0.75], "swap_channels": false, "flip_polarity": false},
+    "training": {"segment_length": 30000, "batch_size": 2, "gradient_accumulation_steps": 3, "steps_per_epoch": 7,
+                 "epochs": 11, "learning_rate": 0.1, "warmup_steps": 5, "min_learning_rate_ratio": 0.5,
+                 "weight_decay": 0.25, "betas": [0.8, 0.95], "clip_grad_norm": 0, "bf16": true, "seed": 9007199254740993,
+                 "checkpoint_every": 2, "validation_every": 3, "validation_segments": 4},
+    "loss": {"stft_weight": 0.3, "windows": [1024], "hop": 100, "min_n_fft": 512}
+  })";
+  const Config config = parse_config(text, "a.json");
+  const nlohmann::json given = nlohmann::json::parse(text);
+  CHECK(nlohmann::json::parse(to_json(config)) == given);
+  CHECK(config.training.seed == 9007199254740993);  // not through a double
+  CHECK(config.training.betas == std::array<double, 2>{0.8, 0.95});
+  CHECK(to_json(parse_config(to_json(config), "again")) == to_json(config));
+
+  const nlohmann::json defaults = write_described(Config{});
+  for (const auto& [section, members] : defaults.items()) {
+    for (const auto& [key, value] : members.items()) {
+      INFO(section << "." << key);
+      CHECK(given[section][key] != value);
+    }
+  }
+}
+
+TEST_CASE("all problems of a configuration are told at once, each with its path and what to write") {
+  CHECK(problems_of(with(R"({
+          "model": {"n_fft": 4096.5, "n_head": 3, "n_heads": "4", "ffn_hidden_dim": [64, -1], "attention": "tield",
+                    "batch_size": 3},
+          "training": {"batch_size": 1e3, "betas": [0.9], "learning_rate": 0, "bf16": 1, "seed": 18446744073709551615},
+          "audio": {"stems": []}, "trainnig": {}, "loss": 3})")) ==
+        Lines{"model.n_fft: got 4096.5, expected an integer >= 16 and <= 1048576",
+              "model.n_heads: got \"4\", expected an integer >= 1 and <= 1048576",
+              "model.ffn_hidden_dim[1]: got -1, expected an integer >= 1 and <= 1048576",
+              "model.attention: got \"tield\", expected one of \"automatic\", \"tiled\", \"reference\"",
+              "model.batch_size: unknown key; it belongs to `training`",
+              "model.n_head: unknown key; did you mean `n_heads`?",
+              "audio.stems: got [], expected a list of one or more strings",
+              "training.batch_size: got 1000.0, expected an integer >= 1 and <= 1000000",
+              "training.learning_rate: got 0, expected a number > 0 and <= 10",
+              "training.betas: got [0.9], expected a list of 2 numbers >= 0 and < 1",
+              "training.bf16: got 1, expected true or false",
+              "training.seed: got 18446744073709551615, expected an integer >= 0",
+              "loss: got 3, expected an object {...}", "trainnig: unknown key; did you mean `training`?"});
+  CHECK(problems_of(with(R"({"colour": 1})")) == Lines{"colour: unknown key; remove it"});
+  CHECK(problems_of("[]") == Lines{"the document: got [], expected an object {...}"});
+}
+
+TEST_CASE("values that are impossible together are refused") {
+  const auto only = [](const std::string& members) {
+    const Lines lines = problems_of(with(members));
+    REQUIRE(lines.size() == 1);
+    return lines[0];
+  };
+  CHECK(only(R"({"model": {"n_heads": 5}})") ==
+        "model.n_heads: got 5, expected a divisor of model.emb_dim, which is 32");
+  CHECK(
+      only(R"({"model": {"n_heads": 32}})") ==
+      "model.n_heads: got 32, expected an even head dimension for the rotary embedding, emb_dim 32 / 32 heads is odd");
+  CHECK(only(R"({"model": {"n_fft": 4095}})") == "model.n_fft: got 4095, expected an even number");
+  CHECK(only(R"({"model": {"hop_length": 2049}})") ==
+        "model.hop_length: got 2049, expected at most half of model.n_fft, which is 4096, else the spectrum has no "
+        "inverse");
+  CHECK(only(R"({"training": {"segment_length": 4095}, "loss": {"stft_weight": 0}})") ==
+        "training.segment_length: got 4095, expected at least model.n_fft, which is 4096");
+  CHECK(only(R"({"training": {"segment_length": 4095}, "model": {"n_fft": 1024, "hop_length": 256}})") ==
+        "training.segment_length: got 4095, expected at least the longest window of loss.windows and loss.min_n_fft, "
+        "which is 4096");
+  CHECK(only(R"({"training": {"epochs": 1, "warmup_steps": 51}})") ==
+        "training.warmup_steps: got 51, expected at most half of the run, which is training.epochs * "
+        "training.steps_per_epoch = 100 steps");
+  CHECK(only(R"({"data": {"gain": [1, 0.5]}})") == "data.gain: got [1,0.5], expected the smaller factor first");
+  CHECK(only(R"({"audio": {"stems": ["bass", "bass"]}})") == "audio.stems: got a name twice, expected different stems");
+  CHECK_NOTHROW(parse_config(with(R"({"model": {"hop_length": 2048}, "training": {"segment_length": 4096}})"), "a"));
+}
+
+TEST_CASE("text that is not JSON is located by line and column") {
+  const auto message_of = [](const std::string& text) {
+    const Error error = error_of([&] { parse_config(text, "b.json"); });
+    CHECK(error.id() == "headroom.training.json");
+    return std::string(error.what());
+  };
+  const std::string message = message_of("{\n  \"model\": {\n    \"n_fft\": 4096,,\n");
+  CHECK(contains(message, "b.json: parse error at line 3, column 19"));
+  CHECK(contains(message_of(""), "line 1, column 1"));
+  CHECK(contains(message_of("{\"a\": 1e999}"), "number overflow"));
+  CHECK(contains(message_of("{\"model\": {\"n_fft\": 1, \"n_fft\": 2}}"), "`n_fft` is given twice"));
+  CHECK_NOTHROW(parse_config("// a\n/* b */" + kSmallest, "c"));
+  CHECK(error_of([] { load_config("no/such/file.json"); }).id() == "headroom.training.config_file");
+  CHECK(error_of([] { load_config("."); }).id() == "headroom.training.config_file");
+}
+
+TEST_CASE("the example configurations load and hold the guide's values") {
+  int loaded = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(kRoot / "examples/configs")) {
+    INFO(entry.path());
+    CHECK_NOTHROW(load_config(entry.path()));
+    ++loaded;
+  }
+  CHECK(loaded == 6);
+
+  const auto row = [](const char* name) {
+    const Config c = load_config(kRoot / "examples/configs" / (std::string(name) + ".json"));
+    CHECK((c.model.n_fft == 4096 && c.model.hop_length == 1024));
+    CHECK(c.model.emb_dim / c.model.n_heads == 16);
+    return std::vector<int64_t>{c.training.segment_length, c.model.n_layers, c.model.emb_dim, c.training.batch_size,
+                                c.training.gradient_accumulation_steps};
+  };
+  CHECK(row("musdb18_xlarge") == std::vector<int64_t>{661500, 12, 256, 8, 2});
+  CHECK(row("musdb18_memory_optimized_first") == std::vector<int64_t>{441000, 8, 192, 1, 8});
+  CHECK(row("musdb18_memory_optimized") == std::vector<int64_t>{220500, 6, 128, 1, 1});
+  CHECK(row("musdb18_small") == std::vector<int64_t>{132300, 4, 96, 1, 1});
+  CHECK(row("musdb18_ultra_safe") == std::vector<int64_t>{132300, 4, 96, 1, 4});
+}
+
+TEST_CASE("the documentation has the table of all keys") {
+  std::ifstream file(kRoot / "docs/070_training.md");
+  std::ostringstream text;
+  text << file.rdbuf();
+  CHECK(contains(text.str(), config_table()));
+}

@@ -1,0 +1,181 @@
+#include "headroom/training/state.hpp"
+
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+#include <csignal>
+#include <fstream>
+#include <sstream>
+#include <thread>
+
+#include "support/audio_files.hpp"
+#include "support/catch.hpp"
+#include "support/tiny_separator.hpp"
+
+using namespace headroom;
+using namespace headroom::training;
+using headroom::testing::contains;
+using headroom::testing::error_of;
+using headroom::testing::read_bytes;
+using headroom::testing::TemporaryFolder;
+using headroom::testing::TinySeparator;
+using headroom::testing::write_bytes;
+
+namespace {
+
+TrainingState example_state() {
+  return {.config = "{\"a\": 1}",
+          .step = 1234567890123,
+          .epoch_losses = {0.5, 0.1},
+          .unfinished_loss = 0.3,
+          .best_metric = "training loss",
+          .best_score = 0.1,
+          .random = random_state(),
+          .model = {{"a.weight", torch::arange(6.0).view({2, 3})}, {"scale", torch::tensor(2, torch::kLong)}},
+          .optimizer = {{"a.weight.exp_avg", torch::full({2, 3}, -1.5)}}};
+}
+
+}  // namespace
+
+TEST_CASE("a state comes back from its file as it was") {
+  const TemporaryFolder folder;
+  TrainingState state = example_state();
+  const torch::Tensor large = torch::randn({100'000});
+  state.model["view"] = large.slice(0, 10, 13);
+  state.model["transposed"] = torch::arange(6.0).view({2, 3}).t();
+  save_state(folder / "a.pt", state);
+  CHECK(std::filesystem::file_size(folder / "a.pt") < 50'000);  // the view did not take its storage along
+  const TrainingState back = load_state(folder / "a.pt");
+  CHECK(back.config == state.config);
+  CHECK(back.step == state.step);
+  CHECK(back.epoch_losses == state.epoch_losses);
+  CHECK(back.unfinished_loss == state.unfinished_loss);
+  CHECK(back.best_metric == state.best_metric);
+  CHECK(back.best_score == state.best_score);
+  CHECK(back.random.equal(state.random));
+  REQUIRE(back.model.size() == 4);
+  for (const auto& [name, tensor] : state.model) {
+    CHECK(back.model.at(name).equal(tensor));
+    CHECK(back.model.at(name).scalar_type() == tensor.scalar_type());
+  }
+  CHECK(back.optimizer.at("a.weight.exp_avg").equal(state.optimizer.at("a.weight.exp_avg")));
+  CHECK(folder.names().size() == 1);
+}
+
+TEST_CASE("a checkpoint that is truncated, damaged or something else is named and refused") {
+  const TemporaryFolder folder;
+  save_state(folder / "good.pt", example_state());
+  const std::string good = read_bytes(folder / "good.pt");
+  const auto refused = [&](const std::string& bytes) {
+    write_bytes(folder / "bad.pt", bytes);
+    const Error error = error_of([&] { load_state(folder / "bad.pt"); });
+    CHECK(error.id() == "headroom.training.state.corrupt");
+    CHECK(contains(error.what(), (folder / "bad.pt").string()));
+    return std::string(error.what());
+  };
+  for (const std::size_t size : {std::size_t(0), std::size_t(1), std::size_t(24), good.size() / 2, good.size() - 1}) {
+    CHECK(contains(refused(good.substr(0, size)), "has no end mark"));
+  }
+  CHECK(contains(refused(good.substr(100)), "should hold " + std::to_string(good.size() - 24) + " bytes"));
+  for (const std::size_t position : {std::size_t(0), good.size() / 2, good.size() - 25, good.size() - 1}) {
+    std::string changed = good;
+    changed[position] ^= 1;
+    CHECK(contains(refused(changed), "does not match its checksum"));
+  }
+  CHECK(contains(refused("RIFF" + std::string(1000, 'x')), "it is truncated or no checkpoint"));
+  CHECK(error_of([&] { load_state(folder / "none.pt"); }).id() == "headroom.training.state.read");
+  CHECK(error_of([&] { load_state(folder.path()); }).id() == "headroom.training.state.read");
+}
+
+TEST_CASE("a disk that is full leaves the old checkpoint and no temporary file") {
+  const TemporaryFolder folder;
+  const auto path = folder / "a.pt";
+  write_bytes(path, "old");
+  std::signal(SIGXFSZ, SIG_IGN);
+  rlimit before{};
+  getrlimit(RLIMIT_FSIZE, &before);
+  const rlimit small{.rlim_cur = 1000, .rlim_max = before.rlim_max};
+  setrlimit(RLIMIT_FSIZE, &small);
+  const Error error = error_of([&] { write_atomically(path, {std::string(900, 'a'), std::string(900, 'b')}); });
+  setrlimit(RLIMIT_FSIZE, &before);
+  std::signal(SIGXFSZ, SIG_DFL);
+  CHECK(error.id() == "headroom.training.state.write");
+  CHECK(contains(error.what(), path.string() + ": File too large"));
+  CHECK(read_bytes(path) == "old");
+  CHECK(folder.names().size() == 1);
+  const Error missing = error_of([&] { write_atomically(folder / "no/a.pt", {"x"}); });
+  CHECK(missing.id() == "headroom.training.state.write");
+  CHECK(contains(missing.what(), "No such file or directory"));
+  write_bytes(path.string() + ".partial", "left by a process that was killed");
+  write_atomically(path, {"n", "ew"});
+  CHECK(read_bytes(path) == "new");
+  CHECK(folder.names().size() == 1);
+}
+
+TEST_CASE("a process killed while it writes leaves one of its checkpoints whole") {
+  const TemporaryFolder folder;
+  const auto path = folder / "a.pt";
+  const std::string a(300'000, 'a'), b(200'000, 'b');
+  write_atomically(path, {a});
+  for (int round = 0; round < 20; ++round) {
+    const pid_t child = fork();
+    if (child == 0) {
+      for (;;) {
+        write_atomically(path, {b});
+        write_atomically(path, {a});
+      }
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(1000 + 517 * round));
+    kill(child, SIGKILL);
+    waitpid(child, nullptr, 0);
+    const std::string now = read_bytes(path);
+    CHECK((now == a || now == b));
+  }
+}
+
+TEST_CASE("tensors of another structure are refused with every difference, and nothing is changed") {
+  TinySeparator small(6), wide(7);
+  TensorMap source = tensors_of(*wide);
+  source.erase("last.bias");
+  source["extra"] = torch::ones({2});
+  source["scale"] = torch::ones({1}, torch::kDouble);
+  const TensorMap target = tensors_of(*small);
+  const torch::Tensor norm = small->norm->weight.clone();
+  const Error error = error_of([&] { copy_tensors(source, target, "x.pt"); });
+  CHECK(error.id() == "headroom.training.state.structure");
+  CHECK(contains(error.what(), "x.pt does not fit this model"));
+  CHECK(contains(error.what(), "missing: last.bias [8] Float"));
+  CHECK(contains(error.what(), "unexpected: extra [2] Float"));
+  CHECK(contains(error.what(), "differs: first.weight is [7, 2, 9] Float, expected [6, 2, 9] Float"));
+  CHECK(contains(error.what(), "differs: scale is [1] Double, expected [1] Float"));
+  CHECK(small->norm->weight.equal(norm));
+  TinySeparator other(6);
+  copy_tensors(tensors_of(*other), target, "y");
+  for (const auto& [name, tensor] : tensors_of(*other)) {
+    CHECK(target.at(name).equal(tensor));
+  }
+}
+
+TEST_CASE("load_model gives the saved model ready for inference") {
+  const TemporaryFolder folder;
+  const Config config = parse_config(R"({
+    "model": {"n_fft": 64, "hop_length": 32, "n_layers": 1, "emb_dim": 8, "n_heads": 2, "ffn_hidden_dim": [16],
+              "attention": "reference"},
+    "audio": {"stems": ["vocals", "rest"]},
+    "training": {"segment_length": 4096, "batch_size": 1}})",
+                                     "test");
+  const auto options = model_options(config);
+  CHECK(options.attention() == AttentionBackend::reference);
+  CHECK(options.stems() == 2);
+  CHECK(options.ffn_hidden_dim() == std::vector<int64_t>{16});
+  models::TimeFrequencyTransformer model(options);
+  save_state(folder / "m.pt",
+             {.config = to_json(config), .random = random_state(), .model = tensors_of(*model), .optimizer = {}});
+  LoadedModel loaded = load_model(folder / "m.pt");
+  CHECK(loaded.config.audio.stems == config.audio.stems);
+  CHECK_FALSE(loaded.model->is_training());
+  const torch::Tensor mixture = torch::randn({1, 2, 300});
+  const torch::Tensor stems = loaded.model->forward(mixture);
+  CHECK_FALSE(stems.requires_grad());
+  CHECK(stems.equal(model->forward(mixture)));
+}

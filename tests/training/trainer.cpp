@@ -1,0 +1,280 @@
+#include "headroom/training/trainer.hpp"
+
+#include <filesystem>
+
+#include "support/audio_files.hpp"
+#include "support/catch.hpp"
+#include "support/tiny_separator.hpp"
+
+using namespace headroom;
+using namespace headroom::training;
+using headroom::testing::contains;
+using headroom::testing::error_of;
+using headroom::testing::noise_examples;
+using headroom::testing::NoiseExample;
+using headroom::testing::TemporaryFolder;
+using headroom::testing::TinySeparator;
+
+namespace {
+
+/// A configuration for 512-sample noise; the model section is not used by TinySeparator.
+Config tiny_config() {
+  return parse_config(R"({
+    "model": {"n_fft": 64, "hop_length": 32, "n_layers": 1, "emb_dim": 8, "n_heads": 2, "ffn_hidden_dim": [16]},
+    "training": {"segment_length": 512, "batch_size": 2, "steps_per_epoch": 4, "epochs": 3, "learning_rate": 0.01,
+                 "warmup_steps": 2},
+    "loss": {"windows": [256, 128], "hop": 64, "min_n_fft": 256}})",
+                      "test");
+}
+
+NoiseExample source(int64_t first, int64_t count) { return noise_examples(first, count); }
+
+/// A trainer whose model starts the same way each time.
+auto make_trainer(const Config& config, double dropout = 0.2) {
+  torch::manual_seed(7);
+  TinySeparator model(6, dropout);
+  return std::pair(model, Trainer(model, config, source));
+}
+
+void check_equal(const TensorMap& a, const TensorMap& b) {
+  REQUIRE(a.size() == b.size());
+  for (const auto& [name, tensor] : a) {
+    INFO(name);
+    CHECK(tensor.equal(b.at(name)));
+  }
+}
+
+TensorMap copy(const TensorMap& tensors) {
+  TensorMap result;
+  for (const auto& [name, tensor] : tensors) result.emplace(name, tensor.clone());
+  return result;
+}
+
+}  // namespace
+
+TEST_CASE("training lowers the loss, and twice the same run gives the same bits") {
+  const Config config = tiny_config();
+  std::vector<std::vector<double>> losses;
+  std::vector<TensorMap> ends;
+  for (int run = 0; run < 2; ++run) {
+    auto [model, trainer] = make_trainer(config);
+    const Summary summary = trainer.run({.steps = 24});
+    CHECK(summary.steps == 24);
+    CHECK(summary.epoch_losses.size() == 6);
+    CHECK(summary.epoch_losses.back() < 0.9 * summary.epoch_losses.front());
+    CHECK(summary.peak_bytes > 0);
+    CHECK(summary.best_metric == "training loss");
+    losses.push_back(summary.epoch_losses);
+    ends.push_back(copy(trainer.state().model));
+  }
+  CHECK(losses[0] == losses[1]);
+  check_equal(ends[0], ends[1]);
+}
+
+TEST_CASE("a run that is stopped and resumed in new objects ends bit-equal to one that was not") {
+  const TemporaryFolder whole, parts;
+  const Config config = tiny_config();
+  std::vector<double> rates, rates_in_parts;
+  auto [model, trainer] = make_trainer(config);
+  const Summary summary =
+      trainer.run({.folder = whole.path(), .on_step = [&](const Progress& p) { rates.push_back(p.learning_rate); }});
+  CHECK(summary.steps == 12);  // epochs x steps_per_epoch
+
+  Summary last;
+  int runs = 0;
+  for (const int stop_after : {6, 8, 12}) {  // in the middle of an epoch, at its end, never
+    auto [fresh_model, fresh] = make_trainer(config);
+    if (runs++ > 0) {
+      fresh.resume(load_state(parts / "last.pt"), "last.pt");
+    } else {
+      torch::manual_seed(7);
+      TinySeparator again;  // draws what make_trainer drew, so that dropout starts alike
+    }
+    int64_t now = 0;
+    last = fresh.run({.folder = parts.path(),
+                      .on_step =
+                          [&](const Progress& p) {
+                            now = p.step;
+                            rates_in_parts.push_back(p.learning_rate);
+                          },
+                      .stop_requested = [&] { return now == stop_after; }});
+    CHECK(last.stopped == (stop_after < 12));
+    CHECK(last.steps == stop_after);
+    torch::manual_seed(99);  // a resumed run owes nothing to the generator of this process
+  }
+  CHECK(rates == rates_in_parts);
+  CHECK(last.epoch_losses == summary.epoch_losses);
+  CHECK(last.best_score == summary.best_score);
+  for (const char* name : {"last.pt", "best.pt"}) {
+    INFO(name);
+    const TrainingState a = load_state(whole / name), b = load_state(parts / name);
+    CHECK(a.step == b.step);
+    CHECK(a.epoch_losses == b.epoch_losses);
+    CHECK(a.random.equal(b.random));
+    check_equal(a.model, b.model);
+    check_equal(a.optimizer, b.optimizer);
+    CHECK(a.optimizer.at("first.weight.step").item<int64_t>() == a.step);
+  }
+}
+
+TEST_CASE("accumulated passes give the gradients and the loss of the whole batch") {
+  Config config = tiny_config();
+  auto [whole, one] = make_trainer(config, 0.0);
+  config.training.batch_size = 1;
+  config.training.gradient_accumulation_steps = 2;
+  auto [parts, two] = make_trainer(config, 0.0);
+  CHECK(one.step(0.0) == Approx(two.step(0.0)).epsilon(1e-6));
+  const auto expected = whole->named_parameters();
+  for (const auto& parameter : parts->named_parameters()) {
+    INFO(parameter.key());
+    const torch::Tensor reference = expected[parameter.key()].grad();
+    CHECK((parameter.value().grad() - reference).norm().item<double>() < 1e-6 * reference.norm().item<double>() + 1e-9);
+    CHECK(reference.norm().item<double>() > 1e-4);
+  }
+  // The second step takes the next two examples, not the same ones
+  CHECK(one.step(0.0) == Approx(two.step(0.0)).epsilon(1e-6));
+  torch::NoGradGuard guard;
+  const NoiseExample next = source(4, 2);
+  CHECK(one.step(0.0) == Approx(make_loss(config)->forward(whole->forward(next.mixture), next.stems).item<double>()));
+}
+
+TEST_CASE("gradients are clipped together to clip_grad_norm") {
+  Config config = tiny_config();
+  const auto norm_after_step = [&](double limit) {
+    config.training.clip_grad_norm = limit;
+    auto [model, trainer] = make_trainer(config);
+    trainer.step(0.0);
+    double sum = 0;
+    for (const torch::Tensor& parameter : model->parameters()) sum += parameter.grad().square().sum().item<double>();
+    return std::sqrt(sum);
+  };
+  const double unclipped = norm_after_step(0);
+  CHECK(unclipped > 0.1);
+  CHECK(norm_after_step(0.05) == Approx(0.05).epsilon(1e-4));
+  CHECK(norm_after_step(2 * unclipped) == Approx(unclipped).epsilon(1e-6));
+}
+
+TEST_CASE("a step is AdamW's, without weight decay on norms and biases") {
+  Config config = tiny_config();
+  config.training.weight_decay = 0.5;
+  config.training.betas = {0.8, 0.9};
+  auto [model, trainer] = make_trainer(config);
+  const TensorMap before = copy(tensors_of(*model));
+  trainer.step(0.01);
+  for (const auto& parameter : model->named_parameters()) {
+    INFO(parameter.key());
+    // First step: moments are (1-β)·g and (1-β)·g², after bias correction g and g²
+    const torch::Tensor g = parameter.value().grad();
+    const double decay = parameter.value().dim() >= 2 ? 0.5 : 0.0;
+    const torch::Tensor expected = before.at(parameter.key()) * (1 - 0.01 * decay) - 0.01 * g / (g.abs() + 1e-8);
+    CHECK(torch::allclose(parameter.value(), expected, 1e-5, 1e-6));
+  }
+}
+
+TEST_CASE("bf16 runs the forward pass in bfloat16 and leaves autocast as it was") {
+  Config config = tiny_config();
+  config.training.bf16 = true;
+  torch::manual_seed(7);
+  TinySeparator model(6, 0.0);
+  torch::ScalarType seen = torch::kFloat;
+  const auto watch = [&](const torch::Tensor& estimate, const torch::Tensor& stems) {
+    seen = estimate.scalar_type();
+    return (estimate - stems).abs().mean();
+  };
+  Trainer trainer(model, config, source, watch);
+  const double loss = trainer.step(0.0);
+  CHECK(seen == torch::kFloat);  // the loss is computed in float …
+  const NoiseExample example = source(0, 2);
+  const double exact = (model->forward(example.mixture) - example.stems).abs().mean().item<double>();
+  CHECK(loss == Approx(exact).epsilon(0.01));
+  CHECK(loss != exact);  // … of an estimate that was rounded
+  CHECK_FALSE(at::autocast::is_autocast_enabled(at::kCPU));
+  CHECK(model->first->weight.scalar_type() == torch::kFloat);
+  CHECK(model->first->weight.grad().scalar_type() == torch::kFloat);
+}
+
+TEST_CASE("a loss that is not finite stops the run before it changes anything") {
+  const TemporaryFolder folder;
+  const Config config = tiny_config();
+  torch::manual_seed(7);
+  TinySeparator model;
+  const auto broken = [](int64_t first, int64_t count) {
+    NoiseExample example = source(first, count);
+    if (first <= 13 && 13 < first + count) example.mixture[0][0][5] = std::nan("");
+    return example;
+  };
+  Trainer trainer(model, config, broken);
+  TensorMap before;
+  const Error error = error_of([&] {
+    trainer.run({.folder = folder.path(), .on_step = [&](const Progress& p) {
+                   if (p.step == 6) before = copy(trainer.state().model);
+                 }});
+  });
+  CHECK(error.id() == "headroom.training.non_finite");
+  CHECK(contains(error.what(), "the loss is nan at step 7, examples 12 to 13"));
+  check_equal(before, trainer.state().model);
+  CHECK(load_state(folder / "last.pt").step == 4);
+  CHECK(load_state(folder / "best.pt").step == 4);
+}
+
+TEST_CASE("best.pt is the epoch with the best validation, or without one the least loss") {
+  const TemporaryFolder folder;
+  Config config = tiny_config();
+  config.training.validation_every = 2;
+  auto [model, trainer] = make_trainer(config);
+  std::vector<double> scores = {1.0, 5.0, 3.0};
+  std::size_t asked = 0;
+  const Summary summary =
+      trainer.run({.steps = 24, .folder = folder.path(), .validate = [&] { return scores.at(asked++); }});
+  CHECK(asked == 3);  // after epochs 2, 4, 6
+  CHECK(summary.validation == 3.0);
+  CHECK(summary.best_metric == "validation nSDR");
+  CHECK(summary.best_score == 5.0);
+  CHECK(load_state(folder / "best.pt").step == 16);
+  CHECK(load_state(folder / "last.pt").step == 24);
+  CHECK(load_state(folder / "last.pt").best_score == 5.0);
+}
+
+TEST_CASE("validation_nsdr is the ratio over all examples, the mean over the stems") {
+  torch::manual_seed(7);
+  TinySeparator model(6, 0.5);
+  model->train();
+  const double value = validation_nsdr(model, source, 3);
+  CHECK(model->is_training());
+  model->eval();
+  torch::NoGradGuard guard;
+  const NoiseExample all = source(0, 3);
+  const torch::Tensor error = (model->forward(all.mixture) - all.stems).to(torch::kDouble).square().sum({0, 2, 3});
+  const torch::Tensor energy = all.stems.to(torch::kDouble).square().sum({0, 2, 3});
+  CHECK(value == Approx((10 * (energy / error).log10()).mean().item<double>()).epsilon(1e-5));
+}
+
+TEST_CASE("a time budget ends the run and takes the learning rate to its end") {
+  Config config = tiny_config();
+  config.training.min_learning_rate_ratio = 0;
+  auto [model, trainer] = make_trainer(config);
+  std::vector<double> rates;
+  const Summary summary =
+      trainer.run({.seconds = 0.5, .on_step = [&](const Progress& p) { rates.push_back(p.learning_rate); }});
+  CHECK(summary.seconds >= 0.5);
+  REQUIRE(rates.size() > 10);
+  CHECK(rates[1] == Approx(0.01));  // the end of the warm-up
+  CHECK(rates.back() < 0.002);
+  CHECK_FALSE(summary.stopped);
+  // The number of steps is an end too
+  CHECK(trainer.run({.steps = summary.steps + 1, .seconds = 100.0}).steps == summary.steps + 1);
+}
+
+TEST_CASE("the trainer trains the time-frequency transformer") {
+  const TemporaryFolder folder;
+  const Config config = tiny_config();
+  torch::manual_seed(0);
+  models::TimeFrequencyTransformer model(model_options(config));
+  Trainer trainer(model, config, source);
+  const Summary summary = trainer.run({.steps = 8, .folder = folder.path()});
+  CHECK(summary.epoch_losses[1] < summary.epoch_losses[0]);
+  LoadedModel loaded = load_model(folder / "last.pt");
+  model->eval();
+  const torch::Tensor mixture = source(50, 1).mixture;
+  CHECK(loaded.model->forward(mixture).equal(model->forward(mixture)));
+}

@@ -52,7 +52,8 @@ struct PackedAttention : torch::autograd::Function<PackedAttention> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grad) {
     const auto saved = ctx->get_saved_variables();
-    return {PackedAttentionBackward::apply(grad[0], saved[0], saved[1], saved[2], saved[3],
+    const auto rotation = saved[3].defined() ? std::optional(saved[3]) : std::nullopt;
+    return {PackedAttentionBackward::apply(grad[0], saved[0], saved[1], saved[2], rotation,
                                            ctx->saved_data["axis"].toInt(), saved_request(ctx)),
             {},
             {},

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <vector>
 
-
 namespace headroom::testing {
 
 /// A separator small enough for tests, with what trainers stumble over: biases, a norm, a buffer, dropout.

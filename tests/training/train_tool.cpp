@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
+#include "headroom/audio/file.hpp"
 #include "headroom/training/state.hpp"
 #include "support/audio_files.hpp"
 #include "support/catch.hpp"
@@ -34,7 +35,8 @@ Result train(const std::string& arguments) {
   REQUIRE(pipe != nullptr);
   std::string output;
   std::array<char, 4096> buffer;
-  while (const std::size_t count = std::fread(buffer.data(), 1, buffer.size(), pipe)) output.append(buffer.data(), count);
+  while (const std::size_t count = std::fread(buffer.data(), 1, buffer.size(), pipe))
+    output.append(buffer.data(), count);
   const int status = pclose(pipe);
   return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), output};
 }
@@ -42,8 +44,7 @@ Result train(const std::string& arguments) {
 /// A folder with a configuration and half a second of noise in the MUSDB18-HQ layout.
 struct Setup {
   TemporaryFolder folder;
-  std::string config = (folder / "a.json").string(), data = (folder / "data").string(),
-              out = (folder / "out").string();
+  std::string config = (folder / "a.json").string(), data = (folder / "data").string(), out = (folder / "out").string();
 
   explicit Setup(const std::string& emb_dim = "8") {
     std::ofstream(config) << R"({"model": {"n_fft": 64, "hop_length": 32, "n_layers": 1, "emb_dim": )" << emb_dim
@@ -56,10 +57,10 @@ struct Setup {
     torch::Tensor mixture = torch::zeros({2, 22050});
     for (const char* stem : {"vocals", "drums", "bass", "other"}) {
       const torch::Tensor samples = 0.1 * torch::randn({2, 22050});
-      WRITE_WAV(track / (std::string(stem) + ".wav"), samples);
+      audio::write_audio(track / (std::string(stem) + ".wav"), samples, 44100);
       mixture += samples;
     }
-    WRITE_WAV(track / "mixture.wav", mixture);
+    audio::write_audio(track / "mixture.wav", mixture, 44100);
   }
 
   std::string arguments() const { return "--config " + config + " --data " + data + " --out " + out; }
@@ -126,7 +127,8 @@ TEST_CASE("train tells what is wrong with its inputs") {
   const std::string checkpoint = setup.out + "/last.pt";
   const Setup wider("16");
   fails(wider.arguments() + " --resume " + checkpoint, 1,
-        {"headroom.training.state.structure", checkpoint, "differs: embed.weight is [8, 4] Float, expected [16, 4] Float"});
+        {"headroom.training.state.structure", checkpoint,
+         "differs: embed.weight is [8, 4] Float, expected [16, 4] Float"});
   std::filesystem::resize_file(checkpoint, std::filesystem::file_size(checkpoint) / 2);
   fails(setup.arguments() + " --resume " + checkpoint, 1, {"headroom.training.state.corrupt", checkpoint});
   fails("--config " + setup.config + " --data " + setup.data + " --steps 1 --out " + setup.config + "/x", 1,

@@ -10,7 +10,7 @@ tools=build/release/examples
 config=examples/configs/demo.json
 data=build/demo/data
 training=build/demo/training
-model=$training/best.safetensors
+model=$training/last.pt
 training_seconds=${HEADROOM_DEMO_SECONDS:-420}
 
 stage() {
@@ -36,7 +36,9 @@ train() {
   if [ -f "$training/summary.json" ]; then
     echo "$training is there"
   else
-    "$tools/train" --config "$config" --data "$data" --out "$training" --seconds "$training_seconds"
+    local resume=()
+    [ ! -f "$model" ] || resume=(--resume "$model")
+    "$tools/train" --config "$config" --data "$data" --out "$training" --seconds "$training_seconds" "${resume[@]}"
   fi
 }
 

@@ -28,7 +28,9 @@ namespace detail {
 
 /// Runs a block along an axis, checkpointed or not; gradients are the same bit for bit.
 inline torch::Tensor run_block(EncoderBlock& block, const torch::Tensor& x, int64_t axis, bool gradient_checkpointing) {
-  const auto forward = [module = block.ptr(), axis](const torch::Tensor& input) { return module->forward(input, axis); };
+  const auto forward = [module = block.ptr(), axis](const torch::Tensor& input) {
+    return module->forward(input, axis);
+  };
   return gradient_checkpointing ? checkpoint(forward, x) : forward(x);
 }
 

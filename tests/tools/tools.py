@@ -1,0 +1,130 @@
+"""The tools from end to end on a tiny data set, and what they say to wrong input.
+
+Usage: tools.py <folder with train, separate and evaluate>
+"""
+
+import array
+import json
+import math
+import random
+import subprocess
+import sys
+import tempfile
+import unittest
+import wave
+from pathlib import Path
+
+TOOLS = Path(sys.argv.pop(1))
+STEMS = ["vocals", "drums", "bass", "other"]
+RATE = 44100
+CONFIG = {
+    "model": {"n_fft": 256, "hop_length": 128, "n_layers": 1, "emb_dim": 8, "n_heads": 2, "ffn_hidden_dim": [8, 8]},
+    "training": {"segment_length": 4096, "batch_size": 1, "steps_per_epoch": 2, "epochs": 1, "learning_rate": 1e-3,
+                 "warmup_steps": 1},
+    "loss": {"windows": [256, 128], "hop": 64, "min_n_fft": 256},
+}
+
+
+def run(tool, *arguments):
+    return subprocess.run([TOOLS / tool, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def write_wav(path, samples, rate=RATE, channels=2):
+    """Writes integers, the same in all channels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(array.array("h", [s for s in samples for _ in range(channels)]).tobytes())
+
+
+def read_wav(path):
+    with wave.open(str(path), "rb") as file:
+        return file.getnframes(), file.getnchannels(), file.getframerate()
+
+
+class Tools(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.temporary = tempfile.TemporaryDirectory()
+        cls.root = Path(cls.temporary.name)
+        dice = random.Random(1)
+        frames = 20011
+        for track in ["train/A - One", "train/B - Two", "test/C - Three"]:
+            stems = {stem: [dice.randrange(-4000, 4000) for _ in range(frames)] for stem in STEMS}
+            stems["mixture"] = [sum(samples) for samples in zip(*stems.values())]
+            for stem, samples in stems.items():
+                write_wav(cls.root / "data" / track / f"{stem}.wav", samples)
+        cls.song = cls.root / "data/test/C - Three"
+        cls.frames = frames
+        (cls.root / "config.json").write_text(json.dumps(CONFIG))
+        cls.trained = run("train", "--config", cls.root / "config.json", "--data", cls.root / "data", "--out",
+                          cls.root / "run", "--steps", 2)
+        cls.model = cls.root / "run/last.pt"
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.temporary.cleanup()
+
+    def fails(self, result, *parts, code=1):
+        self.assertEqual(result.returncode, code, result.stderr)
+        for part in parts:
+            self.assertIn(part, result.stderr)
+
+    def test_train_separate_evaluate(self):
+        self.assertEqual(self.trained.returncode, 0, self.trained.stderr)
+        summary = json.loads((self.root / "run/summary.json").read_text())
+        self.assertEqual(summary["steps"], 2)
+        frames, bins = 1 + 4096 // 128, 129
+        self.assertEqual(summary["stored_scores_bytes"], 2 * bins * frames * (bins + frames) * 4)
+
+        separated = run("separate", "--model", self.model, self.song / "mixture.wav", self.root / "stems")
+        self.assertEqual(separated.returncode, 0, separated.stderr)
+        for stem in STEMS:
+            self.assertEqual(read_wav(self.root / "stems" / f"{stem}.wav"), (self.frames, 2, RATE))
+
+        evaluated = run("evaluate", "--reference", self.song, "--estimate", self.root / "stems", "--json",
+                        self.root / "evaluation.json")
+        self.assertEqual(evaluated.returncode, 0, evaluated.stderr)
+        scores = json.loads((self.root / "evaluation.json").read_text())
+        for stem in STEMS:
+            self.assertAlmostEqual(scores["nsdr_silence"][stem], 0, places=6)
+            # four independent stems of one level: what is too much is three times the stem's energy
+            self.assertAlmostEqual(scores["nsdr_mixture"][stem], -10 * math.log10(3), delta=0.3)
+            # masks that start at a quarter leave 12/16 of the energy as error
+            self.assertAlmostEqual(scores["nsdr"][stem], -10 * math.log10(12 / 16), delta=0.3)
+
+    def test_a_mono_file_is_separated(self):
+        write_wav(self.root / "mono.wav", [1000, -1000] * 3000, channels=1)
+        result = run("separate", "--model", self.model, self.root / "mono.wav", self.root / "mono")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(read_wav(self.root / "mono/bass.wav"), (6000, 2, RATE))
+
+    def test_separate_refuses_what_it_cannot_read(self):
+        write_wav(self.root / "rate.wav", [0] * 5000, rate=48000)
+        out = self.root / "refused"
+        self.fails(run("separate", "--model", self.model, self.root / "rate.wav", out), "rate.wav", "48000", "44100", "sox")
+        self.fails(run("separate", "--model", self.model, self.root / "nothing.wav", out), "nothing.wav")
+        (self.root / "text.wav").write_text("this is no music")
+        self.fails(run("separate", "--model", self.model, self.root / "text.wav", out), "text.wav")
+        truncated = self.root / "truncated.pt"
+        truncated.write_bytes(self.model.read_bytes()[:-1000])
+        self.fails(run("separate", "--model", truncated, self.song / "mixture.wav", out), "truncated.pt",
+                   "headroom.training.state.corrupt")
+        self.assertFalse(any(out.glob("*.wav")))
+
+    def test_evaluate_refuses_what_does_not_fit(self):
+        short = self.root / "short"
+        for stem in STEMS:
+            write_wav(short / f"{stem}.wav", [0] * 100)
+        self.fails(run("evaluate", "--reference", self.song, "--estimate", short), "100", str(self.frames))
+        self.fails(run("evaluate", "--reference", self.song, "--estimate", self.root / "nowhere"), "nowhere")
+
+    def test_usage(self):
+        for tool in ["train", "separate", "evaluate"]:
+            self.assertEqual(run(tool, "--help").returncode, 0)
+            self.fails(run(tool, "--no-such-option"), code=2)
+
+
+unittest.main()

@@ -102,6 +102,10 @@ TEST_CASE("the log-sum-exp is returned, is not differentiable, and is -inf witho
   CHECK(result.lse.scalar_type() == torch::kFloat);
   const Tensor scores = torch::matmul(q, k.transpose(-2, -1)).detach() / std::sqrt(8.0);
   CHECK(largest(result.lse[0] - scores[0].logsumexp(-1)) < 1e-5);
+  const auto reference = attention_with_lse(
+      q, k, v, AttentionOptions().key_lengths(torch::tensor({30, 0})).backend(AttentionBackend::reference));
+  CHECK(largest(result.lse[0] - reference.lse[0]) < 1e-6);
+  CHECK(result.lse[1].equal(reference.lse[1]));
   CHECK(result.lse[1].equal(torch::full({2, 20}, -std::numeric_limits<float>::infinity())));
   CHECK(result.output[1].equal(torch::zeros({2, 20, 8})));
   result.output.sum().backward();

@@ -10,7 +10,7 @@ namespace headroom::inline v0 {
 /// Output of attention and, for each query, the natural logarithm of the sum of exponentials of its scores.
 struct AttentionResult {
   torch::Tensor output;  ///< [..., H, Lq, Dv]
-  torch::Tensor lse;     ///< [..., H, Lq], float (double for double inputs), not differentiable; -inf without keys
+  torch::Tensor lse;     ///< [..., H, Lq]
 };
 
 namespace detail {
@@ -83,30 +83,39 @@ struct TiledAttention : torch::autograd::Function<TiledAttention> {
   }
 };
 
-}  // namespace detail
-
-/// softmax(scale·q·kᵀ over the allowed keys)·v and its log-sum-exp, differentiable in q, k and v through the output.
-/// q [..., H, Lq, D], k [..., H, Lk, D], v [..., H, Lk, Dv]: three dimensions or more, any strides, floating-point
-/// dtype (computed in float, in double for double). The output lies in memory in the order of q's dimensions. A query
-/// without keys gets output 0, lse -inf, gradient 0. Saved for backward: q, k, v, output and lse. Throws
-/// headroom.attention.{shape,dtype,scale,key_lengths,backend}, and .double_backward for second derivatives.
-inline AttentionResult attention_with_lse(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                          const AttentionOptions& options = {}) {
-  const auto request = detail::AttentionRequest::check(q, k, v, options);
-  const auto lse_type = q.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
-  if (detail::resolve_backend(q, options.backend()) == AttentionBackend::reference) {
-    const auto result = detail::reference_attention(q, k, v, request);
-    return {result.output, result.lse.to(lse_type)};
+/// The log-sum-exp is undefined unless wanted.
+inline AttentionResult run_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                     const AttentionOptions& options, bool with_lse) {
+  const auto request = AttentionRequest::check(q, k, v, options);
+  AttentionResult result;
+  if (resolve_backend(q, options.backend()) == AttentionBackend::reference) {
+    auto [output, lse] = reference_attention(q, k, v, request, with_lse);
+    result = {output, lse};
+  } else {
+    const auto tensors = TiledAttention::apply(widened(q), widened(k), widened(v), request);
+    result = {tensors[0].to(q.scalar_type()), tensors[1]};
   }
-  const auto result =
-      detail::TiledAttention::apply(detail::widened(q), detail::widened(k), detail::widened(v), request);
-  return {result[0].to(q.scalar_type()), result[1].to(lse_type)};
+  if (with_lse) result.lse = result.lse.to(q.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat);
+  return result;
 }
 
-/// The output of attention_with_lse.
+}  // namespace detail
+
+/// softmax(scale·q·kᵀ over the allowed keys)·v, differentiable in q, k and v.
+/// q [..., H, Lq, D], k [..., H, Lk, D], v [..., H, Lk, Dv]: three dimensions or more, any strides, floating-point
+/// dtype (computed in float, in double for double). The output lies in memory in the order of q's dimensions. A query
+/// without keys gets output 0 and gradient 0. Saved for backward: q, k, v, output and the log-sum-exp. Throws
+/// headroom.attention.{shape,dtype,scale,key_lengths,backend}, and .double_backward for second derivatives.
 inline torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                const AttentionOptions& options = {}) {
-  return attention_with_lse(q, k, v, options).output;
+  return detail::run_attention(q, k, v, options, /*with_lse=*/false).output;
+}
+
+/// The same with the log-sum-exp of the scores: float (double for double inputs), -inf for a query without keys, not
+/// differentiable.
+inline AttentionResult attention_with_lse(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                          const AttentionOptions& options = {}) {
+  return detail::run_attention(q, k, v, options, /*with_lse=*/true);
 }
 
 }  // namespace headroom::inline v0

@@ -75,7 +75,7 @@ inline torch::Tensor packed_attention(const torch::Tensor& packed, const std::op
     rotate_packed(rotated, *rotation);
   }
   const auto views = unpack_views(rotated, axis);
-  return reference_attention(views.q, views.k, views.v, request).output.movedim(-2, axis);
+  return reference_attention(views.q, views.k, views.v, request, /*with_lse=*/false).output.movedim(-2, axis);
 }
 
 }  // namespace headroom::inline v0::detail

@@ -6,9 +6,10 @@
 
 namespace headroom::inline v0::detail {
 
-/// softmax(scale·q·kᵀ)·v by ATen operators, scores stored; differentiable by LibTorch itself. On any device.
+/// softmax(scale·q·kᵀ)·v by ATen operators, scores stored; differentiable by LibTorch itself. On any device. The
+/// log-sum-exp costs two more tensors of the scores' size, so it is only computed when wanted.
 inline AttentionForward reference_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                            const AttentionRequest& request) {
+                                            const AttentionRequest& request, bool with_lse) {
   torch::Tensor scores = torch::matmul(q, k.transpose(-2, -1)) * request.scale;  // [...,H,Lq,Lk]
   torch::Tensor hidden;                                                          // true where a key must not be seen
   const int64_t queries = q.size(-2), keys = k.size(-2);
@@ -19,7 +20,8 @@ inline AttentionForward reference_attention(const torch::Tensor& q, const torch:
     hidden = hidden.defined() ? hidden | past_end : past_end;
   }
   if (hidden.defined()) scores = scores.masked_fill(hidden, -std::numeric_limits<double>::infinity());
-  const torch::Tensor lse = scores.detach().to(torch::kDouble).logsumexp(-1);  // [...,H,Lq]
+  const torch::Tensor lse =
+      with_lse ? scores.detach().to(torch::kDouble).logsumexp(-1) : torch::Tensor();  // [...,H,Lq]
   torch::Tensor weights = torch::softmax(scores, -1);
   if (hidden.defined()) weights = weights.masked_fill(hidden, 0);  // a row without keys is NaN after softmax
   return {torch::matmul(weights, v), lse};

@@ -152,8 +152,9 @@ TEST_CASE("text that is not JSON is located by line and column") {
     return std::string(error.what());
   };
   const std::string message = message_of("{\n  \"model\": {\n    \"n_fft\": 4096,,\n");
-  CHECK(contains(message, "b.json: parse error at line 3, column 19"));
+  CHECK(contains(message, "b.json: line 3, column 19: syntax error"));
   CHECK(contains(message_of(""), "line 1, column 1"));
+  CHECK(contains(message_of("{\n  \"model\" 3\n}"), "line 2, column 11"));  // a token before a line's end
   CHECK(contains(message_of("{\"a\": 1e999}"), "number overflow"));
   CHECK(contains(message_of("{\"model\": {\"n_fft\": 1, \"n_fft\": 2}}"), "`n_fft` is given twice"));
   CHECK_NOTHROW(parse_config("// a\n/* b */" + kSmallest, "c"));

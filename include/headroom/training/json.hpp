@@ -289,6 +289,24 @@ std::string describe_markdown(const T& defaults, const std::string& path = "") {
   return rows.str();
 }
 
+namespace detail {
+
+/// Where the `byte`-th byte of a text is, counted from 1. The parser's own column is wrong before a line's end.
+inline std::string position_text(std::string_view text, std::size_t byte) {
+  const std::string_view before = text.substr(0, std::min(text.size(), std::max<std::size_t>(byte, 1) - 1));
+  const auto line = 1 + std::ranges::count(before, '\n');
+  const std::size_t column = before.size() - (before.rfind('\n') + 1) + 1;  // npos + 1 is 0
+  return "line " + std::to_string(line) + ", column " + std::to_string(column);
+}
+
+/// What the parser says, without its own prefix: "[json.exception.parse_error.101] parse error at line 3, column 5: …".
+inline std::string_view explanation(std::string_view message) {
+  message.remove_prefix(message.find("] ") + 2);
+  return message.starts_with("parse error") ? message.substr(message.find(": ") + 2) : message;
+}
+
+}  // namespace detail
+
 /// Parses JSON text in which // and /* */ comments are allowed. `name` is what error messages call it.
 /// Throws headroom.training.json with line and column, also for a key that is given twice.
 inline nlohmann::json parse_json(std::string_view text, const std::string& name) {
@@ -310,12 +328,11 @@ inline nlohmann::json parse_json(std::string_view text, const std::string& name)
     require(twice.empty(), "headroom.training.json", name, ": the key `", twice,
             "` is given twice in one object; remove one of the two");
     return json;
+  } catch (const nlohmann::json::parse_error& error) {
+    fail("headroom.training.json", name, ": ", detail::position_text(text, error.byte), ": ",
+         detail::explanation(error.what()), "; expected valid JSON (// and /* */ comments are allowed)");
   } catch (const nlohmann::json::exception& error) {
-    // "[json.exception.parse_error.101] parse error at line 3, column 5: …"
-    const std::string message = error.what();
-    const std::size_t start = message.find("] ");
-    fail("headroom.training.json", name, ": ", start == std::string::npos ? message : message.substr(start + 2),
-         "; expected valid JSON (// and /* */ comments are allowed)");
+    fail("headroom.training.json", name, ": ", detail::explanation(error.what()));
   }
 }
 

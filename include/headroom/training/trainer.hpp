@@ -71,6 +71,7 @@ struct RunOptions {
   std::function<double()> validate = {};              ///< nSDR in dB; without it the training loss chooses best.pt
   std::function<void(const Progress&)> on_step = {};  ///< called after each step
   std::function<bool()> stop_requested = {};          ///< asked after each step
+  std::function<double()> clock = {};                 ///< seconds that only grow; default: std::chrono::steady_clock
 };
 
 namespace detail {
@@ -96,8 +97,8 @@ class Bf16Autocast {
   headroom::detail::AutocastState before_ = headroom::detail::AutocastState::capture();
 };
 
-inline double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+inline double steady_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 }  // namespace detail
@@ -181,15 +182,16 @@ class Trainer {
   /// Throws headroom.training.non_finite, and headroom.training.state.write when a checkpoint cannot be written.
   Summary run(const RunOptions& options) {
     const TrainingConfig& training = config_.training;
-    const auto start = std::chrono::steady_clock::now();
+    const std::function<double()> now = options.clock ? options.clock : detail::steady_seconds;
+    const double start = now();
     const int64_t first = state_.step;
     const int64_t last = options.steps.value_or(options.seconds ? std::numeric_limits<int64_t>::max()
                                                                 : training.epochs * training.steps_per_epoch);
     Summary summary;
     meter_.reset_peak();
-    auto epoch_start = start;
+    double epoch_start = start;
     while (state_.step < last && !summary.stopped) {
-      const double elapsed = detail::seconds_since(start);
+      const double elapsed = now() - start;
       if (options.seconds && elapsed >= *options.seconds) {
         break;
       }
@@ -205,7 +207,7 @@ class Trainer {
                          .epoch = (state_.step - 1) / training.steps_per_epoch + 1,
                          .epoch_step = epoch_step,
                          .epoch_steps_in_run = std::min(epoch_step, state_.step - first),
-                         .epoch_seconds = detail::seconds_since(epoch_start),
+                         .epoch_seconds = now() - epoch_start,
                          .steps_per_epoch = training.steps_per_epoch,
                          .loss = state_.unfinished_loss / static_cast<double>(epoch_step),
                          .learning_rate = learning_rate,
@@ -214,7 +216,7 @@ class Trainer {
       }
       if (epoch_step == training.steps_per_epoch) {
         finish_epoch(options, summary);
-        epoch_start = std::chrono::steady_clock::now();
+        epoch_start = now();
       }
       summary.stopped = state_.step < last && options.stop_requested && options.stop_requested();
     }
@@ -228,7 +230,7 @@ class Trainer {
     }
     save(options, "last.pt");
     summary.steps = state_.step;
-    summary.seconds = detail::seconds_since(start);
+    summary.seconds = now() - start;
     summary.peak_bytes = meter_.peak();
     summary.best_metric = state_.best_metric;
     summary.best_score = state_.best_score;

@@ -1,12 +1,19 @@
 #include "headroom/core/attention.hpp"
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <random>
 #include <vector>
 
-#include "headroom/core/attention_reference.hpp"
 #include "support/catch.hpp"
+
+// The yardstick is the definition as written, also where the kernel is compiled with -Ofast
+#pragma GCC push_options
+#pragma GCC optimize("no-fast-math")
+#include "headroom/core/attention_reference.hpp"
+#pragma GCC pop_options
 
 using namespace headroom;
 using namespace headroom::core;
@@ -71,8 +78,10 @@ template <class A, class B>
 Deviation deviation(const std::vector<A>& x, const std::vector<B>& exact) {
   Deviation d;
   for (size_t i = 0; i < x.size(); ++i) {
-    const double e = std::abs(static_cast<double>(x[i]) - static_cast<double>(exact[i]));
-    if (!(e <= d.maximum)) d.maximum = e;  // a NaN stays
+    const auto ours = static_cast<double>(x[i]), theirs = static_cast<double>(exact[i]);
+    if (ours == theirs) continue;  // infinities too
+    const double e = std::abs(ours - theirs);
+    if (!(e <= d.maximum) && d.maximum == d.maximum) d.maximum = e;  // a NaN stays
     d.rms += e * e / static_cast<double>(x.size());
   }
   d.rms = std::sqrt(d.rms);
@@ -221,7 +230,7 @@ TEST_CASE("NaN behind the valid keys changes no bit; NaN in front of it is not h
   CHECK((clean.grad_k == poisoned.grad_k));
   CHECK((clean.grad_v == poisoned.grad_v));
   poisoned.tiled();
-  CHECK(poisoned.output[0] != poisoned.output[0]);
+  CHECK((std::bit_cast<std::uint32_t>(poisoned.output[0]) & 0x7fffffff) > 0x7f800000);  // also under -Ofast
 }
 
 #ifdef _OPENMP

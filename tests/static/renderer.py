@@ -188,7 +188,7 @@ class Summary(unittest.TestCase):
         self.assertEqual(summary["nsdr"], scores)
         text = demo_summary.table(summary)
         self.assertIn("1024 MiB", text)
-        self.assertIn("3.0 times", text)
+        self.assertIn("4.0 times", text)
 
 
 if __name__ == "__main__":

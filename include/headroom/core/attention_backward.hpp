@@ -88,7 +88,7 @@ class BackwardGroup {
       }
       ranges_ = Ranges(mask, b, h, first, rows, x.k.length());
       if (ranges_.touches(keys)) {
-        split_lse(x.lse, b, h, first, rows);
+        split_lse(x.lse, b, h, first, rows, static_cast<double>(factor_of(scale)));
         std::fill_n(grad_queries_, rows * padded_dim_, Scalar(0));
         for (Index t = 0; t < count; ++t) {
           const Tile& tile = tiles_[t];
@@ -127,6 +127,8 @@ class BackwardGroup {
     int vectors;
     Index width() const { return vectors * N; }
   };
+
+  static Scalar factor_of(double scale) { return static_cast<Scalar>(std::abs(scale) * std::numbers::log2e); }
 
   /// The range outside which no query of the head sees a key.
   static KeyRange seen_keys(const MaskRef& mask, Index b, Index h, Index queries, Index keys) {
@@ -186,12 +188,15 @@ class BackwardGroup {
     }
   }
 
-  /// lse in base 2 as the sum of two scalars: one float alone would lose what normalises the weights.
-  void split_lse(const TensorView<const double>& lse, Index b, Index h, Index first, Index rows) {
+  /// Splits the lse into what is subtracted from a score and what is subtracted from the exponent after scaling. The
+  /// first is close to the largest scores, so that their difference is exact; one float alone would lose the rest.
+  void split_lse(const TensorView<const double>& lse, Index b, Index h, Index first, Index rows, double factor) {
     for (Index i = 0; i < rows; ++i) {
       const double base2 = lse(b, h, first + i, 0) * std::numbers::log2e;
-      lse_high_[i] = static_cast<Scalar>(base2);
-      lse_low_[i] = static_cast<Scalar>(base2 - static_cast<double>(lse_high_[i]));
+      const double score = factor > 0 ? base2 / factor : 0;
+      const bool fits = std::abs(score) < static_cast<double>(std::numeric_limits<Scalar>::max());
+      lse_score_[i] = fits ? static_cast<Scalar>(score) : Scalar(0);
+      lse_rest_[i] = static_cast<Scalar>(base2 - static_cast<double>(lse_score_[i]) * factor);
     }
   }
 
@@ -202,7 +207,7 @@ class BackwardGroup {
     constexpr Index width = Vectors * N;
     const Index rows = q.rows;
     Scalar *const weights = weights_, *const grad_scores = grad_scores_;  // [rows][width]
-    const Packet factor = simd::broadcast(static_cast<Scalar>(std::abs(scale) * std::numbers::log2e));
+    const Packet factor = simd::broadcast(factor_of(scale));
     // also masked: the lanes past the last key
     const bool masked = !ranges_.covers({tile.keys.begin, tile.keys.begin + width});
     Packet position[Vectors];
@@ -210,13 +215,13 @@ class BackwardGroup {
       position[v] = Eigen::internal::plset<Packet>(static_cast<Scalar>(tile.keys.begin + v * N));
     }
 
-    // forward did: weight = exp2(score·factor - lse)
+    // forward did: weight = exp2((score - maximum)·factor) / sum
     for_row_tiles<kTileRows>(
         rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
           RegisterTile<Scalar, Rows, Vectors> score(&q(row, 0), q.row_stride, q.col_stride, tile.key, width, q.cols);
           score.for_each([&](int r, int v, Packet& s) __attribute__((always_inline)) {
-            s = simd::pmadd(s, factor, simd::broadcast(-lse_high_[row + r]));
-            s = simd::exp2<Scalar>(simd::psub(s, simd::broadcast(lse_low_[row + r])));
+            s = simd::psub(s, simd::broadcast(lse_score_[row + r]));
+            s = simd::exp2<Scalar>(simd::pmadd(s, factor, simd::broadcast(-lse_rest_[row + r])));
             if (masked) [[unlikely]] {
               s = simd::keep_inside<Packet>(position[v], simd::broadcast(ranges_.first[row + r]),
                                             simd::broadcast(ranges_.last[row + r]), s, simd::broadcast(Scalar(0)));
@@ -271,7 +276,7 @@ class BackwardGroup {
   Scalar* lanes_;                   // [2][Dv][N]
   Tile tiles_[kTiles];
   Ranges ranges_;
-  alignas(64) Scalar lse_high_[kQueries], lse_low_[kQueries];
+  alignas(64) Scalar lse_score_[kQueries], lse_rest_[kQueries];
 };
 
 }  // namespace detail

@@ -161,7 +161,11 @@ class ForwardGroup {
   static void finish(const Tile& tile, MatrixView<Scalar> output, const TensorView<double>& lse, Index b, Index h,
                      Scalar factor) {
     alignas(64) Scalar inverse[kWidth];
-    for (Index i = 0; i < tile.width(); ++i) inverse[i] = tile.sum[i] == 0 ? Scalar(0) : 1 / tile.sum[i];
+    for (Index i = 0; i < tile.width(); ++i) {
+      double reciprocal = 1 / static_cast<double>(tile.sum[i]);
+      simd::keep(reciprocal);  // -ffast-math would divide in float, and approximate that
+      inverse[i] = tile.sum[i] == 0 ? Scalar(0) : static_cast<Scalar>(reciprocal);
+    }
     unpack_lanes(output.middle_rows(tile.begin, tile.rows), tile.output, tile.width(), inverse);
     if (lse.data == nullptr) return;
     for (Index i = 0; i < tile.rows; ++i) {

@@ -68,8 +68,10 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x) {
     const Packet<float> magic = constant(12582912.0);
     x = pmax(x, constant(-127.0));
     Packet<float> shifted = padd(x, magic);
-    keep(shifted);  // -ffast-math would cancel the two magics
-    const Packet<float> f = psub(x, psub(shifted, magic));
+    keep(shifted);  // -ffast-math would cancel the two magics, here and below
+    Packet<float> n = psub(shifted, magic);
+    keep(n);
+    const Packet<float> f = psub(x, n);
     Packet<float> p = constant(0.001326472731307149);  // minimax of degree 5 with value 1 at 0
     p = pmadd(p, f, constant(0.009671512991189957));
     p = pmadd(p, f, constant(0.05550733581185341));

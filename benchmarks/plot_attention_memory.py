@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 def main(rows_file, figure_file):
     with open(rows_file) as file:
         report = json.load(file)
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True)
     for panel, (name, title) in zip(panels, [("forward", "forward"), ("forward_backward", "forward and backward")]):
         for implementation, colour in [("naive", "tab:red"), ("tiled", "tab:blue")]:
             rows = [r for r in report["rows"] if r["pass"] == name and r["implementation"] == implementation]
@@ -31,7 +31,7 @@ def main(rows_file, figure_file):
         panel.set_title(title)
         panel.grid(True, which="major", alpha=0.3)
     panels[0].set_ylabel("peak memory, MiB")
-    panels[0].legend()
+    panels[0].legend(loc="lower right", fontsize="small")
     figure.suptitle(f"Attention, {report['heads']} heads of dim {report['head_dim']}, float")
     figure.tight_layout()
     figure.savefig(figure_file, dpi=120)

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/core/Generator.h>
 #include <torch/arg.h>
 #include <torch/types.h>
 
@@ -13,23 +14,72 @@ namespace headroom::inline v0 {
 enum class AttentionBackend {
   automatic,  ///< the best backend for the device and the request; never one that stores L x L scores
   tiled,      ///< headroom's CPU kernel: scores live in tiles of a few KiB
+  fused,      ///< the fused kernels of LibTorch's scaled_dot_product_attention, mainly for CUDA
+  chunked,    ///< ATen operators over chunks of queries and keys, on any device
   reference,  ///< matmul, softmax, matmul: stores L x L scores; for tests and comparisons
 };
 
-inline constexpr std::string_view kAttentionBackendNames[] = {"automatic", "tiled", "reference"};
+inline constexpr std::string_view kAttentionBackendNames[] = {"automatic", "tiled", "fused", "chunked", "reference"};
 
 inline std::ostream& operator<<(std::ostream& out, AttentionBackend backend) {
   return out << kAttentionBackendNames[static_cast<int>(backend)];
 }
 
-/// What may be asked of headroom::attention beside q, k and v.
+/// Sliding window around a query's position; negative: unlimited on that side.
+struct AttentionWindow {
+  int64_t left = -1, right = -1;
+};
+
+/// What may be asked of headroom::attention beside q, k and v:
+///   softmax(softcap(scale·q·kᵀ) + bias + relative_bias - alibi_slopes·|distance|, over the allowed keys)·v.
+/// Query i stands at position p = i + query_offset among the keys; its distance to key j is p - j. In packed sequences
+/// p and j count from the start of their sequence.
 struct AttentionOptions {
-  /// Query i sees keys 0 … i (aligned top left).
-  TORCH_ARG(bool, causal) = false;
-  /// How many of the keys are valid: integers on the CPU, broadcastable to the batch dimensions of q.
-  TORCH_ARG(std::optional<torch::Tensor>, key_lengths) = std::nullopt;
   /// Factor of q·kᵀ; 1/sqrt(D) unless given.
   TORCH_ARG(std::optional<double>, scale) = std::nullopt;
+
+  // ---- which keys a query may see: all of these at once ----
+  /// Position of the first query among the keys: 0 aligns them top left, Lk - Lq bottom right.
+  TORCH_ARG(int64_t, query_offset) = 0;
+  /// A query sees keys up to its position.
+  TORCH_ARG(bool, causal) = false;
+  /// A query at position p sees keys p - left … p + right.
+  TORCH_ARG(std::optional<AttentionWindow>, window) = std::nullopt;
+  /// How many of the keys are valid: integers on the CPU, broadcastable to the batch dimensions of q.
+  TORCH_ARG(std::optional<torch::Tensor>, key_lengths) = std::nullopt;
+  /// Packed sequences of different lengths: where each one starts, and the end of the last, [S+1] integers on the CPU,
+  /// from 0 to Lq without decreasing. A query sees the keys of its own sequence.
+  TORCH_ARG(std::optional<torch::Tensor>, sequence_starts) = std::nullopt;
+  /// The same for the keys, where they differ from the queries'; from 0 to Lk.
+  TORCH_ARG(std::optional<torch::Tensor>, key_sequence_starts) = std::nullopt;
+  /// bool, broadcastable to [..., H, Lq, Lk]: true where a query may see a key.
+  TORCH_ARG(std::optional<torch::Tensor>, mask) = std::nullopt;
+  /// The same the other way round: true where a query must not see a key.
+  TORCH_ARG(std::optional<torch::Tensor>, hidden) = std::nullopt;
+  /// bool, broadcastable to [..., H, ceil(Lq / block_size), ceil(Lk / block_size)]: blocks that may be seen.
+  TORCH_ARG(std::optional<torch::Tensor>, block_mask) = std::nullopt;
+  TORCH_ARG(int64_t, block_size) = 128;
+
+  // ---- what is added to a score; all of these are differentiable ----
+  /// Floating point, broadcastable to [..., H, Lq, Lk].
+  TORCH_ARG(std::optional<torch::Tensor>, bias) = std::nullopt;
+  /// [H, 2R-1] or [1, 2R-1]: element R-1+distance; distances beyond ±(R-1) take the outermost elements.
+  TORCH_ARG(std::optional<torch::Tensor>, relative_bias) = std::nullopt;
+  /// Broadcastable to [..., H, Lq]: slope·|distance| is subtracted. [H, 1] is ALiBi (Press et al. 2021).
+  TORCH_ARG(std::optional<torch::Tensor>, alibi_slopes) = std::nullopt;
+  /// [H]: a score without a value that takes its share of the weights (attention sink).
+  TORCH_ARG(std::optional<torch::Tensor>, sink) = std::nullopt;
+
+  /// Scores s become softcap·tanh(s / softcap) before anything is added.
+  TORCH_ARG(std::optional<double>, softcap) = std::nullopt;
+  /// Complex [positions, R/2], as nn::rotary_table makes it: rotates the first R features of q and k, in neighbouring
+  /// pairs, by row p for a query and row j for a key.
+  TORCH_ARG(std::optional<torch::Tensor>, rotary) = std::nullopt;
+  /// Probability that a weight is dropped, in [0, 1); the others grow by 1 / (1 - dropout).
+  TORCH_ARG(double, dropout) = 0.0;
+  /// Where dropout's seed is drawn from; LibTorch's default CPU generator unless given.
+  TORCH_ARG(std::optional<at::Generator>, generator) = std::nullopt;
+
   TORCH_ARG(AttentionBackend, backend) = AttentionBackend::automatic;
 };
 

@@ -4,6 +4,7 @@
 
 #include <functional>
 
+#include "headroom/attention/chunked.hpp"
 #include "headroom/attention/reference.hpp"
 #include "headroom/attention/tiled.hpp"
 
@@ -46,7 +47,11 @@ inline std::vector<std::string> refusals(AttentionBackend backend, const torch::
 /// The backend that `automatic` stands for; fails when the named one can't serve the request.
 inline AttentionBackend resolve_backend(const torch::Tensor& q, const AttentionRequest& request,
                                         AttentionBackend wanted) {
-  if (wanted == AttentionBackend::automatic) wanted = AttentionBackend::tiled;
+  if (wanted == AttentionBackend::automatic) {
+    wanted = q.device().is_cpu()                                     ? AttentionBackend::tiled
+             : refusals(AttentionBackend::fused, q, request).empty() ? AttentionBackend::fused
+                                                                     : AttentionBackend::chunked;
+  }
   const auto listed = [](const auto& names) {
     std::ostringstream text;
     for (size_t i = 0; i < names.size(); ++i) text << (i == 0 ? "" : ", ") << names[i];
@@ -55,7 +60,8 @@ inline AttentionBackend resolve_backend(const torch::Tensor& q, const AttentionR
   const auto refused = refusals(wanted, q, request);
   if (refused.empty()) return wanted;
   std::vector<AttentionBackend> able;
-  for (const auto backend : {AttentionBackend::tiled, AttentionBackend::reference}) {
+  for (const auto backend :
+       {AttentionBackend::tiled, AttentionBackend::fused, AttentionBackend::chunked, AttentionBackend::reference}) {
     if (refusals(backend, q, request).empty()) able.push_back(backend);
   }
   fail("headroom.attention.backend", "the backend ", wanted, " does not serve ", listed(refused),
@@ -214,6 +220,9 @@ inline AttentionResult run_attention(const torch::Tensor& q, const torch::Tensor
     case AttentionBackend::tiled:
       result = AttentionFunction<TiledBackend>::run(widened(q), widened(with_batch_of(q, k)),
                                                     widened(with_batch_of(q, v)), request);
+      break;
+    case AttentionBackend::chunked:
+      result = AttentionFunction<ChunkedBackend>::run(q, k, v, request);
       break;
     default:
       result = reference_attention(q, k, v, request, with_lse);

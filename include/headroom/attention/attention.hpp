@@ -5,16 +5,12 @@
 #include <functional>
 
 #include "headroom/attention/chunked.hpp"
+#include "headroom/attention/fused.hpp"
+#include "headroom/attention/merge.hpp"
 #include "headroom/attention/reference.hpp"
 #include "headroom/attention/tiled.hpp"
 
 namespace headroom::inline v0 {
-
-/// Output of attention and, for each query, the natural logarithm of the sum of exponentials of its scores.
-struct AttentionResult {
-  torch::Tensor output;  ///< [..., H, Lq, Dv]
-  torch::Tensor lse;     ///< [..., H, Lq]
-};
 
 namespace detail {
 
@@ -41,6 +37,29 @@ inline std::vector<std::string> refusals(AttentionBackend backend, const torch::
     refuse(request.rotary.defined(), "rotary");
     refuse(request.dropout.active(), "dropout");
   }
+  if (backend == AttentionBackend::fused) {
+    const auto device = q.device();
+    refuse(!device.is_cpu() && !device.is_cuda(), "tensors on " + device.str());
+    refuse(device.is_cuda() && q.scalar_type() == torch::kDouble, "double on " + device.str());
+    refuse(q.size(-1) == 0 || c10::multiply_integers(request.score_sizes) == 0, "empty tensors");
+    refuse(request.group() > 1, "fewer heads of k and v than of q");
+    refuse(request.causal && request.query_offset != 0, "query_offset with causal");
+    refuse(request.window_left >= 0 || request.window_right >= 0, "window");
+    refuse(request.key_lengths.defined(), "key_lengths");
+    refuse(request.sequence_starts.defined(), "sequence_starts");
+    refuse(request.mask.defined(), request.mask_visible ? "mask" : "hidden");
+    refuse(request.block_mask.defined(), "block_mask");
+    if (request.bias.defined()) {
+      refuse(request.bias.requires_grad() && torch::GradMode::is_enabled(), "bias with a gradient");
+      refuse(!takes_bias(q, request), "a bias of this dtype or layout");
+    }
+    refuse(request.relative_bias.defined(), "relative_bias");
+    refuse(request.alibi_slopes.defined(), "alibi_slopes");
+    refuse(request.sink.defined(), "sink");
+    refuse(request.softcap > 0, "softcap");
+    refuse(request.rotary.defined(), "rotary");
+    refuse(request.dropout.active(), "dropout");
+  }
   return names;
 }
 
@@ -48,9 +67,8 @@ inline std::vector<std::string> refusals(AttentionBackend backend, const torch::
 inline AttentionBackend resolve_backend(const torch::Tensor& q, const AttentionRequest& request,
                                         AttentionBackend wanted) {
   if (wanted == AttentionBackend::automatic) {
-    wanted = q.device().is_cpu()                                     ? AttentionBackend::tiled
-             : refusals(AttentionBackend::fused, q, request).empty() ? AttentionBackend::fused
-                                                                     : AttentionBackend::chunked;
+    const auto best = q.device().is_cpu() ? AttentionBackend::tiled : AttentionBackend::fused;
+    wanted = refusals(best, q, request).empty() ? best : AttentionBackend::chunked;
   }
   const auto listed = [](const auto& names) {
     std::ostringstream text;
@@ -220,6 +238,9 @@ inline AttentionResult run_attention(const torch::Tensor& q, const torch::Tensor
     case AttentionBackend::tiled:
       result = AttentionFunction<TiledBackend>::run(widened(q), widened(with_batch_of(q, k)),
                                                     widened(with_batch_of(q, v)), request);
+      break;
+    case AttentionBackend::fused:
+      result = AttentionFunction<FusedBackend>::run(q, with_batch_of(q, k), with_batch_of(q, v), request);
       break;
     case AttentionBackend::chunked:
       result = AttentionFunction<ChunkedBackend>::run(q, k, v, request);

@@ -122,34 +122,11 @@ class ChunkedAttention {
             block_of(bad_queries_, block, 1), block_of(bad_keys_, kv_block, 1), terms_.of(block)};
   }
 
-  /// f(block of query heads, the same of heads of k and v)
   template <class F>
   void for_each_block(F&& f) const {
-    const at::IntArrayRef batch = request_.batch();
-    const int64_t last_batch = batch.empty() ? 1 : batch.back(), group = request_.group();
     const int64_t kv_heads = std::max<int64_t>(request_.kv_heads, 1);
-    if (c10::multiply_integers(batch) == 0 || request_.heads() == 0) return;
-    const int64_t batches = std::max<int64_t>(sizes_.kv_heads / kv_heads, 1);
-    const int64_t heads = std::min(sizes_.kv_heads, kv_heads);
-    HeadBlock block;
-    block.outer.assign(batch.size() > 1 ? batch.size() - 1 : 0, 0);
-    const auto next_outer = [&] {
-      for (size_t d = block.outer.size(); d-- > 0; block.outer[d] = 0) {
-        if (++block.outer[d] < batch[d]) return true;
-      }
-      return false;
-    };
-    do {
-      for (int64_t b = 0; b < last_batch; b += batches) {
-        for (int64_t h = 0; h < kv_heads; h += heads) {
-          block.first_batch = b, block.end_batch = std::min(b + batches, last_batch);
-          HeadBlock kv_block = block;
-          kv_block.first_head = h, kv_block.end_head = std::min(h + heads, kv_heads);
-          block.first_head = kv_block.first_head * group, block.end_head = kv_block.end_head * group;
-          f(block, kv_block);
-        }
-      }
-    } while (next_outer());
+    for_each_head_block(request_, std::max<int64_t>(sizes_.kv_heads / kv_heads, 1), std::min(sizes_.kv_heads, kv_heads),
+                        f);
   }
 
   template <class F>

@@ -29,6 +29,35 @@ inline torch::Tensor block_of(torch::Tensor x, const HeadBlock& block, int64_t t
   return narrowed(narrowed(x, 0, block.first_batch, block.end_batch), 1, block.first_head, block.end_head);
 }
 
+/// f(block of query heads, the same in heads of k and v): all heads, `batches` of the last batch dimension and
+/// `kv_heads` heads of k and v at a time.
+template <class F>
+void for_each_head_block(const AttentionRequest& request, int64_t batches, int64_t kv_heads, F&& f) {
+  const at::IntArrayRef batch = request.batch();
+  if (c10::multiply_integers(batch) == 0) return;
+  const int64_t last_batch = batch.empty() ? 1 : batch.back();
+  HeadBlock block;
+  block.outer.assign(batch.size() > 1 ? batch.size() - 1 : 0, 0);
+  const auto next_outer = [&] {
+    for (size_t d = block.outer.size(); d-- > 0; block.outer[d] = 0) {
+      if (++block.outer[d] < batch[d]) return true;
+    }
+    return false;
+  };
+  do {
+    for (int64_t b = 0; b < last_batch; b += batches) {
+      for (int64_t h = 0; h < request.kv_heads; h += kv_heads) {
+        block.first_batch = b, block.end_batch = std::min(b + batches, last_batch);
+        HeadBlock kv_block = block;
+        kv_block.first_head = h, kv_block.end_head = std::min(h + kv_heads, request.kv_heads);
+        block.first_head = kv_block.first_head * request.group();
+        block.end_head = kv_block.end_head * request.group();
+        f(std::as_const(block), std::as_const(kv_block));
+      }
+    }
+  } while (next_outer());
+}
+
 /// A view in which dimensions that were expanded have size 1 again.
 inline torch::Tensor unexpanded(torch::Tensor x) {
   for (int64_t d = 0; x.defined() && d < x.dim(); ++d) {

@@ -17,7 +17,8 @@ using torch::Tensor;
 struct AttentionCase {
   std::string name;
   Tensor q, k, v;
-  AttentionOptions options;  // the tensors of a score's terms are leaves
+  AttentionOptions options;
+  bool bias_has_gradient = true;
 };
 
 /// The request in another dtype: q, k, v and what is added to scores.
@@ -53,7 +54,8 @@ inline AttentionValues run_case(const AttentionCase& request, AttentionBackend b
   const auto make_optional_leaf = [&](const std::string& name, std::optional<Tensor>& x) {
     if (x.has_value()) make_leaf(name, *x);
   };
-  make_optional_leaf("bias", leaf.options.bias()), make_optional_leaf("relative_bias", leaf.options.relative_bias());
+  if (leaf.bias_has_gradient) make_optional_leaf("bias", leaf.options.bias());
+  make_optional_leaf("relative_bias", leaf.options.relative_bias());
   make_optional_leaf("alibi_slopes", leaf.options.alibi_slopes()), make_optional_leaf("sink", leaf.options.sink());
   if (leaf.options.dropout() > 0) torch::manual_seed(17);
   const auto [output, lse] = attention_with_lse(leaf.q, leaf.k, leaf.v, leaf.options.backend(backend));
@@ -77,7 +79,7 @@ inline std::vector<AttentionCase> attention_cases() {
   std::vector<AttentionCase> cases;
   const auto add = [&](const std::string& name, at::IntArrayRef q, at::IntArrayRef k, at::IntArrayRef v,
                        const AttentionOptions& options) {
-    cases.push_back({name, noise(q), noise(k), noise(v), options});
+    cases.push_back({name, noise(q), noise(k), noise(v), options, true});
   };
   const auto plain = [&](const std::string& name, const AttentionOptions& options) {
     add(name, {2, 4, 37, 6}, {2, 4, 53, 6}, {2, 4, 53, 5}, options);
@@ -191,6 +193,24 @@ inline void check_same(const AttentionValues& given, const AttentionValues& expe
     REQUIRE(given.values[i].scalar_type() == expected.values[i].scalar_type());
     const Tensor same = given.values[i] == expected.values[i];  // infinities
     CHECK(largest((given.values[i] - expected.values[i]).masked_fill(same, 0)) <= tolerance);
+  }
+}
+
+/// CHECKs the rule for errors in `dtype`: against the reference in double, at most twice (RMS) and four times (largest)
+/// those of the reference in that dtype.
+inline void check_accuracy(const AttentionCase& request, AttentionBackend backend, torch::ScalarType dtype,
+                           bool gradients = true) {
+  const AttentionCase narrow = converted(request, dtype);
+  const AttentionValues ours = run_case(narrow, backend, /*with_lse=*/false);
+  const AttentionValues naive = run_case(narrow, AttentionBackend::reference, /*with_lse=*/false);
+  const AttentionValues exact = run_case(converted(narrow, torch::kDouble), AttentionBackend::reference, false);
+  for (size_t i = 0; i < exact.names.size(); ++i) {
+    INFO(exact.names[i]);
+    if (!gradients && exact.names[i] != "output") continue;
+    REQUIRE(ours.values[i].sizes() == exact.values[i].sizes());
+    REQUIRE(ours.values[i].scalar_type() == dtype);
+    CHECK(rms(ours.values[i] - exact.values[i]) <= 2 * rms(naive.values[i] - exact.values[i]));
+    CHECK(largest(ours.values[i] - exact.values[i]) <= 4 * largest(naive.values[i] - exact.values[i]));
   }
 }
 

@@ -193,6 +193,6 @@ TEST_CASE("requests that do not fit are refused with what was given") {
   CHECK(lengths_error(torch::tensor({8.0, 8.0})).id() == "headroom.attention.key_lengths");
   CHECK(testing::error_of([&] {
           const Tensor meta = q.to(torch::kMeta);
-          attention(meta, meta, meta);
+          attention(meta, meta, meta, AttentionOptions().backend(AttentionBackend::tiled));
         }).id() == "headroom.attention.backend");
 }

@@ -6,7 +6,7 @@ namespace headroom::inline v0::detail {
 
 /// Views of packed projections [..., 3, H, D] as q, k, v [..., H, L, D] with the sequence dimension `axis` moved behind
 /// the heads. No copy.
-inline AttentionGradients unpack_views(const torch::Tensor& packed, int64_t axis) {
+inline std::array<torch::Tensor, 3> unpack_views(const torch::Tensor& packed, int64_t axis) {
   const auto part = [&](int64_t i) { return packed.select(-3, i).movedim(axis, -2); };
   return {part(0), part(1), part(2)};
 }
@@ -19,21 +19,17 @@ inline void rotate_packed(const torch::Tensor& packed, const torch::Tensor& rota
   torch::view_as_complex(qk.unflatten(-1, {-1, 2})).mul_(rotation);
 }
 
-struct PackedAttentionBackward : torch::autograd::Function<PackedAttentionBackward> {
-  static torch::Tensor forward(torch::autograd::AutogradContext*, const torch::Tensor& grad_output,
-                               const torch::Tensor& packed, const torch::Tensor& output, const torch::Tensor& lse,
-                               const std::optional<torch::Tensor>& rotation, int64_t axis,
-                               const AttentionRequest& request) {
-    const torch::Tensor grad = torch::empty_like(packed);
-    const auto [q, k, v] = unpack_views(packed, axis);
-    tiled_attention_backward(grad_output.movedim(axis, -2), q, k, v, {output, lse}, request, unpack_views(grad, axis));
-    if (rotation.has_value()) rotate_packed(grad, rotation->conj());
-    return grad;
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list) {
-    refuse_double_backward();
-  }
-};
+inline torch::Tensor packed_attention_backward(const torch::Tensor& grad_output, const torch::Tensor& packed,
+                                               const torch::Tensor& output, const torch::Tensor& lse,
+                                               const std::optional<torch::Tensor>& rotation, int64_t axis,
+                                               const AttentionRequest& request) {
+  const torch::Tensor grad = torch::empty_like(packed);
+  const auto [q, k, v] = unpack_views(packed, axis);
+  const auto [grad_q, grad_k, grad_v] = unpack_views(grad, axis);
+  tiled_attention_backward(grad_output.movedim(axis, -2), q, k, v, {output, lse}, request, {grad_q, grad_k, grad_v});
+  if (rotation.has_value()) rotate_packed(grad, rotation->conj());
+  return grad;
+}
 
 /// Self-attention over one projection that holds q, k and v: nothing is copied on the way in, and the gradient is
 /// written where the projection's backward wants it. `packed` is rotated in place, so it must not be used elsewhere.
@@ -53,29 +49,32 @@ struct PackedAttention : torch::autograd::Function<PackedAttention> {
                                                  torch::autograd::variable_list grad) {
     const auto saved = ctx->get_saved_variables();
     const auto rotation = saved[3].defined() ? std::optional(saved[3]) : std::nullopt;
-    return {PackedAttentionBackward::apply(grad[0], saved[0], saved[1], saved[2], rotation,
-                                           ctx->saved_data["axis"].toInt(), saved_request(ctx)),
-            {},
-            {},
-            {}};
+    auto grads = first_derivatives({grad[0], saved[0]}, [&]() -> torch::autograd::variable_list {
+      return {packed_attention_backward(grad[0], saved[0], saved[1], saved[2], rotation,
+                                        ctx->saved_data["axis"].toInt(), saved_request(ctx, {}))};
+    });
+    grads.resize(4);  // only packed has a gradient
+    return grads;
   }
 };
 
 /// packed [..., 3, H, D] -> [..., H, D]: attention along dimension `axis` (counted from the front) of the leading ones.
 inline torch::Tensor packed_attention(const torch::Tensor& packed, const std::optional<torch::Tensor>& rotation,
                                       int64_t axis, const AttentionOptions& options) {
-  const auto [q, k, v] = unpack_views(packed, axis);
-  const auto request = AttentionRequest::check(q, k, v, options);
-  if (resolve_backend(packed, options.backend()) == AttentionBackend::tiled) {
-    return PackedAttention::apply(packed, rotation, axis, request);
+  {
+    const auto [q, k, v] = unpack_views(packed, axis);
+    const auto request = AttentionRequest::check(q, k, v, options);
+    if (resolve_backend(q, request, options.backend()) == AttentionBackend::tiled) {
+      return PackedAttention::apply(packed, rotation, axis, request);
+    }
   }
   torch::Tensor rotated = packed;
   if (rotation.has_value()) {
     rotated = packed.clone();
     rotate_packed(rotated, *rotation);
   }
-  const auto views = unpack_views(rotated, axis);
-  return reference_attention(views.q, views.k, views.v, request, /*with_lse=*/false).output.movedim(-2, axis);
+  const auto [q, k, v] = unpack_views(rotated, axis);
+  return run_attention(q, k, v, options, /*with_lse=*/false).output.movedim(-2, axis);
 }
 
 }  // namespace headroom::inline v0::detail

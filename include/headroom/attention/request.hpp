@@ -1,79 +1,368 @@
 #pragma once
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ExpandUtils.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
+#include <mutex>
+#include <vector>
 
 #include "headroom/attention/options.hpp"
+#include "headroom/core/dropout.hpp"
 #include "headroom/core/error.hpp"
 
 namespace headroom::inline v0::detail {
 
-/// A checked request: q [..., H, Lq, D], k [..., H, Lk, D], v [..., H, Lk, Dv] of one dtype on one device.
-struct AttentionRequest {
-  bool causal;
-  double scale;
-  torch::Tensor key_lengths;  // int64, batch dimensions of q; undefined: all keys are valid
+/// The sizes before the last `count`.
+inline at::IntArrayRef all_but_last(at::IntArrayRef sizes, size_t count) {
+  return sizes.slice(0, sizes.size() - count);
+}
 
+/// A checked request: q [..., H, Lq, D], k [..., Hk, Lk, D], v [..., Hk, Lk, Dv] of one dtype on one device, where Hk
+/// divides H and the batch dimensions of k and v broadcast to those of q. Undefined tensors: not asked for.
+struct AttentionRequest {
+  std::vector<int64_t> score_sizes;  // [..., H, Lq, Lk]
+  int64_t kv_heads = 1;
+  double scale = 1;
+  double softcap = 0;  // 0: none
+
+  int64_t query_offset = 0;
+  bool causal = false;
+  int64_t window_left = -1, window_right = -1;         // -1: unlimited
+  torch::Tensor key_lengths;                           // int64, contiguous, CPU, batch dimensions of q
+  torch::Tensor sequence_starts, key_sequence_starts;  // int64 [S+1], contiguous, CPU; both or none
+  torch::Tensor mask;                                  // bool, a view expanded to score_sizes
+  bool mask_visible = true;                            // the value of `mask` where a query may see a key
+  torch::Tensor block_mask;                            // bool, a view expanded to [..., H, nq, nk]; true: visible
+  int64_t block_size = 128;
+
+  torch::Tensor bias, relative_bias, alibi_slopes, sink;  // as given: their gradients have these shapes
+  torch::Tensor rotary;                                   // complex [P, R/2]
+  core::Dropout dropout;
+
+  int64_t heads() const { return score_sizes.end()[-3]; }
+  int64_t queries() const { return score_sizes.end()[-2]; }
+  int64_t keys() const { return score_sizes.end()[-1]; }
+  /// Query heads that share a head of k and v.
+  int64_t group() const { return kv_heads == 0 ? 1 : heads() / kv_heads; }
+  at::IntArrayRef batch() const { return all_but_last(score_sizes, 3); }
+
+  torch::Tensor expanded_bias() const { return bias.expand(score_sizes); }                      // as scores
+  torch::Tensor expanded_relative_bias() const { return relative_bias.expand({heads(), -1}); }  // [H,2R-1]
+  torch::Tensor expanded_slopes() const {                                                       // [...,H,Lq]
+    return alibi_slopes.expand(all_but_last(score_sizes, 1));
+  }
+
+  /// The tensors that were given and not copied; the first four are differentiable.
+  std::array<torch::Tensor*, 7> tensors() {
+    return {&bias, &relative_bias, &alibi_slopes, &sink, &mask, &block_mask, &rotary};
+  }
+
+  /// Fails unless the request is whole; draws dropout's seed.
   static AttentionRequest check(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                const AttentionOptions& options) {
-    const auto shape_error = [&](const auto&... parts) {
-      fail("headroom.attention.shape", "q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), ": ", parts...,
-           "; expected q [...,H,Lq,D], k [...,H,Lk,D], v [...,H,Lk,Dv]");
-    };
-    for (const torch::Tensor* x : {&q, &k, &v}) {
-      require(x->defined(), "headroom.attention.shape", "q, k and v must be defined tensors");
-      require(x->dtype() == q.dtype() && x->device() == q.device() && x->layout() == torch::kStrided,
-              "headroom.attention.dtype", "q is ", q.dtype(), " on ", q.device(), " but another input is ", x->dtype(),
-              " on ", x->device(), " with layout ", x->layout(),
-              "; expected three strided tensors of one dtype on one device");
-    }
-    require(q.is_floating_point(), "headroom.attention.dtype", "q is ", q.dtype(),
-            ", expected a floating-point dtype; convert with q.to(torch::kFloat)");
-    if (q.dim() < 3 || k.dim() != q.dim() || v.dim() != q.dim()) shape_error("ranks differ or are below 3");
-    const int64_t batch_dims = q.dim() - 2;  // with the heads
-    if (k.sizes().slice(0, batch_dims) != q.sizes().slice(0, batch_dims) ||
-        v.sizes().slice(0, batch_dims) != q.sizes().slice(0, batch_dims)) {
-      shape_error("batch or head dimensions differ");
-    }
-    if (k.size(-1) != q.size(-1)) shape_error("q and k differ in the last dimension");
-    if (v.size(-2) != k.size(-2)) shape_error("k and v differ in length");
-    const double scale =
-        options.scale().value_or(1.0 / std::sqrt(std::max<double>(static_cast<double>(q.size(-1)), 1.0)));
-    require(std::isfinite(scale), "headroom.attention.scale", "scale is ", scale, ", expected a finite number");
-    return {options.causal(), scale, check_key_lengths(q, k, options)};
+                                const AttentionOptions& options);
+};
+
+/// What a request says about positions, O(L) in size.
+struct AttentionPositions {
+  // int64 [Lq] on the CPU, contiguous. `query`: position among the keys, where the distance to key j is query - j;
+  // `begin`, `end`: the keys [begin, end) that causality, window and sequences allow, 0 <= begin <= end <= Lk.
+  torch::Tensor query, begin, end;
+
+  explicit AttentionPositions(const AttentionRequest& request);
+};
+
+/// Rows of the rotary table: int64 [Lq] and [Lk] on the CPU, counted from the start of the sequence.
+struct RotaryRows {
+  torch::Tensor query, key;
+
+  explicit RotaryRows(const AttentionRequest& request);
+};
+
+// ---- checks ----
+
+/// Collects what a check of one option prints: `require_option(holds, "mask", "has shape ", …)` fails with the id
+/// headroom.attention.mask.
+class AttentionChecks {
+ public:
+  AttentionChecks(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                  const AttentionOptions& options, AttentionRequest& request)
+      : q_(q), k_(k), v_(v), options_(options), request_(request) {}
+
+  void run() {
+    tensors();
+    numbers();
+    key_lengths();
+    sequences();
+    masks();
+    scores();
+    rotary();
+    dropout();
   }
 
  private:
-  static torch::Tensor check_key_lengths(const torch::Tensor& q, const torch::Tensor& k,
-                                         const AttentionOptions& options) {
-    if (!options.key_lengths().has_value()) return {};
-    const torch::Tensor& lengths = *options.key_lengths();
-    const auto batch = q.sizes().slice(0, q.dim() - 3);
-    const auto expected = [&](bool holds, const auto&... parts) {
-      require(holds, "headroom.attention.key_lengths", "key_lengths ", parts..., "; expected integers on the CPU, ",
-              "broadcastable to the batch dimensions ", batch, ", each between 0 and the ", k.size(-2), " keys");
-    };
-    expected(lengths.defined() && c10::isIntegralType(lengths.scalar_type(), /*includeBool=*/false) &&
-                 lengths.device().is_cpu(),
-             lengths.defined() ? "of another dtype or device" : "is undefined");
-    expected(at::is_expandable_to(lengths.sizes(), batch), "has shape ", lengths.sizes());
-    const torch::Tensor checked = lengths.to(torch::kLong).expand(batch).contiguous();
-    const auto* const begin = checked.const_data_ptr<int64_t>();
-    for (const auto* length = begin; length != begin + checked.numel(); ++length) {
-      expected(0 <= *length && *length <= k.size(-2), "contains ", *length);
+  void tensors() {
+    for (const torch::Tensor* x : {&q_, &k_, &v_}) {
+      require(x->defined(), "headroom.attention.shape", "q, k and v must be defined tensors");
+      require(x->dtype() == q_.dtype() && x->device() == q_.device() && x->layout() == torch::kStrided,
+              "headroom.attention.dtype", "q is ", q_.dtype(), " on ", q_.device(), " but another input is ",
+              x->dtype(), " on ", x->device(), " with layout ", x->layout(),
+              "; expected three strided tensors of one dtype on one device");
     }
+    require(q_.is_floating_point(), "headroom.attention.dtype", "q is ", q_.dtype(),
+            ", expected a floating-point dtype; convert with q.to(torch::kFloat)");
+    const auto expect = [&](bool holds, const char* what) {
+      require(holds, "headroom.attention.shape", "q ", q_.sizes(), ", k ", k_.sizes(), ", v ", v_.sizes(), ": ", what,
+              "; expected q [...,H,Lq,D], k [...,Hk,Lk,D], v [...,Hk,Lk,Dv]");
+    };
+    expect(q_.dim() >= 3 && k_.dim() == q_.dim() && v_.dim() == q_.dim(), "ranks differ or are below 3");
+    expect(all_but_last(k_.sizes(), 2) == all_but_last(v_.sizes(), 2), "k and v differ in batch or head dimensions");
+    expect(at::is_expandable_to(all_but_last(k_.sizes(), 3), all_but_last(q_.sizes(), 3)),
+           "the batch dimensions of k and v do not broadcast to those of q");
+    const int64_t heads = q_.size(-3), kv_heads = k_.size(-3);
+    expect(kv_heads == heads || (kv_heads > 0 && heads % kv_heads == 0),
+           "the heads of k and v do not divide those of q");
+    expect(k_.size(-1) == q_.size(-1), "q and k differ in the last dimension");
+    expect(v_.size(-2) == k_.size(-2), "k and v differ in length");
+    request_.score_sizes = q_.sizes().vec();
+    request_.score_sizes.back() = k_.size(-2);
+    request_.kv_heads = kv_heads;
+  }
+
+  void numbers() {
+    request_.scale = options_.scale().value_or(1.0 / std::sqrt(std::max<double>(static_cast<double>(q_.size(-1)), 1)));
+    require(std::isfinite(request_.scale), "headroom.attention.scale", "scale is ", request_.scale,
+            ", expected a finite number");
+    if (options_.softcap().has_value()) {
+      request_.softcap = *options_.softcap();
+      require(std::isfinite(request_.softcap) && request_.softcap > 0, "headroom.attention.softcap", "softcap is ",
+              request_.softcap, ", expected a finite number above 0; leave it out for no cap");
+    }
+    // Positions are added and subtracted: far from the limits of int64
+    static constexpr int64_t kFar = int64_t{1} << 60;
+    request_.query_offset = options_.query_offset();
+    require(std::abs(request_.query_offset / 2) < kFar / 2, "headroom.attention.query_offset", "query_offset is ",
+            request_.query_offset, ", expected a number between -2^60 and 2^60");
+    request_.causal = options_.causal();
+    if (options_.window().has_value()) {
+      const auto side = [](int64_t size) { return size < 0 ? -1 : std::min(size, kFar); };
+      request_.window_left = side(options_.window()->left);
+      request_.window_right = side(options_.window()->right);
+    }
+  }
+
+  /// A copy of integers on the CPU as int64.
+  static bool are_integers(const torch::Tensor& x) {
+    return x.defined() && c10::isIntegralType(x.scalar_type(), /*includeBool=*/false) && x.device().is_cpu() &&
+           x.layout() == torch::kStrided;
+  }
+  static std::string described(const torch::Tensor& x) {
+    if (!x.defined()) return "is undefined";
+    std::ostringstream text;
+    text << "is " << x.dtype() << " " << x.sizes() << " on " << x.device();
+    return text.str();
+  }
+
+  void key_lengths() {
+    if (!options_.key_lengths().has_value()) return;
+    const torch::Tensor& lengths = *options_.key_lengths();
+    const auto expect = [&](bool holds, const auto&... parts) {
+      require(holds, "headroom.attention.key_lengths", "key_lengths ", parts..., "; expected integers on the CPU, ",
+              "broadcastable to the batch dimensions ", request_.batch(), ", each between 0 and the ", request_.keys(),
+              " keys");
+    };
+    expect(are_integers(lengths), described(lengths));
+    expect(at::is_expandable_to(lengths.sizes(), request_.batch()), "has shape ", lengths.sizes());
+    request_.key_lengths =
+        lengths.to(torch::kLong, /*non_blocking=*/false, /*copy=*/true).expand(request_.batch()).contiguous();
+    const auto* const begin = request_.key_lengths.const_data_ptr<int64_t>();
+    for (const auto* length = begin; length != begin + request_.key_lengths.numel(); ++length) {
+      expect(0 <= *length && *length <= request_.keys(), "contains ", *length);
+    }
+  }
+
+  torch::Tensor checked_starts(const char* name, const torch::Tensor& starts, int64_t end) const {
+    const auto expect = [&](bool holds, const auto&... parts) {
+      require(holds, "headroom.attention.sequences", name, " ", parts...,
+              "; expected [S+1] integers on the CPU from 0 to ", end, " that do not decrease");
+    };
+    expect(are_integers(starts) && starts.dim() == 1 && starts.size(0) >= 1, described(starts));
+    const torch::Tensor checked = starts.to(torch::kLong, /*non_blocking=*/false, /*copy=*/true).contiguous();
+    const auto* const first = checked.const_data_ptr<int64_t>();
+    const auto* const last = first + checked.size(0) - 1;
+    expect(*first == 0, "starts with ", *first);
+    for (const auto* start = first; start != last; ++start) expect(start[0] <= start[1], "falls to ", start[1]);
+    expect(*last == end, "ends with ", *last);
     return checked;
   }
+  void sequences() {
+    const auto& starts = options_.sequence_starts();
+    const auto& key_starts = options_.key_sequence_starts();
+    if (!starts.has_value()) {
+      require(!key_starts.has_value(), "headroom.attention.sequences",
+              "key_sequence_starts is given without sequence_starts; give both, or sequence_starts alone for both");
+      return;
+    }
+    request_.sequence_starts = checked_starts("sequence_starts", *starts, request_.queries());
+    request_.key_sequence_starts = checked_starts(key_starts.has_value() ? "key_sequence_starts" : "sequence_starts",
+                                                  key_starts.value_or(*starts), request_.keys());
+    require(request_.sequence_starts.size(0) == request_.key_sequence_starts.size(0), "headroom.attention.sequences",
+            "sequence_starts has ", request_.sequence_starts.size(0), " elements, key_sequence_starts ",
+            request_.key_sequence_starts.size(0), "; expected as many sequences of keys as of queries");
+  }
+
+  torch::Tensor expanded_bool(const char* id, const char* name, const torch::Tensor& x, at::IntArrayRef sizes) const {
+    require(x.defined() && x.scalar_type() == torch::kBool && x.device() == q_.device() &&
+                x.layout() == torch::kStrided && at::is_expandable_to(x.sizes(), sizes),
+            id, name, " ", described(x), "; expected bool on ", q_.device(), ", broadcastable to ", sizes);
+    return x.expand(sizes);
+  }
+  void masks() {
+    const bool hidden = options_.hidden().has_value();
+    require(!options_.mask().has_value() || !hidden, "headroom.attention.mask",
+            "mask and hidden are both given; combine them: mask & hidden.logical_not()");
+    request_.mask_visible = !hidden;
+    if (const auto& mask = hidden ? options_.hidden() : options_.mask(); mask.has_value()) {
+      request_.mask = expanded_bool("headroom.attention.mask", hidden ? "hidden" : "mask", *mask, request_.score_sizes);
+    }
+    request_.block_size = options_.block_size();
+    if (!options_.block_mask().has_value()) return;
+    const int64_t size = request_.block_size;
+    require(size > 0, "headroom.attention.block_mask", "block_size is ", size, ", expected a number above 0");
+    std::vector<int64_t> sizes = request_.score_sizes;
+    for (const int dim : {-2, -1}) sizes.end()[dim] = sizes.end()[dim] / size + (sizes.end()[dim] % size != 0);
+    request_.block_mask = expanded_bool("headroom.attention.block_mask", "block_mask", *options_.block_mask(), sizes);
+  }
+
+  /// Floating point of q's dtype (or float for narrower q) on q's device.
+  bool adds_to_scores(const torch::Tensor& x) const {
+    const auto dtype = q_.scalar_type();
+    const bool narrow = dtype != torch::kFloat && dtype != torch::kDouble;
+    return x.defined() && x.device() == q_.device() && x.layout() == torch::kStrided &&
+           (x.scalar_type() == dtype || (narrow && x.scalar_type() == torch::kFloat));
+  }
+  void scores() {
+    const auto accept = [&](const char* id, const char* name, const std::optional<torch::Tensor>& x,
+                            torch::Tensor& target, auto&& shape_fits, const auto&... shape) {
+      if (!x.has_value()) return;
+      require(adds_to_scores(*x) && shape_fits(x->sizes()), id, name, " ", described(*x), "; expected ", q_.dtype(),
+              " on ", q_.device(), ", ", shape...);
+      target = *x;
+    };
+    const at::IntArrayRef sizes = request_.score_sizes;
+    const int64_t heads = request_.heads();
+    accept(
+        "headroom.attention.bias", "bias", options_.bias(), request_.bias,
+        [&](at::IntArrayRef x) { return at::is_expandable_to(x, sizes); }, "broadcastable to ", sizes);
+    accept(
+        "headroom.attention.relative_bias", "relative_bias", options_.relative_bias(), request_.relative_bias,
+        [&](at::IntArrayRef x) { return x.size() == 2 && (x[0] == heads || x[0] == 1) && x[1] % 2 == 1; }, "shape [",
+        heads, " or 1, 2R-1]");
+    accept(
+        "headroom.attention.alibi_slopes", "alibi_slopes", options_.alibi_slopes(), request_.alibi_slopes,
+        [&](at::IntArrayRef x) { return at::is_expandable_to(x, all_but_last(sizes, 1)); }, "broadcastable to ",
+        all_but_last(sizes, 1));
+    accept(
+        "headroom.attention.sink", "sink", options_.sink(), request_.sink,
+        [&](at::IntArrayRef x) { return x.size() == 1 && x[0] == heads; }, "shape [", heads, "]");
+  }
+
+  void rotary() {
+    if (!options_.rotary().has_value()) return;
+    const torch::Tensor& table = *options_.rotary();
+    const bool fits = table.defined() && table.is_complex() && table.scalar_type() != torch::kComplexHalf &&
+                      table.device() == q_.device() && table.dim() == 2;
+    require(fits && 2 * table.size(1) <= q_.size(-1), "headroom.attention.rotary", "rotary ", described(table),
+            "; expected complex numbers [positions, pairs] on ", q_.device(), " with at most ", q_.size(-1) / 2,
+            " pairs, as nn::rotary_table makes them");
+    request_.rotary = table;
+    const RotaryRows rows(request_);
+    for (const torch::Tensor* x : {&rows.query, &rows.key}) {
+      if (x->numel() == 0) continue;
+      const int64_t first = x->min().item<int64_t>(), last = x->max().item<int64_t>();
+      require(0 <= first && last < table.size(0), "headroom.attention.rotary", "rotary has ", table.size(0),
+              " rows and positions go from ", first, " to ", last,
+              "; expected a row for each position, and no position below 0");
+    }
+  }
+
+  void dropout() {
+    request_.dropout.probability = options_.dropout();
+    require(options_.dropout() >= 0 && options_.dropout() < 1, "headroom.attention.dropout", "dropout is ",
+            options_.dropout(), ", expected a probability in [0, 1)");
+    if (!request_.dropout.active()) return;
+    at::Generator generator = options_.generator().value_or(at::detail::getDefaultCPUGenerator());
+    require(generator.defined() && generator.device().is_cpu(), "headroom.attention.dropout",
+            "the generator is undefined or not on the CPU; give a CPU generator, it only draws a seed");
+    const std::scoped_lock lock(generator.mutex());
+    request_.dropout.seed = at::check_generator<at::CPUGeneratorImpl>(generator)->random64();
+  }
+
+  const torch::Tensor &q_, &k_, &v_;
+  const AttentionOptions& options_;
+  AttentionRequest& request_;
 };
 
+inline AttentionRequest AttentionRequest::check(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                                const AttentionOptions& options) {
+  AttentionRequest request;
+  AttentionChecks(q, k, v, options, request).run();
+  return request;
+}
+
+/// Calls f(first, end, first key, end of keys) for each sequence, one for all if they are not packed.
+template <class F>
+void for_each_sequence(const AttentionRequest& request, F&& f) {
+  if (!request.sequence_starts.defined()) return f(int64_t{0}, request.queries(), int64_t{0}, request.keys());
+  const auto* const query = request.sequence_starts.const_data_ptr<int64_t>();
+  const auto* const key = request.key_sequence_starts.const_data_ptr<int64_t>();
+  for (int64_t s = 0; s + 1 < request.sequence_starts.size(0); ++s) f(query[s], query[s + 1], key[s], key[s + 1]);
+}
+
+inline AttentionPositions::AttentionPositions(const AttentionRequest& request)
+    : query(torch::empty({request.queries()}, torch::kLong)),
+      begin(torch::empty_like(query)),
+      end(torch::empty_like(query)) {
+  auto* const position = query.mutable_data_ptr<int64_t>();
+  auto* const from = begin.mutable_data_ptr<int64_t>();
+  auto* const to = end.mutable_data_ptr<int64_t>();
+  for_each_sequence(request, [&](int64_t first, int64_t last, int64_t first_key, int64_t end_key) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t p = position[i] = first_key + (i - first) + request.query_offset;
+      int64_t low = first_key, high = end_key;
+      if (request.causal) high = std::min(high, p + 1);
+      if (request.window_left >= 0) low = std::max(low, p - request.window_left);
+      if (request.window_right >= 0) high = std::min(high, p + request.window_right + 1);
+      from[i] = std::clamp(low, first_key, end_key);
+      to[i] = std::max(from[i], high);
+    }
+  });
+}
+
+inline RotaryRows::RotaryRows(const AttentionRequest& request)
+    : query(torch::empty({request.queries()}, torch::kLong)), key(torch::empty({request.keys()}, torch::kLong)) {
+  auto* const of_query = query.mutable_data_ptr<int64_t>();
+  auto* const of_key = key.mutable_data_ptr<int64_t>();
+  for_each_sequence(request, [&](int64_t first, int64_t last, int64_t first_key, int64_t end_key) {
+    for (int64_t i = first; i < last; ++i) of_query[i] = i - first + request.query_offset;
+    for (int64_t j = first_key; j < end_key; ++j) of_key[j] = j - first_key;
+  });
+}
+
+// ---- what the backends share ----
+
 struct AttentionForward {
-  torch::Tensor output;  // [..., H, Lq, Dv]
-  torch::Tensor lse;     // [..., H, Lq], double
+  torch::Tensor output;                   // [..., H, Lq, Dv]
+  torch::Tensor lse;                      // [..., H, Lq], double
+  std::vector<torch::Tensor> extra = {};  // what else a backend needs in its backward pass
 };
 
 struct AttentionGradients {
   torch::Tensor q, k, v;
+  torch::Tensor bias = {}, relative_bias = {}, alibi_slopes = {}, sink = {};  // undefined where not wanted
 };
 
 }  // namespace headroom::inline v0::detail

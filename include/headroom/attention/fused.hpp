@@ -1,0 +1,197 @@
+#pragma once
+
+#include <ATen/ops/_fused_sdp_choice.h>
+#include <ATen/ops/_scaled_dot_product_efficient_attention.h>
+#include <ATen/ops/_scaled_dot_product_efficient_attention_backward.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention_backward.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
+
+#include "headroom/attention/chunked.hpp"
+
+namespace headroom::inline v0::detail {
+
+/// True if the kernels read the request's bias where it lies: in q's dtype, and on CUDA dense and aligned along keys.
+inline bool takes_bias(const torch::Tensor& q, const AttentionRequest& request) {
+  const torch::Tensor& bias = request.bias;
+  if (bias.scalar_type() != q.scalar_type()) return false;
+  if (q.device().is_cpu()) return true;
+  const bool dense = bias.dim() > 0 && bias.size(-1) == request.keys() && bias.stride(-1) == 1;
+  return dense && request.keys() % 16 == 0 && bias.storage_offset() % 16 == 0;
+}
+
+/// Attention by the fused kernels behind LibTorch's scaled_dot_product_attention, called so that they return the
+/// log-sum-exp and never fall back to stored scores. Several calls where batch x heads exceed `limit`, CUDA's for a
+/// dimension of a grid; features padded with zeros where a kernel wants other head dims.
+class FusedAttention {
+ public:
+  FusedAttention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                 const AttentionRequest& request, int64_t limit = 65535)
+      : q_(q), k_(k), v_(v), request_(request), limit_(limit), bias_(unexpanded(request.bias)) {}
+
+  AttentionForward forward() const {
+    std::vector<int64_t> shape = q_.sizes().vec();
+    shape.back() = v_.size(-1);
+    AttentionForward result{empty_in_order_of(q_, shape, q_.options()),
+                            torch::empty(all_but_last(shape, 1), q_.options().dtype(torch::kDouble))};
+    for_each_block([&](const HeadBlock& block) {
+      const int64_t width = padded_width(std::max(q_.size(-1), v_.size(-1)));
+      const Call call{padded(block_of(q_, block, 2), width), padded(block_of(k_, block, 2), width),
+                      padded(block_of(v_, block, 2), width), bias_of(block)};
+      auto [output, lse, rest] = run(call);
+      block_of(result.output, block, 2).copy_(output.narrow(-1, 0, v_.size(-1)));
+      torch::Tensor seen = lse.slice(2, 0, request_.queries());
+      // Kernels differ in what they return for a row whose scores are all -inf
+      if (bias_.defined()) {
+        seen = seen.masked_fill((bias_of(block).amax(-1) == -std::numeric_limits<double>::infinity()), -INFINITY);
+      }
+      block_of(result.lse, block, 1).copy_(seen);
+      result.extra.push_back(lse);
+      result.extra.insert(result.extra.end(), rest.begin(), rest.end());
+    });
+    return result;
+  }
+
+  AttentionGradients backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
+                              const AttentionForward& forward) const {
+    const AttentionGradients grad{empty_in_order_of(q_, q_.sizes(), q_.options()),
+                                  empty_in_order_of(k_, k_.sizes(), k_.options()),
+                                  empty_in_order_of(v_, v_.sizes(), v_.options())};
+    int64_t blocks = 0;
+    for_each_block([&](const HeadBlock&) { ++blocks; });
+    const size_t saved = blocks == 0 ? 0 : forward.extra.size() / blocks;
+    at::TensorList extra(forward.extra);
+    for_each_block([&](const HeadBlock& block) {
+      // A kernel computes P·(dO·Vᵀ - rowsum(dO·O)). A feature that is 1 in V, 0 in O and grad_lse in dO adds
+      // P·grad_lse.
+      const bool with_lse = grad_lse.defined();
+      const int64_t features = std::max(q_.size(-1), v_.size(-1));
+      const int64_t width = padded_width(features + with_lse);
+      const auto pad = [&](const torch::Tensor& x) { return padded(block_of(x, block, 2), width); };
+      const Call call{pad(q_), pad(k_), pad(v_), bias_of(block)};
+      torch::Tensor d_output = pad(grad_output);
+      if (with_lse) {
+        const torch::Tensor d_lse = block_of(grad_lse, block, 1);
+        d_output.select(-1, width - 1).copy_(d_lse.masked_fill(block_of(forward.lse, block, 1) == -INFINITY, 0));
+        call.v.select(-1, width - 1).fill_(1);
+      }
+      const auto [dq, dk, dv] = run_backward(call, d_output, pad(forward.output), extra.slice(0, saved));
+      const auto store = [&](const torch::Tensor& target, const torch::Tensor& x) {
+        block_of(target, block, 2).copy_(x.narrow(-1, 0, target.size(-1)));
+      };
+      store(grad.q, dq), store(grad.k, dk), store(grad.v, dv);
+      extra = extra.slice(saved);
+    });
+    return grad;
+  }
+
+ private:
+  struct Call {
+    torch::Tensor q, k, v;  // [b,h,L,width]
+    torch::Tensor bias;     // [b or 1,h or 1,Lq or 1,Lk or 1], or undefined
+  };
+  struct Returned {
+    torch::Tensor output, lse;
+    std::vector<torch::Tensor> rest;  // what the backward kernel wants beside them
+  };
+
+  template <class F>
+  void for_each_block(F&& f) const {
+    const int64_t heads = std::clamp<int64_t>(limit_, 1, request_.heads());
+    for_each_head_block(request_, std::max<int64_t>(limit_ / request_.heads(), 1), heads,
+                        [&](const HeadBlock& block, const HeadBlock&) { f(block); });
+  }
+
+  torch::Tensor bias_of(const HeadBlock& block) const { return block_of(bias_, block, 2); }
+  std::optional<torch::Tensor> expanded_bias(const Call& call) const {
+    if (!call.bias.defined()) return std::nullopt;
+    return call.bias.expand({call.q.size(0), call.q.size(1), request_.queries(), request_.keys()});
+  }
+
+  int64_t padded_width(int64_t features) const { return q_.is_cuda() ? (features + 7) / 8 * 8 : features; }
+  static torch::Tensor padded(const torch::Tensor& x, int64_t width) {
+    if (x.size(-1) < width) return at::constant_pad_nd(x, {0, width - x.size(-1)});
+    return x.stride(-1) == 1 ? x : x.contiguous();
+  }
+
+  bool takes_flash(const Call& call) const {
+    if (call.bias.defined() || q_.scalar_type() == torch::kFloat || call.q.size(-1) > 256) return false;
+    if (request_.causal && request_.queries() != request_.keys()) return false;  // aligned bottom right there
+    constexpr int64_t kEfficient = 2, kMath = 0;                                 // at::SDPBackend
+    const int64_t choice =
+        at::_fused_sdp_choice(call.q, call.k, call.v, std::nullopt, 0.0, request_.causal, request_.scale);
+    return choice != kEfficient && choice != kMath;
+  }
+
+  Returned run(const Call& call) const {
+    if (q_.device().is_cpu()) {
+      const auto bias = call.bias.defined() ? std::optional(call.bias) : std::nullopt;
+      auto [output, lse] = at::_scaled_dot_product_flash_attention_for_cpu(call.q, call.k, call.v, 0.0, request_.causal,
+                                                                           bias, request_.scale);
+      return {output, lse, {}};
+    }
+    if (takes_flash(call)) {
+      auto [output, lse, starts_q, starts_k, max_q, max_k, seed, offset, debug] =
+          at::_scaled_dot_product_flash_attention(call.q, call.k, call.v, 0.0, request_.causal,
+                                                  /*return_debug_mask=*/false, request_.scale);
+      return {output, lse, {starts_q, starts_k, seed, offset}};
+    }
+    auto [output, lse, seed, offset] = at::_scaled_dot_product_efficient_attention(
+        call.q, call.k, call.v, expanded_bias(call), /*compute_log_sumexp=*/true, 0.0, request_.causal, request_.scale);
+    return {output, lse, {seed, offset}};
+  }
+
+  std::array<torch::Tensor, 3> run_backward(const Call& call, const torch::Tensor& grad_output,
+                                            const torch::Tensor& output, at::TensorList saved) const {
+    const torch::Tensor& lse = saved[0];
+    if (q_.device().is_cpu()) {
+      const auto bias = call.bias.defined() ? std::optional(call.bias) : std::nullopt;
+      const auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+          grad_output, call.q, call.k, call.v, output, lse, 0.0, request_.causal, bias, request_.scale);
+      return {dq, dk, dv};
+    }
+    if (saved.size() == 5) {
+      const auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_backward(
+          grad_output, call.q, call.k, call.v, output, lse, saved[1], saved[2], request_.queries(), request_.keys(),
+          0.0, request_.causal, saved[3], saved[4], request_.scale);
+      return {dq, dk, dv};
+    }
+    const auto [dq, dk, dv, d_bias] = at::_scaled_dot_product_efficient_attention_backward(
+        grad_output, call.q, call.k, call.v, expanded_bias(call).value_or(torch::Tensor()), output, lse, saved[1],
+        saved[2], 0.0, {true, true, true, false}, request_.causal, request_.scale);
+    return {dq, dk, dv};
+  }
+
+  const torch::Tensor &q_, &k_, &v_;
+  const AttentionRequest& request_;
+  int64_t limit_;
+  torch::Tensor bias_;
+};
+
+/// Fused kernels multiply hidden keys by zero, which keeps a NaN: where keys are hidden and something is not finite,
+/// the chunked backend takes over.
+struct FusedBackend {
+  static constexpr bool kDifferentiableLse = true;
+
+  static bool keeps_nan_apart(const AttentionRequest& request, std::initializer_list<torch::Tensor> tensors) {
+    return !request.causal ||
+           std::none_of(tensors.begin(), tensors.end(), [](const auto& x) { return rows_not_finite(x).defined(); });
+  }
+  static AttentionForward forward(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                  const AttentionRequest& request) {
+    if (!keeps_nan_apart(request, {q, k, v})) return ChunkedBackend::forward(q, k, v, request);
+    return FusedAttention(q, k, v, request).forward();
+  }
+  static AttentionGradients backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
+                                     const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                     const AttentionForward& forward, const AttentionRequest& request,
+                                     const std::array<bool, 7>& wanted) {
+    if (forward.extra.empty() || !keeps_nan_apart(request, {q, k, v, grad_output})) {
+      return ChunkedBackend::backward(grad_output, grad_lse, q, k, v, forward, request, wanted);
+    }
+    return FusedAttention(q, k, v, request).backward(grad_output, grad_lse, forward);
+  }
+};
+
+}  // namespace headroom::inline v0::detail

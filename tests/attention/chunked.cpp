@@ -1,0 +1,192 @@
+#include "headroom/memory.hpp"
+#include "support/attention_requests.hpp"
+
+using namespace headroom;
+using namespace headroom::testing;
+
+TEST_CASE("chunked attention and all its gradients equal the reference in double") {
+  for (const AttentionCase& request : attention_cases()) {
+    INFO(request.name);
+    check_same(run_case(request, AttentionBackend::chunked), run_case(request, AttentionBackend::reference), 1e-12);
+  }
+}
+
+TEST_CASE("chunked attention errs no more than the rule allows in float and bfloat16") {
+  for (const auto dtype : {torch::kFloat, torch::kBFloat16, torch::kHalf}) {
+    for (const AttentionCase& request : attention_cases()) {
+      INFO(dtype << ", " << request.name);
+      check_accuracy(request, AttentionBackend::chunked, dtype);
+    }
+  }
+}
+
+TEST_CASE("the size of chunks changes nothing but rounding") {
+  using headroom::detail::ChunkedAttention;
+  for (const AttentionCase& given : attention_cases()) {
+    INFO(given.name);
+    const auto& [name, q, k, v, options, unused] = given;
+    const auto request = headroom::detail::AttentionRequest::check(q, k, v, options);
+    ChunkedAttention whole(q, k, v, request);
+    const auto expected = whole.forward();
+    const Tensor grad = torch::randn_like(expected.output), grad_lse = torch::randn_like(expected.lse);
+    const auto expected_grad = whole.backward(grad, grad_lse, expected,
+                                              {1, 1, 1, options.bias().has_value(), options.relative_bias().has_value(),
+                                               options.alibi_slopes().has_value(), options.sink().has_value()});
+    for (const headroom::detail::ChunkSizes sizes : {headroom::detail::ChunkSizes{1, 5, 7}, {2, 16, 1}, {3, 1, 64}}) {
+      ChunkedAttention chunked(q, k, v, request, sizes);
+      const auto result = chunked.forward();
+      const auto same = [](const Tensor& a, const Tensor& b) {
+        REQUIRE(a.defined() == b.defined());
+        if (b.defined()) CHECK(largest((a - b).masked_fill(a == b, 0)) < 1e-12);
+      };
+      same(result.output, expected.output), same(result.lse, expected.lse);
+      const auto result_grad =
+          chunked.backward(grad, grad_lse, result,
+                           {1, 1, 1, options.bias().has_value(), options.relative_bias().has_value(),
+                            options.alibi_slopes().has_value(), options.sink().has_value()});
+      same(result_grad.q, expected_grad.q), same(result_grad.k, expected_grad.k), same(result_grad.v, expected_grad.v);
+      same(result_grad.bias, expected_grad.bias), same(result_grad.relative_bias, expected_grad.relative_bias);
+      same(result_grad.alibi_slopes, expected_grad.alibi_slopes), same(result_grad.sink, expected_grad.sink);
+    }
+  }
+}
+
+TEST_CASE("what a query may not see never reaches it, nor the gradients of others") {
+  torch::manual_seed(5);
+  const Tensor starts = torch::tensor({0, 4, 9});
+  const Tensor mask = torch::ones({9, 9}, torch::kBool).tril();
+  const Tensor blocks = torch::tensor({{true, false}, {true, true}});
+  using O = AttentionOptions;
+  // In each of these, queries 0 … 3 see no key behind 3
+  const std::pair<std::string, O> requests[] = {
+      {"key lengths", O().key_lengths(torch::tensor(4))},
+      {"causal", O().causal(true)},
+      {"window", O().window(AttentionWindow{2, 0})},
+      {"sequences", O().sequence_starts(starts)},
+      {"mask", O().mask(mask)},
+      {"hidden", O().hidden(mask.logical_not())},
+      {"block mask", O().block_mask(blocks).block_size(4 + 1).causal(true)},
+      {"softcap, sink, rotary and bias", O().causal(true)
+                                             .softcap(2)
+                                             .sink(torch::randn({2}))
+                                             .bias(torch::randn({9, 9}))
+                                             .rotary(torch::polar(torch::ones({9, 2}), torch::rand({9, 2})))},
+  };
+  const Tensor q = torch::randn({1, 2, 9, 4}), k = torch::randn({1, 2, 9, 4}), v = torch::randn({1, 2, 9, 4});
+  for (const auto backend : {AttentionBackend::chunked, AttentionBackend::reference}) {
+    for (const auto& [name, options] : requests) {
+      INFO(backend << ", " << name);
+      const auto head = [&](Tensor a, Tensor b, Tensor c) {
+        a = a.detach().requires_grad_(), b = b.detach().requires_grad_(), c = c.detach().requires_grad_();
+        const auto [output, lse] = attention_with_lse(a, b, c, O(options).backend(backend));
+        (output.slice(2, 0, 4).square().sum() + lse.slice(2, 0, 4).sum()).backward();
+        std::vector<Tensor> first;
+        for (const Tensor& x : {output.detach(), lse.detach(), a.grad(), b.grad(), c.grad()})
+          first.push_back(x.slice(2, 0, 4));
+        return first;
+      };
+      const auto clean = head(q, k, v);
+      for (const float planted : {std::nanf(""), INFINITY}) {
+        Tensor bad_k = k.clone(), bad_v = v.clone();
+        bad_k.select(2, 6).select(-1, 1).fill_(planted), bad_v.select(2, 5).fill_(planted);
+        const auto poisoned = head(q, bad_k, bad_v);
+        // Where later queries see both, their NaN is in the gradients of k and v
+        const bool apart = name == "key lengths" || name == "sequences";
+        for (size_t i = 0; i < (apart ? clean.size() : 3); ++i) CHECK(poisoned[i].equal(clean[i]));
+      }
+    }
+  }
+  // Who may see it gets NaN
+  Tensor bad_v = v.clone();
+  bad_v.select(2, 5).fill_(std::nanf(""));
+  const Tensor output = attention(q, k, bad_v, O().causal(true).backend(AttentionBackend::chunked));
+  CHECK(output.isnan().all(-1).equal((torch::arange(9) >= 5).expand({1, 2, 9})));
+}
+
+TEST_CASE("NaN in the gradient of an output stays with the keys its query sees") {
+  torch::manual_seed(6);
+  const Tensor q = torch::randn({1, 1, 8, 4}).requires_grad_(), k = torch::randn({1, 1, 8, 4}).requires_grad_(),
+               v = torch::randn({1, 1, 8, 4}).requires_grad_();
+  Tensor grad = torch::ones({1, 1, 8, 4});
+  grad.select(2, 6).fill_(std::nanf(""));
+  attention(q, k, v, AttentionOptions().sequence_starts(torch::tensor({0, 5, 8})).backend(AttentionBackend::chunked))
+      .backward(grad);
+  for (const Tensor& x : {q, k, v}) CHECK(x.grad().slice(2, 0, 5).isfinite().all().item<bool>());
+  CHECK(v.grad().slice(2, 5).isnan().all().item<bool>());
+}
+
+TEST_CASE("a query without keys gets 0, -inf and no gradient from chunked attention") {
+  torch::manual_seed(7);
+  const Tensor q = torch::randn({2, 2, 5, 4}).requires_grad_(), k = torch::randn({2, 2, 5, 4}).requires_grad_(),
+               v = torch::randn({2, 2, 5, 4}).requires_grad_();
+  const auto [output, lse] = attention_with_lse(
+      q, k, v, AttentionOptions().key_lengths(torch::tensor({0, 5})).backend(AttentionBackend::chunked));
+  CHECK(output[0].equal(torch::zeros({2, 5, 4})));
+  CHECK(lse[0].equal(torch::full({2, 5}, -INFINITY)));
+  (output.sum() + lse.sum()).backward();
+  for (const Tensor& x : {q, k, v}) CHECK(x.grad()[0].equal(torch::zeros({2, 5, 4})));
+}
+
+TEST_CASE("chunked attention never asks for L x L elements") {
+  const int64_t length = 4096;
+  torch::manual_seed(8);
+  const auto make = [&] { return torch::randn({1, 2, length, 16}).requires_grad_(); };
+  const Tensor q = make(), k = make(), v = make();
+  using O = AttentionOptions;
+  const std::pair<std::string, O> requests[] = {
+      {"plain", O()},
+      {"causal", O().causal(true)},
+      {"key lengths, softcap", O().key_lengths(torch::tensor({3000})).softcap(10)},
+      {"relative bias", O().relative_bias(torch::randn({2, 2 * length - 1}).requires_grad_())},
+      {"alibi", O().alibi_slopes(torch::rand({2, 1}).requires_grad_())},
+      {"bias of keys", O().bias(torch::randn({2, 1, length}).requires_grad_())},
+      {"mask of keys", O().mask(torch::rand({length}) > 0.5)},
+      {"block mask", O().block_mask(torch::rand({32, 32}) > 0.5)},
+      {"dropout", O().dropout(0.1)},
+  };
+  MemoryMeter meter;
+  for (const auto& [name, options] : requests) {
+    INFO(name);
+    const MemoryReport report =
+        meter.measure([&] { attention(q, k, v, O(options).backend(AttentionBackend::chunked)).sum().backward(); });
+    CHECK(*report.largest < length * length);  // bytes: not even one bool for each score
+    CHECK(report.added_peak() < 6 * 2 * 1024 * 1024 * 4 + 16 * length * 2 * 16 * 4);  // six chunks and O(L)
+  }
+}
+
+TEST_CASE("a window costs chunked attention memory and time for what it sees") {
+  // 65536 x 65536 scores: without skipping this would take minutes
+  const int64_t length = 65536;
+  torch::manual_seed(9);
+  const Tensor q = torch::randn({1, 1, length, 8}).requires_grad_(), k = torch::randn({1, 1, length, 8}),
+               v = torch::randn({1, 1, length, 8});
+  const auto options = AttentionOptions().window(AttentionWindow{100, 0}).backend(AttentionBackend::chunked);
+  const Tensor output = attention(q, k, v, options);
+  output.sum().backward();
+  // The last query by hand
+  const Tensor scores = torch::matmul(k[0][0].slice(0, length - 101), q.detach()[0][0][length - 1]) / std::sqrt(8.0);
+  CHECK(largest(output.detach()[0][0][length - 1] - torch::matmul(scores.softmax(0), v[0][0].slice(0, length - 101))) <
+        1e-5);
+}
+
+TEST_CASE("second derivatives of chunked attention are refused, those of the reference are right") {
+  torch::manual_seed(10);
+  const Tensor q = torch::randn({1, 1, 4, 2}, torch::kDouble).requires_grad_(),
+               bias = torch::randn({4, 4}, torch::kDouble).requires_grad_();
+  const auto gradient = [&](AttentionBackend backend, const Tensor& x, const Tensor& by) {
+    const auto options = AttentionOptions().bias(bias).backend(backend);
+    return torch::autograd::grad({attention(x, x, x, options).square().sum()}, {by}, {}, true,
+                                 /*create_graph=*/true)[0];
+  };
+  CHECK(error_of([&] { gradient(AttentionBackend::chunked, q, q).sum().backward(); }).id() ==
+        "headroom.attention.double_backward");
+  CHECK(error_of([&] { gradient(AttentionBackend::chunked, q.detach(), bias).sum().backward(); }).id() ==
+        "headroom.attention.double_backward");
+  const Tensor second = torch::autograd::grad({gradient(AttentionBackend::reference, q, q).sum()}, {q})[0];
+  const Tensor step = torch::ones_like(q) * 1e-5;
+  const auto at = [&](const Tensor& x) {
+    const Tensor leaf = x.detach().requires_grad_();
+    return gradient(AttentionBackend::reference, leaf, leaf).detach();
+  };
+  CHECK(largest(second - (at(q + step) - at(q - step)) / 2e-5) < 1e-8);
+}

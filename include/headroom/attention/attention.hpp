@@ -23,19 +23,9 @@ inline std::vector<std::string> refusals(AttentionBackend backend, const torch::
   };
   if (backend == AttentionBackend::tiled) {
     refuse(!q.device().is_cpu(), "tensors on " + q.device().str());
-    refuse(request.group() > 1, "fewer heads of k and v than of q");
-    refuse(request.query_offset != 0, "query_offset");
-    refuse(request.window_left >= 0 || request.window_right >= 0, "window");
-    refuse(request.sequence_starts.defined(), "sequence_starts");
-    refuse(request.mask.defined(), request.mask_visible ? "mask" : "hidden");
-    refuse(request.block_mask.defined(), "block_mask");
-    refuse(request.bias.defined(), "bias");
-    refuse(request.relative_bias.defined(), "relative_bias");
-    refuse(request.alibi_slopes.defined(), "alibi_slopes");
-    refuse(request.sink.defined(), "sink");
-    refuse(request.softcap > 0, "softcap");
-    refuse(request.rotary.defined(), "rotary");
-    refuse(request.dropout.active(), "dropout");
+    const auto dtype = q.scalar_type();
+    refuse(dtype != torch::kFloat && dtype != torch::kDouble && dtype != torch::kBFloat16 && dtype != torch::kHalf,
+           "tensors of " + std::string(q.dtype().name()));
   }
   if (backend == AttentionBackend::fused) {
     const auto device = q.device();
@@ -84,11 +74,6 @@ inline AttentionBackend resolve_backend(const torch::Tensor& q, const AttentionR
   }
   fail("headroom.attention.backend", "the backend ", wanted, " does not serve ", listed(refused),
        "; leave that out or ask for one of the backends ", listed(able));
-}
-
-/// The tiled kernel reads float and double; narrower dtypes are computed in float.
-inline torch::Tensor widened(const torch::Tensor& x) {
-  return x.scalar_type() == torch::kDouble ? x : x.to(torch::kFloat);
 }
 
 // ---- autograd ----
@@ -205,19 +190,27 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction<Backend>>
 };
 
 struct TiledBackend {
-  static constexpr bool kDifferentiableLse = false;
+  static constexpr bool kDifferentiableLse = true;
 
   static AttentionForward forward(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                   const AttentionRequest& request) {
     return tiled_attention(q, k, v, request);
   }
-  static AttentionGradients backward(const torch::Tensor& grad_output, const torch::Tensor&, const torch::Tensor& q,
-                                     const torch::Tensor& k, const torch::Tensor& v, const AttentionForward& forward,
-                                     const AttentionRequest& request, const std::array<bool, 7>&) {
-    const AttentionGradients grad{empty_in_order_of(q, q.sizes(), q.options()),
-                                  empty_in_order_of(k, k.sizes(), k.options()),
-                                  empty_in_order_of(v, v.sizes(), v.options())};
-    tiled_attention_backward(grad_output, q, k, v, forward, request, grad);
+  static AttentionGradients backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
+                                     const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                     const AttentionForward& forward, const AttentionRequest& request,
+                                     const std::array<bool, 7>& wanted) {
+    AttentionGradients grad{empty_in_order_of(q, q.sizes(), q.options()), empty_in_order_of(k, k.sizes(), k.options()),
+                            empty_in_order_of(v, v.sizes(), v.options())};
+    const TiledParamGradients sums(q, request, wanted);
+    tiled_attention_backward(grad_output, grad_lse, q, k, v, forward, request, grad, sums);
+    const auto like = [](const torch::Tensor& sum, const torch::Tensor& x) {
+      return sum.defined() ? sum.to(x.scalar_type()) : sum;
+    };
+    grad.bias = like(sums.bias, request.bias);
+    grad.relative_bias = like(sums.relative_bias, request.relative_bias);
+    grad.alibi_slopes = like(sums.slopes, request.alibi_slopes);
+    grad.sink = like(sums.sink, request.sink);
     return grad;
   }
 };
@@ -236,8 +229,10 @@ inline AttentionResult run_attention(const torch::Tensor& q, const torch::Tensor
   AttentionForward result;
   switch (resolve_backend(q, request, options.backend())) {
     case AttentionBackend::tiled:
-      result = AttentionFunction<TiledBackend>::run(widened(q), widened(with_batch_of(q, k)),
-                                                    widened(with_batch_of(q, v)), request);
+      // The kernel steps through one batch dimension: with more, keys that batches share are expanded, not copied.
+      result = q.dim() <= 4
+                   ? AttentionFunction<TiledBackend>::run(q, k, v, request)
+                   : AttentionFunction<TiledBackend>::run(q, with_batch_of(q, k), with_batch_of(q, v), request);
       break;
     case AttentionBackend::fused:
       result = AttentionFunction<FusedBackend>::run(q, with_batch_of(q, k), with_batch_of(q, v), request);

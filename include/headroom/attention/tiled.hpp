@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <numeric>
 #include <vector>
@@ -47,50 +48,145 @@ inline torch::Tensor empty_in_order_of(const torch::Tensor& like, at::IntArrayRe
   return torch::empty(ordered_sizes, options).permute(place);
 }
 
-/// Calls f(views of 4-D parts…, first flat batch index) for tensors [..., H, L, D] of equal batch dimensions. Batch
-/// dimensions that one stride can't step through are iterated over here; nothing is copied.
-template <class F, class... Tensors>
-void for_each_4d(F&& f, int64_t batch_index, const Tensors&... x) {
-  const auto& first = std::get<0>(std::tie(x...));
-  if (first.dim() == 3) return f(batch_index, x.unsqueeze(0)...);
-  if (first.dim() == 4) return f(batch_index, x...);
-  const auto mergeable = [](const torch::Tensor& t) {
-    return t.size(0) == 1 || t.size(1) == 1 || t.stride(0) == t.size(1) * t.stride(1);
+/// Calls f(4-D parts, first flat batch index) for tensors [..., *, *, *] of equal batch dimensions; undefined ones stay
+/// undefined. Batch dimensions that one stride can't step through are iterated over here; nothing is copied.
+template <class F>
+void for_each_4d(const std::vector<torch::Tensor>& x, int64_t batch_index, F&& f) {
+  const auto parts = [&](auto&& change) {
+    std::vector<torch::Tensor> changed;
+    for (const torch::Tensor& t : x) changed.push_back(t.defined() ? change(t) : t);
+    return changed;
   };
-  const auto merged = [](const torch::Tensor& t) {
-    std::vector<int64_t> sizes = t.sizes().vec(), strides = t.strides().vec();
-    if (sizes[1] == 1) strides[1] = strides[0];
-    sizes[1] *= sizes[0];
-    return t.as_strided(at::IntArrayRef(sizes).slice(1), at::IntArrayRef(strides).slice(1));
-  };
-  if ((mergeable(x) && ...)) return for_each_4d(f, batch_index, merged(x)...);
+  const torch::Tensor& first = x.front();
+  if (first.dim() == 3) return f(parts([](const torch::Tensor& t) { return t.unsqueeze(0); }), batch_index);
+  if (first.dim() == 4) return f(x, batch_index);
+  const bool mergeable = std::all_of(x.begin(), x.end(), [](const torch::Tensor& t) {
+    return !t.defined() || t.size(0) == 1 || t.size(1) == 1 || t.stride(0) == t.size(1) * t.stride(1);
+  });
+  if (mergeable) {
+    const auto merged = parts([](const torch::Tensor& t) {
+      std::vector<int64_t> sizes = t.sizes().vec(), strides = t.strides().vec();
+      if (sizes[1] == 1) strides[1] = strides[0];
+      sizes[1] *= sizes[0];
+      return t.as_strided(at::IntArrayRef(sizes).slice(1), at::IntArrayRef(strides).slice(1));
+    });
+    return for_each_4d(merged, batch_index, f);
+  }
   int64_t inner = 1;
   for (int64_t d = 1; d < first.dim() - 3; ++d) inner *= first.size(d);
-  for (int64_t i = 0; i < first.size(0); ++i) for_each_4d(f, batch_index + i * inner, x.select(0, i)...);
+  for (int64_t i = 0; i < first.size(0); ++i) {
+    for_each_4d(parts([&](const torch::Tensor& t) { return t.select(0, i); }), batch_index + i * inner, f);
+  }
 }
 
 template <class Scalar>
 core::TensorView<Scalar> view_of(const torch::Tensor& x) {
+  if (!x.defined()) return {};
   core::TensorView<Scalar> view{static_cast<Scalar*>(const_cast<void*>(x.const_data_ptr())), {}, {}};
   std::copy_n(x.sizes().begin(), 4, view.shape.begin());
   std::copy_n(x.strides().begin(), 4, view.strides.begin());
   return view;
 }
 
-/// f(mask of the 4-D part that starts at a flat batch index)
+/// Calls f(T()) for the element type of x.
 template <class F>
-void with_mask(const AttentionRequest& request, int64_t batch_index, F&& f) {
-  const core::CausalMask causal{};
-  if (!request.key_lengths.defined()) return request.causal ? f(causal) : f(core::NoMask{});
-  const core::KeyLengthMask<int64_t> lengths{request.key_lengths.const_data_ptr<int64_t>() + batch_index};
-  request.causal ? f(core::BothMasks{causal, lengths}) : f(lengths);
+void with_element_type(const torch::Tensor& x, F&& f) {
+  switch (x.scalar_type()) {
+    case torch::kDouble:
+      return f(double());
+    case torch::kBFloat16:
+      return f(Eigen::bfloat16());
+    case torch::kHalf:
+      return f(Eigen::half());
+    default:
+      return f(float());
+  }
+}
+inline core::StoredTensor stored(const torch::Tensor& x) {
+  core::StoredTensor tensor;
+  if (x.defined()) with_element_type(x, [&](auto zero) { tensor = view_of<const decltype(zero)>(x); });
+  return tensor;
 }
 
-/// Calls f(Scalar()) for float or double.
-template <class F>
-void with_scalar_type(const torch::Tensor& q, F&& f) {
-  q.scalar_type() == torch::kDouble ? f(double()) : f(float());
+/// The dtype that tensors like x are computed in.
+inline torch::ScalarType compute_type(const torch::Tensor& x) {
+  return x.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
 }
+
+/// A request as the kernel takes it. Its tensors are views of the request's, or O(L) in size.
+class TiledRequest {
+ public:
+  TiledRequest(const torch::Tensor& q, const AttentionRequest& request)
+      : request_(request),
+        ranges_(request.causal || request.window_left >= 0 || request.window_right >= 0 || packed()) {
+    if (ranges_) positions_.emplace(request);
+    if (!request.rotary.defined()) return;
+    const auto complex = compute_type(q) == torch::kDouble ? torch::kComplexDouble : torch::kComplexFloat;
+    rotary_ = torch::view_as_real(request.rotary.resolve_conj().to(complex).contiguous())
+                  .flatten(-2)
+                  .unsqueeze(0)
+                  .unsqueeze(0);
+    if (packed()) rows_.emplace(request);
+  }
+
+  /// The tensors that have batch dimensions: bias, mask, block mask and slopes, expanded.
+  std::vector<torch::Tensor> batched() const {
+    const auto expanded = [](const torch::Tensor& x, auto&& view) { return x.defined() ? view() : torch::Tensor(); };
+    return {expanded(request_.bias, [&] { return request_.expanded_bias(); }), request_.mask, request_.block_mask,
+            expanded(request_.alibi_slopes, [&] { return request_.expanded_slopes().unsqueeze(-1); })};
+  }
+
+  /// For the 4-D part of those tensors that starts at a flat batch index.
+  core::AttentionParams params(at::TensorList part, int64_t batch_index) const {
+    core::AttentionParams params{.scale = request_.scale,
+                                 .softcap = request_.softcap,
+                                 .query_offset = request_.query_offset,
+                                 .bias = stored(part[0]),
+                                 .slopes = stored(part[3]),
+                                 .mask = view_of<const bool>(part[1]),
+                                 .mask_visible = request_.mask_visible,
+                                 .block_mask = view_of<const bool>(part[2]),
+                                 .block_size = request_.block_size,
+                                 .rotary = stored(rotary_),
+                                 .dropout = request_.dropout,
+                                 .first_head = batch_index * request_.heads()};
+    if (packed()) params.query_positions = pointer(positions_->query);
+    if (rows_.has_value()) {
+      params.rotary_query_rows = pointer(rows_->query);
+      params.rotary_key_rows = pointer(rows_->key);
+    }
+    if (request_.relative_bias.defined()) {
+      params.relative_bias = stored(request_.expanded_relative_bias().unsqueeze(0).unsqueeze(2));
+    }
+    if (request_.sink.defined()) params.sink = stored(request_.sink.view({1, -1, 1, 1}));
+    return params;
+  }
+
+  /// Which keys a query sees by its position and by the lengths of its batch.
+  struct Mask {
+    const int64_t *begin, *end, *lengths;
+    core::KeyRange keys(core::Index b, core::Index, core::Index query) const {
+      core::KeyRange range = core::NoMask{}.keys(0, 0, 0);
+      if (begin != nullptr) range = {begin[query], end[query]};
+      if (lengths != nullptr) range.end = std::min<core::Index>(range.end, lengths[b]);
+      return range;
+    }
+  };
+  Mask mask(int64_t batch_index) const {
+    return {ranges_ ? pointer(positions_->begin) : nullptr, ranges_ ? pointer(positions_->end) : nullptr,
+            request_.key_lengths.defined() ? pointer(request_.key_lengths) + batch_index : nullptr};
+  }
+
+ private:
+  bool packed() const { return request_.sequence_starts.defined(); }
+  static const int64_t* pointer(const torch::Tensor& x) { return x.const_data_ptr<int64_t>(); }
+
+  const AttentionRequest& request_;
+  bool ranges_;
+  std::optional<AttentionPositions> positions_;
+  std::optional<RotaryRows> rows_;
+  torch::Tensor rotary_;  // [1,1,rows,2·pairs]
+};
 
 inline AttentionForward tiled_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                         const AttentionRequest& request) {
@@ -99,42 +195,73 @@ inline AttentionForward tiled_attention(const torch::Tensor& q, const torch::Ten
   const torch::Tensor output = empty_in_order_of(q, sizes, q.options());
   sizes.back() = 1;
   const torch::Tensor lse = torch::empty(sizes, q.options().dtype(torch::kDouble));
-  with_scalar_type(q, [&](auto zero) {
-    using Scalar = decltype(zero);
-    for_each_4d(
-        [&](int64_t batch, auto&&... x) {
-          with_mask(request, batch, [&](const auto& mask) {
-            [&](const auto& q4, const auto& k4, const auto& v4, const auto& o4, const auto& lse4) {
-              core::attention_forward(view_of<const Scalar>(q4), view_of<const Scalar>(k4), view_of<const Scalar>(v4),
-                                      view_of<Scalar>(o4), view_of<double>(lse4), {request.scale}, mask,
-                                      TorchExecutor{});
-            }(x...);
-          });
-        },
-        0, q, k, v, output, lse);
+  const TiledRequest tiled(q, request);
+  std::vector<torch::Tensor> tensors{q, k, v, output, lse};
+  for (torch::Tensor& x : tiled.batched()) tensors.push_back(std::move(x));
+  for_each_4d(tensors, 0, [&](at::TensorList x, int64_t batch) {
+    with_element_type(q, [&](auto zero) {
+      using T = decltype(zero);
+      core::attention_forward<T>(view_of<const T>(x[0]), view_of<const T>(x[1]), view_of<const T>(x[2]),
+                                 view_of<T>(x[3]), view_of<double>(x[4]), tiled.params(x.slice(5), batch),
+                                 tiled.mask(batch), TorchExecutor{});
+    });
   });
   return {output, lse.squeeze(-1)};
 }
 
-/// Writes the gradients into tensors of the shapes of q, k, v, with any strides.
-inline void tiled_attention_backward(const torch::Tensor& grad_output, const torch::Tensor& q, const torch::Tensor& k,
-                                     const torch::Tensor& v, const AttentionForward& forward,
-                                     const AttentionRequest& request, const AttentionGradients& grad) {
-  with_scalar_type(q, [&](auto zero) {
-    using Scalar = decltype(zero);
-    for_each_4d(
-        [&](int64_t batch, auto&&... x) {
-          with_mask(request, batch, [&](const auto& mask) {
-            [&](const auto& g4, const auto& q4, const auto& k4, const auto& v4, const auto& o4, const auto& lse4,
-                const auto& grad_q4, const auto& grad_k4, const auto& grad_v4) {
-              core::attention_backward(view_of<const Scalar>(g4), view_of<const Scalar>(q4), view_of<const Scalar>(k4),
-                                       view_of<const Scalar>(v4), view_of<const Scalar>(o4),
-                                       view_of<const double>(lse4), view_of<Scalar>(grad_q4), view_of<Scalar>(grad_k4),
-                                       view_of<Scalar>(grad_v4), {request.scale}, mask, TorchExecutor{});
-            }(x...);
-          });
-        },
-        0, grad_output, q, k, v, forward.output, forward.lse.unsqueeze(-1), grad.q, grad.k, grad.v);
+/// Gradients of what is added to scores, summed up in what is computed in.
+struct TiledParamGradients {
+  torch::Tensor bias, relative_bias, slopes, sink;  // of the shapes of the request's; undefined: not wanted
+
+  /// `wanted` as in AttentionFunction.
+  TiledParamGradients(const torch::Tensor& q, const AttentionRequest& request, const std::array<bool, 7>& wanted) {
+    const auto zeros = [](bool is_wanted, const torch::Tensor& x, torch::ScalarType dtype) {
+      return is_wanted && x.defined() ? torch::zeros(x.sizes(), x.options().dtype(dtype)) : torch::Tensor();
+    };
+    bias = zeros(wanted[3], request.bias, compute_type(q));
+    relative_bias = zeros(wanted[4], request.relative_bias, torch::kDouble);
+    slopes = zeros(wanted[5], request.alibi_slopes, torch::kDouble);
+    sink = zeros(wanted[6], request.sink, torch::kDouble);
+  }
+};
+
+/// Writes the gradients of q, k and v into tensors of their shapes, with any strides, and adds those of what is added
+/// to scores. `grad_lse` may be undefined.
+inline void tiled_attention_backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
+                                     const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                     const AttentionForward& forward, const AttentionRequest& request,
+                                     const AttentionGradients& grad, const TiledParamGradients& param_grads) {
+  const TiledRequest tiled(q, request);
+  const auto& scores = request.score_sizes;
+  std::vector<torch::Tensor> tensors{grad_output,
+                                     q,
+                                     k,
+                                     v,
+                                     forward.output,
+                                     forward.lse.unsqueeze(-1),
+                                     grad.q,
+                                     grad.k,
+                                     grad.v,
+                                     grad_lse.defined() ? grad_lse.unsqueeze(-1) : grad_lse,
+                                     param_grads.bias.defined() ? param_grads.bias.expand(scores) : torch::Tensor(),
+                                     param_grads.slopes.defined()
+                                         ? param_grads.slopes.expand(all_but_last(scores, 1)).unsqueeze(-1)
+                                         : torch::Tensor()};
+  for (torch::Tensor& x : tiled.batched()) tensors.push_back(std::move(x));
+  for_each_4d(tensors, 0, [&](at::TensorList x, int64_t batch) {
+    with_element_type(q, [&](auto zero) {
+      using T = decltype(zero);
+      core::AttentionParamGradients<T> params{view_of<core::ComputeType<T>>(x[10]), {}, view_of<double>(x[11]), {}};
+      if (param_grads.relative_bias.defined()) {
+        params.relative_bias =
+            view_of<double>(param_grads.relative_bias.expand({request.heads(), -1}).unsqueeze(0).unsqueeze(2));
+      }
+      if (param_grads.sink.defined()) params.sink = view_of<double>(param_grads.sink.view({1, -1, 1, 1}));
+      core::attention_backward<T>(
+          view_of<const T>(x[0]), view_of<const T>(x[1]), view_of<const T>(x[2]), view_of<const T>(x[3]),
+          view_of<const T>(x[4]), view_of<const double>(x[5]), view_of<T>(x[6]), view_of<T>(x[7]), view_of<T>(x[8]),
+          tiled.params(x.slice(12), batch), tiled.mask(batch), TorchExecutor{}, params, view_of<const double>(x[9]));
+    });
   });
 }
 

@@ -121,8 +121,7 @@ class BackwardGroup {
     const LaneTiling<Scalar> tiling(x.k.length());
     const Index count = std::min(kTiles, tiling.tiles - group * kTiles);
     const Index b0 = members.first_batch, h0 = members.first_head;
-    const Rotation<Scalar> turn =
-        rules.params().rotary ? Rotation<Scalar>(rules.params().rotary, 0, nullptr) : Rotation<Scalar>();
+    const auto turn = Rotation<Scalar>::of_keys(rules.params());
     const RowReader<Scalar> keys(x.k.head(b0, h0, x.heads()), turn), values(x.v.head(b0, h0, x.heads()));
     const KeyRange seen = seen_keys(x, rules, members);
     for (Index t = 0; t < count; ++t) open(tiles_[t], tiling[group * kTiles + t], x, keys, values, seen, rules);
@@ -139,9 +138,7 @@ class BackwardGroup {
     const auto [b, h, delta, accumulator, turns, bias_rows, relative, slopes, sink] = head;
     const KeyRange keys = count == 0 ? KeyRange{} : KeyRange{tiles_[0].keys.begin, tiles_[count - 1].keys.end};
     const AttentionParams& params = rules.params();
-    const Rotation<Scalar> turn = params.rotary
-                                      ? Rotation<Scalar>(params.rotary, params.query_offset, params.query_positions)
-                                      : Rotation<Scalar>();
+    const auto turn = Rotation<Scalar>::of_queries(params);
     const Index queries = x.q.length(), dim = x.q.dim();
     const RowReader<Scalar> q(x.q.head(b, h, x.heads()), turn), g(x.grad_output.head(b, h, x.heads())),
         o(x.output.head(b, h, x.heads()));
@@ -425,7 +422,8 @@ class BackwardPass {
     groups_ = Group::groups(x.k.length());
     blocks_ = Group::blocks(x.q.length());
     bias_rows_ = by_rows ? x.q.length() : 0;
-    own_sums_ = x.grad_q.length() > 0 && !RowWriter<Scalar>(x.grad_q.head(0, 0, heads), rotation()).plain();
+    own_sums_ = x.grad_q.length() > 0 &&
+                !RowWriter<Scalar>(x.grad_q.head(0, 0, heads), Rotation<Scalar>::of_queries(rules.params())).plain();
   }
 
   void run(const E& executor) {
@@ -542,9 +540,6 @@ class BackwardPass {
     }
     Index bytes() const { return scratch.bytes(); }
   };
-  Rotation<Scalar> rotation() const {
-    return rules_.params().rotary ? Rotation<Scalar>(rules_.params().rotary, 0, nullptr) : Rotation<Scalar>();
-  }
   void commit(const SumPart& sum, Index b, Index h) const {
     if (sum.relative != nullptr) {
       for (Index r = 0; r < relative_bias_.dim(); ++r) relative_bias_(0, h, 0, r) += sum.relative[r];

@@ -38,12 +38,8 @@ class ForwardGroup {
     const LaneTiling<Scalar> tiling(x.q.length());
     const Index count = std::min(kTiles, tiling.tiles - first_tile), length = x.k.length();
     const AttentionParams& params = rules.params();
-    const bool rotary = static_cast<bool>(params.rotary);
-    const Rotation<Scalar> none,
-        turn_q = rotary ? Rotation<Scalar>(params.rotary, params.query_offset, params.query_positions) : none,
-        turn_k = rotary ? Rotation<Scalar>(params.rotary, 0, nullptr) : none;
-    const RowReader<Scalar> queries(x.q.head(b, h, x.heads()), turn_q), keys(x.k.head(b, h, x.heads()), turn_k),
-        values(x.v.head(b, h, x.heads()));
+    const RowReader<Scalar> queries(x.q.head(b, h, x.heads()), Rotation<Scalar>::of_queries(params)),
+        keys(x.k.head(b, h, x.heads()), Rotation<Scalar>::of_keys(params)), values(x.v.head(b, h, x.heads()));
     KeyRange needed{length, 0};
     for (Index t = 0; t < count; ++t) {
       Tile& tile = tiles_[t];

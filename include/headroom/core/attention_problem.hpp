@@ -29,7 +29,9 @@ struct AttentionParams {
   bool mask_visible = true;                // the value in `mask` that lets a query see a key
   TensorView<const bool> block_mask = {};  // [B,H,ceil(Lq/block_size),ceil(Lk/block_size)], true: visible
   Index block_size = 128;
-  StoredTensor rotary = {};  // [1,1,positions,2·pairs] cosine, sine; row p(i) turns q(i), row j turns k(j)
+  StoredTensor rotary = {};  // [1,1,rows,2·pairs] of what is computed in: cosine, sine, …; turns q and k
+  const Index* rotary_query_rows = nullptr;  // [Lq]: row of the table for a query, p(i) unless given
+  const Index* rotary_key_rows = nullptr;    // [Lk]: row of the table for a key, j unless given
   Dropout dropout = {};
   Index first_head = 0;  // where b·H + h starts counting, for dropout
 
@@ -37,6 +39,8 @@ struct AttentionParams {
     return scale.value_or(1.0 / std::sqrt(static_cast<double>(std::max<Index>(dim, 1))));
   }
   Index position(Index query) const { return query_positions ? query_positions[query] : query + query_offset; }
+  Index rotary_row_of_query(Index i) const { return rotary_query_rows ? rotary_query_rows[i] : position(i); }
+  Index rotary_row_of_key(Index j) const { return rotary_key_rows ? rotary_key_rows[j] : j; }
 };
 
 namespace detail {
@@ -80,14 +84,20 @@ inline void check_shapes(const AttentionTensors& x, const AttentionParams& param
            {batch, heads, (queries + size - 1) / size, (keys + size - 1) / size});
   }
   if (params.rotary) {
-    Index last = keys - 1, first = 0;
+    const StoredTensor& table = params.rotary;
+    bool rows_exist = true;
     for (Index i = 0; i < queries; ++i) {
-      first = std::min(first, params.position(i)), last = std::max(last, params.position(i));
+      rows_exist &= 0 <= params.rotary_row_of_query(i) && params.rotary_row_of_query(i) < table.length();
     }
-    require(params.rotary.dim() % 2 == 0 && params.rotary.dim() <= dim && first >= 0 && last < params.rotary.length(),
-            "headroom.core.attention.shape", "the rotary table ", Shape{params.rotary.shape},
-            " does not fit: expected [1,1,P,2·pairs] with at most D = ", dim, " columns and a row for each of the ",
-            "positions ", first, " to ", last);
+    for (Index j = 0; j < keys; ++j) {
+      rows_exist &= 0 <= params.rotary_row_of_key(j) && params.rotary_row_of_key(j) < table.length();
+    }
+    const bool narrow = x.q.type != StoredType::float64;
+    require(rows_exist && table.dim() % 2 == 0 && table.dim() <= dim && (table.strides[3] == 1 || table.dim() == 0) &&
+                table.type == (narrow ? StoredType::float32 : StoredType::float64),
+            "headroom.core.attention.shape", "the rotary table ", Shape{table.shape},
+            " does not fit; expected [1,1,rows,2·pairs] of the type that is computed in, with at most D = ", dim,
+            " columns next to each other and a row for every position");
   }
   const double scale = params.scale_for(dim);
   require(std::abs(scale) <= std::numeric_limits<float>::max(), "headroom.core.attention.scale", "scale is ", scale,

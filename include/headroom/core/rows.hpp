@@ -15,31 +15,30 @@ namespace headroom::inline v0::core::detail {
 template <class Scalar>
 class Rotation {
  public:
-  Rotation() = default;
-  Rotation(const StoredTensor& table, Index offset, const Index* positions)
-      : table_(static_cast<const Scalar*>(table.data)),
-        stride_(table.strides[2]),
-        pairs_(table.dim() / 2),
-        offset_(offset),
-        positions_(positions) {}
+  Rotation() = default;  // turns nothing
+  static Rotation of_queries(const AttentionParams& params) { return {params, &AttentionParams::rotary_row_of_query}; }
+  static Rotation of_keys(const AttentionParams& params) { return {params, &AttentionParams::rotary_row_of_key}; }
 
-  explicit operator bool() const { return table_ != nullptr; }
+  explicit operator bool() const { return params_ != nullptr; }
 
   /// Turns row `index` of the tensor, forward or back.
   void apply(Scalar* row, Index index, bool back) const {
-    const Scalar* angle = table_ + (positions_ ? positions_[index] : index + offset_) * stride_;
+    const StoredTensor& table = params_->rotary;
+    const Scalar* const angle = static_cast<const Scalar*>(table.data) + (params_->*row_of_)(index)*table.strides[2];
     const Scalar sign = back ? Scalar(-1) : Scalar(1);
-    for (Index p = 0; p < pairs_; ++p) {
-      const Scalar x = row[2 * p], y = row[2 * p + 1], cosine = angle[2 * p], sine = sign * angle[2 * p + 1];
-      row[2 * p] = x * cosine - y * sine;
-      row[2 * p + 1] = x * sine + y * cosine;
+    for (Index p = 0; p < table.dim(); p += 2) {
+      const Scalar x = row[p], y = row[p + 1], cosine = angle[p], sine = sign * angle[p + 1];
+      row[p] = x * cosine - y * sine;
+      row[p + 1] = x * sine + y * cosine;
     }
   }
 
  private:
-  const Scalar* table_ = nullptr;
-  Index stride_ = 0, pairs_ = 0, offset_ = 0;
-  const Index* positions_ = nullptr;
+  Rotation(const AttentionParams& params, Index (AttentionParams::*row_of)(Index) const)
+      : params_(params.rotary ? &params : nullptr), row_of_(row_of) {}
+
+  const AttentionParams* params_ = nullptr;
+  Index (AttentionParams::*row_of_)(Index) const = nullptr;
 };
 
 /// to [rows][cols] = x, dense.

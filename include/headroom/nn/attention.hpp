@@ -51,7 +51,7 @@ class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
             "headroom.nn.attention.shape", "x is ", x.sizes(), " and the axis ", axis, "; expected [...,L,",
             options.dim(), "] and an axis before the last");
     torch::Tensor packed = to_qkv->forward(x).unflatten(-1, {3, options.heads(), -1});  // [...,3,H,D]
-    packed = headroom::detail::widened(packed);
+    packed = packed.to(headroom::detail::compute_type(packed));
     const auto request = headroom::AttentionOptions().causal(options.causal()).backend(options.backend());
     return to_out->forward(headroom::detail::packed_attention(
                                packed, rotation(x.size(sequence), rank - 1 - sequence, x.device()), sequence, request)

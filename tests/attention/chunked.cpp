@@ -11,7 +11,7 @@ TEST_CASE("chunked attention and all its gradients equal the reference in double
   }
 }
 
-TEST_CASE("chunked attention errs no more than the rule allows in float and bfloat16") {
+TEST_CASE("chunked attention errs no more than the rule allows in narrow dtypes") {
   for (const auto dtype : {torch::kFloat, torch::kBFloat16, torch::kHalf}) {
     for (const AttentionCase& request : attention_cases()) {
       INFO(dtype << ", " << request.name);

@@ -248,7 +248,7 @@ class ChunkedAttention {
         grad_scores.mul_(factor);
       }
       if (grad.v.defined()) {
-        add_keys(grad.v, tile, torch::matmul(folded(dropped).transpose(-2, -1), grad_output));
+        add_keys(grad.v, tile, torch::matmul(dropped.transpose(-2, -1), unfolded(grad_output)));
       }
       dropped.reset();
       grad_scores.sub_(delta).mul_(weights);
@@ -256,10 +256,9 @@ class ChunkedAttention {
       weights.reset();
       add_terms(block.terms, tile, grad_scores, grad);
       if (request_.softcap > 0) grad_scores.mul_(1 - (s.capped / request_.softcap).square_());
-      const torch::Tensor products = folded(grad_scores);
-      if (grad.q.defined()) grad_q.add_(torch::matmul(products, k));
+      if (grad.q.defined()) grad_q.add_(torch::matmul(folded(grad_scores), k));
       if (grad.k.defined()) {
-        torch::Tensor grad_k = torch::matmul(products.transpose(-2, -1), q);
+        torch::Tensor grad_k = torch::matmul(grad_scores.transpose(-2, -1), unfolded(q));
         if (request_.rotary.defined()) {
           grad_k = rotated(grad_k, request_.rotary.conj(), rows_of(key_rows_, 0, tile.first_key, tile.end_key));
         }
@@ -274,10 +273,12 @@ class ChunkedAttention {
     grad.q.slice(2, first, last).copy_(grad_q);
   }
 
-  /// Adds to rows of the gradient of k or v, whose batch dimension may broadcast.
-  static void add_keys(const torch::Tensor& grad, const ScoreTile& tile, const torch::Tensor& x) {
+  /// Adds x [b,h,keys,D] to rows of the gradient of k or v, whose heads are shared and whose batch may broadcast. Heads
+  /// are summed after their matrix product: one product over all would add more terms in a row and round more.
+  void add_keys(const torch::Tensor& grad, const ScoreTile& tile, const torch::Tensor& x) const {
     const torch::Tensor rows = grad.slice(2, tile.first_key, tile.end_key);
-    rows.add_(x.sum_to_size(rows.sizes()));
+    const torch::Tensor shared = request_.group() == 1 ? x : x.unflatten(1, {-1, request_.group()}).sum(2);
+    rows.add_(shared.sum_to_size(rows.sizes()));
   }
 
   /// Gradients of what is added to the scores.

@@ -3,19 +3,36 @@
 #include <atomic>
 #include <thread>
 
-#include "headroom/core/attention_problem.hpp"
 #include "headroom/core/executor.hpp"
-#include "headroom/core/register_tile.hpp"
+#include "headroom/core/score_rules.hpp"
 
 namespace headroom::inline v0::core {
+
+/// Gradients of what AttentionParams adds to scores; one without data is not wanted. They are added to what is there.
+/// `bias` has the shape [B,H,Lq,Lk] and stride 0 in dimensions where the bias is broadcast, whose sum it receives.
+template <Storable T>
+struct AttentionParamGradients {
+  TensorView<ComputeType<T>> bias = {};
+  TensorView<double> relative_bias = {};  // [1,H,1,2R-1], stride 0 between heads that share it
+  TensorView<double> slopes = {};         // [B,H,Lq,1], stride 0 where broadcast
+  TensorView<double> sink = {};           // [1,H,1,1]
+};
+
 namespace detail {
 
 /// All tensors of one backward pass; shapes as in attention_backward.
 template <class Scalar>
-struct BackwardTensors {
-  TensorView<const Scalar> grad_output, q, k, v, output;
-  TensorView<const double> lse;
-  TensorView<Scalar> grad_q, grad_k, grad_v;
+struct BackwardTensors : AttentionTensors {
+  StoredTensor grad_output;
+  TensorView<const double> grad_lse;
+  StoredTensor grad_q, grad_k, grad_v;
+  TensorView<Scalar> grad_bias;
+};
+
+/// Heads of q that one task has to see together, because they share keys or add to the same gradient of a bias.
+struct HeadFamily {
+  Index first_batch, batches, first_head, heads;
+  Index size() const { return batches * heads; }
 };
 
 /// Backward of a few tiles of keys against all queries, one block of queries at a time. Keys fill the lanes; queries
@@ -36,25 +53,32 @@ class BackwardGroup {
   struct Head {
     Index b, h;
     Scalar* delta;            // [Lq], written by the first group
+    Scalar* grad_q;           // [Lq][D] where grad_q can't be summed as it lies
     std::atomic<int>* turns;  // [blocks of queries]: groups that are done with the block; null when groups run in order
+    double *bias_rows, *relative, *slopes, *sink;  // this worker's sums, null when not wanted
   };
 
-  BackwardGroup(std::byte* workspace, Index dim, Index value_dim)
+  BackwardGroup(std::byte* workspace, Index dim, Index value_dim, bool cap)
       : padded_dim_((dim + N - 1) / N * N), scratch_(workspace) {
-    weights_ = scratch_.take(kQueries * kWidth);
-    grad_scores_ = scratch_.take(kQueries * kWidth);
-    grad_queries_ = scratch_.take(kQueries * padded_dim_);
-    lanes_ = scratch_.take(2 * N * value_dim);
+    weights_ = scratch_.take<Scalar>(kQueries * kWidth);
+    grad_scores_ = scratch_.take<Scalar>(kQueries * kWidth);
+    cap_slope_ = scratch_.take<Scalar>(cap ? kQueries * kWidth : 0);
+    grad_queries_ = scratch_.take<Scalar>(kQueries * padded_dim_);
+    queries_ = scratch_.take<Scalar>(kQueries * dim);
+    grads_ = scratch_.take<Scalar>(kQueries * value_dim);
+    buffer_ = scratch_.take<Scalar>(
+        std::max(ScoreRules<Scalar>::buffer_size(kQueries, kWidth), 3 * N * std::max(dim, value_dim)));
     for (Tile& tile : tiles_) {
-      tile.key = scratch_.take(dim * kWidth);
-      tile.value = scratch_.take(value_dim * kWidth);
-      tile.grad_key = scratch_.take(dim * kWidth);
-      tile.grad_value = scratch_.take(value_dim * kWidth);
-      tile.scaled_key = scratch_.take(kWidth * padded_dim_);
+      tile.key = scratch_.take<Scalar>(dim * kWidth);
+      tile.value = scratch_.take<Scalar>(value_dim * kWidth);
+      tile.grad_key = scratch_.take<Scalar>(dim * kWidth);
+      tile.grad_value = scratch_.take<Scalar>(value_dim * kWidth);
+      tile.scaled_key = scratch_.take<Scalar>(kWidth * padded_dim_);
     }
+    if (!cap) cap_slope_ = nullptr;
   }
-  static Index workspace_bytes(Index dim, Index value_dim) {
-    return BackwardGroup(nullptr, dim, value_dim).scratch_.bytes();
+  static Index workspace_bytes(Index dim, Index value_dim, bool cap) {
+    return BackwardGroup(nullptr, dim, value_dim, cap).scratch_.bytes();
   }
   static Index groups(Index keys) {
     return std::max<Index>((LaneTiling<Scalar>(keys).tiles + kTiles - 1) / kTiles,
@@ -62,124 +86,200 @@ class BackwardGroup {
   }
   static Index blocks(Index queries) { return (queries + kQueries - 1) / kQueries; }
 
-  void run(const BackwardTensors<Scalar>& x, double scale, const MaskRef& mask, const Head& head, Index group) {
-    const auto [b, h, delta, turns] = head;
-    const LaneTiling<Scalar> tiling(x.k.length());
-    const Index count = std::min(kTiles, tiling.tiles - group * kTiles);
-    const KeyRange seen = seen_keys(mask, b, h, x.q.length(), x.k.length());
-    for (Index t = 0; t < count; ++t) {
-      open(tiles_[t], tiling[group * kTiles + t], x.k.head(b, h), x.v.head(b, h), seen, scale);
+  /// Group `group` of the keys that the heads of a family use; `head(b, h)` gives their Head.
+  template <class HeadOf>
+  void run(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules, const HeadFamily& family, Index group,
+           HeadOf&& head) {
+    const Index share = x.heads() / x.k.shape[1];  // heads of q that use one head of k
+    const Index key_batches = x.k.shape[0] == 1 && x.batch() > 1 ? family.batches : 1;
+    for (Index b = 0; b < family.batches; b += key_batches) {
+      for (Index h = 0; h < family.heads; h += share) {
+        const HeadFamily members{family.first_batch + b, key_batches, family.first_head + h, share};
+        run_shared_keys(x, rules, members, group, head);
+      }
     }
-    const KeyRange keys = count == 0 ? KeyRange{} : KeyRange{tiles_[0].keys.begin, tiles_[count - 1].keys.end};
-
-    const MatrixView<const Scalar> q = x.q.head(b, h), g = x.grad_output.head(b, h), o = x.output.head(b, h);
-    for (Index block = 0; block < blocks(q.rows); ++block) {
-      const Index first = block * kQueries;
-      const Index rows = std::min(kQueries, q.rows - first);
-      const MatrixView<Scalar> grad_q = x.grad_q.head(b, h).middle_rows(first, rows);
-      if (turns != nullptr) {
-        while (turns[block].load(std::memory_order_acquire) != group) std::this_thread::yield();
-      }
-      if (group == 0) {
-        write_delta(delta + first, g.middle_rows(first, rows), o.middle_rows(first, rows));
-        for (Index i = 0; i < rows; ++i) {
-          for (Index d = 0; d < grad_q.cols; ++d) grad_q(i, d) = 0;
-        }
-      }
-      ranges_ = Ranges(mask, b, h, first, rows, x.k.length());
-      if (ranges_.touches(keys)) {
-        split_lse(x.lse, b, h, first, rows, static_cast<double>(factor_of(scale)));
-        std::fill_n(grad_queries_, rows * padded_dim_, Scalar(0));
-        for (Index t = 0; t < count; ++t) {
-          const Tile& tile = tiles_[t];
-          if (!ranges_.touches(tile.keys)) continue;
-          const auto q_block = q.middle_rows(first, rows), g_block = g.middle_rows(first, rows);
-          switch (tile.vectors) {
-            case 1:
-              accumulate<1>(tile, q_block, g_block, delta + first, scale);
-              break;
-            case 2:
-              accumulate<2>(tile, q_block, g_block, delta + first, scale);
-              break;
-            default:
-              accumulate<kTileVectors>(tile, q_block, g_block, delta + first, scale);
-          }
-        }
-        for (Index i = 0; i < rows; ++i) {
-          for (Index d = 0; d < grad_q.cols; ++d) grad_q(i, d) += grad_queries_[i * padded_dim_ + d];
-        }
-      }
-      if (turns != nullptr) turns[block].store(static_cast<int>(group) + 1, std::memory_order_release);
-    }
-    for (Index t = 0; t < count; ++t) close(tiles_[t], x.grad_k.head(b, h), x.grad_v.head(b, h), scale);
   }
 
  private:
   using Packet = simd::Packet<Scalar>;
-  using Ranges = QueryRanges<Scalar, kQueries>;
+  using Run = QueryRun<Scalar, kQueries>;
   static constexpr Index N = simd::kLanes<Scalar>;
 
   struct Tile {
     Scalar *key, *value;  // [D][width], [Dv][width]; the sign of a negative scale is in the key, as in q forward
     Scalar *grad_key, *grad_value;  // [D][width] without the scale, [Dv][width]
-    Scalar* scaled_key;             // [width][padded D]: scale·k
+    Scalar* scaled_key;             // [width][padded D]: scale·k, 0 where k is not finite
     KeyRange keys;
     int vectors;
     Index width() const { return vectors * N; }
   };
 
-  static Scalar factor_of(double scale) { return static_cast<Scalar>(std::abs(scale) * std::numbers::log2e); }
+  /// Heads of q that use the same head of k.
+  template <class HeadOf>
+  void run_shared_keys(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules, const HeadFamily& members,
+                       Index group, HeadOf&& head) {
+    const LaneTiling<Scalar> tiling(x.k.length());
+    const Index count = std::min(kTiles, tiling.tiles - group * kTiles);
+    const Index b0 = members.first_batch, h0 = members.first_head;
+    const Rotation<Scalar> turn =
+        rules.params().rotary ? Rotation<Scalar>(rules.params().rotary, 0, nullptr) : Rotation<Scalar>();
+    const RowReader<Scalar> keys(x.k.head(b0, h0, x.heads()), turn), values(x.v.head(b0, h0, x.heads()));
+    const KeyRange seen = seen_keys(x, rules, members);
+    for (Index t = 0; t < count; ++t) open(tiles_[t], tiling[group * kTiles + t], x, keys, values, seen, rules);
+    for (Index b = b0; b < b0 + members.batches; ++b) {
+      for (Index h = h0; h < h0 + members.heads; ++h) add_head(x, rules, head(b, h), group, count);
+    }
+    const RowWriter<Scalar> grad_k(x.grad_k.head(b0, h0, x.heads()), turn), grad_v(x.grad_v.head(b0, h0, x.heads()));
+    for (Index t = 0; t < count; ++t) close(tiles_[t], grad_k, grad_v, rules.scale());
+  }
 
-  /// The range outside which no query of the head sees a key.
-  static KeyRange seen_keys(const MaskRef& mask, Index b, Index h, Index queries, Index keys) {
-    KeyRange seen{keys, 0};
-    for (Index first = 0; first < queries; first += kQueries) {
-      const KeyRange any = Ranges(mask, b, h, first, std::min(kQueries, queries - first), keys).any;
-      seen = {std::min(seen.begin, any.begin), std::max(seen.end, any.end)};
+  /// All queries of one head against the open tiles.
+  void add_head(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules, const Head& head, Index group,
+                Index count) {
+    const auto [b, h, delta, accumulator, turns, bias_rows, relative, slopes, sink] = head;
+    const KeyRange keys = count == 0 ? KeyRange{} : KeyRange{tiles_[0].keys.begin, tiles_[count - 1].keys.end};
+    const AttentionParams& params = rules.params();
+    const Rotation<Scalar> turn = params.rotary
+                                      ? Rotation<Scalar>(params.rotary, params.query_offset, params.query_positions)
+                                      : Rotation<Scalar>();
+    const Index queries = x.q.length(), dim = x.q.dim();
+    const RowReader<Scalar> q(x.q.head(b, h, x.heads()), turn), g(x.grad_output.head(b, h, x.heads())),
+        o(x.output.head(b, h, x.heads()));
+    const RowWriter<Scalar> grad_q(x.grad_q.head(b, h, x.heads()), turn);
+    const MatrixView<Scalar> sums =
+        grad_q.plain() ? grad_q.view() : MatrixView<Scalar>{accumulator, queries, dim, dim, 1};
+    const bool last_group = group + 1 == groups(x.k.length());
+
+    for (Index block = 0; block < blocks(queries); ++block) {
+      const Index first = block * kQueries, rows = std::min(kQueries, queries - first);
+      const MatrixView<Scalar> sum = sums.middle_rows(first, rows);
+      if (turns != nullptr) {
+        while (turns[block].load(std::memory_order_acquire) != group) std::this_thread::yield();
+      }
+      if (group == 0) {
+        write_delta(delta + first, g, o, first, rows);
+        for (Index i = 0; i < rows; ++i) {
+          for (Index d = 0; d < dim; ++d) sum(i, d) = 0;
+          if (x.grad_lse.data != nullptr) delta[first + i] -= static_cast<Scalar>(x.grad_lse(b, h, first + i, 0));
+          if (sink != nullptr) {
+            const double weight = std::exp2(*rules.sink(h) - x.lse(b, h, first + i, 0) * std::numbers::log2e);
+            *sink -= weight * static_cast<double>(delta[first + i]);
+          }
+        }
+      }
+      run_ = Run(rules.mask(), params, b, h, {first, first + rows}, x.k.length());
+      if (run_.touches(keys) && (!rules.hides_elements() || rules.sees_any(b, h, run_.queries, keys))) {
+        split_lse(x.lse, b, h, first, rows, static_cast<double>(rules.factor()));
+        std::fill_n(grad_queries_, rows * padded_dim_, Scalar(0));
+        const auto q_block = q.rows(first, rows, queries_), g_block = g.rows(first, rows, grads_);
+        for (Index t = 0; t < count; ++t) {
+          const Tile& tile = tiles_[t];
+          if (!run_.touches(tile.keys)) continue;
+          const ScoreTile<Scalar> weights{weights_, tile.width(), b, h, tile.keys};
+          switch (tile.vectors) {
+            case 1:
+              weigh<1>(tile, weights, q_block, g_block, delta + first, rules);
+              break;
+            case 2:
+              weigh<2>(tile, weights, q_block, g_block, delta + first, rules);
+              break;
+            default:
+              weigh<kTileVectors>(tile, weights, q_block, g_block, delta + first, rules);
+          }
+          if (x.grad_bias.data != nullptr || bias_rows != nullptr || relative != nullptr || slopes != nullptr) {
+            const ScoreTile<Scalar> grad{grad_scores_, tile.width(), b, h, tile.keys};
+            rules.add_gradients(grad, run_, x.grad_bias, bias_rows, relative, slopes, buffer_);
+          }
+          if (cap_slope_ != nullptr) {
+            for (Index i = 0; i < rows * tile.width(); ++i) grad_scores_[i] *= cap_slope_[i];
+          }
+          switch (tile.vectors) {
+            case 1:
+              accumulate<1>(tile, q_block, g_block);
+              break;
+            case 2:
+              accumulate<2>(tile, q_block, g_block);
+              break;
+            default:
+              accumulate<kTileVectors>(tile, q_block, g_block);
+          }
+        }
+        for (Index i = 0; i < rows; ++i) {
+          for (Index d = 0; d < dim; ++d) sum(i, d) += grad_queries_[i * padded_dim_ + d];
+        }
+      }
+      if (last_group && !grad_q.plain()) grad_q.write(first, rows, &sum(0, 0));
+      if (turns != nullptr) turns[block].store(static_cast<int>(group) + 1, std::memory_order_release);
+    }
+  }
+
+  /// The range outside which no query of any member sees a key.
+  static KeyRange seen_keys(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules,
+                            const HeadFamily& members) {
+    const Index keys = x.k.length();
+    KeyRange seen{keys, 0}, ranges[kQueries];
+    for (Index b = members.first_batch; b < members.first_batch + members.batches; ++b) {
+      for (Index h = members.first_head; h < members.first_head + members.heads; ++h) {
+        for (Index first = 0; first < x.q.length(); first += kQueries) {
+          const Index count = std::min(kQueries, x.q.length() - first);
+          rules.mask().keys(rules.mask().mask, b, h, first, count, keys, ranges);
+          for (Index i = 0; i < count; ++i) {
+            if (!ranges[i].empty()) seen = {std::min(seen.begin, ranges[i].begin), std::max(seen.end, ranges[i].end)};
+          }
+        }
+      }
     }
     return seen;
   }
 
   /// Keys that nobody sees are not read: whatever they hold, NaN included, stays out of every product.
-  void open(Tile& tile, typename LaneTiling<Scalar>::Tile lanes, MatrixView<const Scalar> k, MatrixView<const Scalar> v,
-            KeyRange seen, double scale) const {
-    tile.keys = {lanes.begin, std::min(lanes.begin + lanes.width(), k.rows)};
+  void open(Tile& tile, typename LaneTiling<Scalar>::Tile lanes, const BackwardTensors<Scalar>& x,
+            const RowReader<Scalar>& keys, const RowReader<Scalar>& values, KeyRange seen,
+            const ScoreRules<Scalar>& rules) {
+    const Index dim = x.k.dim(), value_dim = x.v.dim();
+    tile.keys = {lanes.begin, std::min(lanes.begin + lanes.width(), x.k.length())};
     tile.vectors = lanes.vectors;
     const Index width = tile.width();
     const KeyRange read = tile.keys & seen;
-    const Index skip = std::max<Index>(read.begin - tile.keys.begin, 0);
-    const Index count = std::max<Index>(read.end - read.begin, 0);
-    const auto k_tile = k.middle_rows(tile.keys.begin + skip, count);
-    pack_lanes(tile.key, width, skip, k_tile, scale < 0 ? Scalar(-1) : Scalar(1));
-    pack_lanes(tile.value, width, skip, v.middle_rows(tile.keys.begin + skip, count), Scalar(1));
-    std::fill_n(tile.grad_key, k.cols * width, Scalar(0));
-    std::fill_n(tile.grad_value, v.cols * width, Scalar(0));
+    std::fill_n(tile.grad_key, dim * width, Scalar(0));
+    std::fill_n(tile.grad_value, value_dim * width, Scalar(0));
     std::fill_n(tile.scaled_key, width * padded_dim_, Scalar(0));
+    if (read.empty() || read.end - read.begin < width) {
+      std::fill_n(tile.key, dim * width, Scalar(0));
+      std::fill_n(tile.value, value_dim * width, Scalar(0));
+    }
+    if (read.empty()) return;
+    const Index skip = read.begin - tile.keys.begin, count = read.end - read.begin;
+    keys.pack(tile.key, width, skip, read.begin, count, rules.sign(), buffer_);
+    values.pack(tile.value, width, skip, read.begin, count, Scalar(1), buffer_);
+    const Scalar scale = static_cast<Scalar>(rules.scale());
     for (Index i = 0; i < count; ++i) {
-      for (Index d = 0; d < k.cols; ++d) {
-        tile.scaled_key[(skip + i) * padded_dim_ + d] = static_cast<Scalar>(scale) * k_tile(i, d);
+      const MatrixView<const Scalar> row = keys.rows(read.begin + i, 1, buffer_);
+      for (Index d = 0; d < dim; ++d) {
+        // A key that is not finite makes NaN of the gradients of all scores it is seen in; 0·NaN would do so elsewhere.
+        tile.scaled_key[(skip + i) * padded_dim_ + d] = is_finite(row(0, d)) ? scale * row(0, d) : Scalar(0);
       }
     }
   }
 
-  static void close(const Tile& tile, MatrixView<Scalar> grad_k, MatrixView<Scalar> grad_v, double scale) {
-    const Index count = tile.keys.end - tile.keys.begin;
+  void close(const Tile& tile, const RowWriter<Scalar>& grad_k, const RowWriter<Scalar>& grad_v, double scale) {
+    const Index first = tile.keys.begin, count = tile.keys.end - first;
     alignas(64) Scalar factor[kWidth];
     std::fill_n(factor, kWidth, static_cast<Scalar>(scale));
-    unpack_lanes(grad_k.middle_rows(tile.keys.begin, count), tile.grad_key, tile.width(), factor);
+    grad_k.unpack(first, count, tile.grad_key, tile.width(), factor, buffer_);
     std::fill_n(factor, kWidth, Scalar(1));
-    unpack_lanes(grad_v.middle_rows(tile.keys.begin, count), tile.grad_value, tile.width(), factor);
+    grad_v.unpack(first, count, tile.grad_value, tile.width(), factor, buffer_);
   }
 
-  /// delta[i] = sum_d g(i,d)·o(i,d), added in the order in which accumulate() adds dP: with one key the two are equal.
-  void write_delta(Scalar* delta, MatrixView<const Scalar> g, MatrixView<const Scalar> o) {
-    for (Index i = 0; i < g.rows; i += N) {
-      const Index rows = std::min(N, g.rows - i);
-      Scalar *g_lanes = lanes_, *o_lanes = lanes_ + N * g.cols;
-      pack_lanes(g_lanes, N, 0, g.middle_rows(i, rows), Scalar(1));
-      pack_lanes(o_lanes, N, 0, o.middle_rows(i, rows), Scalar(1));
+  /// delta[i] = sum_d g(i,d)·o(i,d), added in the order in which weigh() adds dP: with one key the two are equal.
+  void write_delta(Scalar* delta, const RowReader<Scalar>& g, const RowReader<Scalar>& o, Index first, Index count) {
+    for (Index i = 0; i < count; i += N) {
+      const Index rows = std::min(N, count - i), dim = g.cols();
+      Scalar *const g_lanes = buffer_, *const o_lanes = g_lanes + N * dim, *const spare = o_lanes + N * dim;
+      g.pack(g_lanes, N, 0, first + i, rows, Scalar(1), spare);
+      o.pack(o_lanes, N, 0, first + i, rows, Scalar(1), spare);
       Packet sum = simd::broadcast(Scalar(0));
-      for (Index d = 0; d < g.cols; ++d) {
+      for (Index d = 0; d < dim; ++d) {
         sum = simd::pmadd(simd::load(g_lanes + d * N), simd::load(o_lanes + d * N), sum);
       }
       alignas(64) Scalar sums[N];
@@ -190,62 +290,84 @@ class BackwardGroup {
 
   /// Splits the lse into what is subtracted from a score and what is subtracted from the exponent after scaling. The
   /// first is close to the largest scores, so that their difference is exact; one float alone would lose the rest.
-  void split_lse(const TensorView<const double>& lse, Index b, Index h, Index first, Index rows, double factor) {
+  void split_lse(const TensorView<double>& lse, Index b, Index h, Index first, Index rows, double factor) {
     for (Index i = 0; i < rows; ++i) {
       const double base2 = lse(b, h, first + i, 0) * std::numbers::log2e;
+      const double largest = static_cast<double>(std::numeric_limits<Scalar>::max()) / 4;
+      if (!(std::abs(base2) < largest)) {  // a query without keys: all its scores are hidden
+        lse_score_[i] = lse_rest_[i] = Scalar(0);
+        continue;
+      }
       const double score = factor > 0 ? base2 / factor : 0;
-      const bool fits = std::abs(score) < static_cast<double>(std::numeric_limits<Scalar>::max());
-      lse_score_[i] = fits ? static_cast<Scalar>(score) : Scalar(0);
+      lse_score_[i] = std::abs(score) < largest ? static_cast<Scalar>(score) : Scalar(0);
       lse_rest_[i] = static_cast<Scalar>(base2 - static_cast<double>(lse_score_[i]) * factor);
     }
   }
 
-  /// A block of queries against a tile of keys: five products.
+  /// Weights of a block of queries and a tile of keys, and gradients of their scores.
   template <int Vectors>
-  EIGEN_DONT_INLINE void accumulate(const Tile& tile, MatrixView<const Scalar> q, MatrixView<const Scalar> g,
-                                    const Scalar* delta, double scale) {
+  EIGEN_DONT_INLINE void weigh(const Tile& tile, const ScoreTile<Scalar>& tile_scores, MatrixView<const Scalar> q,
+                               MatrixView<const Scalar> g, const Scalar* delta, const ScoreRules<Scalar>& rules) {
     constexpr Index width = Vectors * N;
     const Index rows = q.rows;
     Scalar *const weights = weights_, *const grad_scores = grad_scores_;  // [rows][width]
-    const Packet factor = simd::broadcast(factor_of(scale));
-    // also masked: the lanes past the last key
-    const bool masked = !ranges_.covers({tile.keys.begin, tile.keys.begin + width});
-    Packet position[Vectors];
-    for (int v = 0; v < Vectors; ++v) {
-      position[v] = Eigen::internal::plset<Packet>(static_cast<Scalar>(tile.keys.begin + v * N));
-    }
+    const Packet factor = simd::broadcast(rules.factor());
+    // also hidden: the lanes past the last key
+    const bool hides = rules.hides_elements() || !run_.covers({tile.keys.begin, tile.keys.begin + width});
+    const bool as_product = !rules.scaled() && !hides;
 
     // forward did: weight = exp2((score - maximum)·factor) / sum
+    const auto weight_of = [&](Packet s, Index row) __attribute__((always_inline)) {
+      return simd::exp2<Scalar>(
+          simd::pmadd(simd::psub(s, simd::broadcast(lse_score_[row])), factor, simd::broadcast(-lse_rest_[row])));
+    };
     for_row_tiles<kTileRows>(
         rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
-          RegisterTile<Scalar, Rows, Vectors> score(&q(row, 0), q.row_stride, q.col_stride, tile.key, width, q.cols);
-          score.for_each([&](int r, int v, Packet& s) __attribute__((always_inline)) {
-            s = simd::psub(s, simd::broadcast(lse_score_[row + r]));
-            s = simd::exp2<Scalar>(simd::pmadd(s, factor, simd::broadcast(-lse_rest_[row + r])));
-            if (masked) [[unlikely]] {
-              s = simd::keep_inside<Packet>(position[v], simd::broadcast(ranges_.first[row + r]),
-                                            simd::broadcast(ranges_.last[row + r]), s, simd::broadcast(Scalar(0)));
-            }
-            simd::store(weights + (row + r) * width + v * N, s);
+          RegisterTile<Scalar, Rows, Vectors> score(&q(row, 0), q.row_stride, 1, tile.key, width, q.cols);
+          score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
+            simd::store(weights + (row + r) * width + v * N, as_product ? weight_of(s, row + r) : s);
           });
         });
+    if (!as_product) {
+      rules.template apply<false>(tile_scores, run_, cap_slope_, buffer_);
+      for (Index row = 0; row < rows; ++row) {
+        for (int v = 0; v < Vectors; ++v) {
+          Scalar* const s = weights + row * width + v * N;
+          simd::store(s, weight_of(simd::load(s), row));
+        }
+      }
+    }
+    const bool drops = rules.params().dropout.active();
     for_row_tiles<kTileRows>(
         rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
-          RegisterTile<Scalar, Rows, Vectors> grad(&g(row, 0), g.row_stride, g.col_stride, tile.value, width, g.cols);
+          RegisterTile<Scalar, Rows, Vectors> grad(&g(row, 0), g.row_stride, 1, tile.value, width, g.cols);
           grad.for_each([&](int r, int v, Packet dp) __attribute__((always_inline)) {
             const Index at = (row + r) * width + v * N;
-            simd::store(grad_scores + at,
-                        simd::pmul(simd::load(weights + at), simd::psub(dp, simd::broadcast(delta[row + r]))));
+            simd::store(
+                grad_scores + at,
+                drops ? dp : simd::pmul(simd::load(weights + at), simd::psub(dp, simd::broadcast(delta[row + r]))));
           });
         });
+    // 0·NaN is NaN: what is hidden has no gradient, whatever its key and value hold
+    if (drops) {
+      rules.drop_backward(tile_scores, run_.queries, grad_scores, delta);
+    } else if (hides) {
+      for (Index i = 0; i < rows * width; ++i) grad_scores[i] = weights[i] == 0 ? Scalar(0) : grad_scores[i];
+    }
+  }
+
+  /// Adds what a block of queries and a tile of keys contribute to the three gradients.
+  template <int Vectors>
+  EIGEN_DONT_INLINE void accumulate(const Tile& tile, MatrixView<const Scalar> q, MatrixView<const Scalar> g) {
+    constexpr Index width = Vectors * N;
     // forward did: score(i,j) = sum_d q(i,d)·k(j,d) and output(i,d) = sum_j weight(i,j)·v(j,d)
-    add_transposed<Vectors>(tile.grad_value, g, weights);
-    add_transposed<Vectors>(tile.grad_key, q, grad_scores);
+    add_transposed<Vectors>(tile.grad_value, g, weights_);
+    add_transposed<Vectors>(tile.grad_key, q, grad_scores_);
     for_row_tiles<kTileVectors>(
         padded_dim_ / N, [&]<int V>(Index vector) __attribute__((always_inline)) {
           for_row_tiles<kTileRows>(
-              rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
-                RegisterTile<Scalar, Rows, V> grad(grad_scores + row * width, width, 1, tile.scaled_key + vector * N,
+              q.rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
+                RegisterTile<Scalar, Rows, V> grad(grad_scores_ + row * width, width, 1, tile.scaled_key + vector * N,
                                                    padded_dim_, width);
                 grad.for_each([&](int r, int v, Packet x) __attribute__((always_inline)) {
                   Scalar* const to = grad_queries_ + (row + r) * padded_dim_ + (vector + v) * N;
@@ -261,7 +383,7 @@ class BackwardGroup {
     constexpr Index width = Vectors * N;
     for_row_tiles<kTileRows>(
         x.cols, [&]<int Rows>(Index d) __attribute__((always_inline)) {
-          RegisterTile<Scalar, Rows, Vectors> sum(&x(0, d), x.col_stride, x.row_stride, s, width, x.rows);
+          RegisterTile<Scalar, Rows, Vectors> sum(&x(0, d), 1, x.row_stride, s, width, x.rows);
           sum.for_each([&](int r, int v, Packet y) __attribute__((always_inline)) {
             Scalar* const at = to + (d + r) * width + v * N;
             simd::store(at, simd::padd(simd::load(at), y));
@@ -270,69 +392,212 @@ class BackwardGroup {
   }
 
   Index padded_dim_;
-  Scratch<Scalar> scratch_;
+  Scratch scratch_;
   Scalar *weights_, *grad_scores_;  // [queries][width]
+  Scalar* cap_slope_;               // [queries][width], null without a softcap
   Scalar* grad_queries_;            // [queries][padded D]
-  Scalar* lanes_;                   // [2][Dv][N]
+  Scalar *queries_, *grads_;        // [queries][D], [queries][Dv]: where they can't be read as they lie
+  Scalar* buffer_;
   Tile tiles_[kTiles];
-  Ranges ranges_;
+  Run run_;
   alignas(64) Scalar lse_score_[kQueries], lse_rest_[kQueries];
+};
+
+/// The backward pass of all heads. Whole families of heads go to one worker each for as long as every worker gets one;
+/// the groups of keys of the last few are split among all workers.
+template <class Scalar, class E>
+class BackwardPass {
+  using Group = BackwardGroup<Scalar>;
+
+ public:
+  BackwardPass(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules,
+               const TensorView<double>& relative_bias, const TensorView<double>& slopes,
+               const TensorView<double>& sink)
+      : x_(x), rules_(rules), relative_bias_(relative_bias), slopes_(slopes), sink_(sink) {
+    const bool bias = x.grad_bias.data != nullptr, by_rows = bias && x.grad_bias.strides[3] == 0;
+    const Index batch = x.batch(), heads = x.heads(), share = heads / x.k.shape[1];
+    const bool one_batch = (x.k.shape[0] == 1 || (bias && !by_rows && x.grad_bias.strides[0] == 0));
+    const bool one_head = bias && !by_rows && x.grad_bias.strides[1] == 0;
+    batches_ = one_batch ? batch : 1;
+    heads_ = one_head ? heads : share;
+    families_ = batch * heads / (batches_ * heads_);
+    members_ = batches_ * heads_;
+    groups_ = Group::groups(x.k.length());
+    blocks_ = Group::blocks(x.q.length());
+    bias_rows_ = by_rows ? x.q.length() : 0;
+    own_sums_ = x.grad_q.length() > 0 && !RowWriter<Scalar>(x.grad_q.head(0, 0, heads), rotation()).plain();
+  }
+
+  void run(const E& executor) {
+    if (families_ * members_ == 0) return;
+    const Index workers = executor.workers(), whole = families_ / workers * workers, split = families_ - whole;
+    const bool cap = rules_.params().softcap > 0;
+    const Index group_bytes = Group::workspace_bytes(x_.q.dim(), x_.v.dim(), cap);
+    const Index head_bytes = HeadPart(nullptr, *this).bytes(), sum_bytes = SumPart(nullptr, *this).bytes();
+    const Index head_parts = (workers + split) * members_;
+    const auto workspace = executor.allocate(workers * (group_bytes + members_ * sum_bytes) + head_parts * head_bytes);
+    std::byte* const sums = workspace.data() + workers * group_bytes;
+    std::byte* const head_start = sums + workers * members_ * sum_bytes;
+    for (Index i = 0; i < head_parts; ++i) {
+      const HeadPart part(head_start + i * head_bytes, *this);
+      for (Index block = 0; block < blocks_; ++block) new (part.turns + block) std::atomic<int>(0);
+      part.totals.clear();
+    }
+    std::atomic<Index> committed{0};
+
+    executor.run(whole + split * groups_, [&](Index task, int worker) {
+      Group group(workspace.data() + worker * group_bytes, x_.q.dim(), x_.v.dim(), cap);
+      const bool is_whole = task < whole;
+      const Index s = (task - whole) % std::max<Index>(split, 1);
+      const Index family_index = is_whole ? task : whole + s;
+      const Index per_batch = x_.heads() / heads_;  // families in one batch
+      const HeadFamily family{family_index / per_batch * batches_, batches_, family_index % per_batch * heads_, heads_};
+      const auto slot = [&](Index b, Index h) { return (b - family.first_batch) * heads_ + h - family.first_head; };
+      const auto sum_part = [&](Index member) {
+        return SumPart(sums + (worker * members_ + member) * sum_bytes, *this);
+      };
+      const auto head_index = [&](Index b, Index h) {
+        return (is_whole ? worker : workers + s) * members_ + slot(b, h);
+      };
+      const auto head = [&](Index b, Index h) {
+        const HeadPart part(head_start + head_index(b, h) * head_bytes, *this);
+        const SumPart sum = sum_part(slot(b, h));
+        return typename Group::Head{
+            b,          h,       part.delta, part.grad_q, is_whole ? nullptr : part.turns, sum.bias_rows, sum.relative,
+            sum.slopes, sum.sink};
+      };
+      const auto each_member = [&](auto&& f) {
+        if (sum_bytes == 0) return;
+        for (Index b = family.first_batch; b < family.first_batch + batches_; ++b) {
+          for (Index h = family.first_head; h < family.first_head + heads_; ++h) {
+            f(sum_part(slot(b, h)), HeadPart(head_start + head_index(b, h) * head_bytes, *this).totals, b, h);
+          }
+        }
+      };
+      const auto run_group = [&](Index g) {
+        each_member([](const SumPart& sum, const SumPart&, Index, Index) { sum.clear(); });
+        group.run(x_, rules_, family, g, head);
+      };
+      const auto add_group = [&](Index g) {
+        each_member([&](const SumPart& sum, const SumPart& total, Index b, Index h) {
+          total.add(sum);
+          if (g + 1 == groups_) commit(total, b, h);
+          if (g + 1 == groups_) total.clear();
+        });
+      };
+      // Sums of groups are added to those of their head and these to the results, always in the same order: the same
+      // bits for any number of workers.
+      const auto in_order = [&](auto&& f) {
+        if (sum_bytes == 0) return;
+        while (committed.load(std::memory_order_acquire) != task) std::this_thread::yield();
+        f();
+        committed.store(task + 1, std::memory_order_release);
+      };
+      if (is_whole) {
+        for (Index g = 0; g < groups_; ++g) {
+          run_group(g);
+          if (g + 1 < groups_) add_group(g);
+        }
+        in_order([&] { add_group(groups_ - 1); });
+      } else {
+        const Index g = (task - whole) / split;
+        run_group(g);
+        in_order([&] { add_group(g); });
+      }
+    });
+  }
+
+ private:
+  /// Sums for a head: of one group of keys, or of all.
+  struct SumPart {
+    double *bias_rows, *relative, *slopes, *sink;
+    double* start;
+    Scratch scratch;
+
+    SumPart(std::byte* at, const BackwardPass& pass) : start(reinterpret_cast<double*>(at)), scratch(at) {
+      const auto take = [&](bool wanted, Index count) { return wanted ? scratch.take<double>(count) : nullptr; };
+      bias_rows = take(pass.bias_rows_ > 0, pass.bias_rows_);
+      relative = take(pass.relative_bias_.data != nullptr, pass.relative_bias_.dim());
+      slopes = take(pass.slopes_.data != nullptr, pass.x_.q.length());
+      sink = take(pass.sink_.data != nullptr, 1);
+    }
+    Index bytes() const { return scratch.bytes(); }
+    void clear() const { std::fill_n(start, bytes() / static_cast<Index>(sizeof(double)), 0.0); }
+    void add(const SumPart& other) const {
+      for (Index i = 0; i < bytes() / static_cast<Index>(sizeof(double)); ++i) start[i] += other.start[i];
+    }
+  };
+  /// What the groups of a head share.
+  struct HeadPart {
+    Scalar *delta, *grad_q;
+    std::atomic<int>* turns;
+    Scratch scratch;
+    SumPart totals;
+
+    HeadPart(std::byte* start, const BackwardPass& pass) : scratch(start), totals(start, pass) {
+      scratch.take<std::byte>(totals.bytes());
+      delta = scratch.take<Scalar>(pass.x_.q.length());
+      turns = scratch.take<std::atomic<int>>(pass.blocks_);
+      grad_q = pass.own_sums_ ? scratch.take<Scalar>(pass.x_.q.length() * pass.x_.q.dim()) : nullptr;
+    }
+    Index bytes() const { return scratch.bytes(); }
+  };
+  Rotation<Scalar> rotation() const {
+    return rules_.params().rotary ? Rotation<Scalar>(rules_.params().rotary, 0, nullptr) : Rotation<Scalar>();
+  }
+  void commit(const SumPart& sum, Index b, Index h) const {
+    if (sum.relative != nullptr) {
+      for (Index r = 0; r < relative_bias_.dim(); ++r) relative_bias_(0, h, 0, r) += sum.relative[r];
+    }
+    if (sum.sink != nullptr) sink_(0, h, 0, 0) += *sum.sink;
+    for (Index i = 0; i < x_.q.length(); ++i) {
+      if (sum.slopes != nullptr) slopes_(b, h, i, 0) += sum.slopes[i];
+      if (sum.bias_rows != nullptr) x_.grad_bias(b, h, i, 0) += static_cast<Scalar>(sum.bias_rows[i]);
+    }
+  }
+
+  const BackwardTensors<Scalar>& x_;
+  const ScoreRules<Scalar>& rules_;
+  TensorView<double> relative_bias_, slopes_, sink_;
+  Index batches_, heads_, families_, members_, groups_, blocks_, bias_rows_;
+  bool own_sums_;
 };
 
 }  // namespace detail
 
-/// Gradients of attention_forward with respect to q, k and v, given the gradient of its output. `output` and `lse` are
-/// what the forward pass wrote; weights are recomputed tile by tile. grad_q, grad_k and grad_v are overwritten and have
-/// the shapes of q, k and v, any strides, and must not overlap with each other or with the inputs. Queries without keys
-/// and keys without queries get gradient 0. Workspace: BackwardGroup::workspace_bytes(D, Dv) and delta [Lq] a worker.
-/// Results are bit-equal for any number of workers. Throws headroom.core.attention.{shape,scale,length}.
-template <class Scalar, Mask M = NoMask, Executor E = DefaultExecutor>
-void attention_backward(std::type_identity_t<TensorView<const Scalar>> grad_output,
-                        std::type_identity_t<TensorView<const Scalar>> q,
-                        std::type_identity_t<TensorView<const Scalar>> k,
-                        std::type_identity_t<TensorView<const Scalar>> v,
-                        std::type_identity_t<TensorView<const Scalar>> output, TensorView<const double> lse,
-                        TensorView<Scalar> grad_q, TensorView<Scalar> grad_k, TensorView<Scalar> grad_v,
-                        const AttentionParams& params = {}, const M& mask = {}, const E& executor = {}) {
-  using Group = detail::BackwardGroup<Scalar>;
-  detail::check_shapes<Scalar>(q, k, v, output, lse, params);
-  detail::check_shapes<Scalar>(grad_q, grad_k, grad_v, grad_output, lse, params);
-  require((lse.data != nullptr || q.length() == 0) && grad_q.shape == q.shape && grad_k.shape == k.shape,
-          "headroom.core.attention.shape", "grad_q ", Shape{grad_q.shape}, " and grad_k ", Shape{grad_k.shape},
-          " must have the shapes of q ", Shape{q.shape}, " and k ", Shape{k.shape}, ", and lse must be given");
-  const detail::BackwardTensors<Scalar> tensors{grad_output, q, k, v, output, lse, grad_q, grad_k, grad_v};
-  const detail::MaskRef mask_ref(mask);
-  const double scale = params.scale_for(q.dim());
-
-  // Whole heads for as long as every worker gets one; the last few heads are split among all workers.
-  const Index workers = executor.workers(), heads = q.batch() * q.heads();
-  const Index whole = heads / workers * workers, split = heads - whole;
-  const Index groups = Group::groups(k.length()), blocks = Group::blocks(q.length());
-  if (heads == 0) return;
-  const Index group_bytes = Group::workspace_bytes(q.dim(), v.dim());
-  detail::Scratch<Scalar> sizes(nullptr);
-  sizes.take(q.length());
-  const Index delta_bytes = sizes.bytes();
-  const auto workspace = executor.allocate(workers * group_bytes + (workers + split) * delta_bytes +
-                                           split * blocks * static_cast<Index>(sizeof(std::atomic<int>)));
-  std::byte* const deltas = workspace.data() + workers * group_bytes;
-  auto* const turns = reinterpret_cast<std::atomic<int>*>(deltas + (workers + split) * delta_bytes);
-  for (Index i = 0; i < split * blocks; ++i) new (turns + i) std::atomic<int>(0);
-
-  executor.run(whole + split * groups, [&](Index task, int worker) {
-    Group group(workspace.data() + worker * group_bytes, q.dim(), v.dim());
-    const auto head = [&](Index index, Index slot, std::atomic<int>* turn) {
-      return typename Group::Head{index / q.heads(), index % q.heads(),
-                                  reinterpret_cast<Scalar*>(deltas + slot * delta_bytes), turn};
-    };
-    if (task < whole) {
-      const auto whole_head = head(task, worker, nullptr);
-      for (Index g = 0; g < groups; ++g) group.run(tensors, scale, mask_ref, whole_head, g);
-    } else {
-      const Index s = (task - whole) % split;
-      group.run(tensors, scale, mask_ref, head(whole + s, workers + s, turns + s * blocks), (task - whole) / split);
-    }
-  });
+/// Gradients of attention_forward with respect to q, k and v (and, where wanted, to what AttentionParams adds to
+/// scores), given the gradient of its output and, unless it is a null view, of its lse. `output` and `lse` are what the
+/// forward pass wrote; weights are recomputed tile by tile. grad_q, grad_k and grad_v are overwritten and have the
+/// shapes of q, k and v, any strides, and must not overlap with each other or with the inputs. Queries without keys and
+/// keys without queries get gradient 0.
+/// Workspace: BackwardGroup::workspace_bytes(D, Dv) and delta [Lq] a worker; where grad_q is narrower than float or
+/// q is rotated also [Lq][D]; for gradients of relative bias, slopes and of a bias that is broadcast along the keys
+/// also their length. Results are bit-equal for any number of workers.
+/// Throws headroom.core.attention.{shape,scale,dropout,length,output}.
+template <Storable T, Mask M = NoMask, Executor E = DefaultExecutor>
+void attention_backward(std::type_identity_t<TensorView<const T>> grad_output,
+                        std::type_identity_t<TensorView<const T>> q, std::type_identity_t<TensorView<const T>> k,
+                        std::type_identity_t<TensorView<const T>> v, std::type_identity_t<TensorView<const T>> output,
+                        TensorView<const double> lse, TensorView<T> grad_q, TensorView<T> grad_k, TensorView<T> grad_v,
+                        const AttentionParams& params = {}, const M& mask = {}, const E& executor = {},
+                        const AttentionParamGradients<T>& param_grads = {}, TensorView<const double> grad_lse = {}) {
+  using Scalar = ComputeType<T>;
+  const TensorView<double> saved_lse{const_cast<double*>(lse.data), lse.shape, lse.strides};
+  const detail::BackwardTensors<Scalar> x{
+      {q, k, v, output, saved_lse}, grad_output, grad_lse, grad_q, grad_k, grad_v, param_grads.bias};
+  detail::check_shapes(x, params);
+  require((lse.data != nullptr || q.length() == 0) && grad_output.shape == output.shape && grad_q.shape == q.shape &&
+              grad_k.shape == k.shape && grad_v.shape == v.shape,
+          "headroom.core.attention.shape", "grad_output ", Shape{grad_output.shape}, ", grad_q ", Shape{grad_q.shape},
+          ", grad_k ", Shape{grad_k.shape}, " and grad_v ", Shape{grad_v.shape}, " must have the shapes of the output ",
+          Shape{output.shape}, ", q ", Shape{q.shape}, ", k ", Shape{k.shape}, " and v ", Shape{v.shape},
+          ", and lse must be given");
+  detail::check_writable("grad_q", grad_q);
+  detail::check_writable("grad_k", grad_k);
+  detail::check_writable("grad_v", grad_v);
+  const detail::ScoreRules<Scalar> rules(params, detail::MaskRef(mask), x);
+  detail::BackwardPass<Scalar, E>(x, rules, param_grads.relative_bias, param_grads.slopes, param_grads.sink)
+      .run(executor);
 }
 
 }  // namespace headroom::inline v0::core

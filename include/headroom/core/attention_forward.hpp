@@ -1,8 +1,7 @@
 #pragma once
 
-#include "headroom/core/attention_problem.hpp"
 #include "headroom/core/executor.hpp"
-#include "headroom/core/register_tile.hpp"
+#include "headroom/core/score_rules.hpp"
 
 namespace headroom::inline v0::core {
 namespace detail {
@@ -17,12 +16,17 @@ class ForwardGroup {
   static constexpr Index kKeys = 16 * kTileRows;                            // keys in a block: its scores stay in L1
 
   ForwardGroup(std::byte* workspace, Index dim, Index value_dim) : scratch_(workspace) {
-    scores_ = scratch_.take(kKeys * kWidth);
+    scores_ = scratch_.take<Scalar>(kKeys * kWidth);
+    keys_ = scratch_.take<Scalar>(kKeys * dim);
+    values_ = scratch_.take<Scalar>(kKeys * value_dim);
+    finite_values_ = scratch_.take<Scalar>(kKeys * value_dim);
+    buffer_ =
+        scratch_.take<Scalar>(std::max(ScoreRules<Scalar>::buffer_size(kKeys, kWidth), N * std::max(dim, value_dim)));
     for (Tile& tile : tiles_) {
-      tile.query = scratch_.take(dim * kWidth);
-      tile.output = scratch_.take(value_dim * kWidth);
-      tile.maximum = scratch_.take(kWidth);
-      tile.sum = scratch_.take(kWidth);
+      tile.query = scratch_.take<Scalar>(dim * kWidth);
+      tile.output = scratch_.take<Scalar>(value_dim * kWidth);
+      tile.maximum = scratch_.take<Scalar>(kWidth);
+      tile.sum = scratch_.take<Scalar>(kWidth);
     }
   }
   static Index workspace_bytes(Index dim, Index value_dim) {
@@ -30,55 +34,52 @@ class ForwardGroup {
   }
 
   /// Computes rows [queries of tiles first … first + kTiles) of head (b,h).
-  void run(const TensorView<const Scalar>& q, const TensorView<const Scalar>& k, const TensorView<const Scalar>& v,
-           const TensorView<Scalar>& output, const TensorView<double>& lse, double scale, const MaskRef& mask, Index b,
-           Index h, Index first_tile) {
-    const LaneTiling<Scalar> tiling(q.length());
-    const Index count = std::min(kTiles, tiling.tiles - first_tile);
-    const MatrixView<const Scalar> queries = q.head(b, h), keys = k.head(b, h), values = v.head(b, h);
-    // Scores stay unscaled sums in both passes, bit for bit the same; the scale joins inside the exponent. A negative
-    // scale flips the sign of q instead, which is exact.
-    const Scalar factor = static_cast<Scalar>(std::abs(scale) * std::numbers::log2e);
-    KeyRange needed{keys.rows, 0};
+  void run(const AttentionTensors& x, const ScoreRules<Scalar>& rules, Index b, Index h, Index first_tile) {
+    const LaneTiling<Scalar> tiling(x.q.length());
+    const Index count = std::min(kTiles, tiling.tiles - first_tile), length = x.k.length();
+    const AttentionParams& params = rules.params();
+    const bool rotary = static_cast<bool>(params.rotary);
+    const Rotation<Scalar> none,
+        turn_q = rotary ? Rotation<Scalar>(params.rotary, params.query_offset, params.query_positions) : none,
+        turn_k = rotary ? Rotation<Scalar>(params.rotary, 0, nullptr) : none;
+    const RowReader<Scalar> queries(x.q.head(b, h, x.heads()), turn_q), keys(x.k.head(b, h, x.heads()), turn_k),
+        values(x.v.head(b, h, x.heads()));
+    KeyRange needed{length, 0};
     for (Index t = 0; t < count; ++t) {
       Tile& tile = tiles_[t];
-      const auto [begin, vectors] = tiling[first_tile + t];
-      tile.begin = begin;
-      tile.vectors = vectors;
-      tile.rows = std::min(tiling[first_tile + t].width(), q.length() - begin);
-      tile.ranges = Ranges(mask, b, h, begin, tile.rows, keys.rows);
-      const Index width = tile.width();
-      pack_lanes(tile.query, width, 0, queries.middle_rows(begin, tile.rows), scale < 0 ? Scalar(-1) : Scalar(1));
-      std::fill_n(tile.output, v.dim() * width, Scalar(0));
+      const auto lanes = tiling[first_tile + t];
+      const Index rows = std::min(lanes.width(), x.q.length() - lanes.begin), width = lanes.width();
+      tile.vectors = lanes.vectors;
+      tile.run = Run(rules.mask(), params, b, h, {lanes.begin, lanes.begin + rows}, length);
+      if (rows < width) std::fill_n(tile.query, x.q.dim() * width, Scalar(0));
+      queries.pack(tile.query, width, 0, lanes.begin, rows, rules.sign(), buffer_);
+      std::fill_n(tile.output, x.v.dim() * width, Scalar(0));
       std::fill_n(tile.sum, width, Scalar(0));
-      std::fill_n(tile.maximum, width, std::numeric_limits<Scalar>::lowest());
-      needed = {std::min(needed.begin, tile.ranges.any.begin), std::max(needed.end, tile.ranges.any.end)};
+      std::fill_n(tile.maximum, width, kHidden<Scalar> / 2);  // above every hidden score, below every other
+      needed = {std::min(needed.begin, tile.run.any.begin), std::max(needed.end, tile.run.any.end)};
     }
     for (Index key = needed.begin; key < needed.end; key += kKeys) {
-      const Index block = std::min(kKeys, needed.end - key);
+      const KeyRange block{key, std::min(key + kKeys, needed.end)};
+      MatrixView<const Scalar> k_block, v_block;
       for (Index t = 0; t < count; ++t) {
-        Tile& tile = tiles_[t];
-        const KeyRange part = tile.ranges.any & KeyRange{key, key + block};
-        if (part.empty()) continue;
-        const auto k_part = keys.middle_rows(part.begin, part.end - part.begin);
-        const auto v_part = values.middle_rows(part.begin, part.end - part.begin);
-        if (tile.vectors == kTileVectors) {
-          with_head_dim<Scalar>(q.dim(), v.dim(), [&]<int HeadDim> {
-            attend<kTileVectors, HeadDim>(tile, k_part, v_part, part, factor);
-          });
-        } else if (tile.vectors == 2) {
-          attend<2, Eigen::Dynamic>(tile, k_part, v_part, part, factor);
-        } else {
-          attend<1, Eigen::Dynamic>(tile, k_part, v_part, part, factor);
+        const Tile& tile = tiles_[t];
+        const KeyRange part = tile.run.any & block;
+        if (part.empty() || (rules.hides_elements() && !rules.sees_any(b, h, tile.run.queries, part))) continue;
+        if (k_block.data == nullptr) {  // the first tile that needs them
+          k_block = keys.rows(block.begin, block.end - block.begin, keys_);
+          v_block = values.rows(block.begin, block.end - block.begin, values_);
         }
+        const Index skip = part.begin - block.begin, rows = part.end - part.begin;
+        const ScoreTile<Scalar> scores{scores_, tile.width(), b, h, part};
+        attend(tile, scores, k_block.middle_rows(skip, rows), v_block.middle_rows(skip, rows), rules);
       }
     }
-    for (Index t = 0; t < count; ++t) finish(tiles_[t], output.head(b, h), lse, b, h, factor);
+    for (Index t = 0; t < count; ++t) finish(tiles_[t], x, rules, b, h);
   }
 
  private:
   using Packet = simd::Packet<Scalar>;
-  using Ranges = QueryRanges<Scalar, kWidth>;
+  using Run = QueryRun<Scalar, kWidth>;
   static constexpr Index N = simd::kLanes<Scalar>;
 
   struct Tile {
@@ -86,119 +87,162 @@ class ForwardGroup {
     Scalar* output;   // [Dv][width]: sum of weights times values
     Scalar* maximum;  // [width]: largest score so far
     Scalar* sum;      // [width]: sum of weights
-    Ranges ranges;    // the keys that each query may see
-    Index begin, rows;
+    Run run;
     int vectors;
     Index width() const { return vectors * N; }
   };
 
+  void attend(const Tile& tile, const ScoreTile<Scalar>& scores, MatrixView<const Scalar> keys,
+              MatrixView<const Scalar> values, const ScoreRules<Scalar>& rules) {
+    if (tile.vectors == kTileVectors) {
+      with_head_dim<Scalar>(keys.cols, values.cols,
+                            [&]<int HeadDim> { attend<kTileVectors, HeadDim>(tile, scores, keys, values, rules); });
+    } else if (tile.vectors == 2) {
+      attend<2, Eigen::Dynamic>(tile, scores, keys, values, rules);
+    } else {
+      attend<1, Eigen::Dynamic>(tile, scores, keys, values, rules);
+    }
+  }
+
   /// Adds a block of keys to a tile: scores, weights relative to the running maximum, weighted sum of values.
   template <int Vectors, int HeadDim>
-  EIGEN_DONT_INLINE void attend(const Tile& tile, MatrixView<const Scalar> keys, MatrixView<const Scalar> values,
-                                KeyRange block, Scalar factor) {
+  EIGEN_DONT_INLINE void attend(const Tile& tile, const ScoreTile<Scalar>& scores, MatrixView<const Scalar> keys,
+                                MatrixView<const Scalar> values, const ScoreRules<Scalar>& rules) {
     constexpr Index width = Vectors * N;
     const Index dim = HeadDim == Eigen::Dynamic ? keys.cols : HeadDim;
     const Index value_dim = HeadDim == Eigen::Dynamic ? values.cols : HeadDim;
-    const bool masked = !tile.ranges.covers(block);
-    Scalar* const scores = scores_;  // [keys][width], then the weights
-    const auto visible = [&](Index key, int v, Packet x, Packet otherwise) __attribute__((always_inline)) {
-      return simd::keep_inside<Packet>(simd::broadcast(static_cast<Scalar>(block.begin + key)),
-                                       simd::load(tile.ranges.first + v * N), simd::load(tile.ranges.last + v * N), x,
-                                       otherwise);
-    };
+    Scalar* const weights = scores.scores;  // [keys][width]
 
     Packet before[Vectors], maximum[Vectors];
     for (int v = 0; v < Vectors; ++v) before[v] = maximum[v] = simd::load(tile.maximum + v * N);
     for_row_tiles<kTileRows>(
         keys.rows, [&]<int Rows>(Index key) __attribute__((always_inline)) {
-          RegisterTile<Scalar, Rows, Vectors> score(&keys(key, 0), keys.row_stride, keys.col_stride, tile.query, width,
-                                                    dim);
-          if (masked) [[unlikely]] {
-            score.for_each([&](int r, int v, Packet& s) { s = visible(key + r, v, s, before[v]); });
-          }
+          RegisterTile<Scalar, Rows, Vectors> score(&keys(key, 0), keys.row_stride, 1, tile.query, width, dim);
           score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
             maximum[v] = simd::pmax(s, maximum[v]);
-            simd::store(scores + (key + r) * width + v * N, s);
+            simd::store(weights + (key + r) * width + v * N, s);
           });
         });
+    const bool hides = rules.hides_elements() || !tile.run.covers(scores.keys);
+    if (rules.scaled() || hides) [[unlikely]] {
+      rules.template apply<true>(scores, tile.run, nullptr, buffer_);
+      for (int v = 0; v < Vectors; ++v) {
+        maximum[v] = before[v];
+        for (Index key = 0; key < keys.rows; ++key) {
+          maximum[v] = simd::pmax(simd::load(weights + key * width + v * N), maximum[v]);
+        }
+      }
+    }
 
+    const Packet factor = simd::broadcast(rules.factor());
     Packet decay[Vectors], sum[Vectors];
     for (int v = 0; v < Vectors; ++v) {
-      decay[v] = simd::exp2<Scalar>(simd::pmul(simd::psub(before[v], maximum[v]), simd::broadcast(factor)));
+      decay[v] = simd::exp2<Scalar>(simd::pmul(simd::psub(before[v], maximum[v]), factor));
       sum[v] = simd::broadcast(Scalar(0));
       simd::store(tile.maximum + v * N, maximum[v]);
     }
-    const auto weigh = [&]<bool Masked>() __attribute__((always_inline)) {
-      for (Index key = 0; key < keys.rows; ++key) {
+    for (Index key = 0; key < keys.rows; ++key) {
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) {
-          Scalar* const s = scores + key * width + v * N;
-          Packet weight =
-              simd::exp2<Scalar>(simd::pmul(simd::psub(simd::load(s), maximum[v]), simd::broadcast(factor)));
-          if constexpr (Masked) weight = visible(key, v, weight, simd::broadcast(Scalar(0)));
-          sum[v] = simd::padd(sum[v], weight);
-          simd::store(s, weight);
-        }
+      for (int v = 0; v < Vectors; ++v) {
+        Scalar* const s = weights + key * width + v * N;
+        const Packet weight = simd::exp2<Scalar>(simd::pmul(simd::psub(simd::load(s), maximum[v]), factor));
+        sum[v] = simd::padd(sum[v], weight);
+        simd::store(s, weight);
       }
-    };
-    masked ? weigh.template operator()<true>() : weigh.template operator()<false>();
+    }
     for (int v = 0; v < Vectors; ++v) {
       simd::store(tile.sum + v * N, simd::pmadd(simd::load(tile.sum + v * N), decay[v], sum[v]));
     }
+    if (rules.params().dropout.active()) rules.drop(scores, tile.run);
+    const MatrixView<const Scalar> all_values = values;
+    if (hides) values = only_finite(values);
 
     for_row_tiles<kTileRows>(
         value_dim, [&]<int Rows>(Index d) __attribute__((always_inline)) {
-          RegisterTile<Scalar, Rows, Vectors> weighted(&values(0, d), values.col_stride, values.row_stride, scores,
-                                                       width, keys.rows);
+          RegisterTile<Scalar, Rows, Vectors> weighted(&values(0, d), 1, values.row_stride, weights, width, keys.rows);
           weighted.for_each([&](int r, int v, Packet x) __attribute__((always_inline)) {
             Scalar* const o = tile.output + (d + r) * width + v * N;
             simd::store(o, simd::pmadd(simd::load(o), decay[v], x));
           });
         });
+    if (values.data != all_values.data) add_not_finite(tile, scores, all_values);
+  }
+
+  /// 0·NaN is NaN: where some queries must not see a key whose value is not finite, that value is taken out of the
+  /// product and added for the queries that do see it.
+  MatrixView<const Scalar> only_finite(MatrixView<const Scalar> values) {
+    bool finite = true;
+    for (Index j = 0; j < values.rows && finite; ++j) finite = row_is_finite(&values(j, 0), values.cols);
+    if (finite) return values;
+    for (Index j = 0; j < values.rows; ++j) {
+      for (Index d = 0; d < values.cols; ++d) {
+        finite_values_[j * values.cols + d] = is_finite(values(j, d)) ? values(j, d) : Scalar(0);
+      }
+    }
+    return {finite_values_, values.rows, values.cols, values.cols, 1};
+  }
+  void add_not_finite(const Tile& tile, const ScoreTile<Scalar>& weights, MatrixView<const Scalar> values) const {
+    for (Index j = 0; j < values.rows; ++j) {
+      for (Index d = 0; d < values.cols; ++d) {
+        if (is_finite(values(j, d))) continue;
+        for (Index l = 0; l < weights.width; ++l) {
+          const Scalar weight = weights.scores[j * weights.width + l];
+          if (weight != 0) tile.output[d * weights.width + l] += weight * values(j, d);
+        }
+      }
+    }
   }
 
   /// Divides by the sum of weights; writes the rows and their log-sum-exp. A query without keys gets 0 and -inf.
-  static void finish(const Tile& tile, MatrixView<Scalar> output, const TensorView<double>& lse, Index b, Index h,
-                     Scalar factor) {
+  void finish(const Tile& tile, const AttentionTensors& x, const ScoreRules<Scalar>& rules, Index b, Index h) {
+    const double nothing = -std::numeric_limits<double>::infinity(), gain = rules.params().dropout.gain();
+    const std::optional<double> sink = rules.sink(h);
     alignas(64) Scalar inverse[kWidth];
+    const Index first = tile.run.queries.begin, rows = tile.run.queries.end - first;
     for (Index i = 0; i < tile.width(); ++i) {
-      double reciprocal = 1 / static_cast<double>(tile.sum[i]);
+      const double sum = static_cast<double>(tile.sum[i]);
+      const double offset = static_cast<double>(tile.maximum[i]) * static_cast<double>(rules.factor());
+      double reciprocal = 1 / sum, lse = offset + std::log2(sum);  // in units of log2
+      if (sink.has_value() && sum != 0) {
+        lse = std::max(lse, *sink) + std::log2(1 + std::exp2(-std::abs(lse - *sink)));
+        reciprocal = std::exp2(offset - lse);
+      }
+      reciprocal *= gain;
       simd::keep(reciprocal);  // -ffast-math would divide in float, and approximate that
-      inverse[i] = tile.sum[i] == 0 ? Scalar(0) : static_cast<Scalar>(reciprocal);
+      inverse[i] = sum == 0 ? Scalar(0) : static_cast<Scalar>(reciprocal);
+      if (x.lse.data != nullptr && i < rows) {
+        x.lse(b, h, first + i, 0) = (sum == 0 ? sink.value_or(nothing) : lse) * std::numbers::ln2;
+      }
     }
-    unpack_lanes(output.middle_rows(tile.begin, tile.rows), tile.output, tile.width(), inverse);
-    if (lse.data == nullptr) return;
-    for (Index i = 0; i < tile.rows; ++i) {
-      const double offset = static_cast<double>(tile.maximum[i]) * static_cast<double>(factor);
-      lse(b, h, tile.begin + i, 0) = tile.sum[i] == 0
-                                         ? -std::numeric_limits<double>::infinity()
-                                         : (offset + std::log2(static_cast<double>(tile.sum[i]))) * std::numbers::ln2;
-    }
+    RowWriter<Scalar>(x.output.head(b, h, x.heads())).unpack(first, rows, tile.output, tile.width(), inverse, buffer_);
   }
 
-  Scratch<Scalar> scratch_;
-  Scalar* scores_;
+  Scratch scratch_;
+  Scalar* scores_;                           // [keys][width], then the weights
+  Scalar *keys_, *values_, *finite_values_;  // [keys][D], [keys][Dv]: where they can't be read as they lie
+  Scalar* buffer_;
   Tile tiles_[kTiles];
 };
 
 }  // namespace detail
 
-/// output = softmax(scale·q·kᵀ over the keys that the mask allows)·v without ever storing the scores.
-/// q [B,H,Lq,D], k [B,H,Lk,D], v [B,H,Lk,Dv], output [B,H,Lq,Dv], lse [B,H,Lq,1] (natural logarithm of the sum of
-/// exponentials; double because rounding it to float would cost up to 22 times the naive error in the backward pass; a
-/// null view is not written). A query that sees no key gets output 0 and lse -inf. Any strides.
-/// Workspace: ForwardGroup::workspace_bytes(D, Dv) a worker. Results are bit-equal for any number of workers.
-/// Throws headroom.core.attention.{shape,scale,length}.
-template <class Scalar, Mask M = NoMask, Executor E = DefaultExecutor>
-void attention_forward(std::type_identity_t<TensorView<const Scalar>> q,
-                       std::type_identity_t<TensorView<const Scalar>> k,
-                       std::type_identity_t<TensorView<const Scalar>> v, TensorView<Scalar> output,
-                       TensorView<double> lse, const AttentionParams& params = {}, const M& mask = {},
-                       const E& executor = {}) {
-  using Group = detail::ForwardGroup<Scalar>;
-  detail::check_shapes<Scalar>(q, k, v, output, lse, params);
-  const detail::MaskRef mask_ref(mask);
-  const Index groups = (detail::LaneTiling<Scalar>(q.length()).tiles + Group::kTiles - 1) / Group::kTiles;
+/// output = softmax(scores over the keys that the mask allows)·v without ever storing the scores; AttentionParams says
+/// what a score is. q [B,H,Lq,D], k [B or 1,Hk,Lk,D], v [B or 1,Hk,Lk,Dv], output [B,H,Lq,Dv], any strides; Hk divides
+/// H, and each k head serves a run of q heads. float, double, or bfloat16 and half (computed in float). lse [B,H,Lq,1]
+/// is the natural logarithm of the sum of exponentials (double because rounding it to float would cost up to 22 times
+/// the naive error in the backward pass; a null view is not written). A query that sees no key gets output 0 and lse
+/// -inf. Workspace: ForwardGroup::workspace_bytes(D, Dv) a worker. Results are bit-equal for any number of workers.
+/// Throws headroom.core.attention.{shape,scale,dropout,length,output}.
+template <Storable T, Mask M = NoMask, Executor E = DefaultExecutor>
+void attention_forward(std::type_identity_t<TensorView<const T>> q, std::type_identity_t<TensorView<const T>> k,
+                       std::type_identity_t<TensorView<const T>> v, TensorView<T> output, TensorView<double> lse,
+                       const AttentionParams& params = {}, const M& mask = {}, const E& executor = {}) {
+  using Group = detail::ForwardGroup<ComputeType<T>>;
+  const detail::AttentionTensors x{q, k, v, output, lse};
+  detail::check_shapes(x, params);
+  detail::check_writable("the output", output);
+  const detail::ScoreRules<ComputeType<T>> rules(params, detail::MaskRef(mask), x);
+  const Index groups = (detail::LaneTiling<ComputeType<T>>(q.length()).tiles + Group::kTiles - 1) / Group::kTiles;
   const Index tasks = q.batch() * q.heads() * groups;
   if (tasks == 0) return;
   const Index bytes = Group::workspace_bytes(q.dim(), v.dim());
@@ -207,8 +251,7 @@ void attention_forward(std::type_identity_t<TensorView<const Scalar>> q,
     const Index head = task / groups;
     const Index group = groups - 1 - task % groups;  // under a causal mask the longest first
     Group(workspace.data() + worker * bytes, q.dim(), v.dim())
-        .run(q, k, v, output, lse, params.scale_for(q.dim()), mask_ref, head / q.heads(), head % q.heads(),
-             group * Group::kTiles);
+        .run(x, rules, head / q.heads(), head % q.heads(), group * Group::kTiles);
   });
 }
 

@@ -5,43 +5,106 @@
 #include <numbers>
 #include <optional>
 
+#include "headroom/core/dropout.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/core/mask.hpp"
-#include "headroom/core/view.hpp"
+#include "headroom/core/stored.hpp"
 
 namespace headroom::inline v0::core {
 
-/// Parameters of softmax(scale·q·kᵀ)·v.
+/// What attention does with a score before the softmax, beside the ranges of a Mask:
+///   softcap(scale·q·kᵀ) + bias + relative_bias - slope·|distance|.
+/// Query i stands at position p(i) among the keys; its distance to key j is p(i) - j. Views may have stride 0 wherever
+/// they are broadcast; one without data is not there.
 struct AttentionParams {
-  std::optional<double> scale;  // 1/sqrt(D) unless given
+  std::optional<double> scale;             // 1/sqrt(D) unless given
+  double softcap = 0;                      // s becomes softcap·tanh(s / softcap); 0: s stays
+  Index query_offset = 0;                  // p(i) = i + query_offset
+  const Index* query_positions = nullptr;  // [Lq], instead of the offset
+  StoredTensor bias = {};                  // [B,H,Lq,Lk]
+  StoredTensor relative_bias = {};         // [1,H,1,2R-1]: element R-1+distance; distances beyond take the outermost
+  StoredTensor slopes = {};                // [B,H,Lq,1]
+  StoredTensor sink = {};                  // [1,H,1,1]: a score without a value
+  TensorView<const bool> mask = {};        // [B,H,Lq,Lk]
+  bool mask_visible = true;                // the value in `mask` that lets a query see a key
+  TensorView<const bool> block_mask = {};  // [B,H,ceil(Lq/block_size),ceil(Lk/block_size)], true: visible
+  Index block_size = 128;
+  StoredTensor rotary = {};  // [1,1,positions,2·pairs] cosine, sine; row p(i) turns q(i), row j turns k(j)
+  Dropout dropout = {};
+  Index first_head = 0;  // where b·H + h starts counting, for dropout
 
   double scale_for(Index dim) const {
     return scale.value_or(1.0 / std::sqrt(static_cast<double>(std::max<Index>(dim, 1))));
   }
+  Index position(Index query) const { return query_positions ? query_positions[query] : query + query_offset; }
 };
 
 namespace detail {
 
-/// Fails unless q [B,H,Lq,D], k [B,H,Lk,D], v [B,H,Lk,Dv], output [B,H,Lq,Dv] and lse [B,H,Lq,1] agree.
-template <class Scalar>
-void check_shapes(const TensorView<const Scalar>& q, const TensorView<const Scalar>& k,
-                  const TensorView<const Scalar>& v, const TensorView<const Scalar>& output,
-                  const TensorView<const double>& lse, const AttentionParams& params) {
+/// The tensors of a forward pass, as the kernels see them.
+struct AttentionTensors {
+  StoredTensor q, k, v, output;
+  TensorView<double> lse;
+
+  Index batch() const { return q.shape[0]; }
+  Index heads() const { return q.shape[1]; }
+};
+
+/// Fails unless q [B,H,Lq,D], k [B or 1,Hk,Lk,D], v [B or 1,Hk,Lk,Dv], output [B,H,Lq,Dv] and lse [B,H,Lq,1] agree.
+inline void check_shapes(const AttentionTensors& x, const AttentionParams& params) {
   const auto expect = [](const char* name, const std::array<Index, 4>& given, const std::array<Index, 4>& expected) {
     require(given == expected, "headroom.core.attention.shape", name, " has shape ", Shape{given}, ", expected ",
-            Shape{expected}, " from the shapes of q [B,H,Lq,D], k [B,H,Lk,D] and v [B,H,Lk,Dv]");
+            Shape{expected}, " from the shapes of q [B,H,Lq,D], k [B,Hk,Lk,D] and v [B,Hk,Lk,Dv]");
   };
-  const std::array<Index, 4> of_q = q.shape;
-  expect("k", k.shape, {of_q[0], of_q[1], k.length(), of_q[3]});
-  expect("v", v.shape, {of_q[0], of_q[1], k.length(), v.dim()});
-  expect("the output", output.shape, {of_q[0], of_q[1], of_q[2], v.dim()});
-  if (lse.data != nullptr) expect("lse", lse.shape, {of_q[0], of_q[1], of_q[2], 1});
-  const double scale = params.scale_for(q.dim());
+  const auto [batch, heads, queries, dim] = x.q.shape;
+  const Index keys = x.k.length(), k_batch = x.k.shape[0] == 1 ? 1 : batch, k_heads = x.k.shape[1];
+  require(heads == k_heads || (k_heads > 0 && heads % k_heads == 0), "headroom.core.attention.shape", "k has ", k_heads,
+          " heads, expected a divisor of the ", heads, " heads of q");
+  expect("k", x.k.shape, {k_batch, k_heads, keys, dim});
+  expect("v", x.v.shape, {k_batch, k_heads, keys, x.v.dim()});
+  expect("the output", x.output.shape, {batch, heads, queries, x.v.dim()});
+  if (x.lse.data != nullptr) expect("lse", x.lse.shape, {batch, heads, queries, 1});
+  if (params.bias) expect("bias", params.bias.shape, {batch, heads, queries, keys});
+  if (params.mask.data != nullptr) expect("mask", params.mask.shape, {batch, heads, queries, keys});
+  if (params.slopes) expect("slopes", params.slopes.shape, {batch, heads, queries, 1});
+  if (params.sink) expect("sink", params.sink.shape, {1, heads, 1, 1});
+  if (params.relative_bias) {
+    expect("relative_bias", params.relative_bias.shape, {1, heads, 1, params.relative_bias.dim()});
+    require(params.relative_bias.dim() % 2 == 1, "headroom.core.attention.shape", "relative_bias has ",
+            params.relative_bias.dim(), " elements a head, expected an odd number, 2R-1");
+  }
+  if (params.block_mask.data != nullptr) {
+    const Index size = params.block_size;
+    require(size > 0, "headroom.core.attention.shape", "block_size is ", size, ", expected a positive number");
+    expect("block_mask", params.block_mask.shape,
+           {batch, heads, (queries + size - 1) / size, (keys + size - 1) / size});
+  }
+  if (params.rotary) {
+    Index last = keys - 1, first = 0;
+    for (Index i = 0; i < queries; ++i) {
+      first = std::min(first, params.position(i)), last = std::max(last, params.position(i));
+    }
+    require(params.rotary.dim() % 2 == 0 && params.rotary.dim() <= dim && first >= 0 && last < params.rotary.length(),
+            "headroom.core.attention.shape", "the rotary table ", Shape{params.rotary.shape},
+            " does not fit: expected [1,1,P,2·pairs] with at most D = ", dim, " columns and a row for each of the ",
+            "positions ", first, " to ", last);
+  }
+  const double scale = params.scale_for(dim);
   require(std::abs(scale) <= std::numeric_limits<float>::max(), "headroom.core.attention.scale", "scale is ", scale,
           ", expected a finite number");
-  // Positions are compared in the scalar type, which holds whole numbers up to 2^digits.
-  require(k.length() < (Index(1) << std::numeric_limits<Scalar>::digits), "headroom.core.attention.length", "k has ",
-          k.length(), " positions, at most 2^", std::numeric_limits<Scalar>::digits, " are supported");
+  require(params.dropout.probability >= 0 && params.dropout.probability < 1, "headroom.core.attention.dropout",
+          "dropout is ", params.dropout.probability, ", expected a probability below 1");
+  // Positions are compared as floats, which hold whole numbers up to 2^24.
+  require(keys < (Index(1) << 24), "headroom.core.attention.length", "k has ", keys,
+          " positions, at most 2^24 are supported");
+}
+
+/// Fails when elements of a tensor that is written to share memory.
+inline void check_writable(const char* name, const StoredTensor& x) {
+  for (int d = 0; d < 4; ++d) {
+    require(x.strides[d] != 0 || x.shape[d] <= 1 || x.size() == 0, "headroom.core.attention.output", name, " ",
+            Shape{x.shape}, " is expanded: its elements share memory; give it memory of its own");
+  }
 }
 
 /// A mask seen through a function pointer, so that the kernels are compiled once for all masks.
@@ -59,43 +122,15 @@ struct MaskRef {
         }) {}
 };
 
-/// The ranges of a run of queries: per query as lanes or scalars, and what holds for all of them.
-template <class Scalar, Index Capacity>
-struct QueryRanges {
-  alignas(64) Scalar first[Capacity];
-  alignas(64) Scalar last[Capacity];  // one past the last key
-  KeyRange any;                       // no key outside is seen by any query
-  KeyRange all;                       // every key inside is seen by every query
-
-  /// Positions past `queries` repeat the last query's range.
-  QueryRanges(const MaskRef& mask, Index b, Index h, Index first_query, Index queries, Index length) {
-    KeyRange ranges[Capacity];
-    mask.keys(mask.mask, b, h, first_query, queries, length, ranges);
-    any = {length, 0};
-    all = {0, length};
-    for (Index i = 0; i < Capacity; ++i) {
-      const KeyRange range = ranges[std::min(i, queries - 1)];
-      first[i] = static_cast<Scalar>(range.begin);
-      last[i] = static_cast<Scalar>(range.end);
-      if (!range.empty()) any = {std::min(any.begin, range.begin), std::max(any.end, range.end)};
-      all = all & range;
-    }
-  }
-  QueryRanges() = default;
-
-  bool touches(KeyRange keys) const { return !(any & keys).empty(); }
-  bool covers(KeyRange keys) const { return all.begin <= keys.begin && keys.end <= all.end; }
-};
-
 /// Hands out pieces of a workspace, each aligned to a cache line. With a null start it only measures.
-template <class Scalar>
 class Scratch {
  public:
   explicit Scratch(std::byte* start) : start_(start) {}
 
-  Scalar* take(Index count) {
-    Scalar* piece = start_ == nullptr ? nullptr : reinterpret_cast<Scalar*>(start_ + bytes_);
-    bytes_ += (count * static_cast<Index>(sizeof(Scalar)) + 63) / 64 * 64;
+  template <class T>
+  T* take(Index count) {
+    T* piece = start_ == nullptr ? nullptr : reinterpret_cast<T*>(start_ + bytes_);
+    bytes_ += (count * static_cast<Index>(sizeof(T)) + 63) / 64 * 64;
     return piece;
   }
   Index bytes() const { return bytes_; }

@@ -34,6 +34,22 @@ struct CausalMask {
   KeyRange keys(Index, Index, Index query) const { return {0, query + offset + 1}; }
 };
 
+/// Query i stands at position i + offset and sees keys position - left … position + right; negative: no limit.
+struct WindowMask {
+  Index left = -1, right = -1, offset = 0;
+  KeyRange keys(Index, Index, Index query) const {
+    const Index position = query + offset;
+    return {left < 0 ? 0 : std::max<Index>(position - left, 0),
+            right < 0 ? Eigen::NumTraits<Index>::highest() : position + right + 1};
+  }
+};
+
+/// The same ranges for all batches and heads, one for each query: packed sequences, for example.
+struct RangeMask {
+  const Index *begin = nullptr, *end = nullptr;  // [Lq]
+  KeyRange keys(Index, Index, Index query) const { return {begin[query], end[query]}; }
+};
+
 /// All queries of batch b see keys 0 … lengths[b] - 1.
 template <class Integer>
 struct KeyLengthMask {

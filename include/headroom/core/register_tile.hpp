@@ -93,33 +93,52 @@ struct LaneTiling {
   Index packets, tiles;
 };
 
-/// to[d][first + i] = factor·x(i,d), zero in the other lanes of [0, width): the rows of x fill the lanes.
-template <class Scalar>
-void pack_lanes(Scalar* to, Index width, Index first, MatrixView<const Scalar> x, Scalar factor) {
+/// Scalar pairs of the two ways to bring values into lanes: overwrite, or add to what is there.
+struct Assign {
+  template <class T>
+  EIGEN_ALWAYS_INLINE static T combine(T, T x) {
+    return x;
+  }
+};
+struct Add {
+  template <class T>
+  EIGEN_ALWAYS_INLINE static T combine(T before, T x) {
+    if constexpr (std::is_arithmetic_v<T>) {
+      return before + x;
+    } else {
+      return simd::padd(before, x);
+    }
+  }
+};
+
+/// to[d][i] = factor·x(i,d), or += with Add: the rows of x fill the lanes. Other lanes are left alone.
+template <class Op = Assign, class Scalar>
+void pack_lanes(Scalar* to, Index width, MatrixView<const Scalar> x, Scalar factor) {
   constexpr Index N = simd::kLanes<Scalar>;
-  if (x.rows < width) std::fill_n(to, x.cols * width, Scalar(0));
-  to += first;
+  const auto put = [&](Scalar * at, simd::Packet<Scalar> y) __attribute__((always_inline)) {
+    simd::store(at, Op::combine(simd::load(at), simd::pmul(y, simd::broadcast(factor))));
+  };
   Index i = 0;
   for (; i + N <= x.rows; i += N) {
     Index d = 0;
-    if (x.row_stride == 1) {
+    if (x.row_stride == 1 || x.row_stride == 0) {
       for (; d < x.cols; ++d) {
-        simd::store(to + d * width + i, simd::pmul(simd::load(&x(i, d)), simd::broadcast(factor)));
+        put(to + d * width + i, x.row_stride == 1 ? simd::load(&x(i, d)) : simd::broadcast(x(i, d)));
       }
     } else if (x.col_stride == 1) {
       for (; d + N <= x.cols; d += N) {
         simd::Packet<Scalar> block[N];
-        for (Index r = 0; r < N; ++r) block[r] = simd::pmul(simd::load(&x(i + r, d)), simd::broadcast(factor));
+        for (Index r = 0; r < N; ++r) block[r] = simd::load(&x(i + r, d));
         simd::transpose<Scalar>(block);
-        for (Index c = 0; c < N; ++c) simd::store(to + (d + c) * width + i, block[c]);
+        for (Index c = 0; c < N; ++c) put(to + (d + c) * width + i, block[c]);
       }
     }
     for (; d < x.cols; ++d) {
-      for (Index r = i; r < i + N; ++r) to[d * width + r] = factor * x(r, d);
+      for (Index r = i; r < i + N; ++r) to[d * width + r] = Op::combine(to[d * width + r], factor * x(r, d));
     }
   }
   for (; i < x.rows; ++i) {
-    for (Index d = 0; d < x.cols; ++d) to[d * width + i] = factor * x(i, d);
+    for (Index d = 0; d < x.cols; ++d) to[d * width + i] = Op::combine(to[d * width + i], factor * x(i, d));
   }
 }
 

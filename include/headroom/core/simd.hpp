@@ -1,6 +1,7 @@
 #pragma once
 
 #include <Eigen/Core>
+#include <cmath>
 #include <type_traits>
 
 #include "headroom/core/view.hpp"
@@ -39,13 +40,6 @@ using Eigen::internal::pmadd;  // a * b + c
 using Eigen::internal::pmax;   // a NaN in the first operand wins
 using Eigen::internal::pmul;
 using Eigen::internal::psub;
-
-/// Lanes of `x` where first <= position < last, elsewhere those of `otherwise`.
-template <class P>
-EIGEN_ALWAYS_INLINE P keep_inside(P position, P first, P last, P x, P otherwise) {
-  using namespace Eigen::internal;
-  return pselect(pand(pcmp_le(first, position), pcmp_lt(position, last)), x, otherwise);
-}
 
 /// Hides from the optimiser where `x` came from.
 template <class P>
@@ -93,6 +87,19 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x) {
       p = pmadd(p, f, constant(c));
     }
     return pldexp(p, n);
+  }
+}
+
+/// tanh(x), accurate for small x too.
+template <class Scalar>
+EIGEN_ALWAYS_INLINE Packet<Scalar> tanh(Packet<Scalar> x) {
+  if constexpr (Eigen::internal::packet_traits<Scalar>::HasTanh) {
+    return Eigen::internal::ptanh(x);
+  } else {
+    Scalar lanes[kLanes<Scalar>];
+    store(lanes, x);
+    for (Scalar& lane : lanes) lane = std::tanh(lane);
+    return load(lanes);
   }
 }
 

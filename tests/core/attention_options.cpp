@@ -1,0 +1,245 @@
+// What AttentionParams adds to plain attention, each alone and together, in values and gradients.
+
+#include "core/attention_run.hpp"
+
+using namespace headroom;
+using namespace headroom::core;
+using namespace headroom::testing;
+
+namespace {
+
+const Problem kProblem{.batch = 2, .heads = 4, .queries = 150, .keys = 170};
+
+Problem with(void (*change)(Problem&), Problem p = kProblem) {
+  change(p);
+  return p;
+}
+
+}  // namespace
+
+TEST_CASE("a bias of any broadcast shape, and its gradient") {
+  for (const Extents& shape : {Extents{2, 4, 150, 170}, Extents{1, 4, 150, 170}, Extents{2, 1, 150, 170},
+                               Extents{1, 1, 150, 170}, Extents{2, 4, 1, 170}, Extents{1, 1, 1, 170},
+                               Extents{2, 4, 150, 1}, Extents{1, 4, 150, 1}, Extents{2, 4, 1, 1}}) {
+    CAPTURE(shape);
+    Problem p = kProblem;
+    p.bias = shape;
+    p.sink = shape[3] == 1;  // without a sink, what is added to all scores of a query has no effect
+    check_accuracy(p);
+  }
+}
+
+TEST_CASE("relative position bias: by head or shared, longer and shorter than the sequence") {
+  for (const Index reach : {1, 20, 150, 400}) {
+    const Index heads = reach <= 20 ? 32 : 2;  // enough sums that an RMS error is more than a few roundings
+    check_accuracy({.batch = 2, .heads = heads, .queries = 150, .keys = 170, .relative_reach = reach});
+    if (reach == 1) continue;  // one number for all scores has no effect: its gradient is nothing but rounding
+    check_accuracy({.batch = 2, .queries = 150, .keys = 170, .relative_reach = reach, .relative_shared = true},
+                   {.query_offset = 20});
+  }
+}
+
+TEST_CASE("slopes by head and by query") {
+  check_accuracy(with([](Problem& p) { p.heads = 16, p.slopes = {1, 16, 1, 1}; }));
+  check_accuracy(with([](Problem& p) { p.slopes = {2, 4, 150, 1}; }), {.query_offset = 20});
+  check_accuracy(with([](Problem& p) { p.slopes = {2, 1, 150, 1}; }), {}, CausalMask{});
+}
+
+TEST_CASE("softcap, strong and weak") {
+  for (const double cap : {0.5, 5.0, 50.0}) {
+    check_accuracy(with([](Problem& p) { p.amplitude = 4; }), {.softcap = cap});
+    check_accuracy(with([](Problem& p) { p.amplitude = 4; }), {.scale = -0.2, .softcap = cap});
+  }
+}
+
+TEST_CASE("a sink takes its share, also where a query sees no key") {
+  check_accuracy(with([](Problem& p) { p.sink = true, p.heads = 32; }));
+  check_accuracy(with([](Problem& p) { p.sink = true, p.heads = 32; }), {}, CausalMask{-30});
+}
+
+TEST_CASE("a boolean mask of any broadcast shape, either way round") {
+  for (const Extents& shape : {Extents{2, 4, 150, 170}, Extents{1, 1, 150, 170}, Extents{2, 1, 1, 170},
+                               Extents{2, 4, 150, 1}, Extents{1, 1, 1, 1}}) {
+    Problem p = kProblem;
+    p.mask = shape;
+    check_accuracy(p);
+    check_accuracy(p, {.mask_visible = false}, CausalMask{10});
+  }
+}
+
+TEST_CASE("a block mask skips blocks of any size") {
+  for (const Index size : {1, 16, 50, 128, 1000}) {
+    check_accuracy({.batch = 2, .queries = 150, .keys = 170, .blocks = size});
+  }
+}
+
+TEST_CASE("windows, with and without an offset") {
+  for (const Index left : {-1, 0, 20}) {
+    for (const Index right : {-1, 0, 7}) {
+      check_accuracy(kProblem, {}, WindowMask{left, right});
+      check_accuracy(kProblem, {}, WindowMask{left, right, 20});
+    }
+  }
+}
+
+TEST_CASE("packed sequences: every query sees its own") {
+  // sequences of 40, 0, 100 and 10 queries and 50, 20, 0 and 100 keys
+  std::vector<Index> begin, end, position;
+  for (Index i = 0; i < 150; ++i) {
+    const Index sequence = i < 40 ? 0 : i < 140 ? 2 : 3;
+    begin.push_back(sequence == 0 ? 0 : 70);
+    end.push_back(sequence == 0 ? 50 : sequence == 2 ? 70 : 170);
+    position.push_back(sequence == 0 ? i : sequence == 2 ? 70 + i - 40 : 70 + i - 140);
+  }
+  const RangeMask mask{begin.data(), end.data()};
+  const AttentionParams params{.query_positions = position.data()};
+  check_accuracy(kProblem, params, mask);
+  check_accuracy(with([](Problem& p) {
+                   p.relative_reach = 30, p.slopes = {1, 4, 1, 1}, p.rotary = true;
+                 }),
+                 params, mask);
+}
+
+TEST_CASE("rotary embedding inside the kernel") {
+  check_accuracy(with([](Problem& p) { p.rotary = true; }));
+  check_accuracy(with([](Problem& p) { p.rotary = true, p.dim = 9, p.kv_heads = 2; }), {.query_offset = 20},
+                 CausalMask{20});
+}
+
+TEST_CASE("grouped queries and shared batches of keys") {
+  for (const Index kv_heads : {1, 2, 4}) {
+    for (const bool one_batch : {false, true}) {
+      Problem p = kProblem;
+      p.kv_heads = kv_heads, p.one_kv_batch = one_batch;
+      check_accuracy(p);
+      p.bias = {1, 1, 150, 170};
+      check_accuracy(p, {}, CausalMask{});
+    }
+  }
+}
+
+TEST_CASE("dropout: the same weights are dropped in both passes") {
+  check_accuracy(kProblem, {.dropout = {0.3, 1234567890123456789ULL}});
+  check_accuracy(with([](Problem& p) { p.sink = true; }), {.dropout = {0.9, 5}, .first_head = 7}, CausalMask{});
+}
+
+TEST_CASE("the log-sum-exp has a gradient") {
+  check_accuracy(with([](Problem& p) { p.grad_lse = true; }));
+  check_accuracy(with([](Problem& p) { p.grad_lse = true, p.sink = true; }), {.softcap = 3}, CausalMask{-20});
+}
+
+TEST_CASE("everything at once") {
+  check_accuracy({.batch = 2,
+                  .heads = 4,
+                  .queries = 131,
+                  .keys = 170,
+                  .dim = 24,
+                  .value_dim = 40,
+                  .kv_heads = 2,
+                  .bias = {1, 4, 131, 170},
+                  .mask = {2, 1, 131, 170},
+                  .slopes = {2, 4, 131, 1},
+                  .relative_reach = 60,
+                  .sink = true,
+                  .rotary = true,
+                  .grad_lse = true,
+                  .blocks = 30},
+                 {.softcap = 8, .query_offset = 39, .dropout = {0.1, 99}},
+                 BothMasks{CausalMask{39}, WindowMask{100, -1, 39}});
+}
+
+TEST_CASE("NaN that a query may not see does not reach it, wherever the border runs") {
+  const auto spoil = [](Run<float>& run) {
+    for (const Index j : {0, 60, 100, 169}) {
+      for (Index h = 0; h < run.p.kv_heads; ++h) {
+        for (Index d = 0; d < 16; ++d) {
+          run.k[(h * 170 + j) * 16 + d] = std::numeric_limits<float>::quiet_NaN();
+          run.v[(h * 170 + j) * 16 + d] = d % 2 == 0 ? std::numeric_limits<float>::infinity() : -1e38F * 1e30F;
+        }
+      }
+    }
+  };
+  // keys 60, 100, 169 and 0 are hidden from queries below 60, 100, … by the triangle, key 0 by the window
+  const BothMasks mask{CausalMask{}, WindowMask{50, -1}};
+  Problem p = kProblem;
+  p.batch = 1;
+  Run<float> clean(p), spoiled(p);
+  spoil(spoiled);
+  clean.tiled({}, mask), spoiled.tiled({}, mask);
+  Index equal = 0;
+  for (Index h = 0; h < 4; ++h) {
+    for (Index i = 0; i < 150; ++i) {
+      const bool sees = i <= 50 || (60 <= i && i <= 110) || (100 <= i && i <= 150);
+      if (sees) continue;
+      for (Index d = 0; d < 16; ++d) {
+        const Index at = (h * 150 + i) * 16 + d;
+        equal += clean.output[at] == spoiled.output[at] && clean.grad_q[at] == spoiled.grad_q[at];
+      }
+    }
+  }
+  CHECK(equal == 4 * 9 * 16);  // queries 51 … 59
+}
+
+TEST_CASE("bfloat16 and half are read where they lie and computed in float") {
+  const auto check = [](auto type, double epsilon) {
+    using T = decltype(type);
+    Run<float> run(kProblem);
+    const auto narrow = [](std::vector<float>& x) {
+      std::vector<T> y;
+      for (float& e : x) y.push_back(static_cast<T>(e)), e = static_cast<float>(y.back());
+      return y;
+    };
+    auto q = narrow(run.q), k = narrow(run.k), v = narrow(run.v), grad = narrow(run.grad);
+    run.tiled({}, CausalMask{});
+    std::vector<T> output(run.output.size()), grad_q(q.size()), grad_k(k.size()), grad_v(v.size());
+    std::vector<double> lse(run.lse.size());
+    const auto of = [&](std::vector<T>& x, Index length) { return dense_view(x.data(), 2, 4, length, 16); };
+    const auto lse_view = dense_view(lse.data(), 2, 4, 150, 1);
+    attention_forward<T>(of(q, 150), of(k, 170), of(v, 170), of(output, 150), lse_view, {}, CausalMask{});
+    CHECK((lse == run.lse));
+    std::vector<T> rounded;
+    for (const float e : run.output) rounded.push_back(static_cast<T>(e));
+    CHECK((output == rounded));
+    attention_backward<T>(of(grad, 150), of(q, 150), of(k, 170), of(v, 170), of(output, 150), lse_view, of(grad_q, 150),
+                          of(grad_k, 170), of(grad_v, 170), {}, CausalMask{});
+    CHECK(deviation(grad_q, run.grad_q).maximum < 8 * epsilon);
+    CHECK(deviation(grad_k, run.grad_k).maximum < 8 * epsilon);
+    CHECK(deviation(grad_v, run.grad_v).maximum < 8 * epsilon);
+  };
+  check(Eigen::bfloat16(), 0x1p-8);
+  check(Eigen::half(), 0x1p-11);
+}
+
+#ifdef _OPENMP
+TEST_CASE("gradients of what is added to scores are bit-equal for any number of workers") {
+  Problem p = kProblem;
+  p.bias = {1, 4, 150, 170}, p.relative_reach = 60, p.slopes = {1, 4, 1, 1}, p.sink = true, p.kv_heads = 2;
+  p.queries = 150;
+  Run<float> serial(p);
+  serial.tiled({.dropout = {0.2, 3}});
+  for (const int threads : {2, 3, 4}) {
+    Run<float> parallel(p);
+    parallel.tiled({.dropout = {0.2, 3}}, {}, OpenMpExecutor{threads});
+    CHECK((serial.output == parallel.output));
+    CHECK((serial.grad_q == parallel.grad_q));
+    CHECK((serial.grad_k == parallel.grad_k));
+    CHECK((serial.grad_bias == parallel.grad_bias));
+    CHECK((serial.grad_relative == parallel.grad_relative));
+    CHECK((serial.grad_slopes == parallel.grad_slopes));
+    CHECK((serial.grad_sink == parallel.grad_sink));
+  }
+}
+#endif
+
+TEST_CASE("memory that is shared is not written to") {
+  Run<float> run({.heads = 2});
+  auto output = run.of(run.output, 64, 16);
+  output.strides[1] = 0;
+  const Error error = error_of([&] {
+    attention_forward<float>(run.of(run.q, 64, 16), run.of(run.k, 64, 16), run.of(run.v, 64, 16), output,
+                             run.of(run.lse, 64, 1));
+  });
+  CHECK(error.id() == "headroom.core.attention.output");
+  CHECK(contains(error.what(), "the output [1,2,64,16] is expanded"));
+  CHECK(error_of([&] { run.tiled({.dropout = {1.0, 0}}); }).id() == "headroom.core.attention.dropout");
+}

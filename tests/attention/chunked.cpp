@@ -166,7 +166,7 @@ TEST_CASE("a window makes chunked attention skip what no query sees") {
   const auto windowed = meter.measure([&] { output = attention(q, k, v, options); });
   const auto all = meter.measure(
       [&] { causal = attention(q, k, v, AttentionOptions().causal(true).backend(AttentionBackend::chunked)); });
-  CHECK(4 * windowed.allocations < all.allocations);  // 2 tiles for each chunk of queries instead of 1 to 16
+  CHECK(2 * windowed.allocations < all.allocations);  // 2 tiles, with both ends masked, instead of 1 to 16
   // The last query by hand
   const Tensor scores = torch::matmul(k[0][0].slice(0, length - 101), q.detach()[0][0][length - 1]) / std::sqrt(8.0);
   CHECK(largest(output.detach()[0][0][length - 1] - torch::matmul(scores.softmax(0), v[0][0].slice(0, length - 101))) <

@@ -41,11 +41,12 @@ TEST_CASE("fused attention equals the reference in double, or is refused") {
 }
 
 TEST_CASE("fused attention in narrow dtypes errs no more than the rule allows") {
+  AccuracyRule in_bfloat(AttentionBackend::fused, torch::kBFloat16), in_float(AttentionBackend::fused, torch::kFloat);
   for (const AttentionCase& request : fused_cases()) {
     INFO(request.name);
-    check_accuracy(request, AttentionBackend::fused, torch::kBFloat16);
+    in_bfloat.check(request);
     // LibTorch's kernel recomputes weights from a log-sum-exp in float: its gradients in float miss the rule
-    check_accuracy(request, AttentionBackend::fused, torch::kFloat, /*gradients=*/false);
+    in_float.check(request, /*gradients=*/false);
   }
 }
 
@@ -105,10 +106,9 @@ TEST_CASE("a refusal names what is not served and who serves it") {
     return std::string(
         error_of([&] { attention(q, k, k, AttentionOptions(options).backend(AttentionBackend::fused)); }).what());
   };
-  CHECK(message(AttentionOptions().window(AttentionWindow{1, 1}).softcap(3.0)) ==
-        "[headroom.attention.backend] the backend fused does not serve fewer heads of k and v than of q, window, "
-        "softcap; "
-        "leave that out or ask for one of the backends chunked, reference");
+  const auto given = message(AttentionOptions().window(AttentionWindow{1, 1}).softcap(3.0));
+  CHECK(contains(given, "the backend fused does not serve fewer heads of k and v than of q, window, softcap; "));
+  CHECK(contains(given, "chunked, reference"));
   CHECK(contains(message(AttentionOptions().bias(torch::zeros({6, 6}).requires_grad_())), "bias with a gradient"));
   CHECK(contains(message(AttentionOptions().causal(true).query_offset(2)), "query_offset with causal"));
 }

@@ -175,7 +175,7 @@ class ChunkedAttention {
   }
 
   struct Scores {
-    torch::Tensor capped, all;  // [b,h,queries,keys]; before and after what is added
+    torch::Tensor capped, all;  // [b,h,queries,keys], before and after what is added; all may be written over
     torch::Tensor hidden;
   };
   Scores scores(const Block& block, const torch::Tensor& q, const torch::Tensor& k, const ScoreTile& tile) const {
@@ -183,14 +183,18 @@ class ChunkedAttention {
     s.capped = block.terms.capped(unfolded(torch::matmul(q, k.transpose(-2, -1))));
     s.all = block.terms.added(s.capped, tile);
     s.hidden = block.terms.hidden(tile);
+    if (request_.softcap <= 0) {
+      s.capped.reset();
+    } else if (s.all.is_same(s.capped)) {
+      s.all = s.capped.clone();
+    }
     if (block.bad_queries.defined()) {
-      s.all = s.all.masked_fill(rows_of(block.bad_queries, 2, tile.first_query, tile.end_query).unsqueeze(-1), kNaN);
+      s.all.masked_fill_(rows_of(block.bad_queries, 2, tile.first_query, tile.end_query).unsqueeze(-1), kNaN);
     }
     if (block.bad_keys.defined()) {
       const torch::Tensor bad = rows_of(block.bad_keys, 2, tile.first_key, tile.end_key);
-      s.all = s.all.masked_fill(bad.repeat_interleave(request_.group(), 1).unsqueeze(-2), kNaN);
+      s.all.masked_fill_(bad.repeat_interleave(request_.group(), 1).unsqueeze(-2), kNaN);
     }
-    if (request_.softcap <= 0) s.capped.reset();
     return s;
   }
 
@@ -209,7 +213,7 @@ class ChunkedAttention {
     torch::Tensor mean = torch::zeros({b, h, count, block.v.size(3)}, options);
     for_each_tile(block, first, last, [&](const ScoreTile& tile) {
       Scores s = scores(block, q, keys(block, tile), tile);
-      if (s.hidden.defined()) s.all = s.all.masked_fill(s.hidden, -kInfinity);
+      if (s.hidden.defined()) s.all.masked_fill_(s.hidden, -kInfinity);
       const torch::Tensor higher = torch::maximum(maximum, s.all.amax(-1, /*keepdim=*/true));
       const torch::Tensor shift = higher.masked_fill(higher == -kInfinity, 0);
       torch::Tensor weights = s.all.sub_(shift).exp_();
@@ -237,7 +241,7 @@ class ChunkedAttention {
     for_each_tile(block, first, last, [&](const ScoreTile& tile) {
       const torch::Tensor k = keys(block, tile), v = key_part(block.v, block, tile);
       Scores s = scores(block, q, k, tile);
-      torch::Tensor weights = (s.all - lse).sub_(lse_rest).exp_();
+      torch::Tensor weights = s.all.sub_(lse).sub_(lse_rest).exp_();
       s.all.reset();
       if (s.hidden.defined()) weights.masked_fill_(s.hidden, 0);
       torch::Tensor grad_scores = unfolded(torch::matmul(grad_output, v.transpose(-2, -1)));  // of the weights, so far
@@ -248,18 +252,17 @@ class ChunkedAttention {
         grad_scores.mul_(factor);
       }
       if (grad.v.defined()) {
-        add_keys(grad.v, tile, torch::matmul(folded(dropped).transpose(-2, -1), grad_output));
+        add_keys(grad.v, tile, torch::matmul(dropped.transpose(-2, -1), unfolded(grad_output)));
       }
       dropped.reset();
       grad_scores.sub_(delta).mul_(weights);
       if (s.hidden.defined()) grad_scores.masked_fill_(s.hidden, 0);  // of a row that is NaN
       weights.reset();
       add_terms(block.terms, tile, grad_scores, grad);
-      if (request_.softcap > 0) grad_scores.mul_(1 - (s.capped / request_.softcap).square_());
-      const torch::Tensor products = folded(grad_scores);
-      if (grad.q.defined()) grad_q.add_(torch::matmul(products, k));
+      if (request_.softcap > 0) grad_scores.mul_(s.capped.div_(request_.softcap).square_().neg_().add_(1));
+      if (grad.q.defined()) grad_q.add_(torch::matmul(folded(grad_scores), k));
       if (grad.k.defined()) {
-        torch::Tensor grad_k = torch::matmul(products.transpose(-2, -1), q);
+        torch::Tensor grad_k = torch::matmul(grad_scores.transpose(-2, -1), unfolded(q));
         if (request_.rotary.defined()) {
           grad_k = rotated(grad_k, request_.rotary.conj(), rows_of(key_rows_, 0, tile.first_key, tile.end_key));
         }
@@ -274,10 +277,12 @@ class ChunkedAttention {
     grad.q.slice(2, first, last).copy_(grad_q);
   }
 
-  /// Adds to rows of the gradient of k or v, whose batch dimension may broadcast.
-  static void add_keys(const torch::Tensor& grad, const ScoreTile& tile, const torch::Tensor& x) {
+  /// Adds x [b,h,keys,D] to rows of the gradient of k or v, whose heads are shared and whose batch may broadcast. Heads
+  /// are summed after their matrix product: one product over all would add more terms in a row and round more.
+  void add_keys(const torch::Tensor& grad, const ScoreTile& tile, const torch::Tensor& x) const {
     const torch::Tensor rows = grad.slice(2, tile.first_key, tile.end_key);
-    rows.add_(x.sum_to_size(rows.sizes()));
+    const torch::Tensor shared = request_.group() == 1 ? x : x.unflatten(1, {-1, request_.group()}).sum(2);
+    rows.add_(shared.sum_to_size(rows.sizes()));
   }
 
   /// Gradients of what is added to the scores.

@@ -1,0 +1,285 @@
+#include "support/attention_requests.hpp"
+
+using namespace headroom;
+using namespace headroom::testing;
+
+namespace {
+
+/// The definition in plain loops over scalars, options read straight from what was given. No dropout, no rotary.
+std::pair<Tensor, Tensor> by_definition(const AttentionCase& request) {
+  const auto& [name, q, k, v, options, unused] = request;
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
+  Tensor output = torch::zeros({batch, heads, queries, v.size(3)}, torch::kDouble);
+  Tensor lse = torch::zeros({batch, heads, queries}, torch::kDouble);
+  const auto element = [&](const Tensor& x, std::vector<int64_t> sizes, std::vector<int64_t> index) {
+    Tensor view = x.expand(sizes);
+    for (const int64_t i : index) view = view[i];
+    return view.item();
+  };
+  const auto sequence_of = [](const Tensor& starts, int64_t i) {
+    int64_t s = 0;
+    while (starts[s + 1].item<int64_t>() <= i) ++s;
+    return s;
+  };
+  const std::vector<int64_t> sizes{batch, heads, queries, keys};
+  const double scale = options.scale().value_or(1 / std::sqrt(std::max<double>(static_cast<double>(q.size(3)), 1)));
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const Tensor key = k[k.size(0) == 1 ? 0 : b][h * k.size(1) / heads],
+                   value = v[v.size(0) == 1 ? 0 : b][h * k.size(1) / heads];
+      for (int64_t i = 0; i < queries; ++i) {
+        const Tensor products = torch::mv(key, q[b][h][i]) * scale;
+        double sum = options.sink() ? std::exp((*options.sink())[h].item<double>()) : 0;
+        Tensor mean = torch::zeros({v.size(3)}, torch::kDouble);
+        for (int64_t j = 0; j < keys; ++j) {
+          int64_t start = 0, key_start = 0;
+          bool visible = true;
+          if (options.sequence_starts()) {
+            const Tensor starts = *options.sequence_starts(),
+                         key_starts = options.key_sequence_starts().value_or(starts);
+            const int64_t s = sequence_of(starts, i);
+            visible = s == sequence_of(key_starts, j);
+            start = starts[s].item<int64_t>(), key_start = key_starts[s].item<int64_t>();
+          }
+          const int64_t distance = (i - start + options.query_offset()) - (j - key_start);
+          visible = visible && (!options.causal() || distance >= 0);
+          if (options.window() && options.window()->left >= 0) visible = visible && distance <= options.window()->left;
+          if (options.window() && options.window()->right >= 0)
+            visible = visible && -distance <= options.window()->right;
+          if (options.key_lengths()) visible = visible && j < element(*options.key_lengths(), {batch}, {b}).toLong();
+          if (options.mask()) visible = visible && element(*options.mask(), sizes, {b, h, i, j}).toBool();
+          if (options.hidden()) visible = visible && !element(*options.hidden(), sizes, {b, h, i, j}).toBool();
+          if (options.block_mask()) {
+            const int64_t size = options.block_size();
+            visible = visible && element(*options.block_mask(),
+                                         {batch, heads, (queries + size - 1) / size, (keys + size - 1) / size},
+                                         {b, h, i / size, j / size})
+                                     .toBool();
+          }
+          if (!visible) continue;
+          double score = products[j].item<double>();
+          if (options.softcap()) score = *options.softcap() * std::tanh(score / *options.softcap());
+          if (options.bias()) score += element(*options.bias(), sizes, {b, h, i, j}).toDouble();
+          if (options.relative_bias()) {
+            const int64_t reach = options.relative_bias()->size(1) / 2;
+            score += element(*options.relative_bias(), {heads, 2 * reach + 1},
+                             {h, std::clamp(distance, -reach, reach) + reach})
+                         .toDouble();
+          }
+          if (options.alibi_slopes()) {
+            score -=
+                element(*options.alibi_slopes(), {batch, heads, queries}, {b, h, i}).toDouble() * std::abs(distance);
+          }
+          sum += std::exp(score);
+          mean += value[j] * std::exp(score);
+        }
+        output[b][h][i] = sum > 0 ? mean / sum : mean;
+        lse[b][h][i] = std::log(sum);
+      }
+    }
+  }
+  return {output, lse};
+}
+
+}  // namespace
+
+TEST_CASE("the reference computes the definition") {
+  for (AttentionCase& request : attention_cases()) {
+    if (request.q.dim() != 4 || request.options.dropout() > 0 || request.options.rotary()) continue;
+    INFO(request.name);
+    const auto [expected, expected_lse] = by_definition(request);
+    const auto [output, lse] = attention_with_lse(
+        request.q, request.k, request.v, AttentionOptions(request.options).backend(AttentionBackend::reference));
+    REQUIRE(output.sizes() == expected.sizes());
+    CHECK(largest(output - expected) < 1e-12);
+    CHECK(largest((lse - expected_lse).masked_fill(lse == expected_lse, 0)) < 1e-12);
+  }
+}
+
+TEST_CASE("rotary embedding in a request is the rotation of q and k") {
+  torch::manual_seed(1);
+  const Tensor q = torch::randn({2, 3, 7, 6}, torch::kDouble), k = torch::randn({2, 3, 9, 6}, torch::kDouble);
+  const Tensor angles = torch::rand({12, 2}, torch::kDouble) * 6,
+               table = torch::polar(torch::ones_like(angles), angles);
+  const auto turn = [&](const Tensor& x, int64_t offset) {
+    Tensor result = x.clone();
+    for (int64_t i = 0; i < x.size(2); ++i) {
+      for (int64_t pair = 0; pair < 2; ++pair) {
+        const double angle = angles[i + offset][pair].item<double>();
+        const Tensor a = x.select(2, i).select(-1, 2 * pair), b = x.select(2, i).select(-1, 2 * pair + 1);
+        result.select(2, i).select(-1, 2 * pair).copy_(a * std::cos(angle) - b * std::sin(angle));
+        result.select(2, i).select(-1, 2 * pair + 1).copy_(a * std::sin(angle) + b * std::cos(angle));
+      }
+    }
+    return result;
+  };
+  for (const auto backend : {AttentionBackend::reference, AttentionBackend::chunked}) {
+    const auto options = AttentionOptions().query_offset(5).causal(true).backend(backend);
+    const Tensor expected = attention(turn(q, 5), turn(k, 0), k, options);
+    CHECK(largest(attention(q, k, k, AttentionOptions(options).rotary(table)) - expected) < 1e-13);
+  }
+}
+
+TEST_CASE("dropout by ATen keeps what core's hash keeps") {
+  for (const uint64_t seed : {uint64_t{0}, uint64_t{1}, uint64_t{0x123456789abcdef0}, ~uint64_t{0}}) {
+    for (const double probability : {1e-6, 0.1, 0.5, 0.97}) {
+      const core::Dropout dropout{probability, seed};
+      const Tensor heads = torch::tensor({0, 7, 70000, 2147483647}),
+                   queries = torch::tensor({0, 1, 99, 65536, 1 << 30}),
+                   keys = torch::tensor({0, 1, 2, 3, 1000, 131071});
+      const Tensor kept = headroom::detail::DropoutMask::kept(dropout, heads, queries, keys);
+      REQUIRE(kept.sizes() == at::IntArrayRef({4, 5, 6}));
+      for (int64_t h = 0; h < 4; ++h) {
+        for (int64_t i = 0; i < 5; ++i) {
+          const auto row = dropout.row_key(static_cast<uint32_t>(heads[h].item<int64_t>()),
+                                           static_cast<uint32_t>(queries[i].item<int64_t>()));
+          for (int64_t j = 0; j < 6; ++j) {
+            const bool keep =
+                core::Dropout::bits(row, static_cast<uint32_t>(keys[j].item<int64_t>())) >= dropout.threshold();
+            CHECK(kept[h][i][j].item<bool>() == keep);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("dropout keeps the share it should, by the generator's seed") {
+  const int64_t length = 400;
+  // With equal weights and values of the unit matrix the output shows every weight
+  const Tensor q = torch::zeros({2, 2, length, 4}), v = torch::eye(length).expand({2, 2, length, length});
+  for (const auto backend : {AttentionBackend::chunked, AttentionBackend::reference}) {
+    for (const double p : {0.1, 0.5}) {
+      const auto options = AttentionOptions().dropout(p).backend(backend);
+      const auto draw = [&](uint64_t seed) {
+        torch::manual_seed(seed);
+        return attention(q, q, v, options);
+      };
+      const Tensor weights = draw(1), kept = weights != 0;
+      const double count = static_cast<double>(kept.numel());
+      CHECK(std::abs(kept.sum().item<double>() - (1 - p) * count) < 5 * std::sqrt(count * p * (1 - p)));
+      CHECK(largest(weights.masked_select(kept) * length * (1 - p) - 1) < 1e-4);
+      CHECK(draw(1).equal(weights));
+      CHECK_FALSE(draw(2).equal(weights));
+      CHECK_FALSE(attention(q, q, v, options).equal(weights));  // the generator moved on
+      CHECK_FALSE(kept[0][0].equal(kept[0][1]));
+      CHECK_FALSE(kept[0][0].equal(kept[1][0]));
+      auto generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{1});
+      CHECK(attention(q, q, v, AttentionOptions(options).generator(generator)).equal(weights));
+    }
+  }
+}
+
+TEST_CASE("without dropout the generator is left alone") {
+  torch::manual_seed(3);
+  const Tensor expected = torch::rand({4});
+  torch::manual_seed(3);
+  const Tensor q = torch::zeros({1, 2, 3, 4});
+  attention(q, q, q);
+  CHECK(torch::rand({4}).equal(expected));
+}
+
+TEST_CASE("a request that does not fit is refused with what was given and what is expected") {
+  const Tensor q = torch::randn({2, 4, 8, 6}), k = torch::randn({2, 2, 10, 6});
+  using O = AttentionOptions;
+  struct Refusal {
+    O options;
+    std::string id, message;
+  };
+  const auto floats = [](at::IntArrayRef shape) { return torch::zeros(shape); };
+  const auto bools = [](at::IntArrayRef shape) { return torch::zeros(shape, torch::kBool); };
+  const Tensor table = torch::ones({18, 3}, torch::kComplexFloat);
+  const Refusal refusals[] = {
+      {O().scale(INFINITY), "scale", "scale is inf"},
+      {O().softcap(0), "softcap", "softcap is 0, expected a finite number above 0"},
+      {O().softcap(-3), "softcap", "softcap is -3"},
+      {O().softcap(INFINITY), "softcap", "softcap is inf"},
+      {O().query_offset(int64_t{1} << 61), "query_offset", "between -2^60 and 2^60"},
+      {O().key_lengths(torch::tensor({10, 11})), "key_lengths", "contains 11"},
+      {O().key_lengths(torch::tensor({-1, 1})), "key_lengths", "contains -1"},
+      {O().key_lengths(torch::tensor({1, 2, 3})), "key_lengths", "has shape [3]"},
+      {O().key_lengths(torch::tensor({1.0, 2.0})), "key_lengths", "is float [2] on cpu"},
+      {O().key_lengths(Tensor()), "key_lengths", "is undefined"},
+      {O().key_lengths(torch::tensor({1, 2}).to(torch::kMeta)), "key_lengths", "on meta"},
+      {O().sequence_starts(torch::tensor({0, 5, 8})), "sequences",
+       "sequence_starts ends with 8; expected [S+1] integers on the CPU from 0 to 10"},
+      {O().sequence_starts(torch::tensor({1, 8})), "sequences", "starts with 1"},
+      {O().sequence_starts(torch::tensor({0, 5, 4, 8})), "sequences", "falls to 4"},
+      {O().sequence_starts(torch::tensor({0.0, 8.0})), "sequences", "is float"},
+      {O().sequence_starts(torch::tensor({{0, 8}})), "sequences", "[1, 2]"},
+      {O().key_sequence_starts(torch::tensor({0, 10})), "sequences", "without sequence_starts"},
+      {O().sequence_starts(torch::tensor({0, 8})).key_sequence_starts(torch::tensor({0, 3, 10})), "sequences",
+       "2 elements, key_sequence_starts 3"},
+      {O().mask(floats({8, 10})), "mask",
+       "mask is float [8, 10] on cpu; expected bool on cpu, broadcastable to [2, 4, 8, 10]"},
+      {O().mask(bools({8, 9})), "mask", "[8, 9]"},
+      {O().mask(bools({1, 2, 4, 8, 10})), "mask", "[1, 2, 4, 8, 10]"},
+      {O().mask(bools({8, 10}).to(torch::kMeta)), "mask", "on meta"},
+      {O().hidden(bools({3})), "mask", "hidden is bool [3]"},
+      {O().mask(bools({8, 10})).hidden(bools({8, 10})), "mask", "both given"},
+      {O().block_mask(bools({1, 2})).block_size(0), "block_mask", "block_size is 0"},
+      {O().block_mask(bools({2, 2})).block_size(4), "block_mask", "broadcastable to [2, 4, 2, 3]"},
+      {O().bias(floats({8, 9})), "bias",
+       "bias is float [8, 9] on cpu; expected float on cpu, broadcastable to [2, 4, 8, 10]"},
+      {O().bias(floats({8, 10}).to(torch::kDouble)), "bias", "is double"},
+      {O().bias(floats({8, 10}).to(torch::kMeta)), "bias", "on meta"},
+      {O().relative_bias(floats({4, 8})), "relative_bias", "shape [4 or 1, 2R-1]"},
+      {O().relative_bias(floats({3, 7})), "relative_bias", "[3, 7]"},
+      {O().relative_bias(floats({7})), "relative_bias", "[7]"},
+      {O().alibi_slopes(floats({4})), "alibi_slopes", "broadcastable to [2, 4, 8]"},
+      {O().sink(floats({1})), "sink", "shape [4]"},
+      {O().sink(torch::zeros({4}, torch::kLong)), "sink", "is long"},
+      {O().rotary(floats({18, 3})), "rotary", "is float"},
+      {O().rotary(torch::ones({18, 4}, torch::kComplexFloat)), "rotary", "at most 3 pairs"},
+      {O().rotary(table.slice(0, 0, 9)), "rotary", "has 9 rows and positions go from 0 to 9"},
+      {O().rotary(table).query_offset(11), "rotary", "from 11 to 18"},
+      {O().rotary(table).query_offset(-1), "rotary", "no position below 0"},
+      {O().dropout(1), "dropout", "dropout is 1, expected a probability in [0, 1)"},
+      {O().dropout(-0.1), "dropout", "-0.1"},
+      {O().dropout(std::nan("")), "dropout", "nan"},
+      {O().dropout(0.1).generator(at::Generator()), "dropout", "generator"},
+  };
+  for (const auto& [options, id, message] : refusals) {
+    INFO(id << ": " << message);
+    const Error error = error_of([&, &given = options] { attention(q, k, k, given); });
+    INFO(error.what());
+    CHECK(error.id() == "headroom.attention." + id);
+    CHECK(contains(error.what(), message));
+  }
+}
+
+TEST_CASE("shapes of grouped and broadcast keys are checked") {
+  const Tensor q = torch::randn({2, 4, 8, 6});
+  const auto message = [&](const Tensor& k, const Tensor& v) {
+    const Error error = error_of([&] { attention(q, k, v); });
+    CHECK(error.id() == "headroom.attention.shape");
+    return std::string(error.what());
+  };
+  const auto make = [](at::IntArrayRef shape) { return torch::randn(shape); };
+  CHECK(contains(message(make({2, 3, 8, 6}), make({2, 3, 8, 6})), "the heads of k and v do not divide those of q"));
+  CHECK(contains(message(make({2, 2, 8, 6}), make({2, 4, 8, 6})), "k and v differ in batch or head dimensions"));
+  CHECK(contains(message(make({3, 4, 8, 6}), make({3, 4, 8, 6})), "do not broadcast to those of q"));
+  CHECK(contains(message(make({2, 0, 8, 6}), make({2, 0, 8, 6})), "do not divide"));
+  CHECK(contains(message(make({2, 4, 8, 5}), make({2, 4, 8, 6})), "q and k differ in the last dimension"));
+  CHECK(contains(message(make({2, 4, 8, 6}), make({2, 4, 9, 6})), "k and v differ in length"));
+  CHECK(contains(message(make({4, 8, 6}), make({4, 8, 6})), "ranks differ"));
+}
+
+TEST_CASE("bfloat16 takes what is added to scores in float") {
+  const Tensor q = torch::randn({1, 2, 8, 4}).to(torch::kBFloat16), bias = torch::randn({2, 8, 8}).requires_grad_();
+  for (const auto backend : {AttentionBackend::reference, AttentionBackend::chunked}) {
+    const Tensor output = attention(q, q, q, AttentionOptions().bias(bias).backend(backend));
+    CHECK(output.scalar_type() == torch::kBFloat16);
+    const Tensor grad = torch::autograd::grad({output.to(torch::kFloat).square().sum()}, {bias})[0];
+    CHECK(grad.scalar_type() == torch::kFloat);
+    CHECK(largest(grad) > 0);
+  }
+}
+
+TEST_CASE("automatic takes a backend that serves the request") {
+  torch::manual_seed(4);
+  const Tensor q = torch::randn({1, 2, 30, 4});
+  const auto options = AttentionOptions().softcap(1).window(AttentionWindow{3, 3});
+  CHECK(largest(attention(q, q, q, options) -
+                attention(q, q, q, AttentionOptions(options).backend(AttentionBackend::reference))) < 1e-5);
+}

@@ -13,9 +13,10 @@ TEST_CASE("tiled attention and all its gradients equal the reference in double")
 
 TEST_CASE("tiled attention errs no more than the rule allows in float, bfloat16 and half") {
   for (const auto dtype : {torch::kFloat, torch::kBFloat16, torch::kHalf}) {
+    AccuracyRule rule(AttentionBackend::tiled, dtype);
     for (const AttentionCase& request : attention_cases()) {
       INFO(dtype << ", " << request.name);
-      check_accuracy(request, AttentionBackend::tiled, dtype);
+      rule.check(request);
     }
   }
 }

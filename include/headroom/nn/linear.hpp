@@ -18,12 +18,12 @@ namespace detail {
 
 /// What a token goes through on its own: [RMS norm,] linear, GELU, linear, GELU, …, linear [, + residual].
 struct TokenChain {
-  torch::Tensor x;            ///< [..., in]
-  torch::Tensor residual;     ///< undefined, or [..., out]; may be x
-  torch::Tensor norm_weight;  ///< undefined, or [in]
+  torch::Tensor x;                 ///< [..., in]
+  torch::Tensor residual = {};     ///< undefined, or [..., out]; may be x
+  torch::Tensor norm_weight = {};  ///< undefined, or [in]
   double eps = 0;
-  std::vector<torch::Tensor> weights;  ///< one or more, [out, in] each
-  std::vector<torch::Tensor> biases;   ///< none, or one [out] for each weight
+  std::vector<torch::Tensor> weights = {};  ///< one or more, [out, in] each
+  std::vector<torch::Tensor> biases = {};   ///< none, or one [out] for each weight
 };
 
 /// The biases of a chain with one layer.
@@ -254,12 +254,19 @@ struct TokenChainFunction : torch::autograd::Function<TokenChainFunction> {
     }
   }
 
-  /// sums [n] += the sum over the rows of g [rows, n]
+  /// sums [n] += the sum over the rows of g [rows, n], in double above 16 rows: rounding would add up
   static void add_column_sums(const torch::Tensor& g, const torch::Tensor& sums) {
     const int64_t n = g.size(1);
-    Eigen::ArrayXf chunk = Eigen::ArrayXf::Zero(n);
-    for (int64_t r = 0; r < g.size(0); ++r) chunk += ConstRow(g.const_data_ptr<float>() + r * n, n);
-    Row(sums.mutable_data_ptr<float>(), n) += chunk;
+    Eigen::ArrayXd chunk = Eigen::ArrayXd::Zero(n);
+    Eigen::ArrayXf block(n);
+    for (int64_t first = 0; first < g.size(0); first += 16) {
+      block.setZero();
+      for (int64_t r = first; r < std::min(first + 16, g.size(0)); ++r) {
+        block += ConstRow(g.const_data_ptr<float>() + r * n, n);
+      }
+      chunk += block.cast<double>();
+    }
+    Row(sums.mutable_data_ptr<float>(), n) += chunk.cast<float>();
   }
 };
 

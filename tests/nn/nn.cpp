@@ -223,7 +223,7 @@ TEST_CASE("with gradient checkpointing an encoder holds one input per block") {
   };
   const int64_t tensor = 4 * 300 * 32 * 4;
   CHECK(held(true, 6) - held(true, 5) <= tensor + 20000);
-  CHECK(held(false, 6) - held(false, 5) > 10 * tensor);
+  CHECK(held(false, 6) - held(false, 5) > 8 * tensor);  // q, k, v, heads, sum, two for the GELU, output
 }
 
 TEST_CASE("widths that heads do not divide, odd head dims and foreign shapes are refused") {

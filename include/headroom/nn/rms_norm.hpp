@@ -33,6 +33,7 @@ inline torch::Tensor inverse_rms(const torch::Tensor& x, double eps) {
 
 using Row = Eigen::Map<Eigen::ArrayXf>;
 using ConstRow = Eigen::Map<const Eigen::ArrayXf>;
+using DoubleRow = Eigen::Map<Eigen::ArrayXd>;
 
 inline float inverse_rms(const ConstRow& x, double eps) {
   return static_cast<float>(1 / std::sqrt(static_cast<double>(x.square().mean()) + eps));
@@ -61,26 +62,34 @@ inline void normalize_rows_backward(const torch::Tensor& grad, const torch::Tens
                                     double eps, const torch::Tensor& grad_x, const torch::Tensor& grad_weight,
                                     const torch::Tensor& through) {
   const int64_t rows = x.size(0), dim = x.size(1), tasks = (rows + kNormRows - 1) / kNormRows;
-  const torch::Tensor sums = grad_weight.defined() ? torch::zeros({tasks, dim}, weight.options()) : torch::Tensor();
+  const torch::Tensor sums = grad_weight.defined() ? torch::zeros({tasks, dim}, torch::kDouble) : torch::Tensor();
   const ConstRow w(weight.const_data_ptr<float>(), dim);
   const auto row_of = [dim](const torch::Tensor& t, int64_t r) {
     return ConstRow(t.const_data_ptr<float>() + r * dim, dim);
   };
   at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t r = first * kNormRows; r < std::min(last * kNormRows, rows); ++r) {
-      const ConstRow x_row = row_of(x, r), g = row_of(grad, r);
-      const float inverse = inverse_rms(x_row, eps);
-      if (sums.defined()) Row(sums.mutable_data_ptr<float>() + r / kNormRows * dim, dim) += g * x_row * inverse;
-      if (!grad_x.defined()) continue;
-      const float projection = (g * w * x_row).mean() * inverse * inverse;
-      Row to(grad_x.mutable_data_ptr<float>() + r * dim, dim);
-      to = (g * w - x_row * projection) * inverse;
-      if (through.defined()) to += row_of(through, r);
+    Eigen::ArrayXf few(dim);  // rows of the sum; in double above 16, where rounding would add up
+    for (int64_t begin = first * kNormRows; begin < std::min(last * kNormRows, rows); begin += 16) {
+      few.setZero();
+      for (int64_t r = begin; r < std::min(begin + 16, rows); ++r) {
+        const ConstRow x_row = row_of(x, r), g = row_of(grad, r);
+        const float inverse = inverse_rms(x_row, eps);
+        few += g * x_row * inverse;
+        if (!grad_x.defined()) continue;
+        const float projection = (g * w * x_row).mean() * inverse * inverse;
+        Row to(grad_x.mutable_data_ptr<float>() + r * dim, dim);
+        to = (g * w - x_row * projection) * inverse;
+        if (through.defined()) to += row_of(through, r);
+      }
+      if (sums.defined()) {
+        DoubleRow(sums.mutable_data_ptr<double>() + begin / kNormRows * dim, dim) += few.cast<double>();
+      }
     }
   });
-  for (int64_t task = 0; sums.defined() && task < tasks; ++task) {
-    Row(grad_weight.mutable_data_ptr<float>(), dim) += row_of(sums, task);
-  }
+  if (!grad_weight.defined()) return;
+  Eigen::ArrayXd total = Eigen::ArrayXd::Zero(dim);
+  for (int64_t task = 0; task < tasks; ++task) total += DoubleRow(sums.mutable_data_ptr<double>() + task * dim, dim);
+  Row(grad_weight.mutable_data_ptr<float>(), dim) += total.cast<float>();
 }
 
 /// Rows that the loops above can read.

@@ -68,22 +68,17 @@ inline void normalize_rows_backward(const torch::Tensor& grad, const torch::Tens
     return ConstRow(t.const_data_ptr<float>() + r * dim, dim);
   };
   at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-    Eigen::ArrayXf few(dim);  // rows of the sum; in double above 16, where rounding would add up
-    for (int64_t begin = first * kNormRows; begin < std::min(last * kNormRows, rows); begin += 16) {
-      few.setZero();
-      for (int64_t r = begin; r < std::min(begin + 16, rows); ++r) {
-        const ConstRow x_row = row_of(x, r), g = row_of(grad, r);
-        const float inverse = inverse_rms(x_row, eps);
-        few += g * x_row * inverse;
-        if (!grad_x.defined()) continue;
-        const float projection = (g * w * x_row).mean() * inverse * inverse;
-        Row to(grad_x.mutable_data_ptr<float>() + r * dim, dim);
-        to = (g * w - x_row * projection) * inverse;
-        if (through.defined()) to += row_of(through, r);
-      }
+    for (int64_t r = first * kNormRows; r < std::min(last * kNormRows, rows); ++r) {
+      const ConstRow x_row = row_of(x, r), g = row_of(grad, r);
+      const float inverse = inverse_rms(x_row, eps);
       if (sums.defined()) {
-        DoubleRow(sums.mutable_data_ptr<double>() + begin / kNormRows * dim, dim) += few.cast<double>();
+        DoubleRow(sums.mutable_data_ptr<double>() + r / kNormRows * dim, dim) += (g * x_row * inverse).cast<double>();
       }
+      if (!grad_x.defined()) continue;
+      const float projection = (g * w * x_row).mean() * inverse * inverse;
+      Row to(grad_x.mutable_data_ptr<float>() + r * dim, dim);
+      to = (g * w - x_row * projection) * inverse;
+      if (through.defined()) to += row_of(through, r);
     }
   });
   if (!grad_weight.defined()) return;

@@ -40,14 +40,42 @@ TEST_CASE("RMSNorm is torch::rms_norm in values and gradients, second ones inclu
   };
   const auto ours = derivatives(norm->forward(x)), theirs = derivatives(torch::rms_norm(x, {12}, weight, 1e-6));
   for (size_t i = 0; i < ours.size(); ++i) CHECK(largest_difference(ours[i], theirs[i]) < 1e-12);
+  CHECK(testing::error_of([&] { norm->forward(torch::randn({3, 1})); }).id() == "headroom.nn.rms_norm.shape");
 }
 
-TEST_CASE("RMSNorm holds its output and one number a row") {
+TEST_CASE("RMSNorm in float is as close to double as torch::rms_norm") {
+  torch::manual_seed(11);
+  for (const int64_t dim : {1, 5, 32, 96}) {
+    for (const auto& shape : {std::vector<int64_t>{dim}, {3, 700, dim}}) {
+      nn::RMSNorm norm(dim);
+      const Tensor x = torch::randn(shape).requires_grad_(), grad = torch::randn(shape);
+      const auto theirs = [&](torch::ScalarType type) {
+        const Tensor input = x.detach().to(type).requires_grad_(),
+                     weight = norm->weight.detach().to(type).requires_grad_();
+        const Tensor output = torch::rms_norm(input, {dim}, weight, 1e-6);
+        auto all = torch::autograd::grad({output}, {input, weight}, {grad.to(type)});
+        all.push_back(output);
+        return all;
+      };
+      const Tensor output = norm->forward(x);
+      auto ours = torch::autograd::grad({output}, {x, norm->weight}, {grad});
+      ours.push_back(output);
+      const auto plain = theirs(torch::kFloat), exact = theirs(torch::kDouble);
+      for (size_t i = 0; i < ours.size(); ++i) {
+        CAPTURE(dim, shape, i);
+        const auto error = [&](const Tensor& t) { return (t - exact[i]).square().mean().sqrt().item<double>(); };
+        CHECK(error(ours[i]) <= 2 * error(plain[i]) + 1e-7);
+      }
+    }
+  }
+}
+
+TEST_CASE("RMSNorm holds its output") {
   nn::RMSNorm norm(64);
   const Tensor x = torch::randn({1000, 64}).requires_grad_();
   MemoryMeter meter;
   Tensor output;
-  CHECK(meter.measure([&] { output = norm->forward(x); }).held() == 1000 * 64 * 4 + 1000 * 4);
+  CHECK(meter.measure([&] { output = norm->forward(x); }).held() == 1000 * 64 * 4);
 }
 
 TEST_CASE("the rotary table rotates by position times frequency, so that scores depend on distance alone") {
@@ -155,7 +183,7 @@ TEST_CASE("a block may be composed of other modules") {
   struct Mean : torch::nn::ModuleHolder<MeanImpl> {
     using torch::nn::ModuleHolder<MeanImpl>::ModuleHolder;
   };
-  nn::BasicEncoderBlock<Mean, torch::nn::Linear> block(4, Mean(), torch::nn::Linear(4, 4));
+  nn::BasicEncoderBlock<Mean, nn::Linear> block(4, Mean(), nn::Linear(4, 4));
   torch::NoGradGuard guard;
   block->feed_forward->weight.zero_();
   block->feed_forward->bias.zero_();
@@ -195,7 +223,7 @@ TEST_CASE("with gradient checkpointing an encoder holds one input per block") {
   };
   const int64_t tensor = 4 * 300 * 32 * 4;
   CHECK(held(true, 6) - held(true, 5) <= tensor + 20000);
-  CHECK(held(false, 6) - held(false, 5) > 10 * tensor);
+  CHECK(held(false, 6) - held(false, 5) > 8 * tensor);  // q, k, v, heads, sum, two for the GELU, output
 }
 
 TEST_CASE("widths that heads do not divide, odd head dims and foreign shapes are refused") {

@@ -54,7 +54,7 @@ class TimeFrequencyTransformerImpl : public torch::nn::Cloneable<TimeFrequencyTr
             options.channels(), ", stems ", options.stems(), "; expected positive numbers");
     const int64_t dim = options.emb_dim(), channels = options.channels();
     stft = register_module("stft", audio::Stft(audio::StftOptions().n_fft(options.n_fft()).hop(options.hop_length())));
-    embed = register_module("embed", torch::nn::Linear(2 * channels, dim));
+    embed = register_module("embed", nn::Linear(2 * channels, dim));
     frequency_embedding = register_parameter("frequency_embedding", torch::randn({options.bins(), dim}) * 0.1);
     nn::EncoderOptions encoder_options(dim, options.n_heads(), options.ffn_hidden_dim(), options.n_layers());
     encoder_options.attention().backend(options.attention());
@@ -62,7 +62,7 @@ class TimeFrequencyTransformerImpl : public torch::nn::Cloneable<TimeFrequencyTr
     encoder = register_module(
         "encoder", nn::AxialEncoder(encoder_options, nn::AxialLayerImpl::Axes{{"frequency", 2}, {"time", 1}}));
     final_norm = register_module("final_norm", nn::RMSNorm(dim));
-    to_masks = register_module("to_masks", torch::nn::Linear(dim, options.stems() * channels * 2));
+    to_masks = register_module("to_masks", nn::Linear(dim, options.stems() * channels * 2));
     torch::NoGradGuard guard;
     to_masks->weight.mul_(0.1);
     to_masks->bias.view({-1, 2}).copy_(torch::tensor({1.0 / static_cast<double>(options.stems()), 0.0}));
@@ -93,7 +93,7 @@ class TimeFrequencyTransformerImpl : public torch::nn::Cloneable<TimeFrequencyTr
 
   TimeFrequencyTransformerOptions options;
   audio::Stft stft{nullptr};
-  torch::nn::Linear embed{nullptr}, to_masks{nullptr};
+  nn::Linear embed{nullptr}, to_masks{nullptr};
   torch::Tensor frequency_embedding;  // [F,dim]
   nn::AxialEncoder encoder{nullptr};
   nn::RMSNorm final_norm{nullptr};

@@ -1,8 +1,7 @@
 #pragma once
 
-#include <torch/nn/modules/linear.h>
-
 #include "headroom/attention.hpp"
+#include "headroom/nn/linear.hpp"
 #include "headroom/nn/rotary.hpp"
 
 namespace headroom::inline v0::nn {
@@ -34,10 +33,10 @@ class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
     require(!options.rotary() || options.dim() / options.heads() % 2 == 0, "headroom.nn.rotary.dim",
             "rotary embedding rotates pairs of features, the head dim is ", options.dim() / options.heads(),
             "; choose an even head dim");
-    to_qkv = register_module(
-        "to_qkv", torch::nn::Linear(torch::nn::LinearOptions(options.dim(), 3 * options.dim()).bias(options.bias())));
-    to_out = register_module(
-        "to_out", torch::nn::Linear(torch::nn::LinearOptions(options.dim(), options.dim()).bias(options.bias())));
+    to_qkv = register_module("to_qkv",
+                             Linear(torch::nn::LinearOptions(options.dim(), 3 * options.dim()).bias(options.bias())));
+    to_out =
+        register_module("to_out", Linear(torch::nn::LinearOptions(options.dim(), options.dim()).bias(options.bias())));
   }
   void pretty_print(std::ostream& stream) const override {
     stream << "headroom::nn::Attention(" << options.dim() << ", heads=" << options.heads() << std::boolalpha
@@ -46,22 +45,38 @@ class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
 
   /// x [..., dim] with at least one token dimension -> same shape; attends along dimension `axis`.
   torch::Tensor forward(const torch::Tensor& x, int64_t axis = -2) {
+    return detail::run(
+        {.x = attended({.x = x}, axis), .weights = {to_out->weight}, .biases = detail::bias_list(to_out->bias)});
+  }
+
+  /// x + forward(norm(x), axis); neither norm(x) nor the sum's terms are stored.
+  torch::Tensor forward_residual(const torch::Tensor& x, const RMSNorm& norm, int64_t axis = -2) {
+    const torch::Tensor heads = attended({.x = x, .norm_weight = norm->weight, .eps = norm->options.eps()}, axis);
+    return detail::run(
+        {.x = heads, .residual = x, .weights = {to_out->weight}, .biases = detail::bias_list(to_out->bias)});
+  }
+
+  AttentionOptions options;
+  Linear to_qkv{nullptr}, to_out{nullptr};
+
+ private:
+  /// What the heads give, side by side: [..., dim]. The projection to q, k and v is appended to `chain`.
+  torch::Tensor attended(detail::TokenChain chain, int64_t axis) {
+    const torch::Tensor& x = chain.x;
     const int64_t rank = x.dim(), sequence = axis < 0 ? axis + rank : axis;
     require(rank >= 2 && x.size(-1) == options.dim() && 0 <= sequence && sequence < rank - 1,
             "headroom.nn.attention.shape", "x is ", x.sizes(), " and the axis ", axis, "; expected [...,L,",
             options.dim(), "] and an axis before the last");
-    torch::Tensor packed = to_qkv->forward(x).unflatten(-1, {3, options.heads(), -1});  // [...,3,H,D]
-    packed = packed.to(headroom::detail::compute_type(packed));
+    chain.weights = {to_qkv->weight};
+    chain.biases = detail::bias_list(to_qkv->bias);
+    const torch::Tensor packed = detail::run(chain).unflatten(-1, {3, options.heads(), -1});  // [...,3,H,D]
     const auto request = headroom::AttentionOptions().causal(options.causal()).backend(options.backend());
-    return to_out->forward(headroom::detail::packed_attention(
-                               packed, rotation(x.size(sequence), rank - 1 - sequence, x.device()), sequence, request)
-                               .flatten(-2));  // [...,dim]
+    return headroom::detail::packed_attention(packed.to(headroom::detail::compute_type(packed)),
+                                              rotation(x.size(sequence), rank - 1 - sequence, x.device()), sequence,
+                                              request)
+        .flatten(-2);
   }
 
-  AttentionOptions options;
-  torch::nn::Linear to_qkv{nullptr}, to_out{nullptr};
-
- private:
   /// Table [L, 1 …, D/2] that broadcasts over the dimensions between the sequence and the features; kept from call to
   /// call, not part of the state.
   std::optional<torch::Tensor> rotation(int64_t length, int64_t behind, torch::Device device) {

@@ -20,7 +20,8 @@ concept TokenWise = requires(M m, torch::Tensor x) {
 };
 
 /// Pre-norm block: x + attention(norm(x)), then x + feed_forward(norm(x)). Composed of any two modules of the right
-/// shape; EncoderBlock below is the usual one.
+/// shape; EncoderBlock below is the usual one. A module that also has forward_residual(x, norm, …) computes norm and
+/// sum itself.
 template <TokenMixer Attention, TokenWise FeedForward>
 class BasicEncoderBlockImpl : public torch::nn::Module {
  public:
@@ -32,8 +33,16 @@ class BasicEncoderBlockImpl : public torch::nn::Module {
 
   /// x [..., dim] -> same shape, attending along dimension `axis`.
   torch::Tensor forward(torch::Tensor x, int64_t axis = -2) {
-    x = x + attention->forward(attention_norm->forward(x), axis);
-    return x + feed_forward->forward(feed_forward_norm->forward(x));
+    if constexpr (requires { attention->forward_residual(x, attention_norm, axis); }) {
+      x = attention->forward_residual(x, attention_norm, axis);
+    } else {
+      x = x + attention->forward(attention_norm->forward(x), axis);
+    }
+    if constexpr (requires { feed_forward->forward_residual(x, feed_forward_norm); }) {
+      return feed_forward->forward_residual(x, feed_forward_norm);
+    } else {
+      return x + feed_forward->forward(feed_forward_norm->forward(x));
+    }
   }
 
   RMSNorm attention_norm;

@@ -1,10 +1,10 @@
 #pragma once
 
-#include <torch/nn/modules/linear.h>
+#include <torch/nn/modules/container/modulelist.h>
 
 #include <vector>
 
-#include "headroom/core/error.hpp"
+#include "headroom/nn/linear.hpp"
 
 namespace headroom::inline v0::nn {
 
@@ -28,7 +28,7 @@ class FeedForwardImpl : public torch::nn::Cloneable<FeedForwardImpl> {
     int64_t width = options.dim();
     const auto append = [&](int64_t next) {
       require(next > 0, "headroom.nn.feed_forward.hidden", "a width is ", next, ", expected positive numbers");
-      layers->push_back(torch::nn::Linear(torch::nn::LinearOptions(width, next).bias(options.bias())));
+      layers->push_back(Linear(torch::nn::LinearOptions(width, next).bias(options.bias())));
       width = next;
     };
     for (const int64_t hidden : options.hidden()) append(hidden);
@@ -38,15 +38,31 @@ class FeedForwardImpl : public torch::nn::Cloneable<FeedForwardImpl> {
     stream << "headroom::nn::FeedForward(" << options.dim() << ", hidden=" << at::IntArrayRef(options.hidden()) << ")";
   }
 
-  /// x [..., dim] -> [..., dim]
-  torch::Tensor forward(torch::Tensor x) {
-    const size_t last = layers->size() - 1;
-    for (size_t i = 0; i < last; ++i) x = torch::gelu(layers[i]->as<torch::nn::Linear>()->forward(x));
-    return layers[last]->as<torch::nn::Linear>()->forward(x);
+  /// x [..., dim] -> [..., dim]. Saves x and the input of each GELU.
+  torch::Tensor forward(const torch::Tensor& x) { return detail::run(chain(x)); }
+
+  /// x + forward(norm(x)); neither norm(x) nor the sum's terms are stored.
+  torch::Tensor forward_residual(const torch::Tensor& x, const RMSNorm& norm) {
+    detail::TokenChain chain = this->chain(x);
+    chain.residual = x;
+    chain.norm_weight = norm->weight;
+    chain.eps = norm->options.eps();
+    return detail::run(chain);
   }
 
   FeedForwardOptions options;
   torch::nn::ModuleList layers{nullptr};
+
+ private:
+  detail::TokenChain chain(const torch::Tensor& x) const {
+    detail::TokenChain chain{.x = x};
+    for (const auto& module : *layers) {
+      const auto* const layer = module->as<Linear>();
+      chain.weights.push_back(layer->weight);
+      if (layer->bias.defined()) chain.biases.push_back(layer->bias);
+    }
+    return chain;
+  }
 };
 TORCH_MODULE(FeedForward);
 

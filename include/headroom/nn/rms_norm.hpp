@@ -1,10 +1,15 @@
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <torch/arg.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <cmath>
 
 #include "headroom/core/error.hpp"
 
@@ -19,29 +24,100 @@ struct RMSNormOptions {
 
 namespace detail {
 
-/// Saves the input and one number a row, where a chain of operators would save three tensors of the input's size.
+/// 1 / sqrt(mean(x²) + eps) of each row: [..., 1], at least float.
+inline torch::Tensor inverse_rms(const torch::Tensor& x, double eps) {
+  const auto dtype = x.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
+  const torch::Tensor norm = torch::linalg_vector_norm(x, 2, at::IntArrayRef{-1}, /*keepdim=*/true, dtype);
+  return (norm.square() / static_cast<double>(x.size(-1)) + eps).rsqrt();
+}
+
+using Row = Eigen::Map<Eigen::ArrayXf>;
+using ConstRow = Eigen::Map<const Eigen::ArrayXf>;
+using DoubleRow = Eigen::Map<Eigen::ArrayXd>;
+
+inline float inverse_rms(const ConstRow& x, double eps) {
+  return static_cast<float>(1 / std::sqrt(static_cast<double>(x.square().mean()) + eps));
+}
+
+inline constexpr int64_t kNormRows = 256;  ///< rows of a task
+
+/// out = x·inverse·weight for each row; x and out [rows, dim] dense floats on the CPU.
+inline void normalize_rows(const torch::Tensor& x, const torch::Tensor& weight, double eps, const torch::Tensor& out) {
+  const int64_t dim = x.size(1);
+  const ConstRow w(weight.const_data_ptr<float>(), dim);
+  const float* const from = x.const_data_ptr<float>();
+  float* const to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, x.size(0), kNormRows, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const ConstRow row(from + r * dim, dim);
+      Row(to + r * dim, dim) = row * inverse_rms(row, eps) * w;
+    }
+  });
+}
+
+/// Gradients of normalize_rows: writes grad_x unless undefined, adds to grad_weight [dim] unless undefined. `through`
+/// (undefined or [rows, dim]) is added to grad_x. The sum over the rows has the same order for any number of threads.
+// forward did: out = x·inverse·weight
+inline void normalize_rows_backward(const torch::Tensor& grad, const torch::Tensor& x, const torch::Tensor& weight,
+                                    double eps, const torch::Tensor& grad_x, const torch::Tensor& grad_weight,
+                                    const torch::Tensor& through) {
+  const int64_t rows = x.size(0), dim = x.size(1), tasks = (rows + kNormRows - 1) / kNormRows;
+  const torch::Tensor sums = grad_weight.defined() ? torch::zeros({tasks, dim}, torch::kDouble) : torch::Tensor();
+  const ConstRow w(weight.const_data_ptr<float>(), dim);
+  const auto row_of = [dim](const torch::Tensor& t, int64_t r) {
+    return ConstRow(t.const_data_ptr<float>() + r * dim, dim);
+  };
+  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t r = first * kNormRows; r < std::min(last * kNormRows, rows); ++r) {
+      const ConstRow x_row = row_of(x, r), g = row_of(grad, r);
+      const float inverse = inverse_rms(x_row, eps);
+      if (sums.defined()) {
+        DoubleRow(sums.mutable_data_ptr<double>() + r / kNormRows * dim, dim) += (g * x_row * inverse).cast<double>();
+      }
+      if (!grad_x.defined()) continue;
+      const float projection = (g * w * x_row).mean() * inverse * inverse;
+      Row to(grad_x.mutable_data_ptr<float>() + r * dim, dim);
+      to = (g * w - x_row * projection) * inverse;
+      if (through.defined()) to += row_of(through, r);
+    }
+  });
+  if (!grad_weight.defined()) return;
+  Eigen::ArrayXd total = Eigen::ArrayXd::Zero(dim);
+  for (int64_t task = 0; task < tasks; ++task) total += DoubleRow(sums.mutable_data_ptr<double>() + task * dim, dim);
+  Row(grad_weight.mutable_data_ptr<float>(), dim) += total.cast<float>();
+}
+
+/// Rows that the loops above can read.
+inline bool has_float_rows(const torch::Tensor& x) {
+  return x.device().is_cpu() && x.layout() == torch::kStrided && x.scalar_type() == torch::kFloat && x.numel() > 0;
+}
+
+/// Saves the input alone, where a chain of operators would save three tensors of the input's size.
 struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
-  /// [..., 1], at least float
-  static torch::Tensor inverse_rms(const torch::Tensor& x, double eps) {
-    const auto dtype = x.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
-    const torch::Tensor norm = torch::linalg_vector_norm(x, 2, at::IntArrayRef{-1}, /*keepdim=*/true, dtype);
-    return (norm.square() / static_cast<double>(x.size(-1)) + eps).rsqrt();
-  }
   static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& x,
                                const torch::Tensor& weight, double eps) {
-    const torch::Tensor inverse = inverse_rms(x, eps);
-    ctx->save_for_backward({x, weight, inverse});
+    ctx->save_for_backward({x, weight});
     ctx->saved_data["eps"] = eps;
-    return (x * inverse).mul_(weight);
+    if (!has_float_rows(x) || !has_float_rows(weight)) return (x * inverse_rms(x, eps)).mul_(weight);
+    const torch::Tensor rows = x.contiguous().view({-1, x.size(-1)}), out = torch::empty_like(rows);
+    normalize_rows(rows, weight.contiguous(), eps, out);
+    return out.view(x.sizes());
   }
   // forward did: out = x·inverse·weight
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const torch::Tensor &x = saved[0], &weight = saved[1], &grad = grads[0];
-    // for second derivatives the inverse has to depend on x
-    const torch::Tensor inverse =
-        torch::GradMode::is_enabled() ? inverse_rms(x, ctx->saved_data["eps"].toDouble()) : saved[2];
+    const double eps = ctx->saved_data["eps"].toDouble();
+    if (has_float_rows(x) && has_float_rows(weight) && has_float_rows(grad) && !torch::GradMode::is_enabled()) {
+      const torch::Tensor rows = x.contiguous().view({-1, x.size(-1)});
+      const torch::Tensor grad_x = ctx->needs_input_grad(0) ? torch::empty_like(rows) : torch::Tensor();
+      const torch::Tensor grad_weight = ctx->needs_input_grad(1) ? torch::zeros_like(weight) : torch::Tensor();
+      normalize_rows_backward(grad.contiguous().view(rows.sizes()), rows, weight.contiguous(), eps, grad_x, grad_weight,
+                              {});
+      return {grad_x.defined() ? grad_x.view(x.sizes()) : grad_x, grad_weight, {}};
+    }
+    const torch::Tensor inverse = inverse_rms(x, eps);  // depends on x, for second derivatives
     const torch::Tensor normed = x * inverse;
     const torch::Tensor grad_normed = grad * weight;
     const torch::Tensor projection = (grad_normed * normed).mean(-1, /*keepdim=*/true);  // [...,1]
@@ -65,7 +141,11 @@ class RMSNormImpl : public torch::nn::Cloneable<RMSNormImpl> {
   }
 
   /// x [..., dim] -> [..., dim]
-  torch::Tensor forward(const torch::Tensor& x) { return detail::RmsNormFunction::apply(x, weight, options.eps()); }
+  torch::Tensor forward(const torch::Tensor& x) {
+    require(x.dim() >= 1 && x.size(-1) == options.dim(), "headroom.nn.rms_norm.shape", "x is ", x.sizes(),
+            ", expected [...,", options.dim(), "]");
+    return detail::RmsNormFunction::apply(x, weight, options.eps());
+  }
 
   RMSNormOptions options;
   torch::Tensor weight;  // [dim]

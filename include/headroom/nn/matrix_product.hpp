@@ -1,0 +1,179 @@
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <torch/types.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <chrono>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "headroom/core/register_tile.hpp"
+
+namespace headroom::inline v0::nn::detail {
+
+using core::Index;
+
+/// View of a tensor [rows, cols] of floats, any strides.
+template <class Scalar>
+core::MatrixView<Scalar> matrix_of(const torch::Tensor& x) {
+  return {static_cast<Scalar*>(const_cast<void*>(x.const_data_ptr())), x.size(0), x.size(1), x.stride(0), x.stride(1)};
+}
+
+/// The right operand b [k,n] of a product as the register tile reads it: columns in vector lanes. Read where it lies
+/// when its rows are whole vectors, else from a copy in which zeros fill the last one.
+class RightOperand {
+ public:
+  explicit RightOperand(const torch::Tensor& b) : b_(b), lanes_(b.size(1)) {}
+
+  const torch::Tensor& tensor() const { return b_; }
+  const core::detail::LaneTiling<float>& lanes() const { return lanes_; }
+  /// Must be called before several threads read tiles.
+  void pack() {
+    if (copy_.defined() || (b_.stride(1) == 1 && b_.size(1) % core::simd::kLanes<float> == 0)) return;
+    const Index depth = b_.size(0);
+    copy_ = torch::empty({lanes_.packets * core::simd::kLanes<float> * depth}, b_.options().requires_grad(false));
+    const auto view = matrix_of<const float>(b_);
+    for (Index t = 0; t < lanes_.tiles; ++t) {
+      const auto tile = lanes_[t];
+      const core::MatrixView<const float> lanes_first{&view(0, tile.begin),
+                                                      std::min<Index>(tile.width(), view.cols - tile.begin), depth,
+                                                      view.col_stride, view.row_stride};
+      core::detail::pack_lanes(copy_.data_ptr<float>() + tile.begin * depth, tile.width(), 0, lanes_first, 1.0f);
+    }
+  }
+  /// First element of the lane tile that starts at column `begin`, and the step from one row to the next.
+  std::pair<const float*, Index> tile(const core::detail::LaneTiling<float>::Tile& tile) const {
+    if (copy_.defined()) return {copy_.const_data_ptr<float>() + tile.begin * b_.size(0), tile.width()};
+    return {b_.const_data_ptr<float>() + tile.begin, b_.stride(0)};
+  }
+
+ private:
+  torch::Tensor b_, copy_;
+  core::detail::LaneTiling<float> lanes_;
+};
+
+/// What is in c before the product comes on top.
+enum class Start { zero, bias, itself };
+
+/// c(:, lanes of one tile) = start + a·b, on one thread. Accumulates 256 terms at a time.
+template <int Vectors>
+void multiply_lanes(core::MatrixView<const float> a, const float* b, Index b_stride, Index begin,
+                    core::MatrixView<float> c, Start start, const float* bias) {
+  using core::simd::Packet;
+  constexpr Index kLanes = core::simd::kLanes<float>, kDepth = 256;
+  const Index columns = std::min<Index>(Vectors * kLanes, c.cols - begin);
+  for (Index first = 0; first < a.cols || first == 0; first += kDepth) {
+    const Index depth = std::min(kDepth, a.cols - first);
+    const bool adds_bias = start == Start::bias && first == 0;
+    const bool adds = adds_bias || start == Start::itself || first > 0;
+    core::detail::for_row_tiles<core::detail::kTileRows>(a.rows, [&]<int Rows>(Index row) {
+      core::detail::RegisterTile<float, Rows, Vectors> tile(&a(row, first), a.row_stride, a.col_stride,
+                                                            b + first * b_stride, b_stride, depth);
+      float* const to = &c(row, begin);
+      const float* const from = adds_bias ? bias + begin : to;
+      const Index from_stride = adds_bias ? 0 : c.row_stride;
+      if (columns < Vectors * kLanes) {  // the last tile of a width that is not whole vectors
+        float sums[Rows][Vectors * kLanes];
+        tile.for_each([&](int r, int v, const Packet<float>& sum)
+                          __attribute__((always_inline)) { core::simd::store(&sums[r][v * kLanes], sum); });
+        for (Index r = 0; r < Rows; ++r) {
+          for (Index j = 0; j < columns; ++j) {
+            to[r * c.row_stride + j] = adds ? from[r * from_stride + j] + sums[r][j] : sums[r][j];
+          }
+        }
+      } else if (adds) {
+        tile.for_each([&](int r, int v, const Packet<float>& sum) __attribute__((always_inline)) {
+          core::simd::store(to + r * c.row_stride + v * kLanes,
+                            core::simd::padd(core::simd::load(from + r * from_stride + v * kLanes), sum));
+        });
+      } else {
+        tile.for_each([&](int r, int v, const Packet<float>& sum) __attribute__((always_inline)) {
+          core::simd::store(to + r * c.row_stride + v * kLanes, sum);
+        });
+      }
+    });
+  }
+}
+
+/// c = start + a·b, c [m,n] row-major, by the register tile. The result does not depend on the number of threads: a
+/// task computes its part of c whole.
+inline void multiply_tiled(const torch::Tensor& a, RightOperand& b, const torch::Tensor& c, Start start,
+                           const torch::Tensor& bias) {
+  constexpr Index kTileRows = core::detail::kTileRows;
+  b.pack();
+  const auto left = matrix_of<const float>(a);
+  const auto result = matrix_of<float>(c);
+  const float* const bias_data = start == Start::bias ? bias.const_data_ptr<float>() : nullptr;
+  // A task is 8 tiles high, which reuses the lanes of b, less when there are too few rows for all threads.
+  const Index row_tiles = (left.rows + kTileRows - 1) / kTileRows;
+  const Index height = kTileRows * std::clamp<Index>(row_tiles / (4 * at::get_num_threads()), 1, 8);
+  const Index row_tasks = (left.rows + height - 1) / height;
+  at::parallel_for(0, row_tasks * b.lanes().tiles, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const Index row = task / b.lanes().tiles * height, rows = std::min(height, left.rows - row);
+      const auto tile = b.lanes()[task % b.lanes().tiles];
+      const auto [data, stride] = b.tile(tile);
+      const auto run = [&, data = data, stride = stride]<int Vectors>() {
+        multiply_lanes<Vectors>(left.middle_rows(row, rows), data, stride, tile.begin, result.middle_rows(row, rows),
+                                start, bias_data);
+      };
+      static_assert(core::detail::kTileVectors <= 3);
+      if (tile.vectors == 1) run.template operator()<1>();
+      if (tile.vectors == 2) run.template operator()<2>();
+      if constexpr (core::detail::kTileVectors == 3) {
+        if (tile.vectors == 3) run.template operator()<3>();
+      }
+    }
+  });
+}
+
+/// The same by LibTorch's matrix product.
+inline void multiply_aten(const torch::Tensor& a, const RightOperand& b, torch::Tensor c, Start start,
+                          const torch::Tensor& bias) {
+  if (start == Start::zero) {
+    at::mm_out(c, a, b.tensor());
+  } else {
+    at::addmm_out(c, start == Start::bias ? bias : c, a, b.tensor());
+  }
+}
+
+/// Whether the register tile computes products of this kind faster than LibTorch. Measured on the operands of the first
+/// such product, on scratch memory, in about ten times the time of the product; kept until the process ends, so that
+/// equal operands give equal bits.
+inline bool tile_wins(const torch::Tensor& a, RightOperand& b, const torch::Tensor& c) {
+  constexpr double kTooSmallToMeasure = 1 << 18;  // multiplications
+  if (static_cast<double>(a.numel()) * static_cast<double>(c.size(1)) < kTooSmallToMeasure) return false;
+  using Kind = std::array<int64_t, 6>;
+  static std::mutex mutex;
+  static std::map<Kind, bool> wins;
+  const auto magnitude = [](int64_t n) { return static_cast<int64_t>(std::bit_width(static_cast<uint64_t>(n))); };
+  const Kind kind = {magnitude(a.size(0)),      magnitude(a.size(1)),      c.size(1),
+                     int64_t{a.stride(1) == 1}, b.tensor().stride(1) == 1, at::get_num_threads()};
+  const std::scoped_lock lock(mutex);  // two measurements at a time would disturb each other
+  if (const auto known = wins.find(kind); known != wins.end()) return known->second;
+  const torch::Tensor scratch = torch::empty_like(c);
+  const auto seconds = [&](auto&& product) {
+    const auto start = std::chrono::steady_clock::now();
+    product();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  double tile = std::numeric_limits<double>::infinity(), aten = tile;
+  for (int repetition = 0; repetition < 5; ++repetition) {
+    tile = std::min(tile, seconds([&] { multiply_tiled(a, b, scratch, Start::zero, {}); }));
+    aten = std::min(aten, seconds([&] { multiply_aten(a, b, scratch, Start::zero, {}); }));
+  }
+  return wins[kind] = tile < aten;
+}
+
+/// c = start + a·b by whoever is faster; a [m,k], b [k,n], c [m,n] row-major, bias [n], all float on the CPU.
+inline void multiply(const torch::Tensor& a, RightOperand& b, const torch::Tensor& c, Start start,
+                     const torch::Tensor& bias = {}) {
+  tile_wins(a, b, c) ? multiply_tiled(a, b, c, start, bias) : multiply_aten(a, b, c, start, bias);
+}
+
+}  // namespace headroom::inline v0::nn::detail

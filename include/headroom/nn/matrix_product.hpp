@@ -43,7 +43,9 @@ class RightOperand {
       const core::MatrixView<const float> lanes_first{&view(0, tile.begin),
                                                       std::min<Index>(tile.width(), view.cols - tile.begin), depth,
                                                       view.col_stride, view.row_stride};
-      core::detail::pack_lanes(copy_.data_ptr<float>() + tile.begin * depth, tile.width(), 0, lanes_first, 1.0f);
+      float* const to = copy_.data_ptr<float>() + tile.begin * depth;
+      if (lanes_first.rows < tile.width()) std::fill_n(to, depth * tile.width(), 0.0F);
+      core::detail::pack_lanes(to, tile.width(), lanes_first, 1.0F);
     }
   }
   /// First element of the lane tile that starts at column `begin`, and the step from one row to the next.

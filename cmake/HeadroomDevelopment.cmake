@@ -5,6 +5,7 @@ endif()
 
 add_library(headroom_development INTERFACE)
 target_compile_options(headroom_development INTERFACE -Wall -Wextra)
+target_compile_definitions(headroom_development INTERFACE HEADROOM_SEPARATE_KERNELS)
 if(HEADROOM_NATIVE)
   target_compile_options(headroom_development INTERFACE -march=native)
 endif()
@@ -36,10 +37,18 @@ target_precompile_headers(headroom_pch PRIVATE <torch/torch.h>)
 # With -fpch-preprocess ccache can look into a unit that uses the header
 target_compile_options(headroom_pch PRIVATE -fpch-preprocess)
 
+# So are the attention kernels, which take a minute to compile
+file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/kernels.cpp"
+     "#define HEADROOM_KERNELS_HERE\n#include \"headroom/attention/tiled.hpp\"\n")
+add_library(headroom_kernels OBJECT "${CMAKE_CURRENT_BINARY_DIR}/kernels.cpp")
+target_link_libraries(headroom_kernels PRIVATE headroom_training headroom_development)
+target_compile_options(headroom_kernels PRIVATE -fpch-preprocess)
+target_precompile_headers(headroom_kernels REUSE_FROM headroom_pch)
+
 # headroom_add_torch_program(<name> <source>...): a program that uses LibTorch and the shared precompiled header
 function(headroom_add_torch_program name)
   add_executable(${name} ${ARGN})
-  target_link_libraries(${name} PRIVATE headroom_training headroom_development)
+  target_link_libraries(${name} PRIVATE headroom_training headroom_development headroom_kernels)
   target_compile_options(${name} PRIVATE -fpch-preprocess)
   target_precompile_headers(${name} REUSE_FROM headroom_pch)
 endfunction()

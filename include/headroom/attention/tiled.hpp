@@ -11,6 +11,12 @@
 #include "headroom/attention/request.hpp"
 #include "headroom/core/attention.hpp"
 
+#ifdef HEADROOM_SEPARATE_KERNELS
+#define HEADROOM_KERNEL
+#else
+#define HEADROOM_KERNEL inline
+#endif
+
 namespace headroom::inline v0::detail {
 
 /// LibTorch's thread pool and allocator behind core's executor: at::set_num_threads counts, and so does the workspace
@@ -188,8 +194,38 @@ class TiledRequest {
   torch::Tensor rotary_;  // [1,1,rows,2·pairs]
 };
 
-inline AttentionForward tiled_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                        const AttentionRequest& request) {
+/// Gradients of what is added to scores, summed up in what is computed in.
+struct TiledParamGradients {
+  torch::Tensor bias, relative_bias, slopes, sink;  // of the shapes of the request's; undefined: not wanted
+
+  /// `wanted` as in AttentionFunction.
+  TiledParamGradients(const torch::Tensor& q, const AttentionRequest& request, const std::array<bool, 7>& wanted) {
+    const auto zeros = [](bool is_wanted, const torch::Tensor& x, torch::ScalarType dtype) {
+      return is_wanted && x.defined() ? torch::zeros(x.sizes(), x.options().dtype(dtype)) : torch::Tensor();
+    };
+    bias = zeros(wanted[3], request.bias, compute_type(q));
+    relative_bias = zeros(wanted[4], request.relative_bias, torch::kDouble);
+    slopes = zeros(wanted[5], request.alibi_slopes, torch::kDouble);
+    sink = zeros(wanted[6], request.sink, torch::kDouble);
+  }
+};
+
+/// The only functions that compile the kernels, which takes about a minute. With HEADROOM_SEPARATE_KERNELS defined they
+/// are just declared, and one unit of the program, which also defines HEADROOM_KERNELS_HERE, holds them.
+HEADROOM_KERNEL AttentionForward tiled_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                                 const AttentionRequest& request);
+
+/// Writes the gradients of q, k and v into tensors of their shapes, with any strides, and adds those of what is added
+/// to scores. `grad_lse` may be undefined.
+HEADROOM_KERNEL void tiled_attention_backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
+                                              const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                              const AttentionForward& forward, const AttentionRequest& request,
+                                              const AttentionGradients& grad, const TiledParamGradients& param_grads);
+
+#if !defined(HEADROOM_SEPARATE_KERNELS) || defined(HEADROOM_KERNELS_HERE)
+
+HEADROOM_KERNEL AttentionForward tiled_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                                 const AttentionRequest& request) {
   std::vector<int64_t> sizes = q.sizes().vec();
   sizes.back() = v.size(-1);
   const torch::Tensor output = empty_in_order_of(q, sizes, q.options());
@@ -209,28 +245,10 @@ inline AttentionForward tiled_attention(const torch::Tensor& q, const torch::Ten
   return {output, lse.squeeze(-1)};
 }
 
-/// Gradients of what is added to scores, summed up in what is computed in.
-struct TiledParamGradients {
-  torch::Tensor bias, relative_bias, slopes, sink;  // of the shapes of the request's; undefined: not wanted
-
-  /// `wanted` as in AttentionFunction.
-  TiledParamGradients(const torch::Tensor& q, const AttentionRequest& request, const std::array<bool, 7>& wanted) {
-    const auto zeros = [](bool is_wanted, const torch::Tensor& x, torch::ScalarType dtype) {
-      return is_wanted && x.defined() ? torch::zeros(x.sizes(), x.options().dtype(dtype)) : torch::Tensor();
-    };
-    bias = zeros(wanted[3], request.bias, compute_type(q));
-    relative_bias = zeros(wanted[4], request.relative_bias, torch::kDouble);
-    slopes = zeros(wanted[5], request.alibi_slopes, torch::kDouble);
-    sink = zeros(wanted[6], request.sink, torch::kDouble);
-  }
-};
-
-/// Writes the gradients of q, k and v into tensors of their shapes, with any strides, and adds those of what is added
-/// to scores. `grad_lse` may be undefined.
-inline void tiled_attention_backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
-                                     const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                     const AttentionForward& forward, const AttentionRequest& request,
-                                     const AttentionGradients& grad, const TiledParamGradients& param_grads) {
+HEADROOM_KERNEL void tiled_attention_backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
+                                              const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                              const AttentionForward& forward, const AttentionRequest& request,
+                                              const AttentionGradients& grad, const TiledParamGradients& param_grads) {
   const TiledRequest tiled(q, request);
   const auto& scores = request.score_sizes;
   std::vector<torch::Tensor> tensors{grad_output,
@@ -264,5 +282,9 @@ inline void tiled_attention_backward(const torch::Tensor& grad_output, const tor
     });
   });
 }
+
+#endif  // kernels
+
+#undef HEADROOM_KERNEL
 
 }  // namespace headroom::inline v0::detail

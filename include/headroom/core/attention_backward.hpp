@@ -581,9 +581,8 @@ void attention_backward(std::type_identity_t<TensorView<const T>> grad_output,
   const detail::BackwardTensors<Scalar> x{
       {q, k, v, output, saved_lse}, grad_output, grad_lse, grad_q, grad_k, grad_v, param_grads.bias};
   detail::check_shapes(x, params);
-  require((lse.data != nullptr || lse.shape[0] * lse.shape[1] * lse.shape[2] == 0) &&
-              grad_output.shape == output.shape && grad_q.shape == q.shape && grad_k.shape == k.shape &&
-              grad_v.shape == v.shape,
+  require((lse.data != nullptr || q.shape[0] * q.shape[1] * q.shape[2] == 0) && grad_output.shape == output.shape &&
+              grad_q.shape == q.shape && grad_k.shape == k.shape && grad_v.shape == v.shape,
           "headroom.core.attention.shape", "grad_output ", Shape{grad_output.shape}, ", grad_q ", Shape{grad_q.shape},
           ", grad_k ", Shape{grad_k.shape}, " and grad_v ", Shape{grad_v.shape}, " must have the shapes of the output ",
           Shape{output.shape}, ", q ", Shape{q.shape}, ", k ", Shape{k.shape}, " and v ", Shape{v.shape},

@@ -180,7 +180,7 @@ TEST_CASE("NaN that a query may not see does not reach it, wherever the border r
   CHECK(equal == 4 * 9 * 16);  // queries 51 … 59
 }
 
-TEST_CASE("bfloat16 and half are read where they lie and computed in float") {
+TEST_CASE("bfloat16 and half are read where they lie and summed in float") {
   const auto check = [](auto type, double epsilon) {
     using T = decltype(type);
     Run<float> run(kProblem);
@@ -196,10 +196,15 @@ TEST_CASE("bfloat16 and half are read where they lie and computed in float") {
     const auto of = [&](std::vector<T>& x, Index length) { return dense_view(x.data(), 2, 4, length, 16); };
     const auto lse_view = dense_view(lse.data(), 2, 4, 150, 1);
     attention_forward<T>(of(q, 150), of(k, 170), of(v, 170), of(output, 150), lse_view, {}, CausalMask{});
-    CHECK((lse == run.lse));
-    std::vector<T> rounded;
-    for (const float e : run.output) rounded.push_back(static_cast<T>(e));
-    CHECK((output == rounded));
+    if (core::detail::kHasPairProducts && std::is_same_v<T, Eigen::bfloat16>) {  // weights are rounded, and sums differ
+      CHECK(deviation(lse, run.lse).maximum < 1e-5);
+      CHECK(deviation(output, run.output).maximum < 2 * epsilon);
+    } else {
+      CHECK((lse == run.lse));
+      std::vector<T> rounded;
+      for (const float e : run.output) rounded.push_back(static_cast<T>(e));
+      CHECK((output == rounded));
+    }
     attention_backward<T>(of(grad, 150), of(q, 150), of(k, 170), of(v, 170), of(output, 150), lse_view, of(grad_q, 150),
                           of(grad_k, 170), of(grad_v, 170), {}, CausalMask{});
     CHECK(deviation(grad_q, run.grad_q).maximum < 8 * epsilon);

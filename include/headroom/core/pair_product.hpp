@@ -245,7 +245,26 @@ EIGEN_ALWAYS_INLINE void store_pairs(Pair* to, simd::Packet<float> even, simd::P
 #endif
 }
 
-/// Rows from `first` (even) on of to [rows/2][width] in pairs = x [count][width]; what is behind it is 0.
+EIGEN_ALWAYS_INLINE void store_rounded(Eigen::bfloat16* to, simd::Packet<float> x) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+#else
+  static_cast<void>(to), static_cast<void>(x);                             // never called
+#endif
+}
+
+/// to [rows][stride] = x [rows][width] rounded, 0 behind the width.
+template <int Vectors>
+void round_rows(Eigen::bfloat16* to, Index stride, const float* x, Index rows) {
+  constexpr Index N = simd::kLanes<float>, width = Vectors * N;
+  for (Index i = 0; i < rows; ++i) {
+    for (int v = 0; v < Vectors; ++v) store_rounded(to + i * stride + v * N, simd::load(x + i * width + v * N));
+    std::fill(to + i * stride + width, to + (i + 1) * stride, Eigen::bfloat16(0));
+  }
+}
+
+/// Rows from `first` (even) on of to [rows/2][width] in pairs = x [count][width]; what is behind it is 0. May be in
+/// place.
 template <int Vectors>
 void pair_rows(Pair* to, const float* x, Index first, Index count, Index rows) {
   constexpr Index N = simd::kLanes<float>, width = Vectors * N;

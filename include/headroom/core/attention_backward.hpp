@@ -172,7 +172,7 @@ class BackwardGroup {
         o(x.output.head(b, h, x.heads()));
     const RowWriter<Scalar> grad_q(x.grad_q.head(b, h, x.heads()), turn);
     const MatrixView<Scalar> sums =
-        grad_q.plain() ? grad_q.view() : MatrixView<Scalar>{accumulator, queries, dim, dim, 1};
+        grad_q.sums_in_place() ? grad_q.view() : MatrixView<Scalar>{accumulator, queries, dim, dim, 1};
     const bool last_group = group + 1 == groups(x);
 
     for (Index block = 0; block < blocks(queries); ++block) {
@@ -243,7 +243,8 @@ class BackwardGroup {
         }
         for (Index i = 0; i < rows; ++i) add_strided(&sum(i, 0), sum.col_stride, grad_queries_ + i * padded_dim_, dim);
       }
-      if (last_group && !grad_q.plain()) grad_q.write(first, rows, &sum(0, 0));
+      if (last_group && grad_q.sums_in_place()) grad_q.turn_back(first, rows);
+      if (last_group && !grad_q.sums_in_place()) grad_q.write(first, rows, &sum(0, 0));
       if (turns != nullptr) turns[block].store(static_cast<int>(group) + 1, std::memory_order_release);
     }
   }
@@ -510,18 +511,19 @@ class BackwardPass {
                const TensorView<double>& sink)
       : x_(x), rules_(rules), relative_bias_(relative_bias), slopes_(slopes), sink_(sink) {
     const bool bias = x.grad_bias.data != nullptr, by_rows = bias && x.grad_bias.strides[3] == 0;
-    const Index batch = x.batch(), heads = x.heads(), share = heads / x.k.shape[1];
+    const Index batch = x.batch(), heads = x.heads(), share = heads / std::max<Index>(x.k.shape[1], 1);
     const bool one_batch = (x.k.shape[0] == 1 || (bias && !by_rows && x.grad_bias.strides[0] == 0));
     const bool one_head = bias && !by_rows && x.grad_bias.strides[1] == 0;
     batches_ = one_batch ? batch : 1;
     heads_ = one_head ? heads : share;
-    families_ = batch * heads / (batches_ * heads_);
+    families_ = batch * heads == 0 ? 0 : batch * heads / (batches_ * heads_);
     members_ = batches_ * heads_;
     groups_ = Group::groups(x);
     blocks_ = Group::blocks(x.q.length());
     bias_rows_ = by_rows ? x.q.length() : 0;
-    own_sums_ = x.grad_q.length() > 0 &&
-                !RowWriter<Scalar>(x.grad_q.head(0, 0, heads), Rotation<Scalar>::of_queries(rules.params())).plain();
+    own_sums_ =
+        x.grad_q.length() > 0 &&
+        !RowWriter<Scalar>(x.grad_q.head(0, 0, heads), Rotation<Scalar>::of_queries(rules.params())).sums_in_place();
   }
 
   void run(const E& executor) {
@@ -530,7 +532,7 @@ class BackwardPass {
     const bool cap = rules_.params().softcap > 0;
     const Index group_bytes = Group::workspace_bytes(x_.q.dim(), x_.v.dim(), cap);
     const Index head_bytes = HeadPart(nullptr, *this).bytes(), sum_bytes = SumPart(nullptr, *this).bytes();
-    const Index head_parts = (workers + split) * members_;
+    const Index head_parts = ((whole > 0 ? workers : 0) + split) * members_;
     const auto workspace = executor.allocate(workers * (group_bytes + members_ * sum_bytes) + head_parts * head_bytes);
     std::byte* const sums = workspace.data() + workers * group_bytes;
     std::byte* const head_start = sums + workers * members_ * sum_bytes;
@@ -553,7 +555,7 @@ class BackwardPass {
         return SumPart(sums + (worker * members_ + member) * sum_bytes, *this);
       };
       const auto head_index = [&](Index b, Index h) {
-        return (is_whole ? worker : workers + s) * members_ + slot(b, h);
+        return (is_whole ? worker : head_parts / members_ - split + s) * members_ + slot(b, h);
       };
       const auto head = [&](Index b, Index h) {
         const HeadPart part(head_start + head_index(b, h) * head_bytes, *this);
@@ -663,8 +665,8 @@ class BackwardPass {
 /// forward pass wrote; weights are recomputed tile by tile. grad_q, grad_k and grad_v are overwritten and have the
 /// shapes of q, k and v, any strides, and must not overlap with each other or with the inputs. Queries without keys and
 /// keys without queries get gradient 0.
-/// Workspace: BackwardGroup::workspace_bytes(D, Dv) and delta [Lq] a worker; where grad_q is narrower than float or
-/// q is rotated also [Lq][D]; for gradients of relative bias, slopes and of a bias that is broadcast along the keys
+/// Workspace: BackwardGroup::workspace_bytes(D, Dv) and delta [Lq] a worker; where grad_q is narrower than float also
+/// [Lq][D]; for gradients of relative bias, slopes and of a bias that is broadcast along the keys
 /// also their length. Results are bit-equal for any number of workers.
 /// Throws headroom.core.attention.{shape,scale,dropout,length,output}.
 template <Storable T, Mask M = NoMask, Executor E = DefaultExecutor>

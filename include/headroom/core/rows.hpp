@@ -124,7 +124,14 @@ class RowWriter {
       : y_(y), rotation_(rotation), plain_(y.holds<Scalar>() && !rotation) {}
 
   /// Whether rows can be summed where they lie.
-  bool plain() const { return plain_; }
+  bool sums_in_place() const { return plain_ || (y_.holds<Scalar>() && y_.col_stride == 1); }
+  /// Turns rows back that were summed where they lie.
+  void turn_back(Index first, Index count) const {
+    for (Index i = first; i < first + count && rotation_; ++i) {
+      Scalar* const row = &view()(i, 0);
+      rotation_.apply(row, row, y_.cols, i, /*back=*/true);
+    }
+  }
   MatrixView<Scalar> view() const { return y_.as<Scalar>(); }
 
   /// Writes dense rows [count][cols], turned back; they are spoiled.

@@ -87,8 +87,10 @@ int main(int argc, char** argv) {
     std::printf("FMA peak of %d threads: %.0f GF/s\n", torch::get_num_threads(), peak);
     std::printf("%-9s %-17s %-9s %-7s %-11s %4s %10s %7s %8s %6s\n", "", "pass", "dtype", "variant", "BxHxL", "D", "ms",
                 "GF/s", "x torch", "% peak");
-    report.json = {{"machine", {{"threads", torch::get_num_threads()}, {"fma_peak_gflops", peak}}},
-                   {"rows", nlohmann::json::array()}};
+    report.json = {
+        {"machine",
+         {{"cpu", benchmarks::processor()}, {"threads", torch::get_num_threads()}, {"fma_peak_gflops", peak}}},
+        {"rows", nlohmann::json::array()}};
     for (const std::string& text : shapes) {
       Shape shape{};
       require(std::sscanf(text.c_str(), "%ldx%ldx%ld", &shape.batch, &shape.heads, &shape.length) == 3 &&

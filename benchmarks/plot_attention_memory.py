@@ -15,14 +15,14 @@ CURVES = [  # implementation, variant, label, colour
     ("torch", "dropout", "PyTorch with dropout: stored in silence", "tab:orange"),
     ("naive", "plain", "matmul, softmax, matmul: stored", "tab:red"),
     ("torch", "plain", "PyTorch, fused", "tab:green"),
-    ("tiled", "plain", "headroom, with any option", "tab:blue"),
+    ("tiled", "plain", "headroom", "tab:blue"),
 ]
 
 
 def main(rows_file, figure_file):
     with open(rows_file) as file:
         rows = json.load(file)["rows"]
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 5.2), sharey=True)
     for panel, (name, title) in zip(panels, [("forward", "forward"), ("forward_backward", "forward and backward")]):
         for implementation, variant, label, colour in CURVES:
             curve = [r for r in rows
@@ -39,10 +39,10 @@ def main(rows_file, figure_file):
         panel.set_title(title)
         panel.grid(True, which="major", alpha=0.3)
     panels[0].set_ylabel("peak memory, MiB")
-    panels[0].legend(loc="upper left", fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize="small")
     batch, heads, dim = (rows[0][key] for key in ["batch", "heads", "head_dim"])
     figure.suptitle(f"Attention, batch {batch}, {heads} heads of dim {dim}, float")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(figure_file, dpi=120)
 
 

@@ -53,8 +53,9 @@ def main(rows_file, figure_file, shape="1x4x2049"):
         ratio.set_xticks(dims, [str(dim) for dim in dims])
         ratio.minorticks_off()
         for panel in (speed, ratio):
-            panel.set_ylim(bottom=0)
             panel.grid(True, alpha=0.3)
+    for row in panels:
+        row[0].set_ylim(bottom=0)  # once all curves are there: a limit ends the fitting of the axis
     panels[0, 0].set_ylabel(f"GF/s, B x H x L = {shape}")
     panels[1, 0].set_ylabel("times PyTorch's speed")
     panels[0, 0].legend(fontsize="x-small")

@@ -282,24 +282,25 @@ class ForwardGroup {
 
   /// Divides by the sum of weights; writes the rows and their log-sum-exp. A query without keys gets 0 and -inf.
   void finish(const Tile& tile, const AttentionTensors& x, const ScoreRules<Scalar>& rules, Index b, Index h) {
+    using Lanes = Eigen::Array<double, Eigen::Dynamic, 1, 0, kWidth, 1>;
+    using Row = Eigen::Map<const Eigen::Array<Scalar, Eigen::Dynamic, 1>>;
     const double nothing = -std::numeric_limits<double>::infinity(), gain = rules.params().dropout.gain();
     const std::optional<double> sink = rules.sink(h);
+    const Index first = tile.run.queries.begin, rows = tile.run.queries.end - first, width = tile.width();
+    const Lanes sum = Row(tile.sum, width).template cast<double>(),
+                offset = Row(tile.maximum, width).template cast<double>() * static_cast<double>(rules.factor());
+    Lanes reciprocal = gain / sum, lse = offset + sum.log() * std::numbers::log2e;  // in units of log2
+    for (Index i = 0; i < width; ++i) {
+      if (sink.has_value() && sum[i] != 0) {
+        lse[i] = std::max(lse[i], *sink) + std::log2(1 + std::exp2(-std::abs(lse[i] - *sink)));
+        reciprocal[i] = gain * std::exp2(offset[i] - lse[i]);
+      }
+      if (sum[i] == 0) reciprocal[i] = 0, lse[i] = sink.value_or(nothing);
+    }
     alignas(64) Scalar inverse[kWidth];
-    const Index first = tile.run.queries.begin, rows = tile.run.queries.end - first;
-    for (Index i = 0; i < tile.width(); ++i) {
-      const double sum = static_cast<double>(tile.sum[i]);
-      const double offset = static_cast<double>(tile.maximum[i]) * static_cast<double>(rules.factor());
-      double reciprocal = 1 / sum, lse = offset + std::log2(sum);  // in units of log2
-      if (sink.has_value() && sum != 0) {
-        lse = std::max(lse, *sink) + std::log2(1 + std::exp2(-std::abs(lse - *sink)));
-        reciprocal = std::exp2(offset - lse);
-      }
-      reciprocal *= gain;
-      simd::keep(reciprocal);  // -ffast-math would divide in float, and approximate that
-      inverse[i] = sum == 0 ? Scalar(0) : static_cast<Scalar>(reciprocal);
-      if (x.lse.data != nullptr && i < rows) {
-        x.lse(b, h, first + i, 0) = (sum == 0 ? sink.value_or(nothing) : lse) * std::numbers::ln2;
-      }
+    Eigen::Map<Eigen::Array<Scalar, Eigen::Dynamic, 1>>(inverse, width) = reciprocal.template cast<Scalar>();
+    for (Index i = 0; i < rows && x.lse.data != nullptr; ++i) {
+      x.lse(b, h, first + i, 0) = lse[i] * std::numbers::ln2;
     }
     RowWriter<Scalar>(x.output.head(b, h, x.heads())).unpack(first, rows, tile.output, tile.width(), inverse, buffer_);
   }

@@ -1,5 +1,5 @@
 # What this project's own tests, examples and benchmarks share; a project that uses the library sees none of it.
-if(NOT HEADROOM_BUILD_TESTS AND NOT HEADROOM_BUILD_EXAMPLES AND NOT HEADROOM_BUILD_BENCHMARKS)
+if(NOT HEADROOM_BUILD_TESTS AND NOT HEADROOM_BUILD_EXAMPLES AND NOT HEADROOM_BUILD_BENCHMARKS AND NOT HEADROOM_BUILD_PYTHON)
   return()
 endif()
 
@@ -29,6 +29,9 @@ if(NOT TARGET headroom_training)
   return()
 endif()
 
+# Programs and the shared library for Python share objects
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+
 # torch/torch.h takes about 16 s a unit: compiled once, used by every program below
 file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/pch.cpp" "")
 add_library(headroom_pch OBJECT "${CMAKE_CURRENT_BINARY_DIR}/pch.cpp")
@@ -45,9 +48,17 @@ target_link_libraries(headroom_kernels PRIVATE headroom_training headroom_develo
 target_compile_options(headroom_kernels PRIVATE -fpch-preprocess)
 target_precompile_headers(headroom_kernels REUSE_FROM headroom_pch)
 
-# headroom_add_torch_program(<name> <source>...): a program that uses LibTorch and the shared precompiled header
+# What uses LibTorch and the shared precompiled header: headroom_add_torch_program(<name> <source>...) and
+# headroom_add_torch_library(<name> <source>...), a shared one
 function(headroom_add_torch_program name)
   add_executable(${name} ${ARGN})
+  headroom_use_torch(${name})
+endfunction()
+function(headroom_add_torch_library name)
+  add_library(${name} SHARED ${ARGN})
+  headroom_use_torch(${name})
+endfunction()
+function(headroom_use_torch name)
   target_link_libraries(${name} PRIVATE headroom_training headroom_development headroom_kernels)
   target_compile_options(${name} PRIVATE -fpch-preprocess)
   target_precompile_headers(${name} REUSE_FROM headroom_pch)

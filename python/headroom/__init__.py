@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["attention", "scaled_dot_product_attention", "replace_sdpa"]
+from headroom.memory import MemoryReport, measure
+
+__all__ = ["MemoryReport", "attention", "measure", "replace_sdpa", "scaled_dot_product_attention"]
 
 torch.ops.load_library(Path(__file__).with_name("libheadroom_ops.so"))
 
@@ -108,7 +110,7 @@ def replace_sdpa():
                            "leave the other replacement first")
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with torch.library._scoped_library("aten", "IMPL") as library:
-        for key in ("CPU", "AutogradCPU", "Meta", "AutogradMeta"):  # Meta: while torch.compile traces
+        for key in ("CPU", "AutogradCPU", "AutogradMeta"):  # Meta: while torch.compile traces
             library.impl("scaled_dot_product_attention", scaled_dot_product_attention, key)
         torch.backends.mha.set_fastpath_enabled(False)
         try:

@@ -4,7 +4,9 @@ if(NOT HEADROOM_BUILD_TESTS AND NOT HEADROOM_BUILD_EXAMPLES AND NOT HEADROOM_BUI
 endif()
 
 add_library(headroom_development INTERFACE)
-target_compile_options(headroom_development INTERFACE -Wall -Wextra)
+# -fPIC: programs and the shared library for Python have the precompiled header and the kernels in common. CMake's own
+# property would compile programs with -fPIE, and the compiler would pass the header over.
+target_compile_options(headroom_development INTERFACE -Wall -Wextra -fPIC)
 target_compile_definitions(headroom_development INTERFACE HEADROOM_SEPARATE_KERNELS)
 if(HEADROOM_NATIVE)
   target_compile_options(headroom_development INTERFACE -march=native)
@@ -28,9 +30,6 @@ endif()
 if(NOT TARGET headroom_training)
   return()
 endif()
-
-# Programs and the shared library for Python share objects
-set(CMAKE_POSITION_INDEPENDENT_CODE ON)
 
 # torch/torch.h takes about 16 s a unit: compiled once, used by every program below
 file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/pch.cpp" "")

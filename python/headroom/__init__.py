@@ -106,7 +106,7 @@ def replace_sdpa():
     torch.compile compiled outside stays as it was.
     """
     if torch._C._dispatch_has_kernel_for_dispatch_key("aten::scaled_dot_product_attention", "AutogradCPU"):
-        raise RuntimeError("[headroom.attention.replaced] scaled_dot_product_attention is replaced already; "
+        raise RuntimeError("[headroom.python.replaced] scaled_dot_product_attention is replaced already; "
                            "leave the other replacement first")
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with torch.library._scoped_library("aten", "IMPL") as library:

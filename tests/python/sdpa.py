@@ -161,7 +161,7 @@ class Replacement(unittest.TestCase):
         fast_path = torch.backends.mha.get_fastpath_enabled()
         with self.assertRaisesRegex(ValueError, "on the way"), headroom.replace_sdpa():
             self.assertFalse(torch.backends.mha.get_fastpath_enabled())
-            with self.assertRaisesRegex(RuntimeError, r"\[headroom.attention.replaced\]"), headroom.replace_sdpa():
+            with self.assertRaisesRegex(RuntimeError, r"\[headroom.python.replaced\]"), headroom.replace_sdpa():
                 pass
             raise ValueError("on the way out")
         self.assertEqual(torch.backends.mha.get_fastpath_enabled(), fast_path)

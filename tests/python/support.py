@@ -1,13 +1,22 @@
-"""What the tests of the Python module share. Ends the test as skipped where this Python has no PyTorch that fits."""
+"""What the tests of the Python module share. Ends the test as skipped unless this Python's PyTorch is the LibTorch that
+the module was built with; ctest tells its include folder.
+"""
 
+import os
 import sys
+from pathlib import Path
 
 try:
-    import headroom  # noqa: F401
     import torch
-except (ImportError, OSError) as error:
+except ImportError as error:
     print(f"skipped: {error}")
     sys.exit(0)
+
+if include := os.environ.get("HEADROOM_TORCH_INCLUDE"):
+    root = Path(torch.__file__).resolve().parent
+    if root not in Path(include).resolve().parents:
+        print(f"skipped: built with {include}, and this Python has {root}")
+        sys.exit(0)
 
 
 def noise(*shape, dtype=torch.float64, gradient=True):

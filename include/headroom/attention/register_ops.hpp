@@ -8,7 +8,7 @@
 
 #include "headroom/attention/attention.hpp"
 
-// Registers headroom::attention with PyTorch, so that TorchScript and torch.ops.headroom in Python can call it. To be
+// Registers headroom::attention with PyTorch's dispatcher, where Python finds it as torch.ops.headroom.attention. To be
 // included in exactly one unit of a program or shared library: a second registration in one process fails.
 //
 //   attention(q, k, v, *, options) -> output                      composed of what follows

@@ -306,6 +306,10 @@ class AttentionChecks {
     require(options_.dropout() >= 0 && options_.dropout() < 1, "headroom.attention.dropout", "dropout is ",
             options_.dropout(), ", expected a probability in [0, 1)");
     if (!request_.dropout.active()) return;
+    if (options_.seed().has_value()) {
+      request_.dropout.seed = *options_.seed();
+      return;
+    }
     at::Generator generator = options_.generator().value_or(at::detail::getDefaultCPUGenerator());
     require(generator.defined() && generator.device().is_cpu(), "headroom.attention.dropout",
             "the generator is undefined or not on the CPU; give a CPU generator, it only draws a seed");

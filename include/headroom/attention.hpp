@@ -11,3 +11,4 @@
 #include "headroom/attention/request.hpp"
 #include "headroom/attention/scores.hpp"
 #include "headroom/attention/tiled.hpp"
+#include "headroom/attention/weights.hpp"

@@ -6,5 +6,6 @@
 #include "headroom/nn/feed_forward.hpp"
 #include "headroom/nn/linear.hpp"
 #include "headroom/nn/matrix_product.hpp"
+#include "headroom/nn/multihead_attention.hpp"
 #include "headroom/nn/rms_norm.hpp"
 #include "headroom/nn/rotary.hpp"

@@ -204,13 +204,7 @@ struct TiledBackend {
                             empty_in_order_of(v, v.sizes(), v.options())};
     const TiledParamGradients sums(q, request, wanted);
     tiled_attention_backward(grad_output, grad_lse, q, k, v, forward, request, grad, sums);
-    const auto like = [](const torch::Tensor& sum, const torch::Tensor& x) {
-      return sum.defined() ? sum.to(x.scalar_type()) : sum;
-    };
-    grad.bias = like(sums.bias, request.bias);
-    grad.relative_bias = like(sums.relative_bias, request.relative_bias);
-    grad.alibi_slopes = like(sums.slopes, request.alibi_slopes);
-    grad.sink = like(sums.sink, request.sink);
+    sums.store(grad, request);
     return grad;
   }
 };

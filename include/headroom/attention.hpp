@@ -4,6 +4,7 @@
 #include "headroom/attention/chunked.hpp"
 #include "headroom/attention/dropout.hpp"
 #include "headroom/attention/fused.hpp"
+#include "headroom/attention/linear.hpp"
 #include "headroom/attention/merge.hpp"
 #include "headroom/attention/options.hpp"
 #include "headroom/attention/packed.hpp"

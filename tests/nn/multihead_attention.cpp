@@ -127,8 +127,8 @@ TEST_CASE("MultiheadAttention has LibTorch's parameters, initial values and file
       check_same_parameters(other, theirs);
       load_saved(ours, theirs);
       check_same_parameters(ours, other);
-      check_same_parameters(nn::MultiheadAttention(std::dynamic_pointer_cast<nn::MultiheadAttentionImpl>(ours->clone())),
-                            ours);
+      check_same_parameters(
+          nn::MultiheadAttention(std::dynamic_pointer_cast<nn::MultiheadAttentionImpl>(ours->clone())), ours);
     }
   }
 }
@@ -219,8 +219,8 @@ TEST_CASE("a query that sees no key gets the bias of the output projection") {
   torch::nn::init::normal_(module->out_proj->bias);
   const Tensor x = torch::randn({6, 2, 12}).requires_grad_();
   Tensor hidden = torch::zeros({6, 6}, torch::kBool), padding = torch::zeros({2, 6}, torch::kBool);
-  hidden.narrow(0, 0, 1).narrow(1, 0, 3).fill_(true);     // query 0 sees keys 3 …
-  padding.narrow(0, 1, 1).narrow(1, 3, 3).fill_(true);    // … which batch 1 does not have
+  hidden.narrow(0, 0, 1).narrow(1, 0, 3).fill_(true);       // query 0 sees keys 3 …
+  padding.narrow(0, 1, 1).narrow(1, 3, 3).fill_(true);      // … which batch 1 does not have
   const Tensor scattered = padding.flip({1}).contiguous();  // batch 1 lacks keys 0, 1, 2
   for (const auto& [key_padding_mask, dead] : {std::pair{padding, 0}, {scattered, 5}}) {
     const Tensor attn_mask = dead == 0 ? hidden : hidden.flip({0, 1}).contiguous();
@@ -264,7 +264,7 @@ TEST_CASE("MultiheadAttention stores its projections and never a tensor of score
   const auto step = [&](nn::MultiheadAttention& module, const Tensor& x, const Tensor& padding, const Tensor& mask) {
     return meter.measure([&] { std::get<0>(module->forward(x, x, x, padding, false, mask)).sum().backward(); });
   };
-  const int64_t lengths[] = {1024, 4096};
+  const int64_t lengths[] = {512, 2048};
   for (const bool appended_keys : {false, true}) {
     nn::MultiheadAttention module(torch::nn::MultiheadAttentionOptions(16, 2)
                                       .add_bias_kv(appended_keys)
@@ -301,9 +301,8 @@ TEST_CASE("MultiheadAttention holds one projection, the heads' output and its ow
   for (const Tensor& tokens_in : {x, batch_first.transpose(0, 1)}) {
     std::tie(output, std::ignore) = module->forward(tokens_in, tokens_in, tokens_in);
     output = Tensor();
-    const auto report = meter.measure([&] {
-      std::tie(output, std::ignore) = module->forward(tokens_in, tokens_in, tokens_in);
-    });
+    const auto report =
+        meter.measure([&] { std::tie(output, std::ignore) = module->forward(tokens_in, tokens_in, tokens_in); });
     CHECK(report.held() == 3 * tensor + tensor + lse + tensor);
     CHECK(output.sizes() == tokens_in.sizes());
   }
@@ -316,16 +315,14 @@ TEST_CASE("MultiheadAttention holds one projection, the heads' output and its ow
 
 TEST_CASE("the mean weights are summed up without the weights of each head") {
   torch::manual_seed(13);
-  const int64_t length = 2500, heads = 16, answer = length * length * 4;
-  nn::MultiheadAttention module(32, heads);
-  const Tensor x = torch::randn({length, 1, 32}).requires_grad_();
+  const int64_t length = 1500, heads = 8, answer = length * length * 4;
+  nn::MultiheadAttention module(16, heads);
+  const Tensor x = torch::randn({length, 1, 16}).requires_grad_();
   MemoryMeter meter;
-  const auto report = meter.measure([&] {
-    const auto [output, weights] = module->forward(x, x, x, {}, true);
-    (output.sum() + weights.select(1, 0).square().sum()).backward();
-  });
-  CHECK(*report.largest < 2 * answer);
-  CHECK(report.added_peak() < heads * answer / 2);
+  std::tuple<Tensor, Tensor> results;
+  const auto report = meter.measure([&] { results = module->forward(x, x, x, {}, true); });
+  CHECK(*report.largest < heads * answer / 2);
+  CHECK(report.held() < 2 * answer);
 }
 
 TEST_CASE("MultiheadAttention refuses wrong shapes and masks, and says what it expects") {

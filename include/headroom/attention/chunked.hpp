@@ -180,8 +180,9 @@ class ChunkedAttention {
   }
   static AttentionGradients gradients_at(const AttentionGradients& grad, const HeadBlock& block,
                                          const HeadBlock& kv_block) {
-    return {block_of(grad.q, block, 2),    block_of(grad.k, kv_block, 2),          block_of(grad.v, kv_block, 2),
-            block_of(grad.bias, block, 2), block_of(grad.relative_bias, block, 1), block_of(grad.alibi_slopes, block, 1)};
+    return {
+        block_of(grad.q, block, 2),    block_of(grad.k, kv_block, 2),          block_of(grad.v, kv_block, 2),
+        block_of(grad.bias, block, 2), block_of(grad.relative_bias, block, 1), block_of(grad.alibi_slopes, block, 1)};
   }
   AttentionGradients as_given(AttentionGradients grad) const {
     const auto convert = [](torch::Tensor& x, const torch::Tensor& given) {
@@ -195,8 +196,8 @@ class ChunkedAttention {
   /// `delta` is what is subtracted from each row of dP: the sink has a score and no value, so its dP is 0.
   void add_sink(const torch::Tensor& grad_sink, const torch::Tensor& delta, const torch::Tensor& lse) const {
     if (!grad_sink.defined()) return;
-    const torch::Tensor weights = torch::exp(request_.sink.to(torch::kDouble).unsqueeze(-1) -
-                                             lse.masked_fill(lse == -kInfinity, kInfinity));
+    const torch::Tensor weights =
+        torch::exp(request_.sink.to(torch::kDouble).unsqueeze(-1) - lse.masked_fill(lse == -kInfinity, kInfinity));
     grad_sink.sub_((weights * delta).sum_to_size(at::IntArrayRef({request_.heads(), 1})).squeeze(-1));
   }
 

@@ -80,7 +80,8 @@ class MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAttentionImp
     if (options.add_zero_attn()) request.sink(torch::zeros({options.num_heads()}, query.options()));
     torch::Tensor attended;  // [Lq,N,H,D]
     if (bias_k.defined()) {
-      attended = with_bias_key(heads.q, attention_with_lse(heads.q, heads.k, heads.v, request)).movedim(-2, 0);
+      const auto others = headroom::detail::run_backend(heads.q, heads.k, heads.v, request, /*with_lse=*/true);
+      attended = with_bias_key(heads.q, others.output, others.lse).movedim(-2, 0);
     } else if (heads.packed.defined()) {
       attended = headroom::detail::packed_attention(heads.packed, std::nullopt, /*axis=*/0, request);
     } else {
@@ -199,19 +200,20 @@ class MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAttentionImp
     }
     const torch::Tensor padding = key_padding_mask.unsqueeze(1).unsqueeze(1);  // [N,1,1,Lk]
     if (!request.hidden().has_value()) return request.hidden(padding);
-    return request.bias(torch::zeros(padding.sizes(), query.options())
-                            .masked_fill_(padding, -std::numeric_limits<double>::infinity()));
+    return request.bias(
+        torch::zeros(padding.sizes(), query.options()).masked_fill_(padding, -std::numeric_limits<double>::infinity()));
   }
 
   /// Attention with bias_k and bias_v as one more key and value: its share of the weights is
-  /// exp(score) / (exp(score) + exp(lse)), so that neither k, v nor the masks are copied to append it.
-  torch::Tensor with_bias_key(const torch::Tensor& q, const AttentionResult& others) const {
+  /// exp(score) / (exp(score) + exp(lse)), so that neither k, v nor the masks are copied to append it. `output` and
+  /// `lse`, in double, are those of the other keys.
+  torch::Tensor with_bias_key(const torch::Tensor& q, const torch::Tensor& output, const torch::Tensor& lse) const {
     const auto split = [&](const torch::Tensor& x) { return x.view({options.num_heads(), 1, -1}); };  // [H,1,D]
     const torch::Tensor scores = torch::einsum("nhld,hod->nhlo", {q, split(bias_k)}) / std::sqrt(q.size(-1));
-    const torch::Tensor lead = scores - others.lse.unsqueeze(-1);  // [N,H,Lq,1]
+    const torch::Tensor lead = scores - lse.unsqueeze(-1);  // [N,H,Lq,1]
     const torch::Tensor share = torch::dropout(lead.sigmoid(), options.dropout(), is_training());
     const auto type = q.scalar_type();
-    return others.output * lead.neg().sigmoid().to(type) + share.to(type) * split(bias_v);
+    return output * lead.neg().sigmoid().to(type) + share.to(type) * split(bias_v);
   }
 
   /// Weights before dropout, the appended keys' last.

@@ -231,10 +231,14 @@ class ChunkedAttention {
 
   /// Query heads that share a head of k are rows of one matrix: [b,h,L,D] <-> [b,hk,h/hk·L,D].
   torch::Tensor folded(const torch::Tensor& x) const {
-    return request_.group() == 1 ? x : x.reshape({x.size(0), x.size(1) / request_.group(), -1, x.size(3)});
+    return request_.group() == 1
+               ? x
+               : x.reshape({x.size(0), x.size(1) / request_.group(), x.size(2) * request_.group(), x.size(3)});
   }
   torch::Tensor unfolded(const torch::Tensor& x) const {
-    return request_.group() == 1 ? x : x.reshape({x.size(0), x.size(1) * request_.group(), -1, x.size(3)});
+    return request_.group() == 1
+               ? x
+               : x.reshape({x.size(0), x.size(1) * request_.group(), x.size(2) / request_.group(), x.size(3)});
   }
 
   static torch::Tensor rows_of(const torch::Tensor& x, int64_t dim, int64_t first, int64_t last) {

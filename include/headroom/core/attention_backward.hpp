@@ -46,7 +46,6 @@ template <class Scalar>
 class BackwardGroup {
  public:
   static constexpr Index kWidth = LaneTiling<Scalar>::kWidth;
-  static constexpr Index kTiles = kGroupBytes / (kWidth * sizeof(Scalar));
   static constexpr Index kQueries = 16 * kTileRows;  // queries in a block: its weights stay in L1
 
   /// What the groups of one head share.
@@ -68,7 +67,8 @@ class BackwardGroup {
     grads_ = scratch_.take<Scalar>(kQueries * value_dim);
     buffer_ = scratch_.take<Scalar>(
         std::max(ScoreRules<Scalar>::buffer_size(kQueries, kWidth), 3 * N * std::max(dim, value_dim)));
-    for (Tile& tile : tiles_) {
+    for (Index t = 0; t < LaneGroups<Scalar>::most(dim + value_dim); ++t) {
+      Tile& tile = tiles_[t];
       tile.key = scratch_.take<Scalar>(dim * kWidth);
       tile.value = scratch_.take<Scalar>(value_dim * kWidth);
       tile.grad_key = scratch_.take<Scalar>(dim * kWidth);
@@ -80,10 +80,8 @@ class BackwardGroup {
   static Index workspace_bytes(Index dim, Index value_dim, bool cap) {
     return BackwardGroup(nullptr, dim, value_dim, cap).scratch_.bytes();
   }
-  static Index groups(Index keys) {
-    return std::max<Index>((LaneTiling<Scalar>(keys).tiles + kTiles - 1) / kTiles,
-                           1);  // one even without keys: it clears grad_q
-  }
+  /// One group even without keys: it clears grad_q.
+  static Index groups(const BackwardTensors<Scalar>& x) { return std::max<Index>(key_groups(x).count(), 1); }
   static Index blocks(Index queries) { return (queries + kQueries - 1) / kQueries; }
 
   /// Group `group` of the keys that the heads of a family use; `head(b, h)` gives their Head.
@@ -103,6 +101,9 @@ class BackwardGroup {
  private:
   using Packet = simd::Packet<Scalar>;
   using Run = QueryRun<Scalar, kQueries>;
+  static LaneGroups<Scalar> key_groups(const BackwardTensors<Scalar>& x) {
+    return {x.k.length(), x.batch() * x.heads(), x.k.dim() + x.v.dim()};
+  }
   static constexpr Index N = simd::kLanes<Scalar>;
 
   struct Tile {
@@ -119,12 +120,12 @@ class BackwardGroup {
   void run_shared_keys(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules, const HeadFamily& members,
                        Index group, HeadOf&& head) {
     const LaneTiling<Scalar> tiling(x.k.length());
-    const Index count = std::min(kTiles, tiling.tiles - group * kTiles);
+    const Index first_tile = key_groups(x).first_tile(group), count = key_groups(x).tiles(group);
     const Index b0 = members.first_batch, h0 = members.first_head;
     const auto turn = Rotation<Scalar>::of_keys(rules.params());
     const RowReader<Scalar> keys(x.k.head(b0, h0, x.heads()), turn), values(x.v.head(b0, h0, x.heads()));
     const KeyRange seen = seen_keys(x, rules, members);
-    for (Index t = 0; t < count; ++t) open(tiles_[t], tiling[group * kTiles + t], x, keys, values, seen, rules);
+    for (Index t = 0; t < count; ++t) open(tiles_[t], tiling[first_tile + t], x, keys, values, seen, rules);
     for (Index b = b0; b < b0 + members.batches; ++b) {
       for (Index h = h0; h < h0 + members.heads; ++h) add_head(x, rules, head(b, h), group, count);
     }
@@ -145,7 +146,7 @@ class BackwardGroup {
     const RowWriter<Scalar> grad_q(x.grad_q.head(b, h, x.heads()), turn);
     const MatrixView<Scalar> sums =
         grad_q.plain() ? grad_q.view() : MatrixView<Scalar>{accumulator, queries, dim, dim, 1};
-    const bool last_group = group + 1 == groups(x.k.length());
+    const bool last_group = group + 1 == groups(x);
 
     for (Index block = 0; block < blocks(queries); ++block) {
       const Index first = block * kQueries, rows = std::min(kQueries, queries - first);
@@ -201,9 +202,7 @@ class BackwardGroup {
               accumulate<kTileVectors>(tile, q_block, g_block);
           }
         }
-        for (Index i = 0; i < rows; ++i) {
-          for (Index d = 0; d < dim; ++d) sum(i, d) += grad_queries_[i * padded_dim_ + d];
-        }
+        for (Index i = 0; i < rows; ++i) add_strided(&sum(i, 0), sum.col_stride, grad_queries_ + i * padded_dim_, dim);
       }
       if (last_group && !grad_q.plain()) grad_q.write(first, rows, &sum(0, 0));
       if (turns != nullptr) turns[block].store(static_cast<int>(group) + 1, std::memory_order_release);
@@ -214,15 +213,15 @@ class BackwardGroup {
   static KeyRange seen_keys(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules,
                             const HeadFamily& members) {
     const Index keys = x.k.length();
-    KeyRange seen{keys, 0}, ranges[kQueries];
+    KeyRange seen{keys, 0};
+    Index begin[kQueries], end[kQueries];
     for (Index b = members.first_batch; b < members.first_batch + members.batches; ++b) {
       for (Index h = members.first_head; h < members.first_head + members.heads; ++h) {
         for (Index first = 0; first < x.q.length(); first += kQueries) {
           const Index count = std::min(kQueries, x.q.length() - first);
-          rules.mask().keys(rules.mask().mask, b, h, first, count, keys, ranges);
-          for (Index i = 0; i < count; ++i) {
-            if (!ranges[i].empty()) seen = {std::min(seen.begin, ranges[i].begin), std::max(seen.end, ranges[i].end)};
-          }
+          rules.mask().ranges(b, h, {first, first + count}, keys, begin, end);
+          const KeyRange part = hull(begin, end, count, keys);
+          seen = {std::min(seen.begin, part.begin), std::max(seen.end, part.end)};
         }
       }
     }
@@ -247,8 +246,8 @@ class BackwardGroup {
     }
     if (read.empty()) return;
     const Index skip = read.begin - tile.keys.begin, count = read.end - read.begin;
-    keys.pack(tile.key, width, skip, read.begin, count, rules.sign(), buffer_);
-    values.pack(tile.value, width, skip, read.begin, count, Scalar(1), buffer_);
+    keys.pack(tile.key, width, skip, read.begin, count, Times<Scalar>{rules.sign()}, buffer_);
+    values.pack(tile.value, width, skip, read.begin, count, Times<Scalar>{1}, buffer_);
     const Scalar scale = static_cast<Scalar>(rules.scale());
     for (Index i = 0; i < count; ++i) {
       const MatrixView<const Scalar> row = keys.rows(read.begin + i, 1, buffer_);
@@ -273,8 +272,8 @@ class BackwardGroup {
     for (Index i = 0; i < count; i += N) {
       const Index rows = std::min(N, count - i), dim = g.cols();
       Scalar *const g_lanes = buffer_, *const o_lanes = g_lanes + N * dim, *const spare = o_lanes + N * dim;
-      g.pack(g_lanes, N, 0, first + i, rows, Scalar(1), spare);
-      o.pack(o_lanes, N, 0, first + i, rows, Scalar(1), spare);
+      g.pack(g_lanes, N, 0, first + i, rows, Times<Scalar>{1}, spare);
+      o.pack(o_lanes, N, 0, first + i, rows, Times<Scalar>{1}, spare);
       Packet sum = simd::broadcast(Scalar(0));
       for (Index d = 0; d < dim; ++d) {
         sum = simd::pmadd(simd::load(g_lanes + d * N), simd::load(o_lanes + d * N), sum);
@@ -288,16 +287,16 @@ class BackwardGroup {
   /// Splits the lse into what is subtracted from a score and what is subtracted from the exponent after scaling. The
   /// first is close to the largest scores, so that their difference is exact; one float alone would lose the rest.
   void split_lse(const TensorView<double>& lse, Index b, Index h, Index first, Index rows, double factor) {
+    constexpr double largest = static_cast<double>(std::numeric_limits<Scalar>::max()) / 4;
+    const double inverse = factor > 0 ? 1 / factor : 0;
+    const double* const from = &lse(b, h, first, 0);
+    const Index stride = lse.strides[2];
     for (Index i = 0; i < rows; ++i) {
-      const double base2 = lse(b, h, first + i, 0) * std::numbers::log2e;
-      const double largest = static_cast<double>(std::numeric_limits<Scalar>::max()) / 4;
-      if (!(std::abs(base2) < largest)) {  // a query without keys: all its scores are hidden
-        lse_score_[i] = lse_rest_[i] = Scalar(0);
-        continue;
-      }
-      const double score = factor > 0 ? base2 / factor : 0;
+      const double base2 = from[i * stride] * std::numbers::log2e;
+      // a query without keys: all its scores are hidden
+      const double whole = std::abs(base2) < largest ? base2 : 0, score = whole * inverse;
       lse_score_[i] = std::abs(score) < largest ? static_cast<Scalar>(score) : Scalar(0);
-      lse_rest_[i] = static_cast<Scalar>(base2 - static_cast<double>(lse_score_[i]) * factor);
+      lse_rest_[i] = static_cast<Scalar>(whole - static_cast<double>(lse_score_[i]) * factor);
     }
   }
 
@@ -311,27 +310,20 @@ class BackwardGroup {
     const Packet factor = simd::broadcast(rules.factor());
     // also hidden: the lanes past the last key
     const bool hides = rules.hides_elements() || !run_.covers({tile.keys.begin, tile.keys.begin + width});
-    const bool as_product = !rules.scaled() && !hides;
-
-    // forward did: weight = exp2((score - maximum)·factor) / sum
-    const auto weight_of = [&](Packet s, Index row) __attribute__((always_inline)) {
-      return simd::exp2<Scalar>(
-          simd::pmadd(simd::psub(s, simd::broadcast(lse_score_[row])), factor, simd::broadcast(-lse_rest_[row])));
-    };
     for_row_tiles<kTileRows>(
         rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
           RegisterTile<Scalar, Rows, Vectors> score(&q(row, 0), q.row_stride, 1, tile.key, width, q.cols);
-          score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
-            simd::store(weights + (row + r) * width + v * N, as_product ? weight_of(s, row + r) : s);
-          });
+          score.for_each([&](int r, int v, Packet s)
+                             __attribute__((always_inline)) { simd::store(weights + (row + r) * width + v * N, s); });
         });
-    if (!as_product) {
-      rules.template apply<false>(tile_scores, run_, cap_slope_, buffer_);
-      for (Index row = 0; row < rows; ++row) {
-        for (int v = 0; v < Vectors; ++v) {
-          Scalar* const s = weights + row * width + v * N;
-          simd::store(s, weight_of(simd::load(s), row));
-        }
+    if (rules.scaled() || hides) rules.template apply<false>(tile_scores, run_, cap_slope_, buffer_);
+    // forward did: weight = exp2((score - maximum)·factor) / sum
+    for (Index row = 0; row < rows; ++row) {
+      const Packet score = simd::broadcast(lse_score_[row]), rest = simd::broadcast(-lse_rest_[row]);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        Scalar* const s = weights + row * width + v * N;
+        simd::store(s, simd::exp2<Scalar>(simd::pmadd(simd::psub(simd::load(s), score), factor, rest)));
       }
     }
     const bool drops = rules.params().dropout.active();
@@ -395,7 +387,7 @@ class BackwardGroup {
   Scalar* grad_queries_;            // [queries][padded D]
   Scalar *queries_, *grads_;        // [queries][D], [queries][Dv]: where they can't be read as they lie
   Scalar* buffer_;
-  Tile tiles_[kTiles];
+  Tile tiles_[LaneGroups<Scalar>::kMost];
   Run run_;
   alignas(64) Scalar lse_score_[kQueries], lse_rest_[kQueries];
 };
@@ -419,7 +411,7 @@ class BackwardPass {
     heads_ = one_head ? heads : share;
     families_ = batch * heads / (batches_ * heads_);
     members_ = batches_ * heads_;
-    groups_ = Group::groups(x.k.length());
+    groups_ = Group::groups(x);
     blocks_ = Group::blocks(x.q.length());
     bias_rows_ = by_rows ? x.q.length() : 0;
     own_sums_ = x.grad_q.length() > 0 &&

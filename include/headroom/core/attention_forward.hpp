@@ -12,8 +12,7 @@ template <class Scalar>
 class ForwardGroup {
  public:
   static constexpr Index kWidth = LaneTiling<Scalar>::kWidth;
-  static constexpr Index kTiles = kGroupBytes / (kWidth * sizeof(Scalar));  // they share a block of keys in cache
-  static constexpr Index kKeys = 16 * kTileRows;                            // keys in a block: its scores stay in L1
+  static constexpr Index kKeys = 16 * kTileRows;  // keys in a block: its scores stay in L1
 
   ForwardGroup(std::byte* workspace, Index dim, Index value_dim) : scratch_(workspace) {
     scores_ = scratch_.take<Scalar>(kKeys * kWidth);
@@ -22,7 +21,8 @@ class ForwardGroup {
     finite_values_ = scratch_.take<Scalar>(kKeys * value_dim);
     buffer_ =
         scratch_.take<Scalar>(std::max(ScoreRules<Scalar>::buffer_size(kKeys, kWidth), N * std::max(dim, value_dim)));
-    for (Tile& tile : tiles_) {
+    for (Index t = 0; t < LaneGroups<Scalar>::most(dim + value_dim); ++t) {
+      Tile& tile = tiles_[t];
       tile.query = scratch_.take<Scalar>(dim * kWidth);
       tile.output = scratch_.take<Scalar>(value_dim * kWidth);
       tile.maximum = scratch_.take<Scalar>(kWidth);
@@ -33,10 +33,11 @@ class ForwardGroup {
     return ForwardGroup(nullptr, dim, value_dim).scratch_.bytes();
   }
 
-  /// Computes rows [queries of tiles first … first + kTiles) of head (b,h).
-  void run(const AttentionTensors& x, const ScoreRules<Scalar>& rules, Index b, Index h, Index first_tile) {
+  /// Computes the rows of head (b,h) that `count` tiles from `first_tile` on hold.
+  void run(const AttentionTensors& x, const ScoreRules<Scalar>& rules, Index b, Index h, Index first_tile,
+           Index count) {
     const LaneTiling<Scalar> tiling(x.q.length());
-    const Index count = std::min(kTiles, tiling.tiles - first_tile), length = x.k.length();
+    const Index length = x.k.length();
     const AttentionParams& params = rules.params();
     const RowReader<Scalar> queries(x.q.head(b, h, x.heads()), Rotation<Scalar>::of_queries(params)),
         keys(x.k.head(b, h, x.heads()), Rotation<Scalar>::of_keys(params)), values(x.v.head(b, h, x.heads()));
@@ -48,7 +49,7 @@ class ForwardGroup {
       tile.vectors = lanes.vectors;
       tile.run = Run(rules.mask(), params, b, h, {lanes.begin, lanes.begin + rows}, length);
       if (rows < width) std::fill_n(tile.query, x.q.dim() * width, Scalar(0));
-      queries.pack(tile.query, width, 0, lanes.begin, rows, rules.sign(), buffer_);
+      queries.pack(tile.query, width, 0, lanes.begin, rows, Times<Scalar>{rules.sign()}, buffer_);
       std::fill_n(tile.output, x.v.dim() * width, Scalar(0));
       std::fill_n(tile.sum, width, Scalar(0));
       std::fill_n(tile.maximum, width, kHidden<Scalar> / 2);  // above every hidden score, below every other
@@ -113,6 +114,7 @@ class ForwardGroup {
     for (int v = 0; v < Vectors; ++v) before[v] = maximum[v] = simd::load(tile.maximum + v * N);
     for_row_tiles<kTileRows>(
         keys.rows, [&]<int Rows>(Index key) __attribute__((always_inline)) {
+          rules.prefetch(scores, tile.run, key);
           RegisterTile<Scalar, Rows, Vectors> score(&keys(key, 0), keys.row_stride, 1, tile.query, width, dim);
           score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
             maximum[v] = simd::pmax(s, maximum[v]);
@@ -151,7 +153,7 @@ class ForwardGroup {
     }
     if (rules.params().dropout.active()) rules.drop(scores, tile.run);
     const MatrixView<const Scalar> all_values = values;
-    if (hides) values = only_finite(values);
+    if (hides) values = only_finite(values, rules.hides_elements() ? KeyRange{} : tile.run.inside(scores.keys));
 
     for_row_tiles<kTileRows>(
         value_dim, [&]<int Rows>(Index d) __attribute__((always_inline)) {
@@ -166,9 +168,11 @@ class ForwardGroup {
 
   /// 0·NaN is NaN: where some queries must not see a key whose value is not finite, that value is taken out of the
   /// product and added for the queries that do see it.
-  MatrixView<const Scalar> only_finite(MatrixView<const Scalar> values) {
+  MatrixView<const Scalar> only_finite(MatrixView<const Scalar> values, KeyRange seen_by_all) {
     bool finite = true;
-    for (Index j = 0; j < values.rows && finite; ++j) finite = row_is_finite(&values(j, 0), values.cols);
+    for (Index j = 0; j < values.rows && finite; ++j) {
+      finite = seen_by_all.contains(j) || row_is_finite(&values(j, 0), values.cols);
+    }
     if (finite) return values;
     for (Index j = 0; j < values.rows; ++j) {
       for (Index d = 0; d < values.cols; ++d) {
@@ -217,7 +221,7 @@ class ForwardGroup {
   Scalar* scores_;                           // [keys][width], then the weights
   Scalar *keys_, *values_, *finite_values_;  // [keys][D], [keys][Dv]: where they can't be read as they lie
   Scalar* buffer_;
-  Tile tiles_[kTiles];
+  Tile tiles_[LaneGroups<Scalar>::kMost];
 };
 
 }  // namespace detail
@@ -238,16 +242,17 @@ void attention_forward(std::type_identity_t<TensorView<const T>> q, std::type_id
   detail::check_shapes(x, params);
   detail::check_writable("the output", output);
   const detail::ScoreRules<ComputeType<T>> rules(params, detail::MaskRef(mask), x);
-  const Index groups = (detail::LaneTiling<ComputeType<T>>(q.length()).tiles + Group::kTiles - 1) / Group::kTiles;
-  const Index tasks = q.batch() * q.heads() * groups;
+  const Index heads = q.batch() * q.heads();
+  const detail::LaneGroups<ComputeType<T>> groups(q.length(), heads, q.dim() + v.dim());
+  const Index tasks = heads * groups.count();
   if (tasks == 0) return;
   const Index bytes = Group::workspace_bytes(q.dim(), v.dim());
   const auto workspace = executor.allocate(bytes * executor.workers());
   executor.run(tasks, [&](Index task, int worker) {
-    const Index head = task / groups;
-    const Index group = groups - 1 - task % groups;  // under a causal mask the longest first
+    const Index head = task / groups.count();
+    const Index group = groups.count() - 1 - task % groups.count();  // under a causal mask the longest first
     Group(workspace.data() + worker * bytes, q.dim(), v.dim())
-        .run(x, rules, head / q.heads(), head % q.heads(), group * Group::kTiles);
+        .run(x, rules, head / q.heads(), head % q.heads(), groups.first_tile(group), groups.tiles(group));
   });
 }
 

@@ -214,6 +214,17 @@ struct TiledParamGradients {
     slopes = zeros(wanted[5], request.alibi_slopes, torch::kDouble);
     sink = zeros(wanted[6], request.sink, torch::kDouble);
   }
+
+  /// As gradients, in the dtypes of what they belong to.
+  void store(AttentionGradients& grad, const AttentionRequest& request) const {
+    const auto like = [](const torch::Tensor& sum, const torch::Tensor& x) {
+      return sum.defined() ? sum.to(x.scalar_type()) : sum;
+    };
+    grad.bias = like(bias, request.bias);
+    grad.relative_bias = like(relative_bias, request.relative_bias);
+    grad.alibi_slopes = like(slopes, request.alibi_slopes);
+    grad.sink = like(sink, request.sink);
+  }
 };
 
 /// The only functions that compile the kernels, which takes about a minute. With HEADROOM_SEPARATE_KERNELS defined they

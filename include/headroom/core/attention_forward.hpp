@@ -322,7 +322,7 @@ class ForwardGroup {
 
 /// output = softmax(scores over the keys that the mask allows)·v without ever storing the scores; AttentionParams says
 /// what a score is. q [B,H,Lq,D], k [B or 1,Hk,Lk,D], v [B or 1,Hk,Lk,Dv], output [B,H,Lq,Dv], any strides; Hk divides
-/// H, and each k head serves a run of q heads. float, double, or bfloat16 and half (computed in float). lse [B,H,Lq,1]
+/// H, and each k head serves a run of q heads. float, double, or bfloat16 and half (summed in float). lse [B,H,Lq,1]
 /// is the natural logarithm of the sum of exponentials (double because rounding it to float would cost up to 22 times
 /// the naive error in the backward pass; a null view is not written). A query that sees no key gets output 0 and lse
 /// -inf. Workspace: ForwardGroup::workspace_bytes(D, Dv) a worker. Results are bit-equal for any number of workers.

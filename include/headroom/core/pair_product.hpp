@@ -31,7 +31,8 @@ constexpr Index padded(Index count, Index multiple) { return (count + multiple -
 
 inline constexpr bool kHasPairProducts = true;
 
-/// Gives the tile unit to the calling thread for as long as it lives.
+/// Gives the tile unit to the calling thread for as long as it lives. Others who use the unit in this thread may trust
+/// that it keeps the shapes of tiles that they configured, as oneDNN does: they are put back.
 class PairUnit {
  public:
   /// Whether this process may use the unit: Linux wants to be asked.
@@ -43,17 +44,22 @@ class PairUnit {
     return granted;
   }
   PairUnit() {
-    struct alignas(64) {
-      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      std::uint16_t row_bytes[16] = {};
-      std::uint8_t rows[16] = {};
-    } shapes;
-    for (int tile = 0; tile < 8; ++tile) shapes.row_bytes[tile] = 64, shapes.rows[tile] = 16;
-    _tile_loadconfig(&shapes);
+    _tile_storeconfig(&before_);
+    Shapes whole{.palette = 1};
+    for (int tile = 0; tile < 8; ++tile) whole.row_bytes[tile] = 64, whole.rows[tile] = 16;
+    _tile_loadconfig(&whole);
   }
-  ~PairUnit() { _tile_release(); }
+  ~PairUnit() { before_.palette == 0 ? _tile_release() : _tile_loadconfig(&before_); }
   PairUnit(const PairUnit&) = delete;
   PairUnit& operator=(const PairUnit&) = delete;
+
+ private:
+  struct alignas(64) Shapes {
+    std::uint8_t palette = 0, start_row = 0, reserved[14] = {};
+    std::uint16_t row_bytes[16] = {};
+    std::uint8_t rows[16] = {};
+  };
+  Shapes before_;
 };
 
 /// Rows first, first + 16, … of c, as many as Blocks: independent sums hide how long a tile takes.

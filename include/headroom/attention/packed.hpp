@@ -57,7 +57,8 @@ struct PackedAttention : torch::autograd::Function<PackedAttention> {
       const auto [grad_q, grad_k, grad_v] = unpack_views(grad_packed, axis);
       const TiledParamGradients sums(q, request, wanted);
       AttentionGradients grad{grad_q, grad_k, grad_v};
-      tiled_attention_backward(grad_output[0].movedim(axis, -2), {}, q, k, v, {output, lse}, request, grad, sums);
+      tiled_attention_backward(grad_output[0].resolve_neg().movedim(axis, -2), {}, q, k, v, {output, lse}, request,
+                               grad, sums);
       if (rotation.defined()) rotate_packed(grad_packed, rotation.conj());
       sums.store(grad, request);
       return {grad_packed, grad.bias, grad.relative_bias, grad.alibi_slopes, grad.sink};

@@ -49,6 +49,14 @@ void copy_rows(Scalar* to, MatrixView<T> x) {
   for (Index i = 0; i < x.rows; ++i) {
     const T* from = &x(i, 0);
     Scalar* const row = to + i * x.cols;
+    if constexpr (std::is_same_v<std::remove_const_t<T>, Eigen::bfloat16> && std::is_same_v<Scalar, float>) {
+      if (x.col_stride == 1) {  // the upper half of a float, said so that the compiler does many at a time
+        const auto* const halves = reinterpret_cast<const std::uint16_t*>(from);
+        auto* const bits = reinterpret_cast<std::uint32_t*>(row);
+        for (Index d = 0; d < x.cols; ++d) bits[d] = static_cast<std::uint32_t>(halves[d]) << 16;
+        continue;
+      }
+    }
     if (x.col_stride == 1) {
       for (Index d = 0; d < x.cols; ++d) row[d] = static_cast<Scalar>(from[d]);
     } else {
@@ -116,7 +124,14 @@ class RowWriter {
       : y_(y), rotation_(rotation), plain_(y.holds<Scalar>() && !rotation) {}
 
   /// Whether rows can be summed where they lie.
-  bool plain() const { return plain_; }
+  bool sums_in_place() const { return plain_ || (y_.holds<Scalar>() && y_.col_stride == 1); }
+  /// Turns rows back that were summed where they lie.
+  void turn_back(Index first, Index count) const {
+    for (Index i = first; i < first + count && rotation_; ++i) {
+      Scalar* const row = &view()(i, 0);
+      rotation_.apply(row, row, y_.cols, i, /*back=*/true);
+    }
+  }
   MatrixView<Scalar> view() const { return y_.as<Scalar>(); }
 
   /// Writes dense rows [count][cols], turned back; they are spoiled.

@@ -184,7 +184,7 @@ class BackwardGroup {
       if (group == 0) {
         write_delta(delta + first, g, o, first, rows);
         for (Index i = 0; i < rows; ++i) {
-          for (Index d = 0; d < dim; ++d) sum(i, d) = 0;
+          clear_strided(&sum(i, 0), sum.col_stride, dim);
           if (x.grad_lse.data != nullptr) delta[first + i] -= static_cast<Scalar>(x.grad_lse(b, h, first + i, 0));
           if (sink != nullptr) {
             const double weight = std::exp2(*rules.sink(h) - x.lse(b, h, first + i, 0) * std::numbers::log2e);
@@ -291,11 +291,10 @@ class BackwardGroup {
     values.pack(tile.value, width, skip, read.begin, count, Times<Scalar>{1}, buffer_);
     const Scalar scale = static_cast<Scalar>(rules.scale());
     for (Index i = 0; i < count; ++i) {
-      const MatrixView<const Scalar> row = keys.rows(read.begin + i, 1, buffer_);
-      for (Index d = 0; d < dim; ++d) {
-        // A key that is not finite makes NaN of the gradients of all scores it is seen in; 0·NaN would do so elsewhere.
-        tile.scaled_key[(skip + i) * padded_dim_ + d] = is_finite(row(0, d)) ? scale * row(0, d) : Scalar(0);
-      }
+      const Scalar* const row = keys.rows(read.begin + i, 1, buffer_).data;
+      Scalar* const scaled = tile.scaled_key + (skip + i) * padded_dim_;
+      // A key that is not finite makes NaN of the gradients of all scores it is seen in; 0·NaN would do so elsewhere.
+      for (Index d = 0; d < dim; ++d) scaled[d] = is_finite(row[d]) ? scale * row[d] : Scalar(0);
     }
   }
 

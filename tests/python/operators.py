@@ -249,7 +249,7 @@ class Errors(unittest.TestCase):
             ("shape", "q and k differ in the last dimension", (q, k[..., :5], v), {}),
             ("shape", "do not divide", (q, k[:, :3], v[:, :3]), {}),
             ("dtype", "expected three strided tensors of one dtype", (q, k.float(), v), {}),
-            ("dtype", "expected a floating-point dtype", [x.long() for x in (q, k, v)], {}),
+            ("dtype", "expected float, double, bfloat16 or half", [x.long() for x in (q, k, v)], {}),
             ("mask", "broadcastable to", (q, k, v), {"mask": torch.ones(8, 9, dtype=torch.bool)}),
             ("mask", "both given", (q, k, v), {"mask": hides_some(7, 9), "hidden": hides_some(7, 9)}),
             ("bias", "broadcastable to", (q, k, v), {"bias": noise(3, 7, 9)}),

@@ -148,8 +148,7 @@ class BackwardGroup {
     const auto turn = Rotation<Scalar>::of_keys(rules.params());
     const StoredMatrix keys = x.k.head(b0, h0, x.heads()), values = x.v.head(b0, h0, x.heads());
     const KeyRange seen = seen_keys(x, rules, members);
-    in_pairs_ = kPairs && PairUnit::available() && !turn && has_pair_rows(keys) && has_pair_rows(values) &&
-                has_pair_rows(x.q.head(b0, h0, x.heads())) && has_pair_rows(x.grad_output.head(b0, h0, x.heads()));
+    in_pairs_ = kPairs && PairUnit::available() && !turn && x.q.type == kStoredType<Eigen::bfloat16>;
     std::optional<PairUnit> unit;
     if (in_pairs_) unit.emplace();
     for (Index t = 0; t < count; ++t) open(tiles_[t], tiling[first_tile + t], x, keys, values, seen, rules);

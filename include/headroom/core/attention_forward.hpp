@@ -53,8 +53,7 @@ class ForwardGroup {
         keys(x.k.head(b, h, x.heads()), Rotation<Scalar>::of_keys(params)), values(x.v.head(b, h, x.heads()));
     const StoredMatrix q_head = x.q.head(b, h, x.heads()), k_head = x.k.head(b, h, x.heads()),
                        v_head = x.v.head(b, h, x.heads());
-    in_pairs_ = kPairs && PairUnit::available() && !params.rotary && has_pair_rows(q_head) && has_pair_rows(k_head) &&
-                has_pair_rows(v_head);
+    in_pairs_ = kPairs && PairUnit::available() && !params.rotary && x.q.type == kStoredType<Eigen::bfloat16>;
     std::optional<PairUnit> unit;
     if (in_pairs_) unit.emplace();
     pair_dim_ = padded(x.q.dim(), kPairDepth), pair_value_dim_ = padded(x.v.dim(), kPairDepth);

@@ -192,9 +192,6 @@ void multiply_pairs(const Eigen::bfloat16*, Index, const Pair*, Index, Index, In
 #undef HEADROOM_PAIRS_BY_TILE_UNIT
 #undef HEADROOM_PAIRS_BY_LANES
 
-/// A matrix of bfloat16 whose rows can be copied as they are.
-inline bool has_pair_rows(const StoredMatrix& x) { return x.holds<Eigen::bfloat16>() && x.col_stride == 1; }
-
 /// Rows [first, first + count) of x to [count padded to `rows`][dim], 0 where x ends; negated where `sign` is negative.
 inline void copy_pair_rows(Eigen::bfloat16* to, Index rows, Index dim, const StoredMatrix& x, Index first, Index count,
                            float sign) {
@@ -202,7 +199,11 @@ inline void copy_pair_rows(Eigen::bfloat16* to, Index rows, Index dim, const Sto
   for (Index i = 0; i < rows; ++i) {
     Eigen::bfloat16* const row = to + i * dim;
     const Index filled = i < count ? x.cols : 0;
-    if (filled > 0) std::memcpy(row, &view(first + i, 0), static_cast<std::size_t>(filled) * sizeof(*row));
+    if (filled > 0 && x.col_stride == 1) {
+      std::memcpy(row, &view(first + i, 0), static_cast<std::size_t>(filled) * sizeof(*row));
+    } else {
+      for (Index d = 0; d < filled; ++d) row[d] = view(first + i, d);
+    }
     if (sign < 0) {
       for (Index d = 0; d < filled; ++d) row[d] = -row[d];
     }

@@ -99,22 +99,18 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x) {
   }
 }
 
-/// tanh(x) = t / (t + 2) with t = e^(2x) - 1, to a few units in the last place, for small x too.
+/// tanh(x), almost correctly rounded: near 0 by a polynomial (Cephes), elsewhere as 1 - 2 / (e^(2|x|) + 1).
 template <class Scalar>
 EIGEN_ALWAYS_INLINE Packet<Scalar> tanh(Packet<Scalar> x) {
   using namespace Eigen::internal;
   if constexpr (std::is_same_v<Scalar, float> && kLanes < float >> 1) {
-    const Packet<float> one = broadcast(1.0F), limit = broadcast(10.0F);
-    x = pmul(pmin(pmax(x, psub(broadcast(0.0F), limit)), limit), broadcast(2.8853900817779268F));  // 2·log2(e)
-    const Packet<float> n = print(x), f = psub(x, n);
-    // Taylor: 2^f - 1 = f·(ln(2) + ln(2)²·f / 2! + …)
-    const Packet<float> rise =
-        pmul(f, polynomial<float>(f, 1.3215486790144305e-06, 1.5252733804059838e-05, 0.00015403530393381606,
-                                  0.0013333558146428441, 0.009618129107628477, 0.055504108664821576, 0.2402265069591007,
-                                  0.6931471805599453));
-    const Packet<float> power = pldexp(one, n);
-    const Packet<float> t = pmadd(power, rise, psub(power, one));
-    return pdiv(t, padd(t, broadcast(2.0F)));
+    const Packet<float> zero = broadcast(0.0F), one = broadcast(1.0F), square = pmul(x, x), size = pabs(x);
+    const Packet<float> odd = polynomial<float>(square, -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2,
+                                                1.33314422036e-1, -3.33332819422e-1);
+    const Packet<float> near = pmadd(pmul(odd, square), x, x);
+    const Packet<float> power = exp2<float>(pmul(pmin(size, broadcast(10.0F)), broadcast(2.8853900817779268F)));
+    const Packet<float> far = psub(one, pdiv(broadcast(2.0F), padd(power, one)));
+    return pselect(pcmp_lt(size, broadcast(0.625F)), near, pselect(pcmp_lt(x, zero), psub(zero, far), far));
   } else {
     Scalar lanes[kLanes<Scalar>];
     store(lanes, x);

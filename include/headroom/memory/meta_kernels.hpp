@@ -112,8 +112,8 @@ inline std::tuple<Tensor, Tensor, Tensor> native_batch_norm(const Tensor& x, con
                                                             const OptionalTensor&, const OptionalTensor&,
                                                             const OptionalTensor&, bool training, double, double) {
   const int64_t channels = training ? x.size(1) : 0;
-  const Tensor mean = shaped(x, {channels}), inverse = shaped(x, {channels});
-  return {like(x), mean, inverse};
+  const Tensor y = like(x), mean = shaped(x, {channels}), inverse = shaped(x, {channels});
+  return {y, mean, inverse};
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> native_batch_norm_backward(const Tensor&, const Tensor& x,
@@ -122,11 +122,22 @@ inline std::tuple<Tensor, Tensor, Tensor> native_batch_norm_backward(const Tenso
                                                                      const OptionalTensor&, const OptionalTensor&, bool,
                                                                      double, std::array<bool, 3> wanted) {
   const Tensor stat = weight.has_value() && weight->defined() ? *weight : shaped(x, {x.size(1)});
-  return {wanted[0] ? like(x) : Tensor(), wanted[1] ? like_contiguous(stat) : Tensor(),
-          wanted[2] ? like_contiguous(stat) : Tensor()};
+  const Tensor dx = wanted[0] ? like(x) : Tensor();
+  const Tensor dw = wanted[1] ? like_contiguous(stat) : Tensor(), db = wanted[2] ? like_contiguous(stat) : Tensor();
+  const Tensor projection = wanted[0] ? like(x) : Tensor();
+  return {dx, dw, db};
 }
 
 // ---- convolutions ----
+
+/// A copy in the layout that oneDNN computes in, channels in blocks of 16. Which tensors it copies depends on the
+/// kernel that it chooses for the processor and the sizes: this is what the common ones do.
+inline Tensor blocked(const Tensor& x) {
+  const bool by_onednn = compute_device(x).is_cpu() && x.scalar_type() == at::kFloat;
+  std::vector<int64_t> sizes = x.sizes().vec();
+  if (sizes.size() > 1 && sizes[1] > 3) sizes[1] = (sizes[1] + 15) / 16 * 16;
+  return by_onednn ? shaped(x, sizes) : Tensor();
+}
 
 inline int64_t at_dim(IntArrayRef list, int64_t d) { return list[list.size() == 1 ? 0 : static_cast<size_t>(d)]; }
 
@@ -139,7 +150,10 @@ inline Tensor convolution(const Tensor& x, const Tensor& weight, const OptionalT
     const int64_t s = at_dim(stride, d), p = at_dim(padding, d), n = x.size(d + 2);
     sizes.push_back(transposed ? (n - 1) * s - 2 * p + reach + at_dim(output_padding, d) : (n + 2 * p - reach) / s + 1);
   }
-  return shaped(x, sizes);
+  Tensor copies[] = {x.size(1) > 3 ? blocked(x) : Tensor(), blocked(weight)};
+  const Tensor inner = at::empty(sizes, x.options().requires_grad(false));
+  for (Tensor& copy : copies) copy.reset();
+  return compute_device(x).is_cpu() ? shaped(x, sizes) : inner;
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& x,
@@ -147,47 +161,79 @@ inline std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& gra
                                                                IntArrayRef, IntArrayRef, IntArrayRef, bool, IntArrayRef,
                                                                int64_t, std::array<bool, 3> wanted) {
   const Tensor dense = grad.contiguous();
-  return {wanted[0] ? like_contiguous(x) : Tensor(), wanted[1] ? like_contiguous(weight) : Tensor(),
-          wanted[2] ? shaped(grad, {grad.size(1)}) : Tensor()};
+  Tensor dx, dw, db;
+  if (wanted[0]) {
+    Tensor copies[] = {blocked(dense), blocked(weight)};
+    const Tensor inner = blocked(x);
+    for (Tensor& copy : copies) copy.reset();
+    dx = like_contiguous(x);
+  }
+  if (wanted[1] || wanted[2]) {
+    const Tensor copies[] = {blocked(dense), x.size(1) > 3 ? blocked(x) : Tensor(), blocked(weight)};
+    if (wanted[1]) dw = like_contiguous(weight);
+    if (wanted[2]) db = shaped(grad, {grad.size(1)});
+  }
+  return {dx, dw, db};
 }
 
 // ---- Fourier transforms, as with MKL ----
 
-/// The batch dimensions first, in the order of their strides, and then as one: a copy where strides do not allow that.
-inline Tensor transform_input(const Tensor& x, IntArrayRef dims) {
-  std::vector<int64_t> order(static_cast<size_t>(x.dim()));
-  std::iota(order.begin(), order.end(), 0);
-  std::vector<bool> transformed(order.size(), false);
-  for (const int64_t d : dims) transformed[static_cast<size_t>(d < 0 ? d + x.dim() : d)] = true;
-  const auto batch_end =
-      std::partition(order.begin(), order.end(), [&](int64_t d) { return !transformed[static_cast<size_t>(d)]; });
-  std::sort(order.begin(), batch_end, [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
-  std::copy(dims.begin(), dims.end(), batch_end);
-  std::vector<int64_t> sizes{-1};
-  for (const int64_t d : dims) sizes.push_back(x.size(d));
-  return x.permute(order).reshape(sizes);
-}
+/// How a transform of some dimensions goes through a tensor: the batch dimensions first, in the order of their strides,
+/// and taken as one.
+class TransformOrder {
+ public:
+  TransformOrder(const Tensor& x, IntArrayRef dims) : dims_(dims.vec()), order_(static_cast<size_t>(x.dim())) {
+    for (int64_t& d : dims_) d = d < 0 ? d + x.dim() : d;
+    std::iota(order_.begin(), order_.end(), 0);
+    const auto is_batch = [&](int64_t d) { return std::find(dims_.begin(), dims_.end(), d) == dims_.end(); };
+    const auto batch_end = std::stable_partition(order_.begin(), order_.end(), is_batch);
+    std::stable_sort(order_.begin(), batch_end, [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
+    std::copy(dims_.begin(), dims_.end(), batch_end);
+  }
+
+  /// A copy where strides do not allow to take the batch dimensions as one.
+  Tensor rows_of(const Tensor& x) const {
+    std::vector<int64_t> sizes{-1};
+    for (const int64_t d : dims_) sizes.push_back(x.size(d));
+    return x.permute(order_).reshape(sizes);
+  }
+  /// A result of these sizes, which lies in memory in this order.
+  Tensor result(IntArrayRef sizes, const at::TensorOptions& options) const {
+    std::vector<int64_t> ordered, place(order_.size());
+    for (size_t i = 0; i < order_.size(); ++i) {
+      ordered.push_back(sizes[static_cast<size_t>(order_[i])]);
+      place[static_cast<size_t>(order_[i])] = static_cast<int64_t>(i);
+    }
+    return at::empty(ordered, options).permute(place);
+  }
+  int64_t last() const { return dims_.back(); }
+
+ private:
+  std::vector<int64_t> dims_, order_;
+};
 
 inline Tensor fft_c2c(const Tensor& x, IntArrayRef dims, int64_t, bool) {
-  const Tensor out = like_contiguous(x);
-  const Tensor input = transform_input(x, dims);
+  if (dims.empty()) return x.clone();
+  const TransformOrder order(x, dims);
+  const Tensor out = order.result(x.sizes(), x.options());
+  const Tensor rows = order.rows_of(x);
   return out;
 }
 inline Tensor fft_r2c(const Tensor& x, IntArrayRef dims, int64_t, bool onesided) {
+  const TransformOrder order(x, dims);
   std::vector<int64_t> sizes = x.sizes().vec();
-  const int64_t last = dims.back() < 0 ? dims.back() + x.dim() : dims.back();
-  if (onesided) sizes[static_cast<size_t>(last)] = x.size(last) / 2 + 1;
-  const Tensor out = at::empty(sizes, x.options().dtype(c10::toComplexType(x.scalar_type())));
-  const Tensor input = transform_input(x, dims);
+  if (onesided) sizes[static_cast<size_t>(order.last())] = x.size(order.last()) / 2 + 1;
+  const Tensor out = order.result(sizes, x.options().dtype(c10::toComplexType(x.scalar_type())));
+  const Tensor rows = order.rows_of(x);
   return out;
 }
 inline Tensor fft_c2r(const Tensor& x, IntArrayRef dims, int64_t normalization, int64_t last_size) {
   const Tensor input = dims.size() > 1 ? fft_c2c(x, dims.slice(0, dims.size() - 1), normalization, false) : x;
+  const TransformOrder order(input, dims.slice(dims.size() - 1));
   std::vector<int64_t> sizes = x.sizes().vec();
-  const int64_t last = dims.back() < 0 ? dims.back() + x.dim() : dims.back();
-  sizes[static_cast<size_t>(last)] = last_size;
-  const Tensor out = at::empty(sizes, x.options().dtype(c10::toRealValueType(x.scalar_type())));
-  const Tensor rows = transform_input(input, dims.slice(dims.size() - 1));
+  sizes[static_cast<size_t>(order.last())] = last_size;
+  const Tensor out = order.result(sizes, x.options().dtype(c10::toRealValueType(x.scalar_type())));
+  const Tensor rows = order.rows_of(input);
   return out;
 }
 
@@ -260,8 +306,11 @@ inline Tensor embedding_dense_backward(const Tensor& grad, const Tensor& indices
   const Tensor rows = grad.reshape({indices.numel(), grad.size(-1)});
   return at::zeros({count, grad.size(-1)}, grad.options());
 }
-inline Tensor unfold_backward(const Tensor& grad, IntArrayRef sizes, int64_t, int64_t, int64_t) {
-  return at::zeros(sizes, grad.options());
+inline Tensor unfold_backward(const Tensor& grad, IntArrayRef sizes, int64_t dim, int64_t size, int64_t step) {
+  const Tensor sum = at::zeros(sizes, grad.options());
+  const int64_t reach = (grad.size(dim < 0 ? dim + grad.dim() - 1 : dim) - 1) * step + size;
+  const Tensor positions = at::empty({reach}, grad.options().dtype(at::kLong));
+  return sum;
 }
 inline Tensor padded_2d(const Tensor& x, IntArrayRef padding) {
   std::vector<int64_t> sizes = x.sizes().vec();
@@ -288,14 +337,19 @@ inline Tensor im2col(const Tensor& x, IntArrayRef kernel, IntArrayRef dilation, 
         (size + 2 * at_dim(padding, d) - at_dim(dilation, d) * (at_dim(kernel, d) - 1) - 1) / at_dim(stride, d) + 1;
   }
   const int64_t columns = x.size(x.dim() - 3) * at_dim(kernel, 0) * at_dim(kernel, 1);
-  const Tensor dense = x.contiguous();
-  return x.dim() == 4 ? shaped(x, {x.size(0), columns, positions}) : shaped(x, {columns, positions});
+  const Tensor dense = x.contiguous(), y = like(x);  // resized, as LibTorch does
+  return x.dim() == 4 ? y.resize_({x.size(0), columns, positions}) : y.resize_({columns, positions});
 }
 inline Tensor col2im(const Tensor& x, IntArrayRef output, IntArrayRef kernel, IntArrayRef, IntArrayRef, IntArrayRef) {
   const int64_t channels = x.size(x.dim() - 2) / (at_dim(kernel, 0) * at_dim(kernel, 1));
-  const Tensor dense = x.contiguous();
-  return x.dim() == 3 ? shaped(x, {x.size(0), channels, output[0], output[1]})
-                      : shaped(x, {channels, output[0], output[1]});
+  const Tensor dense = x.contiguous(), y = like(x);
+  return x.dim() == 3 ? y.resize_({x.size(0), channels, output[0], output[1]})
+                      : y.resize_({channels, output[0], output[1]});
+}
+
+inline Tensor& resized(Tensor& out, IntArrayRef sizes) {
+  if (out.sizes() != sizes) out.resize_(sizes);
+  return out;
 }
 
 /// Of tensors without data only those are known to be equal that are the same.
@@ -357,6 +411,12 @@ class Registration {
     }
     library("abs", &abs);
     library("angle", &abs);
+    for (const char* name : {"logical_and.out", "logical_or.out", "logical_xor.out"}) {
+      library(name, [](const Tensor& a, const Tensor& b, Tensor& out) -> Tensor& {
+        return resized(out, at::infer_size(a.sizes(), b.sizes()));
+      });
+    }
+    library("logical_not.out", [](const Tensor& x, Tensor& out) -> Tensor& { return resized(out, x.sizes()); });
     library("complex", &complex);
     library("polar", &complex);
     library("where.self", &where);
@@ -378,7 +438,11 @@ class Registration {
     library("huber_loss_backward",
             [](const Tensor&, const Tensor& x, const Tensor&, int64_t, double) { return like(x); });
     library("binary_cross_entropy", [](const Tensor& a, const Tensor& b, const OptionalTensor&, int64_t reduction) {
-      return loss(a, b, reduction);
+      // The reduced loss stays in the memory of the elements
+      const Tensor elements = broadcast(a, b, a.scalar_type());
+      if (reduction == at::Reduction::Mean) elements.mean(), elements.resize_({});
+      if (reduction == at::Reduction::Sum) elements.sum(), elements.resize_({});
+      return elements;
     });
     library("binary_cross_entropy_backward",
             [](const Tensor&, const Tensor& x, const Tensor&, const OptionalTensor&, int64_t) { return like(x); });
@@ -398,6 +462,11 @@ class Registration {
     }
     library("im2col", &im2col);
     library("col2im", &col2im);
+    library("repeat", [](const Tensor& x, IntArrayRef times) {
+      std::vector<int64_t> sizes(times.begin(), times.end());
+      for (int64_t d = 0; d < x.dim(); ++d) sizes[sizes.size() - static_cast<size_t>(x.dim() - d)] *= x.size(d);
+      return shaped(x, sizes);
+    });
     library("flip", [](const Tensor& x, IntArrayRef) { return like_contiguous(x); });
     library("roll", [](const Tensor& x, IntArrayRef, IntArrayRef) { return like_contiguous(x); });
     library("var.correction", [](const Tensor& x, at::OptionalIntArrayRef dims, const std::optional<at::Scalar>&,

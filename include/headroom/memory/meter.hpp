@@ -253,10 +253,16 @@ class MetaAllocator final : public CountingLedger {
       return;
     }
     check_limits(bytes);
-    if (block->bytes > 0) {
-      remove(block, block->bytes);
+    // The old memory is copied from: it goes after the new one came
+    const Block old = *block;
+    if (old.bytes > 0) {
+      add(&old, old.bytes);
+      remove(block, old.bytes);
     }
     add(block, bytes);
+    if (old.bytes > 0) {
+      remove(&old, old.bytes);
+    }
     block->bytes = bytes;
   }
 

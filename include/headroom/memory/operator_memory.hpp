@@ -11,8 +11,12 @@
 namespace headroom::inline v0::detail {
 
 /// Bytes that an operator of the CPU needs while it runs, beside its result, and that the meta device does not ask for:
-/// copies of operands of an element-wise operator in the type that it computes in.
+/// copies of operands in the type that an element-wise operator or a sum computes in.
 inline int64_t cpu_temporary_bytes(std::string_view name, c10::ArrayRef<const c10::IValue> inputs) {
+  if (name == "aten::sum" && inputs.size() == 4 && inputs[0].isTensor()) {  // with dimensions
+    const at::Tensor& x = inputs[0].toTensor();
+    return c10::isIntegralType(x.scalar_type(), true) && x.scalar_type() != at::kLong ? x.numel() * 8 : 0;
+  }
   static const std::set<std::string_view> promoting = {
       "aten::add", "aten::add_", "aten::sub", "aten::sub_",    "aten::mul",     "aten::mul_",
       "aten::div", "aten::div_", "aten::pow", "aten::eq",      "aten::ne",      "aten::lt",

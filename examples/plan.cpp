@@ -14,6 +14,7 @@
 
 #include "headroom/memory/report.hpp"
 #include "headroom/training/config.hpp"
+#include "headroom/training/recommend.hpp"
 
 namespace fs = std::filesystem;
 namespace training = headroom::training;
@@ -23,6 +24,7 @@ namespace {
 struct Arguments {
   fs::path config, json, trace, html;
   std::string device = "cpu", attention, budget;
+  bool recommend = false;
 };
 
 // "24GiB", "500 MB", "1000000": binary units with an i, decimal ones without.
@@ -71,6 +73,7 @@ int run(const Arguments& arguments) {
   const headroom::Plan plan = training::plan_training(config, device, options);
   headroom::print_plan(std::cout, plan);
   std::cout << headroom::explain(plan);
+  if (arguments.recommend) std::cout << training::describe(training::recommend(config, device, options));
   write(arguments.json, headroom::plan_json(plan));
   write(arguments.trace, headroom::plan_trace(plan));
   write(arguments.html, headroom::plan_html(plan, arguments.config.filename().string() + " on " + device.name));
@@ -90,6 +93,7 @@ int main(int argc, char** argv) {
   app.add_option("--budget", arguments.budget, "what tensors may take, e.g. 24GiB; default: what the device has");
   app.add_option("--attention", arguments.attention, "instead of the configuration's")
       ->check(CLI::IsMember({"automatic", "tiled", "reference"}));
+  app.add_flag("--recommend", arguments.recommend, "name the smallest change that fits");
   app.add_option("--json", arguments.json, "write the plan as JSON");
   app.add_option("--trace", arguments.trace, "write a trace for ui.perfetto.dev");
   app.add_option("--html", arguments.html, "write a web page");

@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "headroom/memory/report.hpp"
+#include "headroom/training/recommend.hpp"
 #include "support/catch.hpp"
 
 using namespace headroom;
@@ -93,6 +94,35 @@ TEST_CASE("further accumulated passes need no more memory and as many more opera
   const Plan eight = training::plan_training(config, this_machine());
   CHECK(eight.peak_bytes == two.peak_bytes);
   CHECK(eight.flops == Approx(4 * two.flops));
+}
+
+TEST_CASE("recommendations fit, the same training first, and never get worse with a larger budget") {
+  Config config = small();
+  config.model.attention = "reference";
+  config.training.batch_size = 4;
+  const Plan whole = training::plan_training(config, this_machine());
+  const auto with = [&](int64_t budget) { return training::recommend(config, this_machine(), {.budget = budget}); };
+  CHECK(with(whole.peak_bytes)->changes.empty());
+  int64_t previous_length = 0;
+  bool previous_same = false;
+  for (const int share : {3, 8, 20, 40, 70, 95}) {
+    const auto found = with(whole.peak_bytes * share / 100);
+    CAPTURE(share);
+    if (!found) {
+      CHECK(previous_length == 0);
+      continue;
+    }
+    CHECK(found->plan.fits);
+    CHECK(found->plan.peak_bytes <= whole.peak_bytes * share / 100);
+    CHECK(training::plan_training(found->config, this_machine()).peak_bytes == found->plan.peak_bytes);
+    CHECK(found->config.training.segment_length >= previous_length);
+    CHECK(found->same_training >= previous_same);
+    CHECK(found->config.training.batch_size * found->config.training.gradient_accumulation_steps == 8);
+    CHECK(found->same_training == (found->config.training.segment_length == config.training.segment_length));
+    previous_length = found->config.training.segment_length;
+    previous_same = found->same_training;
+  }
+  CHECK(previous_same);
 }
 
 TEST_CASE("training that cannot be planned says why") {

@@ -1,57 +1,149 @@
-// Peak memory of attention against sequence length: stored scores (naive) and tiles.
+// What attention needs beside the floor: for every option, and by length beside stored scores and LibTorch's own.
 
+#include <malloc.h>
 #include <torch/torch.h>
 
-#include "headroom/attention.hpp"
+#include "attention_capabilities.hpp"
 #include "headroom/memory.hpp"
 #include "report.hpp"
 
 using namespace headroom;
-using torch::Tensor;
+using namespace headroom::benchmarks;
+
+namespace {
+
+/// What a step adds at its highest point. The resident size also sees what no allocator counts: stacks, libraries'
+/// workspaces, what malloc keeps.
+struct Peak {
+  int64_t counted, largest, resident;
+};
+
+/// Runs `step` twice: once counted by the allocator, which also brings code and stacks into memory, then watched by the
+/// kernel. The kernel counts a CPU's pages in batches, so resident sizes are right to some hundred KiB.
+Peak peak_of(const std::function<void()>& step) {
+  Peak peak{};
+  {
+    const MemoryMeter meter;
+    const MemoryReport report = meter.measure(step);
+    peak.counted = report.added_peak(), peak.largest = *report.largest;
+  }
+  malloc_trim(0);
+  reset_peak_resident_bytes();
+  const int64_t before = resident_bytes();
+  step();
+  peak.resident = peak_resident_bytes() - before;
+  return peak;
+}
+
+/// Prints and keeps a row for each pass of a step whose output comes from `forward`.
+void measure(Report& report, const std::string& implementation, const std::string& variant, const AttentionSizes& sizes,
+             const AttentionStep& step, const std::function<std::vector<Tensor>()>& forward) {
+  for (const bool with_backward : {false, true}) {
+    const Peak peak = peak_of([&] {
+      const torch::AutoGradMode mode(with_backward);
+      const auto results = forward();
+      if (with_backward) step.backward(results);
+    });
+    const int64_t threads = torch::get_num_threads(), floor = step.floor_bytes(with_backward);
+    const int64_t inputs = step.input_bytes(with_backward);
+    const int64_t extra = peak.counted - floor, resident_extra = peak.resident - floor;
+    // 1 MiB a thread; the backward pass of fewer heads than threads may add an accumulator [Lq, D] a thread
+    const int64_t rows = step.q.size(-2), dim = step.q.size(-1);
+    const bool few_heads = step.q.numel() / (rows * dim) < threads;
+    const int64_t bar = (1 << 20) + (with_backward && few_heads ? rows * dim * 4 : 0);
+    const char* const pass = with_backward ? "forward_backward" : "forward";
+    std::printf("%-8s %-30s %-17s %7ld %12s %12s %12s %12s %s\n", implementation.c_str(), variant.c_str(), pass,
+                sizes.length, format_bytes(inputs + peak.counted).c_str(), format_bytes(inputs + floor).c_str(),
+                format_bytes(extra / threads).c_str(), format_bytes(resident_extra / threads).c_str(),
+                std::max(extra, resident_extra) > bar * threads ? "above the bar" : "");
+    std::fflush(stdout);
+    report.json["rows"].push_back({{"implementation", implementation},
+                                   {"variant", variant},
+                                   {"pass", pass},
+                                   {"batch", sizes.batch},
+                                   {"heads", sizes.heads},
+                                   {"length", sizes.length},
+                                   {"head_dim", sizes.head_dim},
+                                   {"peak_bytes", inputs + peak.counted},
+                                   {"floor_bytes", inputs + floor},
+                                   {"largest_bytes", peak.largest},
+                                   {"extra_bytes", extra},
+                                   {"extra_bytes_per_thread", extra / threads},
+                                   {"resident_extra_bytes", resident_extra},
+                                   {"resident_extra_bytes_per_thread", resident_extra / threads},
+                                   {"bar_bytes_per_thread", bar}});
+  }
+}
+
+/// The plain request, and LibTorch's with dropout, which stores scores without a word.
+void measure_growth(Report& report, const std::string& implementation, const AttentionSizes& sizes) {
+  const auto plain = attention_capabilities().front().make;
+  const AttentionStep step = plain(sizes);
+  if (implementation == "torch" || implementation == "torch dropout") {
+    const double dropout = implementation == "torch" ? 0.0 : 0.1;
+    measure(report, "torch", dropout > 0 ? "dropout" : "plain", sizes, step, [&]() -> std::vector<Tensor> {
+      return {torch::scaled_dot_product_attention(step.q, step.k, step.v, {}, dropout)};
+    });
+  } else {
+    const auto backend = implementation == "naive" ? AttentionBackend::reference : AttentionBackend::tiled;
+    measure(report, implementation, "plain", sizes, step, [&]() -> std::vector<Tensor> {
+      return {attention(step.q, step.k, step.v, AttentionOptions().backend(backend))};
+    });
+  }
+}
+
+}  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Peak bytes of attention by length, forward and forward+backward, beside the floor", "attention_memory");
-  benchmarks::Report report;
-  int64_t max_length = 8192, heads = 4, head_dim = 32;
-  double naive_gib = 6;
-  app.add_option("--max-length", max_length, "Longest sequence; lengths double from 256")
-      ->check(CLI::Range(256, 1 << 20))
+  CLI::App app("Peak bytes of attention beside the floor: every option, and growth with the length",
+               "attention_memory");
+  Report report;
+  std::vector<int64_t> lengths{2049, 8193};
+  std::vector<std::string> implementations{"naive", "torch dropout", "torch", "tiled"};
+  AttentionSizes sizes;
+  int64_t max_length = 8192;
+  double scores_gib = 6;
+  app.add_option("--options-at", lengths, "Lengths at which every option is measured; 0: none")->capture_default_str();
+  app.add_option("--max-length", max_length, "Longest sequence of the growth; lengths double from 256; 0: no growth")
+      ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
-  app.add_option("--heads", heads, "Heads")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--head-dim", head_dim, "Head dim")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--naive-limit", naive_gib, "Leave naive attention out where it would need more GiB than this")
+  app.add_option("--implementation", implementations, "Whose growth")
+      ->check(CLI::IsMember(implementations))
       ->capture_default_str();
-  return benchmarks::run_benchmark(app, report, argc, argv, [&] {
+  app.add_option("--batch", sizes.batch, "Batch size")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--heads", sizes.heads, "Heads")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--head-dim", sizes.head_dim, "Head dim")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--scores-limit", scores_gib, "Leave out who stores scores where that takes more GiB than this")
+      ->capture_default_str();
+  return run_benchmark(app, report, argc, argv, [&] {
     if (report.threads > 0) torch::set_num_threads(report.threads);
     torch::manual_seed(0);
-    report.json = {{"heads", heads}, {"head_dim", head_dim}, {"rows", nlohmann::json::array()}};
-    std::printf("%-10s %-17s %8s %14s %14s %8s\n", "", "pass", "length", "peak", "floor", "ratio");
-    for (const auto& [name, backend] :
-         {std::pair{"naive", AttentionBackend::reference}, {"tiled", AttentionBackend::tiled}}) {
-      for (const bool with_backward : {false, true}) {
-        for (int64_t length = 256; length <= max_length; length *= 2) {
-          const int64_t tensor = heads * length * head_dim * 4, row = heads * length * 4;
-          // forward: q,k,v,o + LSE; with backward: + do,dq,dk,dv + delta
-          const int64_t floor = with_backward ? 8 * tensor + 2 * row : 4 * tensor + row;
-          const double scores = static_cast<double>(heads * length * length * 4);
-          if (backend == AttentionBackend::reference && 4 * scores > naive_gib * (1 << 30)) continue;
-          MemoryMeter meter;
-          const MemoryReport memory = meter.measure([&] {
-            const auto make = [&] { return torch::randn({1, heads, length, head_dim}).requires_grad_(with_backward); };
-            const Tensor q = make(), k = make(), v = make();
-            const Tensor output = attention(q, k, v, AttentionOptions().backend(backend));
-            if (with_backward) output.backward(torch::ones_like(output));
-          });
-          const char* const pass = with_backward ? "forward_backward" : "forward";
-          std::printf("%-10s %-17s %8ld %14s %14s %8.2f\n", name, pass, length,
-                      format_bytes(memory.added_peak()).c_str(), format_bytes(floor).c_str(),
-                      static_cast<double>(memory.added_peak()) / static_cast<double>(floor));
-          report.json["rows"].push_back({{"implementation", name},
-                                         {"pass", pass},
-                                         {"length", length},
-                                         {"peak_bytes", memory.added_peak()},
-                                         {"floor_bytes", floor}});
-        }
+    // Blocks of 64 KiB and more go back to the system when freed, so that the resident size follows them
+    require(mallopt(M_MMAP_THRESHOLD, 64 << 10) == 1, "headroom.benchmarks.malloc",
+            "mallopt refused M_MMAP_THRESHOLD; "
+            "resident sizes need glibc's malloc");
+    report.json = {{"machine", {{"cpu", processor()}, {"threads", torch::get_num_threads()}}},
+                   {"rows", nlohmann::ordered_json::array()}};
+    std::printf(
+        "%d threads; peak and floor with q, k, v and the gradient of the output; extra by the allocator and by "
+        "resident size, a thread\n",
+        torch::get_num_threads());
+    std::printf("%-8s %-30s %-17s %7s %12s %12s %12s %12s\n", "", "variant", "pass", "length", "peak", "floor", "extra",
+                "resident");
+    for (const std::string& implementation : implementations) {
+      for (sizes.length = 256; sizes.length <= max_length; sizes.length *= 2) {
+        const double scores = static_cast<double>(sizes.batch * sizes.heads * sizes.length * sizes.length) * 4;
+        const bool stored = implementation == "naive" || implementation == "torch dropout";
+        if (stored && 5 * scores > scores_gib * (1 << 30)) break;
+        measure_growth(report, implementation, sizes);
+      }
+    }
+    for (const int64_t length : lengths) {
+      if (length == 0) continue;
+      sizes.length = length;
+      for (const auto& [name, make] : attention_capabilities()) {
+        const AttentionStep step = make(sizes);
+        measure(report, "tiled", name, sizes, step, [&] { return step.forward(); });
       }
     }
   });

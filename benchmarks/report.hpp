@@ -28,6 +28,15 @@ struct Report {
   }
 };
 
+/// The processor's name as Linux gives it.
+inline std::string processor() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);) {
+    if (line.starts_with("model name")) return line.substr(line.find(':') + 2);
+  }
+  return "unknown";
+}
+
 /// Runs a benchmark: exit code 0, 1 with a message on an error, 2 for wrong arguments.
 template <class Body>
 int run_benchmark(CLI::App& app, Report& report, int argc, char** argv, Body&& body) {

@@ -30,7 +30,7 @@ if(NOT TARGET headroom_training)
 endif()
 
 # torch/torch.h takes about 16 s a unit: compiled once, used by every program below
-file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/pch.cpp" "")
+file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/pch.cpp" CONTENT "")  # unlike WRITE it leaves an equal file alone
 add_library(headroom_pch OBJECT "${CMAKE_CURRENT_BINARY_DIR}/pch.cpp")
 target_link_libraries(headroom_pch PUBLIC headroom_training headroom_development)
 target_precompile_headers(headroom_pch PRIVATE <torch/torch.h>)
@@ -38,7 +38,7 @@ target_precompile_headers(headroom_pch PRIVATE <torch/torch.h>)
 target_compile_options(headroom_pch PRIVATE -fpch-preprocess)
 
 # So are the attention kernels, which take a minute to compile
-file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/kernels.cpp"
+file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/kernels.cpp" CONTENT
      "#define HEADROOM_KERNELS_HERE\n#include \"headroom/attention/tiled.hpp\"\n")
 add_library(headroom_kernels OBJECT "${CMAKE_CURRENT_BINARY_DIR}/kernels.cpp")
 target_link_libraries(headroom_kernels PRIVATE headroom_training headroom_development)

@@ -1,5 +1,5 @@
-// core alone: attention on Eigen matrices, no LibTorch. Keys as in column-major code (stride 1 along the length),
-// values row-major: both are read where they lie, and the scores, a 2000 x 3000 matrix, never exist.
+// core alone: attention on Eigen matrices, no LibTorch. Row-major or column-major (stride 1 along the length), mixed as
+// you like: every matrix is read and written where it lies, and the scores, a 2000 x 3000 matrix, never exist.
 
 #include <Eigen/Core>
 #include <headroom/core.hpp>
@@ -7,14 +7,28 @@
 
 namespace core = headroom::core;
 
-int main() {
-  using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-  const Eigen::MatrixXf q = Eigen::MatrixXf::Random(2000, 16), k = Eigen::MatrixXf::Random(3000, 16);
-  const RowMajor v = RowMajor::Random(3000, 16);
-  RowMajor output(2000, 16);
-  Eigen::VectorXd lse(2000);
+using ColumnMajor = Eigen::MatrixXf;
+using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+/// Attention of any Eigen matrices; lse is the log-sum-exp of each query's scores.
+template <class Matrix>
+Matrix attend(const auto& q, const auto& k, const auto& v, Eigen::VectorXd& lse) {
+  Matrix output(q.rows(), v.cols());
+  lse.resize(q.rows());
   core::attention_forward(core::matrix_view(q), core::matrix_view(k), core::matrix_view(v), core::matrix_view(output),
                           core::matrix_view(lse));
+  return output;
+}
+
+int main() {
+  const ColumnMajor q = ColumnMajor::Random(2000, 16), k = ColumnMajor::Random(3000, 16),
+                    v = ColumnMajor::Random(3000, 16);
+  Eigen::VectorXd lse;
+  const ColumnMajor output = attend<ColumnMajor>(q, k, v, lse);
+  const RowMajor same = attend<RowMajor>(RowMajor(q), RowMajor(k), RowMajor(v), lse);
+  const RowMajor mixed = attend<RowMajor>(q, RowMajor(k), v, lse);
+  std::cout << "row-major, column-major and mixed give " << (output == same && output == mixed ? "the same" : "other")
+            << " bits\n";
 
   // the definition, for the first query
   const Eigen::VectorXf scores = k * q.row(0).transpose() / 4;

@@ -265,6 +265,124 @@ TEST_CASE("shapes of grouped and broadcast keys are checked") {
   CHECK(contains(message(make({4, 8, 6}), make({4, 8, 6})), "ranks differ"));
 }
 
+TEST_CASE("inputs of another dtype, device or layout are refused before they are read") {
+  const Tensor q = torch::randn({2, 4, 8, 6});
+  struct Refusal {
+    Tensor given;
+    std::string message;
+  };
+  const Refusal refusals[] = {
+      {q.to(torch::kDouble), "is double [2, 4, 8, 6] on cpu"},
+      {q.to(torch::kLong), "is long"},
+      {q.to(torch::kMeta), "on meta"},
+      {q.to_sparse(), "with layout Sparse"},
+      {q.to_mkldnn(), "with layout Mkldnn"},
+      {at::_nested_tensor_from_tensor_list({q[0], q[1]}), "is float of a nested tensor"},
+  };
+  for (const auto& [given, message] : refusals) {
+    for (int input = 0; input < 3; ++input) {
+      INFO(message << ", input " << input);
+      Tensor inputs[] = {q, q, q};
+      inputs[input] = given;
+      const Error error = error_of([&] { attention(inputs[0], inputs[1], inputs[2]); });
+      INFO(error.what());
+      CHECK(error.id() == "headroom.attention.dtype");
+      CHECK(contains(error.what(), message));
+      CHECK(contains(error.what(), "; expected three strided tensors of one dtype on one device"));
+    }
+    for (const auto backend : {AttentionBackend::tiled, AttentionBackend::chunked, AttentionBackend::reference}) {
+      if (given.is_floating_point() && given.layout() == torch::kStrided && !given.is_nested()) continue;
+      const auto options = AttentionOptions().backend(backend);
+      CHECK(error_of([&] { attention(given, given, given, options); }).id() == "headroom.attention.dtype");
+    }
+  }
+  for (const auto dtype : {torch::kLong, torch::kBool, torch::kComplexFloat, torch::kFloat8_e4m3fn}) {
+    const Tensor x = q.to(dtype);
+    const Error error = error_of([&] { attention(x, x, x); });
+    CHECK(error.id() == "headroom.attention.dtype");
+    CHECK(contains(error.what(), "expected float, double, bfloat16 or half"));
+  }
+  for (const std::vector<Tensor>& undefined : {std::vector{Tensor(), q, q}, {q, Tensor(), q}, {q, q, Tensor()}}) {
+    CHECK(error_of([&] { attention(undefined[0], undefined[1], undefined[2]); }).id() == "headroom.attention.shape");
+  }
+}
+
+TEST_CASE("options of another device or layout are refused before they are read") {
+  const int64_t length = 8;
+  const Tensor q = torch::randn({1, 4, length, 6});
+  using O = AttentionOptions;
+  struct Option {
+    std::string id;
+    Tensor fits;
+    std::function<O(const Tensor&)> with;
+  };
+  const Tensor lengths = torch::full({1}, length, torch::kLong), starts = torch::tensor({int64_t{0}, length});
+  const Option options[] = {
+      {"key_lengths", lengths, [](const Tensor& x) { return O().key_lengths(x); }},
+      {"sequences", starts, [](const Tensor& x) { return O().sequence_starts(x); }},
+      {"sequences", starts, [&](const Tensor& x) { return O().sequence_starts(starts).key_sequence_starts(x); }},
+      {"mask", torch::ones({length, length}, torch::kBool), [](const Tensor& x) { return O().mask(x); }},
+      {"mask", torch::zeros({length, length}, torch::kBool), [](const Tensor& x) { return O().hidden(x); }},
+      {"block_mask", torch::ones({4, 4}, torch::kBool),
+       [](const Tensor& x) { return O().block_mask(x).block_size(2); }},
+      {"bias", torch::randn({length, length}), [](const Tensor& x) { return O().bias(x); }},
+      {"relative_bias", torch::randn({4, 3}), [](const Tensor& x) { return O().relative_bias(x); }},
+      {"alibi_slopes", torch::randn({4, length}), [](const Tensor& x) { return O().alibi_slopes(x); }},
+      {"sink", torch::randn({4}), [](const Tensor& x) { return O().sink(x); }},
+      {"rotary", torch::ones({length, 3}, torch::kComplexFloat), [](const Tensor& x) { return O().rotary(x); }},
+  };
+  for (const auto& [id, fits, with] : options) {
+    CHECK(attention(q, q, q, with(fits)).sizes() == q.sizes());
+    std::vector<Tensor> bad{Tensor(), fits.to(torch::kMeta), fits.to_sparse(),
+                            at::_nested_tensor_from_tensor_list({fits, fits}),
+                            torch::empty(fits.sizes(), torch::kFloat8_e5m2)};
+    if (fits.scalar_type() == torch::kFloat) bad.push_back(fits.to_mkldnn());
+    for (const Tensor& given : bad) {
+      const Error error = error_of([&, &make = with] { attention(q, q, q, make(given)); });
+      INFO(error.what());
+      CHECK(error.id() == "headroom.attention." + id);
+      CHECK(contains(error.what(), "; expected "));
+    }
+  }
+}
+
+TEST_CASE("numbers that float cannot hold are refused") {
+  const Tensor q = torch::randn({1, 1, 4, 2});
+  const auto id = [&](const AttentionOptions& options) { return error_of([&] { attention(q, q, q, options); }).id(); };
+  for (const double scale : {double{INFINITY}, -double{INFINITY}, std::nan(""), 1e39}) {
+    CHECK(id(AttentionOptions().scale(scale)) == "headroom.attention.scale");
+  }
+  for (const double softcap : {double{INFINITY}, std::nan(""), 1e39, 1e-39, 0.0, -1.0}) {
+    CHECK(id(AttentionOptions().softcap(softcap)) == "headroom.attention.softcap");
+  }
+  for (const double dropout : {1.0, 1.5, -1e-9, std::nan(""), double{INFINITY}}) {
+    CHECK(id(AttentionOptions().dropout(dropout)) == "headroom.attention.dropout");
+  }
+}
+
+TEST_CASE("a minus sign that lies beside the memory is read") {
+  torch::manual_seed(5);
+  const auto negated = [](at::IntArrayRef shape) {
+    const Tensor x = torch::imag(torch::randn(shape, torch::kComplexDouble).conj());
+    REQUIRE(x.is_neg());
+    return x;
+  };
+  const Tensor q = negated({1, 2, 7, 4}), k = negated({1, 2, 9, 4}), v = negated({1, 2, 9, 3}),
+               bias = negated({2, 7, 9}), grad = negated({1, 2, 7, 3});
+  const Tensor angles = torch::rand({9, 2}, torch::kDouble);
+  const Tensor table = torch::polar(torch::ones_like(angles), angles).conj();
+  const auto run = [&](const std::function<Tensor(const Tensor&)>& change) {
+    const Tensor leaf = change(q).detach().requires_grad_();
+    const Tensor output =
+        attention(leaf, change(k), change(v), AttentionOptions().bias(change(bias)).rotary(change(table)));
+    return std::pair(output.detach(), torch::autograd::grad({output}, {leaf}, {change(grad)})[0]);
+  };
+  const auto [output, gradient] = run([](const Tensor& x) { return x; });
+  const auto [expected, expected_gradient] = run([](const Tensor& x) { return x.resolve_conj().resolve_neg(); });
+  CHECK(output.equal(expected));
+  CHECK(gradient.equal(expected_gradient));
+}
+
 TEST_CASE("bfloat16 takes what is added to scores in float") {
   const Tensor q = torch::randn({1, 2, 8, 4}).to(torch::kBFloat16), bias = torch::randn({2, 8, 8}).requires_grad_();
   for (const auto backend : {AttentionBackend::reference, AttentionBackend::chunked}) {

@@ -1,10 +1,13 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <memory>
 #include <optional>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "headroom/core/attention.hpp"
@@ -33,6 +36,7 @@ struct Problem {
   bool relative_shared = false;
   bool sink = false, rotary = false, grad_lse = false;
   Index blocks = 0;  // block size of a block mask
+  unsigned seed = 7;
 };
 
 /// All tensors of a forward and backward pass, dense.
@@ -47,7 +51,7 @@ struct Run {
 
   explicit Run(const Problem& problem) : p(problem) {
     if (p.kv_heads == 0) p.kv_heads = p.heads;
-    std::mt19937 generator(7);
+    std::mt19937 generator(p.seed);
     std::normal_distribution<float> normal;
     const auto fill = [&](std::vector<Scalar>& x, Index count, double amplitude = 1) {
       x.resize(count);
@@ -163,67 +167,91 @@ struct Run {
 };
 
 struct Deviation {
-  double rms = 0, maximum = 0;
+  double squares = 0, maximum = 0;
+  Index count = 0;
+
+  double rms() const { return count == 0 ? 0 : std::sqrt(squares / static_cast<double>(count)); }
+  template <class A, class B>
+  void add(const std::vector<A>& x, const std::vector<B>& exact) {
+    for (size_t i = 0; i < x.size(); ++i) {
+      const auto ours = static_cast<double>(x[i]), theirs = static_cast<double>(exact[i]);
+      const double e = ours == theirs ? 0 : std::abs(ours - theirs);  // infinities too
+      if (!(e <= maximum) && maximum == maximum) maximum = e;         // a NaN stays
+      squares += e * e;
+    }
+    count += static_cast<Index>(x.size());
+  }
 };
+
 template <class A, class B>
 Deviation deviation(const std::vector<A>& x, const std::vector<B>& exact) {
   Deviation d;
-  for (size_t i = 0; i < x.size(); ++i) {
-    const auto ours = static_cast<double>(x[i]), theirs = static_cast<double>(exact[i]);
-    if (ours == theirs) continue;  // infinities too
-    const double e = std::abs(ours - theirs);
-    if (!(e <= d.maximum) && d.maximum == d.maximum) d.maximum = e;  // a NaN stays
-    d.rms += e * e / static_cast<double>(x.size());
-  }
-  d.rms = std::sqrt(d.rms);
+  d.add(x, exact);
   return d;
+}
+
+/// f(name, result of a run, of another, …) for everything that a pass computes.
+template <class F, class... Runs>
+void for_each_result(F&& f, Runs&... run) {
+  f("output", run.output...), f("grad_q", run.grad_q...), f("grad_k", run.grad_k...), f("grad_v", run.grad_v...);
+  f("grad_bias", run.grad_bias...), f("grad_relative", run.grad_relative...), f("grad_slopes", run.grad_slopes...);
+  f("grad_sink", run.grad_sink...), f("lse", run.lse...);
 }
 
 /// float kernel against double definition: at most twice the RMS and four times the maximum error of plain float loops.
 /// With fewer than 16 keys both errors are a handful of roundings of terms that cancel: four roundings of the largest
-/// term are allowed there.
+/// term are allowed there. A result of a few numbers makes no statistic: the problem is repeated with other data until
+/// there are 64. A maximum hangs on one number: what fails is judged again together with three more draws.
 template <class M = NoMask>
-void check_accuracy(const Problem& p, const AttentionParams& params = {}, const M& mask = {}) {
+void check_accuracy(Problem p, const AttentionParams& params = {}, const M& mask = {}) {
   CAPTURE(p.batch, p.heads, p.queries, p.keys, p.dim, p.value_dim, p.amplitude);
-  Run<float> tiled(p), naive(p);
-  Run<double> exact(p);
-  tiled.tiled(params, mask), naive.reference(params, mask), exact.reference(params, mask);
-  const auto largest = [](const std::vector<float>& x) {
-    double m = 1;
-    for (const float e : x) m = std::max<double>(m, std::abs(e));
-    return m;
+  std::map<std::string, Deviation> ours, theirs;
+  double largest_term = 1;
+  const auto run = [&](auto&& is_wanted) {
+    Run<float> tiled(p), naive(p);
+    Run<double> exact(p), tiled_double(p);
+    tiled.tiled(params, mask), naive.reference(params, mask), exact.reference(params, mask);
+    tiled_double.tiled(params, mask);
+    for_each_result(
+        [&](const std::string& name, const auto& x, const auto& by_naive, const auto& by_exact, const auto& by_double) {
+          CAPTURE(name);
+          if (x.empty() || !is_wanted(name)) return;
+          ours[name].add(x, by_exact), theirs[name].add(by_naive, by_exact);
+          const bool of_tokens = name == "output" || name == "grad_q" || name == "grad_k" || name == "grad_v";
+          const double terms = static_cast<double>(p.dim * p.keys * (of_tokens ? 1 : p.batch * p.heads * p.queries));
+          CHECK(deviation(by_double, by_exact).maximum < 1e-13 * p.amplitude * std::sqrt(terms));
+        },
+        tiled, naive, exact, tiled_double);
+    double term = 1;
+    for (const auto* x : {&tiled.q, &tiled.k, &tiled.v, &tiled.grad}) {
+      double largest = 1;
+      for (const float e : *x) largest = std::max<double>(largest, std::abs(e));
+      term *= largest;
+    }
+    largest_term = std::max(largest_term, term);
   };
-  const double largest_term = largest(tiled.q) * largest(tiled.k) * largest(tiled.v) * largest(tiled.grad);
-  const auto compare = [&](const char* name, const auto& x, const auto& by_naive, const auto& by_exact) {
-    CAPTURE(name);
-    const Deviation ours = deviation(x, by_exact), theirs = deviation(by_naive, by_exact);
-    const double rounding = p.keys < 16 ? 4 * std::numeric_limits<float>::epsilon() * largest_term : 0;
-    CHECK(ours.rms <= std::max(2 * theirs.rms, rounding));
-    CHECK(ours.maximum <= std::max(4 * theirs.maximum, rounding));
+  const auto everything = [](const std::string&) { return true; };
+  run(everything);
+  const auto is_small = [&](const std::string& name) { return ours[name].count < 64; };
+  const auto any = [&](auto&& holds) {
+    return std::any_of(ours.begin(), ours.end(), [&](const auto& result) { return holds(result.first); });
   };
-  const auto results = [](auto& run, auto&& f) {
-    f("output", run.output), f("grad_q", run.grad_q), f("grad_k", run.grad_k), f("grad_v", run.grad_v);
-    f("grad_bias", run.grad_bias), f("grad_relative", run.grad_relative), f("grad_slopes", run.grad_slopes);
-    f("grad_sink", run.grad_sink), f("lse", run.lse);
+  for (; p.keys >= 16 && any(is_small); run(is_small)) ++p.seed;
+  const auto rounding = [&] { return p.keys < 16 ? 4 * std::numeric_limits<float>::epsilon() * largest_term : 0; };
+  const auto allowed_rms = [&](const std::string& name) { return std::max(2 * theirs[name].rms(), rounding()); };
+  const auto allowed_maximum = [&](const std::string& name) { return std::max(4 * theirs[name].maximum, rounding()); };
+  const auto fails = [&](const std::string& name) {
+    return !(ours[name].rms() <= allowed_rms(name) && ours[name].maximum <= allowed_maximum(name));
   };
-  std::vector<std::vector<double>> of_naive, of_exact;
-  const auto collect = [](std::vector<std::vector<double>>& to) {
-    return [&to](const char*, const auto& x) { to.emplace_back(x.begin(), x.end()); };
-  };
-  results(naive, collect(of_naive)), results(exact, collect(of_exact));
-  size_t at = 0;
-  results(tiled, [&](const char* name, const auto& x) {
-    compare(name, x, of_naive[at], of_exact[at]);
-    ++at;
-  });
-  Run<double> tiled_double(p);
-  tiled_double.tiled(params, mask);
-  at = 0;
-  results(tiled_double, [&](const char* name, const auto& x) {
-    CAPTURE(name);
-    const double terms = static_cast<double>(p.dim * p.keys * (at > 3 ? p.batch * p.heads * p.queries : 1));
-    CHECK(deviation(x, of_exact[at++]).maximum < 1e-13 * p.amplitude * std::sqrt(terms));
-  });
+  for (int draw = 0; draw < 3 && any(fails); ++draw) {
+    ++p.seed;
+    run(everything);
+  }
+  for (const auto& [name, error] : ours) {
+    CAPTURE(name, error.count);
+    CHECK(error.rms() <= allowed_rms(name));
+    CHECK(error.maximum <= allowed_maximum(name));
+  }
 }
 
 }  // namespace headroom::testing

@@ -175,6 +175,9 @@ inline std::vector<AttentionCase> attention_cases() {
   add("no keys", {2, 4, 5, 6}, {2, 4, 0, 6}, {2, 4, 0, 5}, O());
   add("no keys but a sink", {2, 4, 5, 6}, {2, 4, 0, 6}, {2, 4, 0, 5}, O().sink(noise({4})));
   add("no batches", {0, 4, 5, 6}, {0, 4, 7, 6}, {0, 4, 7, 5}, O().causal(true));
+  add("no batches, keys for all", {0, 4, 5, 6}, {1, 4, 7, 6}, {1, 4, 7, 5}, O().bias(noise({5, 7})));
+  add("no heads", {2, 0, 5, 6}, {2, 0, 7, 6}, {2, 0, 7, 5}, O().bias(noise({5, 7})));
+  add("no values", {2, 4, 5, 6}, {2, 4, 7, 6}, {2, 4, 7, 0}, O().causal(true).bias(noise({5, 7})));
   add("no features", {2, 4, 5, 0}, {2, 4, 7, 0}, {2, 4, 7, 3}, O().causal(true));
   return cases;
 }

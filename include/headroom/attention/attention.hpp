@@ -170,9 +170,10 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction<Backend>>
     torch::autograd::variable_list inputs = all.slice(0, 7).vec();
     inputs.insert(inputs.end(), grad.begin(), grad.end());
     auto grads = first_derivatives(inputs, [&]() -> torch::autograd::variable_list {
-      const torch::Tensor grad_output = grad[0].defined() ? grad[0] : torch::zeros_like(output);
+      const torch::Tensor grad_output = grad[0].defined() ? grad[0].resolve_neg() : torch::zeros_like(output);
       const AttentionForward result{output, lse, all.slice(12).vec()};
-      AttentionGradients g = Backend::backward(grad_output, grad[1], q, k, v, result, request, wanted);
+      const torch::Tensor grad_lse = grad[1].defined() ? grad[1].resolve_neg() : grad[1];
+      AttentionGradients g = Backend::backward(grad_output, grad_lse, q, k, v, result, request, wanted);
       return {g.q, g.k, g.v, g.bias, g.relative_bias, g.alibi_slopes, g.sink};
     });
     grads.emplace_back();  // the request has no gradient
@@ -223,9 +224,11 @@ inline torch::Tensor with_batch_of(const torch::Tensor& q, const torch::Tensor& 
 }
 
 /// The log-sum-exp may be undefined unless wanted.
-inline AttentionResult run_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                     const AttentionOptions& options, bool with_lse) {
-  const auto request = AttentionRequest::check(q, k, v, options);
+inline AttentionResult run_attention(const torch::Tensor& given_q, const torch::Tensor& given_k,
+                                     const torch::Tensor& given_v, const AttentionOptions& options, bool with_lse) {
+  const auto request = AttentionRequest::check(given_q, given_k, given_v, options);
+  // The imaginary part of a conjugate has its minus sign beside its memory
+  const torch::Tensor q = given_q.resolve_neg(), k = given_k.resolve_neg(), v = given_v.resolve_neg();
   AttentionForward result;
   switch (resolve_backend(q, request, options.backend())) {
     case AttentionBackend::tiled:

@@ -26,8 +26,8 @@ inline torch::Tensor packed_attention_backward(const torch::Tensor& grad_output,
   const torch::Tensor grad = torch::empty_like(packed);
   const auto [q, k, v] = unpack_views(packed, axis);
   const auto [grad_q, grad_k, grad_v] = unpack_views(grad, axis);
-  tiled_attention_backward(grad_output.movedim(axis, -2), {}, q, k, v, {output, lse}, request, {grad_q, grad_k, grad_v},
-                           TiledParamGradients(q, request, {}));
+  tiled_attention_backward(grad_output.resolve_neg().movedim(axis, -2), {}, q, k, v, {output, lse}, request,
+                           {grad_q, grad_k, grad_v}, TiledParamGradients(q, request, {}));
   if (rotation.has_value()) rotate_packed(grad, rotation->conj());
   return grad;
 }

@@ -108,13 +108,14 @@ class AttentionChecks {
   void tensors() {
     for (const torch::Tensor* x : {&q_, &k_, &v_}) {
       require(x->defined(), "headroom.attention.shape", "q, k and v must be defined tensors");
-      require(x->dtype() == q_.dtype() && x->device() == q_.device() && x->layout() == torch::kStrided,
-              "headroom.attention.dtype", "q is ", q_.dtype(), " on ", q_.device(), " but another input is ",
-              x->dtype(), " on ", x->device(), " with layout ", x->layout(),
+      require(is_dense(*x) && x->dtype() == q_.dtype() && x->device() == q_.device(), "headroom.attention.dtype", "q ",
+              described(q_), ", another input ", described(*x),
               "; expected three strided tensors of one dtype on one device");
     }
-    require(q_.is_floating_point(), "headroom.attention.dtype", "q is ", q_.dtype(),
-            ", expected a floating-point dtype; convert with q.to(torch::kFloat)");
+    require(q_.scalar_type() == torch::kFloat || q_.scalar_type() == torch::kDouble ||
+                q_.scalar_type() == torch::kBFloat16 || q_.scalar_type() == torch::kHalf,
+            "headroom.attention.dtype", "q is ", q_.dtype(),
+            ", expected float, double, bfloat16 or half; convert with q.to(torch::kFloat)");
     const auto expect = [&](bool holds, const char* what) {
       require(holds, "headroom.attention.shape", "q ", q_.sizes(), ", k ", k_.sizes(), ", v ", v_.sizes(), ": ", what,
               "; expected q [...,H,Lq,D], k [...,Hk,Lk,D], v [...,Hk,Lk,Dv]");
@@ -124,7 +125,7 @@ class AttentionChecks {
     expect(at::is_expandable_to(all_but_last(k_.sizes(), 3), all_but_last(q_.sizes(), 3)),
            "the batch dimensions of k and v do not broadcast to those of q");
     const int64_t heads = q_.size(-3), kv_heads = k_.size(-3);
-    expect(kv_heads == heads || (kv_heads > 0 && heads % kv_heads == 0),
+    expect(kv_heads == heads || (kv_heads > 0 && heads > 0 && heads % kv_heads == 0),
            "the heads of k and v do not divide those of q");
     expect(k_.size(-1) == q_.size(-1), "q and k differ in the last dimension");
     expect(v_.size(-2) == k_.size(-2), "k and v differ in length");
@@ -135,12 +136,14 @@ class AttentionChecks {
 
   void numbers() {
     request_.scale = options_.scale().value_or(1.0 / std::sqrt(std::max<double>(static_cast<double>(q_.size(-1)), 1)));
-    require(std::isfinite(request_.scale), "headroom.attention.scale", "scale is ", request_.scale,
+    // Both are used in float
+    using Limits = std::numeric_limits<float>;
+    require(std::abs(request_.scale) <= Limits::max(), "headroom.attention.scale", "scale is ", request_.scale,
             ", expected a finite number");
     if (options_.softcap().has_value()) {
       request_.softcap = *options_.softcap();
-      require(std::isfinite(request_.softcap) && request_.softcap > 0, "headroom.attention.softcap", "softcap is ",
-              request_.softcap, ", expected a finite number above 0; leave it out for no cap");
+      require(Limits::min() <= request_.softcap && request_.softcap <= Limits::max(), "headroom.attention.softcap",
+              "softcap is ", request_.softcap, ", expected a finite number above 0; leave it out for no cap");
     }
     // Positions are added and subtracted: far from the limits of int64
     static constexpr int64_t kFar = int64_t{1} << 60;
@@ -155,15 +158,24 @@ class AttentionChecks {
     }
   }
 
-  /// A copy of integers on the CPU as int64.
+  /// Elements lie in memory at the strides: not sparse, nested or in a library's own layout.
+  static bool is_dense(const torch::Tensor& x) {
+    return x.defined() && x.layout() == torch::kStrided && !x.is_nested();
+  }
   static bool are_integers(const torch::Tensor& x) {
-    return x.defined() && c10::isIntegralType(x.scalar_type(), /*includeBool=*/false) && x.device().is_cpu() &&
-           x.layout() == torch::kStrided;
+    return is_dense(x) && c10::isIntegralType(x.scalar_type(), /*includeBool=*/false) && x.device().is_cpu();
   }
   static std::string described(const torch::Tensor& x) {
     if (!x.defined()) return "is undefined";
     std::ostringstream text;
-    text << "is " << x.dtype() << " " << x.sizes() << " on " << x.device();
+    text << "is " << x.dtype() << " ";
+    if (x.is_nested()) {
+      text << "of a nested tensor";
+    } else {
+      text << x.sizes();
+    }
+    text << " on " << x.device();
+    if (x.layout() != torch::kStrided) text << " with layout " << x.layout();
     return text.str();
   }
 
@@ -218,8 +230,8 @@ class AttentionChecks {
   }
 
   torch::Tensor expanded_bool(const char* id, const char* name, const torch::Tensor& x, at::IntArrayRef sizes) const {
-    require(x.defined() && x.scalar_type() == torch::kBool && x.device() == q_.device() &&
-                x.layout() == torch::kStrided && at::is_expandable_to(x.sizes(), sizes),
+    require(is_dense(x) && x.scalar_type() == torch::kBool && x.device() == q_.device() &&
+                at::is_expandable_to(x.sizes(), sizes),
             id, name, " ", described(x), "; expected bool on ", q_.device(), ", broadcastable to ", sizes);
     return x.expand(sizes);
   }
@@ -244,7 +256,7 @@ class AttentionChecks {
   bool adds_to_scores(const torch::Tensor& x) const {
     const auto dtype = q_.scalar_type();
     const bool narrow = dtype != torch::kFloat && dtype != torch::kDouble;
-    return x.defined() && x.device() == q_.device() && x.layout() == torch::kStrided &&
+    return is_dense(x) && x.device() == q_.device() &&
            (x.scalar_type() == dtype || (narrow && x.scalar_type() == torch::kFloat));
   }
   void scores() {
@@ -253,7 +265,7 @@ class AttentionChecks {
       if (!x.has_value()) return;
       require(adds_to_scores(*x) && shape_fits(x->sizes()), id, name, " ", described(*x), "; expected ", q_.dtype(),
               " on ", q_.device(), ", ", shape...);
-      target = *x;
+      target = x->resolve_neg();
     };
     const at::IntArrayRef sizes = request_.score_sizes;
     const int64_t heads = request_.heads();
@@ -276,7 +288,7 @@ class AttentionChecks {
   void rotary() {
     if (!options_.rotary().has_value()) return;
     const torch::Tensor& table = *options_.rotary();
-    const bool fits = table.defined() && table.is_complex() && table.scalar_type() != torch::kComplexHalf &&
+    const bool fits = is_dense(table) && table.is_complex() && table.scalar_type() != torch::kComplexHalf &&
                       table.device() == q_.device() && table.dim() == 2;
     require(fits && 2 * table.size(1) <= q_.size(-1), "headroom.attention.rotary", "rotary ", described(table),
             "; expected complex numbers [positions, pairs] on ", q_.device(), " with at most ", q_.size(-1) / 2,

@@ -134,13 +134,11 @@ inline torch::ScalarType compute_type(const torch::Tensor& x) {
 /// A request as the kernel takes it. Its tensors are views of the request's, or O(L) in size.
 class TiledRequest {
  public:
-  TiledRequest(const torch::Tensor& q, const AttentionRequest& request)
-      : request_(request),
-        ranges_(request.causal || request.window_left >= 0 || request.window_right >= 0 || packed()) {
-    if (ranges_) positions_.emplace(request);
+  TiledRequest(const torch::Tensor& q, const AttentionRequest& request) : request_(request) {
+    if (packed()) positions_.emplace(request);
     if (!request.rotary.defined()) return;
     const auto complex = compute_type(q) == torch::kDouble ? torch::kComplexDouble : torch::kComplexFloat;
-    rotary_ = torch::view_as_real(request.rotary.resolve_conj().to(complex).contiguous())
+    rotary_ = torch::view_as_real(request.rotary.resolve_conj().resolve_neg().to(complex).contiguous())
                   .flatten(-2)
                   .unsqueeze(0)
                   .unsqueeze(0);
@@ -182,16 +180,19 @@ class TiledRequest {
 
   /// Which keys a query sees by its position and by the lengths of its batch.
   struct Mask {
-    const int64_t *begin, *end, *lengths;
-    core::KeyRange keys(core::Index b, core::Index, core::Index query) const {
-      core::KeyRange range = core::NoMask{}.keys(0, 0, 0);
-      if (begin != nullptr) range = {begin[query], end[query]};
+    core::WindowMask window;
+    const int64_t *begin, *end;  // where sequences are packed, instead of the window
+    const int64_t* lengths;
+    core::KeyRange keys(core::Index b, core::Index h, core::Index query) const {
+      core::KeyRange range = begin == nullptr ? window.keys(b, h, query) : core::KeyRange{begin[query], end[query]};
       if (lengths != nullptr) range.end = std::min<core::Index>(range.end, lengths[b]);
       return range;
     }
   };
   Mask mask(int64_t batch_index) const {
-    return {ranges_ ? pointer(positions_->begin) : nullptr, ranges_ ? pointer(positions_->end) : nullptr,
+    return {{request_.window_left, request_.causal ? 0 : request_.window_right, request_.query_offset},
+            packed() ? pointer(positions_->begin) : nullptr,
+            packed() ? pointer(positions_->end) : nullptr,
             request_.key_lengths.defined() ? pointer(request_.key_lengths) + batch_index : nullptr};
   }
 
@@ -200,7 +201,6 @@ class TiledRequest {
   static const int64_t* pointer(const torch::Tensor& x) { return x.const_data_ptr<int64_t>(); }
 
   const AttentionRequest& request_;
-  bool ranges_;
   std::optional<AttentionPositions> positions_;
   std::optional<RotaryRows> rows_;
   torch::Tensor rotary_;  // [1,1,rows,2·pairs]
@@ -263,8 +263,12 @@ HEADROOM_KERNEL void tiled_attention_backward(const torch::Tensor& grad_output, 
                                               const AttentionForward& forward, const AttentionRequest& request,
                                               const AttentionGradients& grad, const TiledParamGradients& param_grads) {
   RECORD_FUNCTION("headroom::attention_backward", operator_inputs({q, k, v}));
-  const TiledRequest tiled(q, request);
   const auto& scores = request.score_sizes;
+  if (c10::multiply_integers(all_but_last(scores, 2)) == 0) {  // keys may be left that no query sees
+    for (const torch::Tensor* x : {&grad.q, &grad.k, &grad.v}) x->zero_();
+    return;
+  }
+  const TiledRequest tiled(q, request);
   std::vector<torch::Tensor> tensors{grad_output,
                                      q,
                                      k,

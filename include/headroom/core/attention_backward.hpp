@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "headroom/core/executor.hpp"
+#include "headroom/core/pair_product.hpp"
 #include "headroom/core/score_rules.hpp"
 
 namespace headroom::inline v0::core {
@@ -42,11 +43,12 @@ struct HeadFamily {
 ///
 /// Several groups add to the same rows of grad_q. They take turns, block by block and in ascending order, so that the
 /// sums are the same bits for any number of workers and nobody needs an accumulator of his own.
+///
+/// bfloat16 is multiplied in pairs where the processor can: then P and dS are rounded to bfloat16, sums are not.
 template <class Scalar>
 class BackwardGroup {
  public:
   static constexpr Index kWidth = LaneTiling<Scalar>::kWidth;
-  static constexpr Index kTiles = kGroupBytes / (kWidth * sizeof(Scalar));
   static constexpr Index kQueries = 16 * kTileRows;  // queries in a block: its weights stay in L1
 
   /// What the groups of one head share.
@@ -63,12 +65,18 @@ class BackwardGroup {
     weights_ = scratch_.take<Scalar>(kQueries * kWidth);
     grad_scores_ = scratch_.take<Scalar>(kQueries * kWidth);
     cap_slope_ = scratch_.take<Scalar>(cap ? kQueries * kWidth : 0);
-    grad_queries_ = scratch_.take<Scalar>(kQueries * padded_dim_);
-    queries_ = scratch_.take<Scalar>(kQueries * dim);
-    grads_ = scratch_.take<Scalar>(kQueries * value_dim);
     buffer_ = scratch_.take<Scalar>(
         std::max(ScoreRules<Scalar>::buffer_size(kQueries, kWidth), 3 * N * std::max(dim, value_dim)));
-    for (Tile& tile : tiles_) {
+    const Index tiles = LaneGroups<Scalar>::most(dim + value_dim);
+    if (kPairs) {
+      pair_dim_ = dim = padded(dim, kPairDepth), pair_value_dim_ = value_dim = padded(value_dim, kPairDepth);
+      grad_score_rows_ = scratch_.take<Eigen::bfloat16>(kQueries * kPairWidth);
+    }
+    grad_queries_ = scratch_.take<Scalar>(kQueries * std::max(padded_dim_, std::max(dim, value_dim) / 2));
+    queries_ = scratch_.take<Scalar>(kQueries * dim);
+    grads_ = scratch_.take<Scalar>(kQueries * value_dim);
+    for (Index t = 0; t < tiles; ++t) {
+      Tile& tile = tiles_[t];
       tile.key = scratch_.take<Scalar>(dim * kWidth);
       tile.value = scratch_.take<Scalar>(value_dim * kWidth);
       tile.grad_key = scratch_.take<Scalar>(dim * kWidth);
@@ -80,10 +88,8 @@ class BackwardGroup {
   static Index workspace_bytes(Index dim, Index value_dim, bool cap) {
     return BackwardGroup(nullptr, dim, value_dim, cap).scratch_.bytes();
   }
-  static Index groups(Index keys) {
-    return std::max<Index>((LaneTiling<Scalar>(keys).tiles + kTiles - 1) / kTiles,
-                           1);  // one even without keys: it clears grad_q
-  }
+  /// One group even without keys: it clears grad_q.
+  static Index groups(const BackwardTensors<Scalar>& x) { return std::max<Index>(key_groups(x).count(), 1); }
   static Index blocks(Index queries) { return (queries + kQueries - 1) / kQueries; }
 
   /// Group `group` of the keys that the heads of a family use; `head(b, h)` gives their Head.
@@ -103,28 +109,50 @@ class BackwardGroup {
  private:
   using Packet = simd::Packet<Scalar>;
   using Run = QueryRun<Scalar, kQueries>;
+  static LaneGroups<Scalar> key_groups(const BackwardTensors<Scalar>& x) {
+    return {x.k.length(), x.batch() * x.heads(), x.k.dim() + x.v.dim()};
+  }
   static constexpr Index N = simd::kLanes<Scalar>;
+  static constexpr bool kPairs = kHasPairProducts && std::is_same_v<Scalar, float>;
+  static constexpr Index kPairWidth = padded(kWidth, kPairDepth);
 
   struct Tile {
-    Scalar *key, *value;  // [D][width], [Dv][width]; the sign of a negative scale is in the key, as in q forward
+    Scalar *key, *value;  // [D][width], [Dv][width], or in pairs [padded D/2][width]; the sign of a negative scale is
+                          // in the key, as in q forward
     Scalar *grad_key, *grad_value;  // [D][width] without the scale, [Dv][width]
-    Scalar* scaled_key;             // [width][padded D]: scale·k, 0 where k is not finite
+    Scalar* scaled_key;  // [width][padded D]: scale·k, 0 where k is not finite; in pairs [width/2][padded D] of k
     KeyRange keys;
     int vectors;
     Index width() const { return vectors * N; }
+    Pair* key_pairs() const { return reinterpret_cast<Pair*>(key); }
+    Pair* value_pairs() const { return reinterpret_cast<Pair*>(value); }
+    Pair* row_pairs() const { return reinterpret_cast<Pair*>(scaled_key); }
   };
+
+  // In pairs the memory of rows and weights is used like this:
+  Eigen::bfloat16* query_rows() const { return reinterpret_cast<Eigen::bfloat16*>(queries_); }  // [queries][padded D]
+  Eigen::bfloat16* query_columns() const { return query_rows() + kQueries * pair_dim_; }        // the transpose
+  Eigen::bfloat16* grad_rows() const { return reinterpret_cast<Eigen::bfloat16*>(grads_); }
+  Eigen::bfloat16* grad_columns() const { return grad_rows() + kQueries * pair_value_dim_; }
+  Pair* words() const { return reinterpret_cast<Pair*>(grad_queries_); }    // while it holds no sums
+  Pair* weight_pairs() const { return reinterpret_cast<Pair*>(weights_); }  // [queries/2][width]
+  Pair* grad_score_pairs() const { return reinterpret_cast<Pair*>(grad_scores_); }
 
   /// Heads of q that use the same head of k.
   template <class HeadOf>
   void run_shared_keys(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules, const HeadFamily& members,
                        Index group, HeadOf&& head) {
     const LaneTiling<Scalar> tiling(x.k.length());
-    const Index count = std::min(kTiles, tiling.tiles - group * kTiles);
+    const Index first_tile = key_groups(x).first_tile(group), count = key_groups(x).tiles(group);
     const Index b0 = members.first_batch, h0 = members.first_head;
     const auto turn = Rotation<Scalar>::of_keys(rules.params());
-    const RowReader<Scalar> keys(x.k.head(b0, h0, x.heads()), turn), values(x.v.head(b0, h0, x.heads()));
+    const StoredMatrix keys = x.k.head(b0, h0, x.heads()), values = x.v.head(b0, h0, x.heads());
     const KeyRange seen = seen_keys(x, rules, members);
-    for (Index t = 0; t < count; ++t) open(tiles_[t], tiling[group * kTiles + t], x, keys, values, seen, rules);
+    in_pairs_ = kPairs && PairUnit::available() && !turn && has_pair_rows(keys) && has_pair_rows(values) &&
+                has_pair_rows(x.q.head(b0, h0, x.heads())) && has_pair_rows(x.grad_output.head(b0, h0, x.heads()));
+    std::optional<PairUnit> unit;
+    if (in_pairs_) unit.emplace();
+    for (Index t = 0; t < count; ++t) open(tiles_[t], tiling[first_tile + t], x, keys, values, seen, rules);
     for (Index b = b0; b < b0 + members.batches; ++b) {
       for (Index h = h0; h < h0 + members.heads; ++h) add_head(x, rules, head(b, h), group, count);
     }
@@ -144,8 +172,8 @@ class BackwardGroup {
         o(x.output.head(b, h, x.heads()));
     const RowWriter<Scalar> grad_q(x.grad_q.head(b, h, x.heads()), turn);
     const MatrixView<Scalar> sums =
-        grad_q.plain() ? grad_q.view() : MatrixView<Scalar>{accumulator, queries, dim, dim, 1};
-    const bool last_group = group + 1 == groups(x.k.length());
+        grad_q.sums_in_place() ? grad_q.view() : MatrixView<Scalar>{accumulator, queries, dim, dim, 1};
+    const bool last_group = group + 1 == groups(x);
 
     for (Index block = 0; block < blocks(queries); ++block) {
       const Index first = block * kQueries, rows = std::min(kQueries, queries - first);
@@ -167,8 +195,16 @@ class BackwardGroup {
       run_ = Run(rules.mask(), params, b, h, {first, first + rows}, x.k.length());
       if (run_.touches(keys) && (!rules.hides_elements() || rules.sees_any(b, h, run_.queries, keys))) {
         split_lse(x.lse, b, h, first, rows, static_cast<double>(rules.factor()));
-        std::fill_n(grad_queries_, rows * padded_dim_, Scalar(0));
-        const auto q_block = q.rows(first, rows, queries_), g_block = g.rows(first, rows, grads_);
+        MatrixView<const Scalar> q_block{nullptr, rows}, g_block{nullptr, rows};
+        if (in_pairs_) {
+          copy_pair_rows(query_rows(), kQueries, pair_dim_, x.q.head(b, h, x.heads()), first, rows, 1);
+          copy_pair_rows(grad_rows(), kQueries, pair_value_dim_, x.grad_output.head(b, h, x.heads()), first, rows, 1);
+          transpose_pairs(query_columns(), kQueries, query_rows(), kQueries, pair_dim_, words());
+          transpose_pairs(grad_columns(), kQueries, grad_rows(), kQueries, pair_value_dim_, words());
+        } else {
+          q_block = q.rows(first, rows, queries_), g_block = g.rows(first, rows, grads_);
+        }
+        std::fill_n(grad_queries_, padded(rows, kPairRows) * padded_dim_, Scalar(0));
         for (Index t = 0; t < count; ++t) {
           const Tile& tile = tiles_[t];
           if (!run_.touches(tile.keys)) continue;
@@ -201,11 +237,14 @@ class BackwardGroup {
               accumulate<kTileVectors>(tile, q_block, g_block);
           }
         }
-        for (Index i = 0; i < rows; ++i) {
-          for (Index d = 0; d < dim; ++d) sum(i, d) += grad_queries_[i * padded_dim_ + d];
+        if (in_pairs_) {
+          const Scalar scale = static_cast<Scalar>(rules.scale());
+          for (Index i = 0; i < rows * padded_dim_; ++i) grad_queries_[i] *= scale;
         }
+        for (Index i = 0; i < rows; ++i) add_strided(&sum(i, 0), sum.col_stride, grad_queries_ + i * padded_dim_, dim);
       }
-      if (last_group && !grad_q.plain()) grad_q.write(first, rows, &sum(0, 0));
+      if (last_group && grad_q.sums_in_place()) grad_q.turn_back(first, rows);
+      if (last_group && !grad_q.sums_in_place()) grad_q.write(first, rows, &sum(0, 0));
       if (turns != nullptr) turns[block].store(static_cast<int>(group) + 1, std::memory_order_release);
     }
   }
@@ -214,15 +253,15 @@ class BackwardGroup {
   static KeyRange seen_keys(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules,
                             const HeadFamily& members) {
     const Index keys = x.k.length();
-    KeyRange seen{keys, 0}, ranges[kQueries];
+    KeyRange seen{keys, 0};
+    Index begin[kQueries], end[kQueries];
     for (Index b = members.first_batch; b < members.first_batch + members.batches; ++b) {
       for (Index h = members.first_head; h < members.first_head + members.heads; ++h) {
         for (Index first = 0; first < x.q.length(); first += kQueries) {
           const Index count = std::min(kQueries, x.q.length() - first);
-          rules.mask().keys(rules.mask().mask, b, h, first, count, keys, ranges);
-          for (Index i = 0; i < count; ++i) {
-            if (!ranges[i].empty()) seen = {std::min(seen.begin, ranges[i].begin), std::max(seen.end, ranges[i].end)};
-          }
+          rules.mask().ranges(b, h, {first, first + count}, keys, begin, end);
+          const KeyRange part = hull(begin, end, count, keys);
+          seen = {std::min(seen.begin, part.begin), std::max(seen.end, part.end)};
         }
       }
     }
@@ -231,30 +270,57 @@ class BackwardGroup {
 
   /// Keys that nobody sees are not read: whatever they hold, NaN included, stays out of every product.
   void open(Tile& tile, typename LaneTiling<Scalar>::Tile lanes, const BackwardTensors<Scalar>& x,
-            const RowReader<Scalar>& keys, const RowReader<Scalar>& values, KeyRange seen,
-            const ScoreRules<Scalar>& rules) {
+            const StoredMatrix& k_head, const StoredMatrix& v_head, KeyRange seen, const ScoreRules<Scalar>& rules) {
     const Index dim = x.k.dim(), value_dim = x.v.dim();
     tile.keys = {lanes.begin, std::min(lanes.begin + lanes.width(), x.k.length())};
     tile.vectors = lanes.vectors;
     const Index width = tile.width();
     const KeyRange read = tile.keys & seen;
-    std::fill_n(tile.grad_key, dim * width, Scalar(0));
-    std::fill_n(tile.grad_value, value_dim * width, Scalar(0));
+    std::fill_n(tile.grad_key, (in_pairs_ ? pair_dim_ : dim) * width, Scalar(0));
+    std::fill_n(tile.grad_value, (in_pairs_ ? pair_value_dim_ : value_dim) * width, Scalar(0));
+    if (in_pairs_) return open_pairs(tile, k_head, v_head, read, rules);
     std::fill_n(tile.scaled_key, width * padded_dim_, Scalar(0));
     if (read.empty() || read.end - read.begin < width) {
       std::fill_n(tile.key, dim * width, Scalar(0));
       std::fill_n(tile.value, value_dim * width, Scalar(0));
     }
     if (read.empty()) return;
+    const RowReader<Scalar> keys(k_head, Rotation<Scalar>::of_keys(rules.params())), values(v_head);
     const Index skip = read.begin - tile.keys.begin, count = read.end - read.begin;
-    keys.pack(tile.key, width, skip, read.begin, count, rules.sign(), buffer_);
-    values.pack(tile.value, width, skip, read.begin, count, Scalar(1), buffer_);
+    keys.pack(tile.key, width, skip, read.begin, count, Times<Scalar>{rules.sign()}, buffer_);
+    values.pack(tile.value, width, skip, read.begin, count, Times<Scalar>{1}, buffer_);
     const Scalar scale = static_cast<Scalar>(rules.scale());
     for (Index i = 0; i < count; ++i) {
       const MatrixView<const Scalar> row = keys.rows(read.begin + i, 1, buffer_);
       for (Index d = 0; d < dim; ++d) {
         // A key that is not finite makes NaN of the gradients of all scores it is seen in; 0·NaN would do so elsewhere.
         tile.scaled_key[(skip + i) * padded_dim_ + d] = is_finite(row(0, d)) ? scale * row(0, d) : Scalar(0);
+      }
+    }
+  }
+
+  /// The same in pairs.
+  void open_pairs(Tile& tile, const StoredMatrix& keys, const StoredMatrix& values, KeyRange read,
+                  const ScoreRules<Scalar>& rules) {
+    const Index width = tile.width(), skip = std::max<Index>(read.begin - tile.keys.begin, 0),
+                count = std::max<Index>(read.end - read.begin, 0), rows = padded(width, kPairDepth);
+    Eigen::bfloat16 *const key_rows = query_rows(), *const value_rows = grad_rows();  // [rows][padded D], for now
+    std::fill_n(key_rows, rows * pair_dim_, Eigen::bfloat16(0));
+    std::fill_n(value_rows, rows * pair_value_dim_, Eigen::bfloat16(0));
+    const auto sign = static_cast<float>(rules.sign());
+    copy_pair_rows(key_rows + skip * pair_dim_, count, pair_dim_, keys, read.begin, count, sign);
+    copy_pair_rows(value_rows + skip * pair_value_dim_, count, pair_value_dim_, values, read.begin, count, 1);
+    pair_lanes(tile.key_pairs(), width, key_rows, width, pair_dim_);
+    pair_lanes(tile.value_pairs(), width, value_rows, width, pair_value_dim_);
+    copy_pair_rows(key_rows + skip * pair_dim_, count, pair_dim_, keys, read.begin, count, 1);
+    Pair* const pairs = tile.row_pairs();
+    for (Index j = 0; j < rows; j += 2) {
+      for (Index d = 0; d < padded_dim_; ++d) {
+        const auto bits = [&](Index row) -> Pair {  // 0·NaN, as above
+          const auto half = Eigen::numext::bit_cast<std::uint16_t>(key_rows[row * pair_dim_ + d]);
+          return (half & 0x7f80U) == 0x7f80U ? 0 : half;
+        };
+        pairs[j / 2 * padded_dim_ + d] = bits(j) | bits(j + 1) << 16;
       }
     }
   }
@@ -273,8 +339,8 @@ class BackwardGroup {
     for (Index i = 0; i < count; i += N) {
       const Index rows = std::min(N, count - i), dim = g.cols();
       Scalar *const g_lanes = buffer_, *const o_lanes = g_lanes + N * dim, *const spare = o_lanes + N * dim;
-      g.pack(g_lanes, N, 0, first + i, rows, Scalar(1), spare);
-      o.pack(o_lanes, N, 0, first + i, rows, Scalar(1), spare);
+      g.pack(g_lanes, N, 0, first + i, rows, Times<Scalar>{1}, spare);
+      o.pack(o_lanes, N, 0, first + i, rows, Times<Scalar>{1}, spare);
       Packet sum = simd::broadcast(Scalar(0));
       for (Index d = 0; d < dim; ++d) {
         sum = simd::pmadd(simd::load(g_lanes + d * N), simd::load(o_lanes + d * N), sum);
@@ -288,16 +354,16 @@ class BackwardGroup {
   /// Splits the lse into what is subtracted from a score and what is subtracted from the exponent after scaling. The
   /// first is close to the largest scores, so that their difference is exact; one float alone would lose the rest.
   void split_lse(const TensorView<double>& lse, Index b, Index h, Index first, Index rows, double factor) {
+    constexpr double largest = static_cast<double>(std::numeric_limits<Scalar>::max()) / 4;
+    const double inverse = factor > 0 ? 1 / factor : 0;
+    const double* const from = &lse(b, h, first, 0);
+    const Index stride = lse.strides[2];
     for (Index i = 0; i < rows; ++i) {
-      const double base2 = lse(b, h, first + i, 0) * std::numbers::log2e;
-      const double largest = static_cast<double>(std::numeric_limits<Scalar>::max()) / 4;
-      if (!(std::abs(base2) < largest)) {  // a query without keys: all its scores are hidden
-        lse_score_[i] = lse_rest_[i] = Scalar(0);
-        continue;
-      }
-      const double score = factor > 0 ? base2 / factor : 0;
+      const double base2 = from[i * stride] * std::numbers::log2e;
+      // a query without keys: all its scores are hidden
+      const double whole = std::abs(base2) < largest ? base2 : 0, score = whole * inverse;
       lse_score_[i] = std::abs(score) < largest ? static_cast<Scalar>(score) : Scalar(0);
-      lse_rest_[i] = static_cast<Scalar>(base2 - static_cast<double>(lse_score_[i]) * factor);
+      lse_rest_[i] = static_cast<Scalar>(whole - static_cast<double>(lse_score_[i]) * factor);
     }
   }
 
@@ -311,32 +377,34 @@ class BackwardGroup {
     const Packet factor = simd::broadcast(rules.factor());
     // also hidden: the lanes past the last key
     const bool hides = rules.hides_elements() || !run_.covers({tile.keys.begin, tile.keys.begin + width});
-    const bool as_product = !rules.scaled() && !hides;
-
-    // forward did: weight = exp2((score - maximum)·factor) / sum
-    const auto weight_of = [&](Packet s, Index row) __attribute__((always_inline)) {
-      return simd::exp2<Scalar>(
-          simd::pmadd(simd::psub(s, simd::broadcast(lse_score_[row])), factor, simd::broadcast(-lse_rest_[row])));
-    };
+    if constexpr (kPairs) {
+      if (in_pairs_) {
+        multiply_pairs<Vectors, false>(query_rows(), pair_dim_, tile.key_pairs(), width, padded(rows, kPairRows),
+                                       pair_dim_ / 2, weights, width);
+        multiply_pairs<Vectors, false>(grad_rows(), pair_value_dim_, tile.value_pairs(), width, padded(rows, kPairRows),
+                                       pair_value_dim_ / 2, grad_scores, width);
+      }
+    }
+    const Index float_rows = in_pairs_ ? 0 : rows;
     for_row_tiles<kTileRows>(
-        rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
+        float_rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
           RegisterTile<Scalar, Rows, Vectors> score(&q(row, 0), q.row_stride, 1, tile.key, width, q.cols);
-          score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
-            simd::store(weights + (row + r) * width + v * N, as_product ? weight_of(s, row + r) : s);
-          });
+          score.for_each([&](int r, int v, Packet s)
+                             __attribute__((always_inline)) { simd::store(weights + (row + r) * width + v * N, s); });
         });
-    if (!as_product) {
-      rules.template apply<false>(tile_scores, run_, cap_slope_, buffer_);
-      for (Index row = 0; row < rows; ++row) {
-        for (int v = 0; v < Vectors; ++v) {
-          Scalar* const s = weights + row * width + v * N;
-          simd::store(s, weight_of(simd::load(s), row));
-        }
+    if (rules.scaled() || hides) rules.template apply<false>(tile_scores, run_, cap_slope_, buffer_);
+    // forward did: weight = exp2((score - maximum)·factor) / sum
+    for (Index row = 0; row < rows; ++row) {
+      const Packet score = simd::broadcast(lse_score_[row]), rest = simd::broadcast(-lse_rest_[row]);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        Scalar* const s = weights + row * width + v * N;
+        simd::store(s, simd::exp2<Scalar>(simd::pmadd(simd::psub(simd::load(s), score), factor, rest)));
       }
     }
     const bool drops = rules.params().dropout.active();
     for_row_tiles<kTileRows>(
-        rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
+        float_rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
           RegisterTile<Scalar, Rows, Vectors> grad(&g(row, 0), g.row_stride, 1, tile.value, width, g.cols);
           grad.for_each([&](int r, int v, Packet dp) __attribute__((always_inline)) {
             const Index at = (row + r) * width + v * N;
@@ -345,6 +413,13 @@ class BackwardGroup {
                 drops ? dp : simd::pmul(simd::load(weights + at), simd::psub(dp, simd::broadcast(delta[row + r]))));
           });
         });
+    for (Index row = float_rows; row < rows && !drops; ++row) {  // in pairs
+      for (Index at = row * width; at < (row + 1) * width; at += N) {
+        const Packet dp = simd::load(grad_scores + at);
+        simd::store(grad_scores + at,
+                    simd::pmul(simd::load(weights + at), simd::psub(dp, simd::broadcast(delta[row]))));
+      }
+    }
     // 0·NaN is NaN: what is hidden has no gradient, whatever its key and value hold
     if (drops) {
       rules.drop_backward(tile_scores, run_.queries, grad_scores, delta);
@@ -358,6 +433,9 @@ class BackwardGroup {
   EIGEN_DONT_INLINE void accumulate(const Tile& tile, MatrixView<const Scalar> q, MatrixView<const Scalar> g) {
     constexpr Index width = Vectors * N;
     // forward did: score(i,j) = sum_d q(i,d)·k(j,d) and output(i,d) = sum_j weight(i,j)·v(j,d)
+    if constexpr (kPairs) {
+      if (in_pairs_) return accumulate_pairs<Vectors>(tile, q.rows);
+    }
     add_transposed<Vectors>(tile.grad_value, g, weights_);
     add_transposed<Vectors>(tile.grad_key, q, grad_scores_);
     for_row_tiles<kTileVectors>(
@@ -372,6 +450,24 @@ class BackwardGroup {
                 });
               });
         });
+  }
+
+  /// The same in pairs.
+  template <int Vectors>
+  void accumulate_pairs(const Tile& tile, Index rows) {
+    constexpr Index width = Vectors * N, depth = padded(width, kPairDepth);
+    const Index row_depth = padded(rows, kPairDepth);
+    round_rows<Vectors>(grad_score_rows_, depth, grad_scores_, rows);
+    pair_rows<Vectors>(weight_pairs(), weights_, 0, rows, row_depth);
+    pair_rows<Vectors>(grad_score_pairs(), grad_scores_, 0, rows, row_depth);
+    multiply_pairs<Vectors, true>(grad_columns(), kQueries, weight_pairs(), width, pair_value_dim_, row_depth / 2,
+                                  tile.grad_value, width);
+    multiply_pairs<Vectors, true>(query_columns(), kQueries, grad_score_pairs(), width, pair_dim_, row_depth / 2,
+                                  tile.grad_key, width);
+    for_row_tiles<kTileVectors>(padded_dim_ / N, [&]<int V>(Index vector) {
+      multiply_pairs<V, true>(grad_score_rows_, depth, tile.row_pairs() + vector * N, padded_dim_,
+                              padded(rows, kPairRows), depth / 2, grad_queries_ + vector * N, padded_dim_);
+    });
   }
 
   /// to[d][lane] += sum_i x(i,d)·s[i][lane]
@@ -395,7 +491,10 @@ class BackwardGroup {
   Scalar* grad_queries_;            // [queries][padded D]
   Scalar *queries_, *grads_;        // [queries][D], [queries][Dv]: where they can't be read as they lie
   Scalar* buffer_;
-  Tile tiles_[kTiles];
+  bool in_pairs_ = false;
+  Index pair_dim_ = 0, pair_value_dim_ = 0;  // padded
+  Eigen::bfloat16* grad_score_rows_;         // [queries][padded width]
+  Tile tiles_[LaneGroups<Scalar>::kMost];
   Run run_;
   alignas(64) Scalar lse_score_[kQueries], lse_rest_[kQueries];
 };
@@ -412,18 +511,19 @@ class BackwardPass {
                const TensorView<double>& sink)
       : x_(x), rules_(rules), relative_bias_(relative_bias), slopes_(slopes), sink_(sink) {
     const bool bias = x.grad_bias.data != nullptr, by_rows = bias && x.grad_bias.strides[3] == 0;
-    const Index batch = x.batch(), heads = x.heads(), share = heads / x.k.shape[1];
+    const Index batch = x.batch(), heads = x.heads(), share = heads / std::max<Index>(x.k.shape[1], 1);
     const bool one_batch = (x.k.shape[0] == 1 || (bias && !by_rows && x.grad_bias.strides[0] == 0));
     const bool one_head = bias && !by_rows && x.grad_bias.strides[1] == 0;
     batches_ = one_batch ? batch : 1;
     heads_ = one_head ? heads : share;
-    families_ = batch * heads / (batches_ * heads_);
+    families_ = batch * heads == 0 ? 0 : batch * heads / (batches_ * heads_);
     members_ = batches_ * heads_;
-    groups_ = Group::groups(x.k.length());
+    groups_ = Group::groups(x);
     blocks_ = Group::blocks(x.q.length());
     bias_rows_ = by_rows ? x.q.length() : 0;
-    own_sums_ = x.grad_q.length() > 0 &&
-                !RowWriter<Scalar>(x.grad_q.head(0, 0, heads), Rotation<Scalar>::of_queries(rules.params())).plain();
+    own_sums_ =
+        x.grad_q.length() > 0 &&
+        !RowWriter<Scalar>(x.grad_q.head(0, 0, heads), Rotation<Scalar>::of_queries(rules.params())).sums_in_place();
   }
 
   void run(const E& executor) {
@@ -432,7 +532,7 @@ class BackwardPass {
     const bool cap = rules_.params().softcap > 0;
     const Index group_bytes = Group::workspace_bytes(x_.q.dim(), x_.v.dim(), cap);
     const Index head_bytes = HeadPart(nullptr, *this).bytes(), sum_bytes = SumPart(nullptr, *this).bytes();
-    const Index head_parts = (workers + split) * members_;
+    const Index head_parts = ((whole > 0 ? workers : 0) + split) * members_;
     const auto workspace = executor.allocate(workers * (group_bytes + members_ * sum_bytes) + head_parts * head_bytes);
     std::byte* const sums = workspace.data() + workers * group_bytes;
     std::byte* const head_start = sums + workers * members_ * sum_bytes;
@@ -455,7 +555,7 @@ class BackwardPass {
         return SumPart(sums + (worker * members_ + member) * sum_bytes, *this);
       };
       const auto head_index = [&](Index b, Index h) {
-        return (is_whole ? worker : workers + s) * members_ + slot(b, h);
+        return (is_whole ? worker : head_parts / members_ - split + s) * members_ + slot(b, h);
       };
       const auto head = [&](Index b, Index h) {
         const HeadPart part(head_start + head_index(b, h) * head_bytes, *this);
@@ -565,8 +665,8 @@ class BackwardPass {
 /// forward pass wrote; weights are recomputed tile by tile. grad_q, grad_k and grad_v are overwritten and have the
 /// shapes of q, k and v, any strides, and must not overlap with each other or with the inputs. Queries without keys and
 /// keys without queries get gradient 0.
-/// Workspace: BackwardGroup::workspace_bytes(D, Dv) and delta [Lq] a worker; where grad_q is narrower than float or
-/// q is rotated also [Lq][D]; for gradients of relative bias, slopes and of a bias that is broadcast along the keys
+/// Workspace: BackwardGroup::workspace_bytes(D, Dv) and delta [Lq] a worker; where grad_q is narrower than float also
+/// [Lq][D]; for gradients of relative bias, slopes and of a bias that is broadcast along the keys
 /// also their length. Results are bit-equal for any number of workers.
 /// Throws headroom.core.attention.{shape,scale,dropout,length,output}.
 template <Storable T, Mask M = NoMask, Executor E = DefaultExecutor>

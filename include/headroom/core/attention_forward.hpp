@@ -1,19 +1,20 @@
 #pragma once
 
 #include "headroom/core/executor.hpp"
+#include "headroom/core/pair_product.hpp"
 #include "headroom/core/score_rules.hpp"
 
 namespace headroom::inline v0::core {
 namespace detail {
 
 /// Forward of a few tiles of queries against all keys, one block of keys at a time (streaming softmax, Milakov &
-/// Gimelshein 2018; Dao et al. 2022). Queries fill the lanes; keys and values are read where they lie.
+/// Gimelshein 2018; Dao et al. 2022). Queries fill the lanes; keys and values are read where they lie. bfloat16 is
+/// multiplied in pairs where the processor can: then weights are rounded to bfloat16, sums are not.
 template <class Scalar>
 class ForwardGroup {
  public:
   static constexpr Index kWidth = LaneTiling<Scalar>::kWidth;
-  static constexpr Index kTiles = kGroupBytes / (kWidth * sizeof(Scalar));  // they share a block of keys in cache
-  static constexpr Index kKeys = 16 * kTileRows;                            // keys in a block: its scores stay in L1
+  static constexpr Index kKeys = 16 * kTileRows;  // keys in a block: its scores stay in L1
 
   ForwardGroup(std::byte* workspace, Index dim, Index value_dim) : scratch_(workspace) {
     scores_ = scratch_.take<Scalar>(kKeys * kWidth);
@@ -22,7 +23,16 @@ class ForwardGroup {
     finite_values_ = scratch_.take<Scalar>(kKeys * value_dim);
     buffer_ =
         scratch_.take<Scalar>(std::max(ScoreRules<Scalar>::buffer_size(kKeys, kWidth), N * std::max(dim, value_dim)));
-    for (Tile& tile : tiles_) {
+    if (kPairs) {
+      dim = padded(dim, kPairDepth), value_dim = padded(value_dim, kPairDepth);
+      key_rows_ = scratch_.take<Eigen::bfloat16>(kKeyRows * dim);
+      value_rows_ = scratch_.take<Eigen::bfloat16>(kValueRows * value_dim);
+      value_columns_ = scratch_.take<Eigen::bfloat16>(value_dim * kValueRows);
+      words_ = scratch_.take<Pair>(value_dim / 2 * kValueRows);
+      weight_pairs_ = scratch_.take<Pair>(kKeys / 2 * kWidth);
+    }
+    for (Index t = 0; t < LaneGroups<Scalar>::most(dim + value_dim); ++t) {
+      Tile& tile = tiles_[t];
       tile.query = scratch_.take<Scalar>(dim * kWidth);
       tile.output = scratch_.take<Scalar>(value_dim * kWidth);
       tile.maximum = scratch_.take<Scalar>(kWidth);
@@ -33,13 +43,23 @@ class ForwardGroup {
     return ForwardGroup(nullptr, dim, value_dim).scratch_.bytes();
   }
 
-  /// Computes rows [queries of tiles first … first + kTiles) of head (b,h).
-  void run(const AttentionTensors& x, const ScoreRules<Scalar>& rules, Index b, Index h, Index first_tile) {
+  /// Computes the rows of head (b,h) that `count` tiles from `first_tile` on hold.
+  void run(const AttentionTensors& x, const ScoreRules<Scalar>& rules, Index b, Index h, Index first_tile,
+           Index count) {
     const LaneTiling<Scalar> tiling(x.q.length());
-    const Index count = std::min(kTiles, tiling.tiles - first_tile), length = x.k.length();
+    const Index length = x.k.length();
     const AttentionParams& params = rules.params();
     const RowReader<Scalar> queries(x.q.head(b, h, x.heads()), Rotation<Scalar>::of_queries(params)),
         keys(x.k.head(b, h, x.heads()), Rotation<Scalar>::of_keys(params)), values(x.v.head(b, h, x.heads()));
+    const StoredMatrix q_head = x.q.head(b, h, x.heads()), k_head = x.k.head(b, h, x.heads()),
+                       v_head = x.v.head(b, h, x.heads());
+    in_pairs_ = kPairs && PairUnit::available() && !params.rotary && has_pair_rows(q_head) && has_pair_rows(k_head) &&
+                has_pair_rows(v_head);
+    std::optional<PairUnit> unit;
+    if (in_pairs_) unit.emplace();
+    pair_dim_ = padded(x.q.dim(), kPairDepth), pair_value_dim_ = padded(x.v.dim(), kPairDepth);
+    const Index output_rows = in_pairs_ ? pair_value_dim_ : x.v.dim();
+
     KeyRange needed{length, 0};
     for (Index t = 0; t < count; ++t) {
       Tile& tile = tiles_[t];
@@ -47,9 +67,14 @@ class ForwardGroup {
       const Index rows = std::min(lanes.width(), x.q.length() - lanes.begin), width = lanes.width();
       tile.vectors = lanes.vectors;
       tile.run = Run(rules.mask(), params, b, h, {lanes.begin, lanes.begin + rows}, length);
-      if (rows < width) std::fill_n(tile.query, x.q.dim() * width, Scalar(0));
-      queries.pack(tile.query, width, 0, lanes.begin, rows, rules.sign(), buffer_);
-      std::fill_n(tile.output, x.v.dim() * width, Scalar(0));
+      if (in_pairs_) {
+        copy_pair_rows(key_rows_, width, pair_dim_, q_head, lanes.begin, rows, static_cast<float>(rules.sign()));
+        pair_lanes(tile.query_pairs(), width, key_rows_, width, pair_dim_);
+      } else {
+        if (rows < width) std::fill_n(tile.query, x.q.dim() * width, Scalar(0));
+        queries.pack(tile.query, width, 0, lanes.begin, rows, Times<Scalar>{rules.sign()}, buffer_);
+      }
+      std::fill_n(tile.output, output_rows * width, Scalar(0));
       std::fill_n(tile.sum, width, Scalar(0));
       std::fill_n(tile.maximum, width, kHidden<Scalar> / 2);  // above every hidden score, below every other
       needed = {std::min(needed.begin, tile.run.any.begin), std::max(needed.end, tile.run.any.end)};
@@ -57,17 +82,22 @@ class ForwardGroup {
     for (Index key = needed.begin; key < needed.end; key += kKeys) {
       const KeyRange block{key, std::min(key + kKeys, needed.end)};
       MatrixView<const Scalar> k_block, v_block;
+      bool loaded = false;
       for (Index t = 0; t < count; ++t) {
         const Tile& tile = tiles_[t];
         const KeyRange part = tile.run.any & block;
         if (part.empty() || (rules.hides_elements() && !rules.sees_any(b, h, tile.run.queries, part))) continue;
-        if (k_block.data == nullptr) {  // the first tile that needs them
-          k_block = keys.rows(block.begin, block.end - block.begin, keys_);
-          v_block = values.rows(block.begin, block.end - block.begin, values_);
+        if (!loaded) {  // the first tile that needs them
+          loaded = true;
+          const Index block_keys = block.end - block.begin;
+          if (in_pairs_) load_pairs(k_head, v_head, block.begin, block_keys);
+          if (!in_pairs_) k_block = keys.rows(block.begin, block_keys, keys_);
+          if (!in_pairs_ || !values_in_pairs_) v_block = values.rows(block.begin, block_keys, values_);
         }
-        const Index skip = part.begin - block.begin, rows = part.end - part.begin;
+        first_key_ = part.begin - block.begin;
+        const Index rows = part.end - part.begin;
         const ScoreTile<Scalar> scores{scores_, tile.width(), b, h, part};
-        attend(tile, scores, k_block.middle_rows(skip, rows), v_block.middle_rows(skip, rows), rules);
+        attend(tile, scores, k_block.middle_rows(first_key_, rows), v_block.middle_rows(first_key_, rows), rules);
       }
     }
     for (Index t = 0; t < count; ++t) finish(tiles_[t], x, rules, b, h);
@@ -77,20 +107,33 @@ class ForwardGroup {
   using Packet = simd::Packet<Scalar>;
   using Run = QueryRun<Scalar, kWidth>;
   static constexpr Index N = simd::kLanes<Scalar>;
+  static constexpr bool kPairs = kHasPairProducts && std::is_same_v<Scalar, float>;
+  static constexpr Index kKeyRows = kKeys + kPairRows, kValueRows = kKeys + kPairDepth;  // a block and zeros behind it
 
   struct Tile {
-    Scalar* query;    // [D][width]
+    Scalar* query;    // [D][width], or in pairs [padded D/2][width]
     Scalar* output;   // [Dv][width]: sum of weights times values
     Scalar* maximum;  // [width]: largest score so far
     Scalar* sum;      // [width]: sum of weights
     Run run;
     int vectors;
     Index width() const { return vectors * N; }
+    Pair* query_pairs() const { return reinterpret_cast<Pair*>(query); }
   };
+
+  /// Brings a block of keys and values into the form in which pairs are multiplied.
+  void load_pairs(const StoredMatrix& keys, const StoredMatrix& values, Index first, Index count) {
+    copy_pair_rows(key_rows_, kKeyRows, pair_dim_, keys, first, count, 1);
+    copy_pair_rows(value_rows_, kValueRows, pair_value_dim_, values, first, count, 1);
+    values_in_pairs_ = pairs_are_finite(value_rows_, count * pair_value_dim_);
+    if (values_in_pairs_) transpose_pairs(value_columns_, kValueRows, value_rows_, kValueRows, pair_value_dim_, words_);
+  }
 
   void attend(const Tile& tile, const ScoreTile<Scalar>& scores, MatrixView<const Scalar> keys,
               MatrixView<const Scalar> values, const ScoreRules<Scalar>& rules) {
-    if (tile.vectors == kTileVectors) {
+    if (tile.vectors == kTileVectors && in_pairs_) {
+      attend<kTileVectors, Eigen::Dynamic>(tile, scores, keys, values, rules);
+    } else if (tile.vectors == kTileVectors) {
       with_head_dim<Scalar>(keys.cols, values.cols,
                             [&]<int HeadDim> { attend<kTileVectors, HeadDim>(tile, scores, keys, values, rules); });
     } else if (tile.vectors == 2) {
@@ -107,12 +150,21 @@ class ForwardGroup {
     constexpr Index width = Vectors * N;
     const Index dim = HeadDim == Eigen::Dynamic ? keys.cols : HeadDim;
     const Index value_dim = HeadDim == Eigen::Dynamic ? values.cols : HeadDim;
+    const Index count = scores.keys.end - scores.keys.begin;
+    const bool in_pairs = kPairs && HeadDim == Eigen::Dynamic && in_pairs_;
     Scalar* const weights = scores.scores;  // [keys][width]
 
     Packet before[Vectors], maximum[Vectors];
     for (int v = 0; v < Vectors; ++v) before[v] = maximum[v] = simd::load(tile.maximum + v * N);
+    if constexpr (kPairs) {
+      if (in_pairs) {
+        multiply_pairs<Vectors, false>(key_rows_ + first_key_ * pair_dim_, pair_dim_, tile.query_pairs(), width,
+                                       padded(count, kPairRows), pair_dim_ / 2, weights, width);
+      }
+    }
     for_row_tiles<kTileRows>(
-        keys.rows, [&]<int Rows>(Index key) __attribute__((always_inline)) {
+        in_pairs ? 0 : count, [&]<int Rows>(Index key) __attribute__((always_inline)) {
+          rules.prefetch(scores, tile.run, key);
           RegisterTile<Scalar, Rows, Vectors> score(&keys(key, 0), keys.row_stride, 1, tile.query, width, dim);
           score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
             maximum[v] = simd::pmax(s, maximum[v]);
@@ -122,9 +174,12 @@ class ForwardGroup {
     const bool hides = rules.hides_elements() || !tile.run.covers(scores.keys);
     if (rules.scaled() || hides) [[unlikely]] {
       rules.template apply<true>(scores, tile.run, nullptr, buffer_);
-      for (int v = 0; v < Vectors; ++v) {
-        maximum[v] = before[v];
-        for (Index key = 0; key < keys.rows; ++key) {
+    }
+    if (rules.scaled() || hides || in_pairs) {
+      for (int v = 0; v < Vectors; ++v) maximum[v] = before[v];
+      for (Index key = 0; key < count; ++key) {
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) {
           maximum[v] = simd::pmax(simd::load(weights + key * width + v * N), maximum[v]);
         }
       }
@@ -137,25 +192,44 @@ class ForwardGroup {
       sum[v] = simd::broadcast(Scalar(0));
       simd::store(tile.maximum + v * N, maximum[v]);
     }
-    for (Index key = 0; key < keys.rows; ++key) {
+    const auto weigh = [&](Index key, int v) __attribute__((always_inline)) {
+      const Packet s = simd::load(weights + key * width + v * N);
+      const Packet weight = simd::exp2<Scalar>(simd::pmul(simd::psub(s, maximum[v]), factor));
+      sum[v] = simd::padd(sum[v], weight);
+      return weight;
+    };
+    const bool drops = rules.params().dropout.active(), writes_pairs = in_pairs && values_in_pairs_ && !drops;
+    Index key = 0;
+    if constexpr (kPairs) {
+      for (; writes_pairs && key + 2 <= count; key += 2) {
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) {
-        Scalar* const s = weights + key * width + v * N;
-        const Packet weight = simd::exp2<Scalar>(simd::pmul(simd::psub(simd::load(s), maximum[v]), factor));
-        sum[v] = simd::padd(sum[v], weight);
-        simd::store(s, weight);
+        for (int v = 0; v < Vectors; ++v) {
+          const Packet even = weigh(key, v), odd = weigh(key + 1, v);
+          store_pairs(weight_pairs_ + key / 2 * width + v * N, even, odd);
+        }
       }
+    }
+    const Index paired = key;
+    for (; key < count; ++key) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) simd::store(weights + key * width + v * N, weigh(key, v));
     }
     for (int v = 0; v < Vectors; ++v) {
       simd::store(tile.sum + v * N, simd::pmadd(simd::load(tile.sum + v * N), decay[v], sum[v]));
     }
-    if (rules.params().dropout.active()) rules.drop(scores, tile.run);
+    if (drops) rules.drop(scores, tile.run);
+    if constexpr (kPairs) {
+      if (in_pairs && values_in_pairs_) {
+        pair_rows<Vectors>(weight_pairs_, weights, paired, count, padded(count, kPairDepth));
+        return add_values_in_pairs<Vectors>(tile, count, decay);
+      }
+    }
     const MatrixView<const Scalar> all_values = values;
-    if (hides) values = only_finite(values);
+    if (hides) values = only_finite(values, rules.hides_elements() ? KeyRange{} : tile.run.inside(scores.keys));
 
     for_row_tiles<kTileRows>(
         value_dim, [&]<int Rows>(Index d) __attribute__((always_inline)) {
-          RegisterTile<Scalar, Rows, Vectors> weighted(&values(0, d), 1, values.row_stride, weights, width, keys.rows);
+          RegisterTile<Scalar, Rows, Vectors> weighted(&values(0, d), 1, values.row_stride, weights, width, count);
           weighted.for_each([&](int r, int v, Packet x) __attribute__((always_inline)) {
             Scalar* const o = tile.output + (d + r) * width + v * N;
             simd::store(o, simd::pmadd(simd::load(o), decay[v], x));
@@ -164,11 +238,28 @@ class ForwardGroup {
     if (values.data != all_values.data) add_not_finite(tile, scores, all_values);
   }
 
+  /// output = decay·output + weights·values
+  template <int Vectors>
+  void add_values_in_pairs(const Tile& tile, Index count, const Packet (&decay)[Vectors]) {
+    constexpr Index width = Vectors * N;
+    for (int v = 0; v < Vectors; ++v) {
+      if (Eigen::internal::predux_min(decay[v]) == 1) continue;
+      for (Index d = 0; d < pair_value_dim_; ++d) {
+        Scalar* const o = tile.output + d * width + v * N;
+        simd::store(o, simd::pmul(simd::load(o), decay[v]));
+      }
+    }
+    multiply_pairs<Vectors, true>(value_columns_ + first_key_, kValueRows, weight_pairs_, width, pair_value_dim_,
+                                  padded(count, kPairDepth) / 2, tile.output, width);
+  }
+
   /// 0·NaN is NaN: where some queries must not see a key whose value is not finite, that value is taken out of the
   /// product and added for the queries that do see it.
-  MatrixView<const Scalar> only_finite(MatrixView<const Scalar> values) {
+  MatrixView<const Scalar> only_finite(MatrixView<const Scalar> values, KeyRange seen_by_all) {
     bool finite = true;
-    for (Index j = 0; j < values.rows && finite; ++j) finite = row_is_finite(&values(j, 0), values.cols);
+    for (Index j = 0; j < values.rows && finite; ++j) {
+      finite = seen_by_all.contains(j) || row_is_finite(&values(j, 0), values.cols);
+    }
     if (finite) return values;
     for (Index j = 0; j < values.rows; ++j) {
       for (Index d = 0; d < values.cols; ++d) {
@@ -217,7 +308,13 @@ class ForwardGroup {
   Scalar* scores_;                           // [keys][width], then the weights
   Scalar *keys_, *values_, *finite_values_;  // [keys][D], [keys][Dv]: where they can't be read as they lie
   Scalar* buffer_;
-  Tile tiles_[kTiles];
+  // In pairs:
+  Eigen::bfloat16 *key_rows_, *value_rows_,
+      *value_columns_;                           // [key rows][padded D], [value rows][padded Dv], transposed
+  Pair *words_, *weight_pairs_;                  // scratch, [keys/2][width]
+  Index pair_dim_, pair_value_dim_, first_key_;  // padded; the first key of a tile in its block
+  bool in_pairs_, values_in_pairs_;
+  Tile tiles_[LaneGroups<Scalar>::kMost];
 };
 
 }  // namespace detail
@@ -238,16 +335,17 @@ void attention_forward(std::type_identity_t<TensorView<const T>> q, std::type_id
   detail::check_shapes(x, params);
   detail::check_writable("the output", output);
   const detail::ScoreRules<ComputeType<T>> rules(params, detail::MaskRef(mask), x);
-  const Index groups = (detail::LaneTiling<ComputeType<T>>(q.length()).tiles + Group::kTiles - 1) / Group::kTiles;
-  const Index tasks = q.batch() * q.heads() * groups;
+  const Index heads = q.batch() * q.heads();
+  const detail::LaneGroups<ComputeType<T>> groups(q.length(), heads, q.dim() + v.dim());
+  const Index tasks = heads * groups.count();
   if (tasks == 0) return;
   const Index bytes = Group::workspace_bytes(q.dim(), v.dim());
   const auto workspace = executor.allocate(bytes * executor.workers());
   executor.run(tasks, [&](Index task, int worker) {
-    const Index head = task / groups;
-    const Index group = groups - 1 - task % groups;  // under a causal mask the longest first
+    const Index head = task / groups.count();
+    const Index group = groups.count() - 1 - task % groups.count();  // under a causal mask the longest first
     Group(workspace.data() + worker * bytes, q.dim(), v.dim())
-        .run(x, rules, head / q.heads(), head % q.heads(), group * Group::kTiles);
+        .run(x, rules, head / q.heads(), head % q.heads(), groups.first_tile(group), groups.tiles(group));
   });
 }
 

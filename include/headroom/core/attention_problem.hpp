@@ -118,19 +118,39 @@ inline void check_writable(const char* name, const StoredTensor& x) {
 }
 
 /// A mask seen through a function pointer, so that the kernels are compiled once for all masks.
-struct MaskRef {
-  const void* mask;
-  void (*keys)(const void* mask, Index b, Index h, Index first_query, Index queries, Index length, KeyRange* ranges);
-
+class MaskRef {
+ public:
   template <Mask M>
-  explicit MaskRef(const M& m)
-      : mask(&m),
-        keys([](const void* self, Index b, Index h, Index first, Index queries, Index length, KeyRange* ranges) {
-          for (Index i = 0; i < queries; ++i) {
-            ranges[i] = static_cast<const M*>(self)->keys(b, h, first + i) & KeyRange{0, length};
+  explicit MaskRef(const M& mask)
+      : mask_(&mask),
+        ranges_([](const void* self, Index b, Index h, KeyRange queries, Index keys, Index* begin, Index* end) {
+          for (Index i = 0; i < queries.end - queries.begin; ++i) {
+            const KeyRange range = static_cast<const M*>(self)->keys(b, h, queries.begin + i);
+            begin[i] = std::max<Index>(range.begin, 0);
+            end[i] = std::min(range.end, keys);
           }
         }) {}
+
+  /// begin[i] and end[i]: which of `keys` keys the i-th of a run of queries sees.
+  void ranges(Index b, Index h, KeyRange queries, Index keys, Index* begin, Index* end) const {
+    ranges_(mask_, b, h, queries, keys, begin, end);
+  }
+
+ private:
+  const void* mask_;
+  void (*ranges_)(const void* mask, Index b, Index h, KeyRange queries, Index keys, Index* begin, Index* end);
 };
+
+/// The smallest range that holds all ranges [begin[i], end[i]).
+inline KeyRange hull(const Index* begin, const Index* end, Index count, Index keys) {
+  KeyRange range{keys, 0};
+  for (Index i = 0; i < count; ++i) {
+    const bool empty = begin[i] >= end[i];
+    range.begin = std::min(range.begin, empty ? keys : begin[i]);
+    range.end = std::max(range.end, empty ? 0 : end[i]);
+  }
+  return range;
+}
 
 /// Hands out pieces of a workspace, each aligned to a cache line. With a null start it only measures.
 class Scratch {

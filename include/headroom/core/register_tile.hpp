@@ -12,7 +12,6 @@ namespace headroom::inline v0::core::detail {
 inline constexpr bool kManyRegisters = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32;
 inline constexpr int kTileRows = kManyRegisters ? 8 : 6;
 inline constexpr int kTileVectors = kManyRegisters ? 3 : 2;
-inline constexpr int kGroupBytes = 384;  // lanes of the tiles that one task works on side by side: 96 floats
 
 /// The one matrix product behind every step of attention: c(r,:) = sum_k a(r,k)·b(k,:), where rows of b fill vector
 /// lanes and elements of a are broadcast from memory, so that a may have any strides and needs no packing.
@@ -93,30 +92,62 @@ struct LaneTiling {
   Index packets, tiles;
 };
 
-/// Scalar pairs of the two ways to bring values into lanes: overwrite, or add to what is there.
-struct Assign {
+/// Groups of neighbouring lane tiles: a task works on the tiles of a group side by side, so that they share what is
+/// read from memory. Depends on the shape alone, never on the number of workers, because sums depend on it.
+template <class Scalar>
+class LaneGroups {
+ public:
+  /// Lanes of a group: 192 floats.
+  static constexpr Index kMost = 768 / (LaneTiling<Scalar>::kWidth * sizeof(Scalar));
+  /// Tiles whose operands of `dims` features altogether (D + Dv) fit into the workspace.
+  static Index most(Index dims) { return dims <= 256 ? kMost : (kMost + 1) / 2; }
+
+  /// Few heads have smaller groups, for several workers to share.
+  LaneGroups(Index length, Index heads, Index dims) : tiles_(LaneTiling<Scalar>(length).tiles) {
+    const Index limit = heads >= 16 ? most(dims) : std::clamp<Index>(tiles_ / 8, 1, most(dims));
+    count_ = (tiles_ + limit - 1) / limit;
+    size_ = count_ == 0 ? 0 : (tiles_ + count_ - 1) / count_;
+  }
+  Index count() const { return count_; }
+  Index first_tile(Index group) const { return group * size_; }
+  Index tiles(Index group) const { return std::clamp<Index>(tiles_ - group * size_, 0, size_); }
+
+ private:
+  Index tiles_, size_, count_;
+};
+
+/// Ways to bring values into lanes: what becomes of the value before and the value that comes.
+template <class Scalar>
+struct Times {  // factor·x
+  Scalar factor;
   template <class T>
-  EIGEN_ALWAYS_INLINE static T combine(T, T x) {
-    return x;
+  EIGEN_ALWAYS_INLINE T operator()(T, T x) const {
+    if constexpr (std::is_same_v<T, Scalar>) {
+      return factor * x;
+    } else {
+      return simd::pmul(x, simd::broadcast(factor));
+    }
   }
 };
-struct Add {
+template <class Scalar>
+struct TimesPlus {  // factor·before + x
+  Scalar factor;
   template <class T>
-  EIGEN_ALWAYS_INLINE static T combine(T before, T x) {
-    if constexpr (std::is_arithmetic_v<T>) {
-      return before + x;
+  EIGEN_ALWAYS_INLINE T operator()(T before, T x) const {
+    if constexpr (std::is_same_v<T, Scalar>) {
+      return factor * before + x;
     } else {
-      return simd::padd(before, x);
+      return simd::pmadd(before, simd::broadcast(factor), x);
     }
   }
 };
 
-/// to[d][i] = factor·x(i,d), or += with Add: the rows of x fill the lanes. Other lanes are left alone.
-template <class Op = Assign, class Scalar>
-void pack_lanes(Scalar* to, Index width, MatrixView<const Scalar> x, Scalar factor) {
+/// to[d][i] = op(to[d][i], x(i,d)): the rows of x fill the lanes. Other lanes are left alone.
+template <class Scalar, class Op>
+void pack_lanes(Scalar* to, Index width, MatrixView<const Scalar> x, Op op) {
   constexpr Index N = simd::kLanes<Scalar>;
   const auto put = [&](Scalar * at, simd::Packet<Scalar> y) __attribute__((always_inline)) {
-    simd::store(at, Op::combine(simd::load(at), simd::pmul(y, simd::broadcast(factor))));
+    simd::store(at, op(simd::load(at), y));
   };
   Index i = 0;
   for (; i + N <= x.rows; i += N) {
@@ -134,11 +165,11 @@ void pack_lanes(Scalar* to, Index width, MatrixView<const Scalar> x, Scalar fact
       }
     }
     for (; d < x.cols; ++d) {
-      for (Index r = i; r < i + N; ++r) to[d * width + r] = Op::combine(to[d * width + r], factor * x(r, d));
+      for (Index r = i; r < i + N; ++r) to[d * width + r] = op(to[d * width + r], x(r, d));
     }
   }
   for (; i < x.rows; ++i) {
-    for (Index d = 0; d < x.cols; ++d) to[d * width + i] = Op::combine(to[d * width + i], factor * x(i, d));
+    for (Index d = 0; d < x.cols; ++d) to[d * width + i] = op(to[d * width + i], x(i, d));
   }
 }
 

@@ -21,16 +21,18 @@ class Rotation {
 
   explicit operator bool() const { return params_ != nullptr; }
 
-  /// Turns row `index` of the tensor, forward or back.
-  void apply(Scalar* row, Index index, bool back) const {
+  /// to = row `index` of the tensor [cols], turned forward or back; may be in place.
+  void apply(Scalar* to, const Scalar* from, Index cols, Index index, bool back) const {
     const StoredTensor& table = params_->rotary;
     const Scalar* const angle = static_cast<const Scalar*>(table.data) + (params_->*row_of_)(index)*table.strides[2];
     const Scalar sign = back ? Scalar(-1) : Scalar(1);
+#pragma GCC ivdep
     for (Index p = 0; p < table.dim(); p += 2) {
-      const Scalar x = row[p], y = row[p + 1], cosine = angle[p], sine = sign * angle[p + 1];
-      row[p] = x * cosine - y * sine;
-      row[p + 1] = x * sine + y * cosine;
+      const Scalar x = from[p], y = from[p + 1], cosine = angle[p], sine = sign * angle[p + 1];
+      to[p] = x * cosine - y * sine;
+      to[p + 1] = x * sine + y * cosine;
     }
+    if (to != from) std::copy(from + table.dim(), from + cols, to + table.dim());
   }
 
  private:
@@ -47,6 +49,14 @@ void copy_rows(Scalar* to, MatrixView<T> x) {
   for (Index i = 0; i < x.rows; ++i) {
     const T* from = &x(i, 0);
     Scalar* const row = to + i * x.cols;
+    if constexpr (std::is_same_v<std::remove_const_t<T>, Eigen::bfloat16> && std::is_same_v<Scalar, float>) {
+      if (x.col_stride == 1) {  // the upper half of a float, said so that the compiler does many at a time
+        const auto* const halves = reinterpret_cast<const std::uint16_t*>(from);
+        auto* const bits = reinterpret_cast<std::uint32_t*>(row);
+        for (Index d = 0; d < x.cols; ++d) bits[d] = static_cast<std::uint32_t>(halves[d]) << 16;
+        continue;
+      }
+    }
     if (x.col_stride == 1) {
       for (Index d = 0; d < x.cols; ++d) row[d] = static_cast<Scalar>(from[d]);
     } else {
@@ -58,7 +68,8 @@ void copy_rows(Scalar* to, MatrixView<T> x) {
 template <class Scalar>
 void copy_columns(Scalar* to, MatrixView<const Scalar> x) {
   // rows of the transposed matrix fill the lanes
-  pack_lanes(to, x.cols, MatrixView<const Scalar>{x.data, x.cols, x.rows, x.col_stride, x.row_stride}, Scalar(1));
+  pack_lanes(to, x.cols, MatrixView<const Scalar>{x.data, x.cols, x.rows, x.col_stride, x.row_stride},
+             Times<Scalar>{1});
 }
 
 /// Rows of one head's q, k, v or output gradient.
@@ -74,25 +85,28 @@ class RowReader {
   MatrixView<const Scalar> rows(Index first, Index count, Scalar* buffer) const {
     if (plain_ && x_.col_stride == 1) return x_.as<Scalar>().middle_rows(first, count);
     const StoredMatrix part = x_.middle_rows(first, count);
-    if (part.holds<Scalar>() && part.row_stride == 1) {
+    MatrixView<const Scalar> dense{buffer, count, x_.cols, x_.cols, 1};
+    if (part.holds<Scalar>() && part.col_stride == 1) {
+      dense = part.as<Scalar>();  // to be rotated
+    } else if (part.holds<Scalar>() && part.row_stride == 1) {
       copy_columns<Scalar>(buffer, part.as<Scalar>());
     } else {
       part.visit([&](auto view) { copy_rows(buffer, view); });
     }
     if (rotation_) {
-      for (Index i = 0; i < count; ++i) rotation_.apply(buffer + i * x_.cols, first + i, /*back=*/false);
+      for (Index i = 0; i < count; ++i) {
+        rotation_.apply(buffer + i * x_.cols, &dense(i, 0), x_.cols, first + i, /*back=*/false);
+      }
     }
     return {buffer, count, x_.cols, x_.cols, 1};
   }
   /// Rows [first, first + count) as lanes of to [cols][width] from lane `lane` on. `buffer` holds [kLanes][cols].
-  template <class Op = Assign>
-  void pack(Scalar* to, Index width, Index lane, Index first, Index count, Scalar factor, Scalar* buffer) const {
-    if (plain_) {
-      return pack_lanes<Op, Scalar>(to + lane, width, x_.as<Scalar>().middle_rows(first, count), factor);
-    }
+  template <class Op>
+  void pack(Scalar* to, Index width, Index lane, Index first, Index count, Op op, Scalar* buffer) const {
+    if (plain_) return pack_lanes<Scalar>(to + lane, width, x_.as<Scalar>().middle_rows(first, count), op);
     constexpr Index N = simd::kLanes<Scalar>;
     for (Index i = 0; i < count; i += N) {
-      pack_lanes<Op, Scalar>(to + lane + i, width, rows(first + i, std::min(N, count - i), buffer), factor);
+      pack_lanes(to + lane + i, width, rows(first + i, std::min(N, count - i), buffer), op);
     }
   }
 
@@ -110,13 +124,23 @@ class RowWriter {
       : y_(y), rotation_(rotation), plain_(y.holds<Scalar>() && !rotation) {}
 
   /// Whether rows can be summed where they lie.
-  bool plain() const { return plain_; }
+  bool sums_in_place() const { return plain_ || (y_.holds<Scalar>() && y_.col_stride == 1); }
+  /// Turns rows back that were summed where they lie.
+  void turn_back(Index first, Index count) const {
+    for (Index i = first; i < first + count && rotation_; ++i) {
+      Scalar* const row = &view()(i, 0);
+      rotation_.apply(row, row, y_.cols, i, /*back=*/true);
+    }
+  }
   MatrixView<Scalar> view() const { return y_.as<Scalar>(); }
 
   /// Writes dense rows [count][cols], turned back; they are spoiled.
   void write(Index first, Index count, Scalar* rows) const {
     if (rotation_) {
-      for (Index i = 0; i < count; ++i) rotation_.apply(rows + i * y_.cols, first + i, /*back=*/true);
+      for (Index i = 0; i < count; ++i) {
+        Scalar* const row = rows + i * y_.cols;
+        rotation_.apply(row, row, y_.cols, first + i, /*back=*/true);
+      }
     }
     y_.middle_rows(first, count).visit([&](auto view) {
       using T = std::remove_pointer_t<decltype(view.data)>;

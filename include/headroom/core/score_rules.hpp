@@ -9,6 +9,16 @@ namespace headroom::inline v0::core::detail {
 template <class Scalar>
 inline constexpr Scalar kHidden = std::numeric_limits<Scalar>::lowest();
 
+/// to[l·stride] += x[l]
+template <class Scalar>
+void add_strided(Scalar* to, Index stride, const Scalar* x, Index count) {
+  if (stride == 1) {
+    for (Index l = 0; l < count; ++l) to[l] += x[l];
+  } else {
+    for (Index l = 0; l < count; ++l) to[l * stride] += x[l];
+  }
+}
+
 /// A run of queries of one head: which keys each one sees, where it stands, and its slope.
 template <class Scalar, Index Capacity>
 struct QueryRun {
@@ -21,22 +31,31 @@ struct QueryRun {
   KeyRange all;  // every key inside is seen by every query
 
   QueryRun() = default;
-  /// Positions past the last query repeat it.
+  /// Places past the last query repeat it.
   QueryRun(const MaskRef& mask, const AttentionParams& params, Index b, Index h, KeyRange run, Index keys)
-      : queries(run), any{keys, 0}, all{0, keys} {
+      : queries(run), all{0, keys} {
     const Index count = run.end - run.begin;
-    KeyRange ranges[Capacity];
-    mask.keys(mask.mask, b, h, run.begin, count, keys, ranges);
+    Index begin[Capacity], end[Capacity];
+    mask.ranges(b, h, run, keys, begin, end);
+    any = hull(begin, end, count, keys);
+    for (Index i = 0; i < count; ++i) {
+      first[i] = static_cast<Scalar>(begin[i]);
+      last[i] = static_cast<Scalar>(end[i]);
+      all = {std::max(all.begin, begin[i]), std::min(all.end, end[i])};
+    }
+    std::fill(first + count, first + Capacity, first[count - 1]);
+    std::fill(last + count, last + Capacity, last[count - 1]);
+    if (!params.slopes) return;
     for (Index i = 0; i < Capacity; ++i) {
       const Index query = run.begin + std::min(i, count - 1);
-      const KeyRange range = ranges[std::min(i, count - 1)];
-      first[i] = static_cast<Scalar>(range.begin);
-      last[i] = static_cast<Scalar>(range.end);
       position[i] = static_cast<Scalar>(params.position(query));
-      slope[i] = params.slopes ? static_cast<Scalar>(params.slopes.at(b, h, query, 0)) : Scalar(0);
-      if (!range.empty()) any = {std::min(any.begin, range.begin), std::max(any.end, range.end)};
-      all = all & range;
+      slope[i] = static_cast<Scalar>(params.slopes.at(b, h, query, 0));
     }
+  }
+  /// Places within `keys` that every query sees.
+  KeyRange inside(KeyRange keys) const {
+    const Index length = keys.end - keys.begin, begin = std::clamp<Index>(all.begin - keys.begin, 0, length);
+    return {begin, std::clamp<Index>(all.end - keys.begin, begin, length)};
   }
   bool touches(KeyRange keys) const { return !(any & keys).empty(); }
   bool covers(KeyRange keys) const { return all.begin <= keys.begin && keys.end <= all.end; }
@@ -99,6 +118,13 @@ class ScoreRules {
     return true;
   }
 
+  /// Asks for the bias of one key and all queries of a tile, to be there when apply() needs it.
+  template <Index Capacity>
+  EIGEN_ALWAYS_INLINE void prefetch(const ScoreTile<Scalar>& tile, const QueryRun<Scalar, Capacity>& run,
+                                    Index key) const {
+    if (params_.bias) prefetch_bias(tile, run.queries, tile.keys.begin + key);
+  }
+
   /// Scales, caps, adds and hides. `cap_slope` [rows][width], where given, receives the derivative of the softcap.
   /// `buffer` holds [kLanes][rows] and what the relative bias of a tile needs.
   template <bool QueriesInLanes, Index Capacity>
@@ -106,12 +132,18 @@ class ScoreRules {
              Scalar* buffer) const {
     const Index queries = run.queries.end - run.queries.begin, keys = tile.keys.end - tile.keys.begin;
     const Index rows = QueriesInLanes ? keys : queries, lanes = QueriesInLanes ? queries : keys;
-    if (scaled_) scale_and_cap(tile.scores, rows * tile.width, cap_slope);
+    Scalar factor = scaled_ ? static_cast<Scalar>(std::abs(scale_)) : Scalar(1);
+    if (params_.softcap > 0) {
+      cap(tile.scores, rows * tile.width, cap_slope);
+      factor = 1;
+    }
     if (params_.bias) {
       const StoredMatrix bias = params_.bias.head(tile.b, tile.h, params_.bias.shape[1])
                                     .block(run.queries.begin, tile.keys.begin, queries, keys);
       RowReader<Scalar>(QueriesInLanes ? bias : bias.transposed())
-          .template pack<Add>(tile.scores, tile.width, 0, 0, lanes, Scalar(1), buffer);
+          .pack(tile.scores, tile.width, 0, 0, lanes, TimesPlus<Scalar>{factor}, buffer);
+    } else if (factor != 1) {
+      for (Index i = 0; i < rows * tile.width; ++i) tile.scores[i] *= factor;
     }
     if (params_.relative_bias) add_relative<QueriesInLanes>(tile, run, rows, lanes, buffer);
     if (params_.slopes) {
@@ -239,25 +271,18 @@ class ScoreRules {
     const Index reach = params_.relative_bias.dim() / 2;  // R - 1
     return std::clamp(distance, -reach, reach) + reach;
   }
-  static void add_strided(Scalar* to, Index stride, const Scalar* x, Index count) {
-    if (stride == 1) {
-      for (Index l = 0; l < count; ++l) to[l] += x[l];
-    } else {
-      for (Index l = 0; l < count; ++l) to[l * stride] += x[l];
-    }
+  void prefetch_bias(const ScoreTile<Scalar>& tile, KeyRange queries, Index key) const {
+    params_.bias.head(tile.b, tile.h, params_.bias.shape[1]).visit([&](auto bias) {
+      for (Index i = queries.begin; i < queries.end; ++i) __builtin_prefetch(&bias(i, key));
+    });
   }
 
-  void scale_and_cap(Scalar* scores, Index count, Scalar* cap_slope) const {
-    const Scalar scale = static_cast<Scalar>(std::abs(scale_));
-    if (params_.softcap <= 0) {
-      for (Index i = 0; i < count; ++i) scores[i] *= scale;
-      return;
-    }
-    const Scalar cap = static_cast<Scalar>(params_.softcap),
-                 inner = static_cast<Scalar>(std::abs(scale_) / params_.softcap);
+  void cap(Scalar* scores, Index count, Scalar* cap_slope) const {
+    const Packet outer = simd::broadcast(static_cast<Scalar>(params_.softcap)),
+                 inner = simd::broadcast(static_cast<Scalar>(std::abs(scale_) / params_.softcap));
     for (Index i = 0; i < count; i += N) {
-      const Packet x = simd::tanh<Scalar>(simd::pmul(simd::load(scores + i), simd::broadcast(inner)));
-      simd::store(scores + i, simd::pmul(x, simd::broadcast(cap)));
+      const Packet x = simd::tanh<Scalar>(simd::pmul(simd::load(scores + i), inner));
+      simd::store(scores + i, simd::pmul(x, outer));
       if (cap_slope != nullptr) {
         simd::store(cap_slope + i, simd::psub(simd::broadcast(Scalar(1)), simd::pmul(x, x)));
       }
@@ -296,12 +321,21 @@ class ScoreRules {
   template <bool QueriesInLanes, Index Capacity>
   void hide_outside(const ScoreTile<Scalar>& tile, const QueryRun<Scalar, Capacity>& run, Index rows) const {
     if (run.covers({tile.keys.begin, tile.keys.begin + (QueriesInLanes ? rows : tile.width)})) return;
+    const KeyRange inside = run.inside(tile.keys);
     for (Index r = 0; r < rows; ++r) {
       Scalar* const s = tile.scores + r * tile.width;
-      for (Index l = 0; l < tile.width; ++l) {
-        const Scalar key = static_cast<Scalar>(tile.keys.begin + (QueriesInLanes ? r : l));
-        const Index query = QueriesInLanes ? l : r;
-        s[l] = run.first[query] <= key && key < run.last[query] ? s[l] : kHidden<Scalar>;
+      if constexpr (QueriesInLanes) {
+        if (inside.contains(r)) continue;
+        const Scalar key = static_cast<Scalar>(tile.keys.begin + r);
+        for (Index l = 0; l < tile.width; ++l) {
+          s[l] = (run.first[l] <= key) & (key < run.last[l]) ? s[l] : kHidden<Scalar>;
+        }
+      } else {
+        const auto lane = [&](Scalar key) {
+          return std::clamp<Index>(static_cast<Index>(key) - tile.keys.begin, 0, tile.width);
+        };
+        std::fill(s, s + lane(run.first[r]), kHidden<Scalar>);
+        std::fill(s + lane(run.last[r]), s + tile.width, kHidden<Scalar>);
       }
     }
   }

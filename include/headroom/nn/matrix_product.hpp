@@ -49,7 +49,7 @@ class RightOperand {
                                                       view.col_stride, view.row_stride};
       float* const to = copy_.data_ptr<float>() + tile.begin * depth;
       if (lanes_first.rows < tile.width()) std::fill_n(to, depth * tile.width(), 0.0F);
-      core::detail::pack_lanes(to, tile.width(), lanes_first, 1.0F);
+      core::detail::pack_lanes(to, tile.width(), lanes_first, core::detail::Times<float>{1});
     }
   }
   /// First element of the lane tile that starts at column `begin`, and the step from one row to the next.

@@ -12,9 +12,11 @@
 
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/meter.hpp"
+#include "headroom/memory/report.hpp"
 #include "headroom/models/time_frequency_transformer.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/dataset.hpp"
+#include "headroom/training/recommend.hpp"
 #include "headroom/training/state.hpp"
 #include "headroom/training/trainer.hpp"
 #include "progress.hpp"
@@ -32,6 +34,8 @@ struct Arguments {
   std::optional<double> seconds;
   int threads = 0;  // 0: LibTorch's choice
   std::string device = "cpu";
+  std::string card;  // whose memory to plan for; empty: this machine's when it runs on the CPU
+  bool fit = false, unplanned = false;
 };
 
 // Examples of one split: a source of batches for the trainer.
@@ -87,9 +91,32 @@ void print_start(const training::Config& config, const headroom::models::TimeFre
             << std::endl;
 }
 
+// Plans the run before anything is allocated: refuses one that does not fit, or makes it fit where that is asked for.
+void plan_run(training::Config& config, const Arguments& arguments) {
+  const bool known = !arguments.card.empty() || arguments.device == "cpu";
+  if (arguments.unplanned || !known || config.training.bf16) {
+    std::cout << "memory:   not planned\n";
+    return;
+  }
+  const auto device = training::find_device_profile(arguments.card.empty() ? "cpu" : arguments.card);
+  headroom::Plan plan = training::plan_training(config, device);
+  if (!plan.fits) {
+    const auto recommendation = training::recommend(config, device);
+    std::cout << headroom::explain(plan) << training::describe(recommendation);
+    headroom::require(arguments.fit && recommendation, "headroom.train.memory", "this run needs ",
+                      headroom::format_bytes(plan.peak_bytes), " for tensors and ", device.name, " has ",
+                      headroom::format_bytes(plan.budget),
+                      "; change the configuration, let --fit change it, or give --unplanned");
+    config = recommendation->config;
+    plan = recommendation->plan;
+  }
+  std::cout << "memory:   planned peak " << headroom::format_bytes(plan.peak_bytes) << ", headroom "
+            << headroom::format_bytes(plan.budget - plan.reserved_bytes) << " on " << device.name << "\n";
+}
+
 // Returns the exit code.
 int run(const Arguments& arguments) {
-  const training::Config config = training::load_config(arguments.config);
+  training::Config config = training::load_config(arguments.config);
   const fs::path data = arguments.data.empty() ? fs::path(config.data.path) : arguments.data;
   headroom::require(!data.empty(), "headroom.train.data", "no data: ", arguments.config.string(),
                     " has no data.path; give --data the folder that holds `train`");
@@ -97,6 +124,7 @@ int run(const Arguments& arguments) {
     torch::set_num_threads(arguments.threads);
   }
   const torch::Device device(arguments.device);
+  plan_run(config, arguments);
   const headroom::MemoryMeter meter(device);  // before the first tensor, so that it sees them all
 
   const Split train{training::MusdbDataset(data / "train", dataset_options(config)),
@@ -167,6 +195,9 @@ int main(int argc, char** argv) {
   app.add_option("--seconds", arguments.seconds, "end after this time; the learning rate reaches its end then")
       ->check(CLI::PositiveNumber);
   app.add_option("--threads", arguments.threads, "CPU threads; default: one a core")->check(CLI::PositiveNumber);
+  app.add_option("--card", arguments.card, "device profile to plan for, see plan --help; default: cpu on the CPU");
+  app.add_flag("--fit", arguments.fit, "apply the smallest change that makes a run fit that does not");
+  app.add_flag("--unplanned", arguments.unplanned, "start without planning the memory");
   app.add_option("--device", arguments.device, "where the model runs, e.g. cpu or cuda")->capture_default_str();
   try {
     app.parse(argc, argv);

@@ -4,6 +4,7 @@
 #include "headroom/audio.hpp"
 #include "headroom/checkpoint.hpp"
 #include "headroom/core.hpp"
+#include "headroom/dry_run.hpp"
 #include "headroom/memory.hpp"
 #include "headroom/models.hpp"
 #include "headroom/nn.hpp"

@@ -3,6 +3,8 @@
 #include "headroom/training/config.hpp"
 #include "headroom/training/dataset.hpp"
 #include "headroom/training/json.hpp"
+#include "headroom/training/plan.hpp"
+#include "headroom/training/recommend.hpp"
 #include "headroom/training/schedule.hpp"
 #include "headroom/training/state.hpp"
 #include "headroom/training/trainer.hpp"

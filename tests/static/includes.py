@@ -9,13 +9,14 @@ from pathlib import Path
 
 FOLDERS = {
     "core": {"core"},
-    "attention": {"core", "attention"},
-    "checkpoint": {"core", "checkpoint"},
-    "memory": {"core", "checkpoint", "memory"},
-    "audio": {"core", "audio"},
-    "nn": {"core", "attention", "checkpoint", "memory", "nn"},
-    "models": {"core", "attention", "checkpoint", "memory", "audio", "nn", "models"},
-    "training": {"core", "attention", "checkpoint", "memory", "audio", "nn", "models", "training"},
+    "dry_run": {"dry_run"},
+    "attention": {"core", "dry_run", "attention"},
+    "checkpoint": {"core", "dry_run", "checkpoint"},
+    "memory": {"core", "dry_run", "checkpoint", "memory"},
+    "audio": {"core", "dry_run", "audio"},
+    "nn": {"core", "dry_run", "attention", "checkpoint", "memory", "nn"},
+    "models": {"core", "dry_run", "attention", "checkpoint", "memory", "audio", "nn", "models"},
+    "training": {"core", "dry_run", "attention", "checkpoint", "memory", "audio", "nn", "models", "training"},
 }
 STANDARD = re.compile(r"[a-z_0-9]+|immintrin\.h|omp\.h|(sys/[a-z]+|unistd|fcntl)\.h")
 EIGEN = re.compile(r"(unsupported/)?Eigen/.+")

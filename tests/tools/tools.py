@@ -1,6 +1,6 @@
 """The tools from end to end on a tiny data set, and what they say to wrong input.
 
-Usage: tools.py <folder with train, separate and evaluate>
+Usage: tools.py <folder with the tools>
 """
 
 import array
@@ -121,8 +121,32 @@ class Tools(unittest.TestCase):
         self.fails(run("evaluate", "--reference", self.song, "--estimate", short), "100", str(self.frames))
         self.fails(run("evaluate", "--reference", self.song, "--estimate", self.root / "nowhere"), "nowhere")
 
+    def test_plan(self):
+        config = self.root / "plan.json"
+        config.write_text(json.dumps(CONFIG))
+        files = [self.root / f"plan{suffix}" for suffix in (".out.json", ".trace", ".html")]
+        result = run("plan", "--config", config, "--device", "rtx-4060-8gb", "--json", files[0], "--trace", files[1],
+                     "--html", files[2])
+        self.assertEqual(result.returncode, 0, result.stderr)
+        plan = json.loads(files[0].read_text())
+        self.assertTrue(plan["fits"])
+        self.assertEqual(sum(plan["parts"].values()), plan["peak_bytes"])
+        self.assertGreaterEqual(plan["reserved_bytes"], plan["peak_bytes"])
+        self.assertGreaterEqual(plan["peak_bytes"], plan["largest_allocation"]["bytes"])
+        events = json.loads(files[1].read_text())["traceEvents"]
+        live = max(sum(e["args"].values()) for e in events if e["ph"] == "C")
+        self.assertEqual(live, plan["peak_bytes"])
+        self.assertIn("<svg", files[2].read_text())
+        self.assertNotIn("http", files[2].read_text())
+        full = run("plan", "--config", config, "--budget", "100KB", "--recommend")
+        self.assertEqual(full.returncode, 3, full.stderr)
+        self.assertIn("out of memory:", full.stdout)
+        self.fails(run("plan", "--config", config, "--device", "rtx"), "headroom.memory.device_name")
+        self.fails(run("plan", "--config", config, "--budget", "much"), "headroom.plan.budget")
+        self.fails(run("plan", "--config", config, "--budget", "1B"), "headroom.memory.plan.budget")
+
     def test_usage(self):
-        for tool in ["train", "separate", "evaluate"]:
+        for tool in ["train", "separate", "evaluate", "plan"]:
             self.assertEqual(run(tool, "--help").returncode, 0)
             self.fails(run(tool, "--no-such-option"), code=2)
 

@@ -22,13 +22,13 @@ inline std::vector<std::string> refusals(AttentionBackend backend, const torch::
     if (asked) names.push_back(name);
   };
   if (backend == AttentionBackend::tiled) {
-    refuse(!q.device().is_cpu(), "tensors on " + q.device().str());
+    refuse(!compute_device(q).is_cpu(), "tensors on " + compute_device(q).str());
     const auto dtype = q.scalar_type();
     refuse(dtype != torch::kFloat && dtype != torch::kDouble && dtype != torch::kBFloat16 && dtype != torch::kHalf,
            "tensors of " + std::string(q.dtype().name()));
   }
   if (backend == AttentionBackend::fused) {
-    const auto device = q.device();
+    const auto device = compute_device(q);
     refuse(!device.is_cpu() && !device.is_cuda(), "tensors on " + device.str());
     refuse(device.is_cuda() && q.scalar_type() == torch::kDouble, "double on " + device.str());
     refuse(q.size(-1) == 0 || c10::multiply_integers(request.score_sizes) == 0, "empty tensors");
@@ -57,7 +57,7 @@ inline std::vector<std::string> refusals(AttentionBackend backend, const torch::
 inline AttentionBackend resolve_backend(const torch::Tensor& q, const AttentionRequest& request,
                                         AttentionBackend wanted) {
   if (wanted == AttentionBackend::automatic) {
-    const auto best = q.device().is_cpu() ? AttentionBackend::tiled : AttentionBackend::fused;
+    const auto best = compute_device(q).is_cpu() ? AttentionBackend::tiled : AttentionBackend::fused;
     wanted = refusals(best, q, request).empty() ? best : AttentionBackend::chunked;
   }
   const auto listed = [](const auto& names) {

@@ -16,7 +16,7 @@ namespace headroom::inline v0::detail {
 inline bool takes_bias(const torch::Tensor& q, const AttentionRequest& request) {
   const torch::Tensor& bias = request.bias;
   if (bias.scalar_type() != q.scalar_type()) return false;
-  if (q.device().is_cpu()) return true;
+  if (compute_device(q).is_cpu()) return true;
   const bool dense = bias.dim() > 0 && bias.size(-1) == request.keys() && bias.stride(-1) == 1;
   return dense && request.keys() % 16 == 0 && bias.storage_offset() % 16 == 0;
 }
@@ -109,7 +109,9 @@ class FusedAttention {
     return call.bias.expand({call.q.size(0), call.q.size(1), request_.queries(), request_.keys()});
   }
 
-  int64_t padded_width(int64_t features) const { return q_.is_cuda() ? (features + 7) / 8 * 8 : features; }
+  int64_t padded_width(int64_t features) const {
+    return compute_device(q_).is_cuda() ? (features + 7) / 8 * 8 : features;
+  }
   static torch::Tensor padded(const torch::Tensor& x, int64_t width) {
     if (x.size(-1) < width) return at::constant_pad_nd(x, {0, width - x.size(-1)});
     return x.stride(-1) == 1 ? x : x.contiguous();
@@ -125,7 +127,7 @@ class FusedAttention {
   }
 
   Returned run(const Call& call) const {
-    if (q_.device().is_cpu()) {
+    if (compute_device(q_).is_cpu()) {
       const auto bias = call.bias.defined() ? std::optional(call.bias) : std::nullopt;
       auto [output, lse] = at::_scaled_dot_product_flash_attention_for_cpu(call.q, call.k, call.v, 0.0, request_.causal,
                                                                            bias, request_.scale);
@@ -145,7 +147,7 @@ class FusedAttention {
   std::array<torch::Tensor, 3> run_backward(const Call& call, const torch::Tensor& grad_output,
                                             const torch::Tensor& output, at::TensorList saved) const {
     const torch::Tensor& lse = saved[0];
-    if (q_.device().is_cpu()) {
+    if (compute_device(q_).is_cpu()) {
       const auto bias = call.bias.defined() ? std::optional(call.bias) : std::nullopt;
       const auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
           grad_output, call.q, call.k, call.v, output, lse, 0.0, request_.causal, bias, request_.scale);

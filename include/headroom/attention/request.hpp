@@ -13,6 +13,7 @@
 #include "headroom/attention/options.hpp"
 #include "headroom/core/dropout.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/dry_run/device.hpp"
 
 namespace headroom::inline v0::detail {
 
@@ -196,6 +197,7 @@ class AttentionChecks {
 
   void key_lengths() {
     if (!options_.key_lengths().has_value()) return;
+    const HostTensors host;
     const torch::Tensor& lengths = *options_.key_lengths();
     const auto expect = [&](bool holds, const auto&... parts) {
       require(holds, "headroom.attention.key_lengths", "key_lengths ", parts..., "; expected integers on the CPU, ",
@@ -227,6 +229,7 @@ class AttentionChecks {
     return checked;
   }
   void sequences() {
+    const HostTensors host;
     const auto& starts = options_.sequence_starts();
     const auto& key_starts = options_.key_sequence_starts();
     if (!starts.has_value()) {
@@ -307,6 +310,7 @@ class AttentionChecks {
             "; expected complex numbers [positions, pairs] on ", q_.device(), " with at most ", q_.size(-1) / 2,
             " pairs, as nn::rotary_table makes them");
     request_.rotary = table;
+    const HostTensors host;
     const RotaryRows rows(request_);
     for (const torch::Tensor* x : {&rows.query, &rows.key}) {
       if (x->numel() == 0) continue;
@@ -340,10 +344,16 @@ void for_each_sequence(const AttentionRequest& request, F&& f) {
   for (int64_t s = 0; s + 1 < request.sequence_starts.size(0); ++s) f(query[s], query[s + 1], key[s], key[s + 1]);
 }
 
+/// `count` integers for the CPU to read, uninitialised.
+inline torch::Tensor host_integers(int64_t count) {
+  const HostTensors host;
+  return torch::empty({count}, torch::kLong);
+}
+
 inline AttentionPositions::AttentionPositions(const AttentionRequest& request)
-    : query(torch::empty({request.queries()}, torch::kLong)),
-      begin(torch::empty_like(query)),
-      end(torch::empty_like(query)) {
+    : query(host_integers(request.queries())),
+      begin(host_integers(request.queries())),
+      end(host_integers(request.queries())) {
   auto* const position = query.mutable_data_ptr<int64_t>();
   auto* const from = begin.mutable_data_ptr<int64_t>();
   auto* const to = end.mutable_data_ptr<int64_t>();
@@ -361,7 +371,7 @@ inline AttentionPositions::AttentionPositions(const AttentionRequest& request)
 }
 
 inline RotaryRows::RotaryRows(const AttentionRequest& request)
-    : query(torch::empty({request.queries()}, torch::kLong)), key(torch::empty({request.keys()}, torch::kLong)) {
+    : query(host_integers(request.queries())), key(host_integers(request.keys())) {
   auto* const of_query = query.mutable_data_ptr<int64_t>();
   auto* const of_key = key.mutable_data_ptr<int64_t>();
   for_each_sequence(request, [&](int64_t first, int64_t last, int64_t first_key, int64_t end_key) {

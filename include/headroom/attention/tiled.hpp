@@ -5,11 +5,14 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <memory>
 #include <numeric>
 #include <vector>
 
 #include "headroom/attention/request.hpp"
 #include "headroom/core/attention.hpp"
+#include "headroom/dry_run/device.hpp"
+#include "headroom/dry_run/operator.hpp"
 
 #ifdef HEADROOM_SEPARATE_KERNELS
 #define HEADROOM_KERNEL
@@ -20,17 +23,23 @@
 namespace headroom::inline v0::detail {
 
 /// LibTorch's thread pool and allocator behind core's executor: at::set_num_threads counts, and so does the workspace
-/// wherever LibTorch's memory is counted.
+/// wherever LibTorch's memory is counted. In a dry run it allocates and runs nothing.
 struct TorchExecutor {
+  bool dry = false;
+
   struct Workspace {
     torch::Tensor bytes;
-    std::byte* data() const { return static_cast<std::byte*>(bytes.mutable_data_ptr()); }
+    std::unique_ptr<std::byte[]> host;  // in a dry run: the kernels initialise some of it
+    std::byte* data() const { return host ? host.get() : static_cast<std::byte*>(bytes.mutable_data_ptr()); }
   };
 
   int workers() const { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
-  Workspace allocate(core::Index bytes) const { return {torch::empty({bytes}, torch::kByte)}; }
+  Workspace allocate(core::Index bytes) const {
+    return {workspace_tensor(bytes, torch::kByte), dry ? std::make_unique<std::byte[]>(bytes) : nullptr};
+  }
   template <class Body>
   void run(core::Index tasks, Body&& body) const {
+    if (dry) return;
     std::atomic<core::Index> next{0};
     at::parallel_for(0, workers(), 1, [&](int64_t first, int64_t last) {
       for (int64_t worker = first; worker < last; ++worker) {
@@ -94,7 +103,10 @@ void for_each_4d(const std::vector<torch::Tensor>& x, int64_t batch_index, F&& f
 template <class Scalar>
 core::TensorView<Scalar> view_of(const torch::Tensor& x) {
   if (!x.defined()) return {};
-  core::TensorView<Scalar> view{static_cast<Scalar*>(const_cast<void*>(x.const_data_ptr())), {}, {}};
+  // Without data there is nothing to point to, but the tensor is there
+  void* const data =
+      is_dry(x) ? reinterpret_cast<void*>(alignof(std::max_align_t)) : const_cast<void*>(x.const_data_ptr());
+  core::TensorView<Scalar> view{static_cast<Scalar*>(data), {}, {}};
   std::copy_n(x.sizes().begin(), 4, view.shape.begin());
   std::copy_n(x.strides().begin(), 4, view.strides.begin());
   return view;
@@ -243,6 +255,7 @@ HEADROOM_KERNEL void tiled_attention_backward(const torch::Tensor& grad_output, 
 
 HEADROOM_KERNEL AttentionForward tiled_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                                  const AttentionRequest& request) {
+  RECORD_FUNCTION("headroom::attention", operator_inputs({q, k, v}));
   std::vector<int64_t> sizes = q.sizes().vec();
   sizes.back() = v.size(-1);
   const torch::Tensor output = empty_in_order_of(q, sizes, q.options());
@@ -256,7 +269,7 @@ HEADROOM_KERNEL AttentionForward tiled_attention(const torch::Tensor& q, const t
       using T = decltype(zero);
       core::attention_forward<T>(view_of<const T>(x[0]), view_of<const T>(x[1]), view_of<const T>(x[2]),
                                  view_of<T>(x[3]), view_of<double>(x[4]), tiled.params(x.slice(5), batch),
-                                 tiled.mask(batch), TorchExecutor{});
+                                 tiled.mask(batch), TorchExecutor{is_dry(q)});
     });
   });
   return {output, lse.squeeze(-1)};
@@ -266,6 +279,7 @@ HEADROOM_KERNEL void tiled_attention_backward(const torch::Tensor& grad_output, 
                                               const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                               const AttentionForward& forward, const AttentionRequest& request,
                                               const AttentionGradients& grad, const TiledParamGradients& param_grads) {
+  RECORD_FUNCTION("headroom::attention_backward", operator_inputs({q, k, v}));
   const auto& scores = request.score_sizes;
   if (c10::multiply_integers(all_but_last(scores, 2)) == 0) {  // keys may be left that no query sees
     for (const torch::Tensor* x : {&grad.q, &grad.k, &grad.v}) x->zero_();
@@ -296,10 +310,11 @@ HEADROOM_KERNEL void tiled_attention_backward(const torch::Tensor& grad_output, 
             view_of<double>(param_grads.relative_bias.expand({request.heads(), -1}).unsqueeze(0).unsqueeze(2));
       }
       if (param_grads.sink.defined()) params.sink = view_of<double>(param_grads.sink.view({1, -1, 1, 1}));
-      core::attention_backward<T>(
-          view_of<const T>(x[0]), view_of<const T>(x[1]), view_of<const T>(x[2]), view_of<const T>(x[3]),
-          view_of<const T>(x[4]), view_of<const double>(x[5]), view_of<T>(x[6]), view_of<T>(x[7]), view_of<T>(x[8]),
-          tiled.params(x.slice(12), batch), tiled.mask(batch), TorchExecutor{}, params, view_of<const double>(x[9]));
+      core::attention_backward<T>(view_of<const T>(x[0]), view_of<const T>(x[1]), view_of<const T>(x[2]),
+                                  view_of<const T>(x[3]), view_of<const T>(x[4]), view_of<const double>(x[5]),
+                                  view_of<T>(x[6]), view_of<T>(x[7]), view_of<T>(x[8]),
+                                  tiled.params(x.slice(12), batch), tiled.mask(batch), TorchExecutor{is_dry(q)}, params,
+                                  view_of<const double>(x[9]));
     });
   });
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "headroom/core/stft.hpp"
+#include "headroom/dry_run/device.hpp"
 
 namespace headroom::inline v0::audio {
 
@@ -129,6 +130,7 @@ class StftImpl : public torch::nn::Cloneable<StftImpl> {
   /// Sum of the squared windows at each sample, checked. Made on the CPU: it has values to check on any device.
   torch::Tensor envelope(int64_t length) const {
     const Eigen::VectorXd sum = core::Stft<double>(layout_).envelope(length);
+    const HostTensors host;
     return at::tensor(torch::ArrayRef<double>(sum.data(), sum.size()));  // [length]
   }
 

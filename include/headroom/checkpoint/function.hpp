@@ -16,6 +16,7 @@
 #include "headroom/checkpoint/ambient_state.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/dry_run/phase.hpp"
 
 namespace headroom::inline v0 {
 
@@ -88,6 +89,7 @@ class Recomputation : public std::enable_shared_from_this<Recomputation> {
       --last;
     }
     const AmbientStateGuard state(state_);
+    const Phase phase("recomputation");
     std::size_t next = 0;
     const SavedTensorHooks hooks([&](const at::Tensor& x) -> Unpack {
       if (const auto slot = slots_[next].lock()) {

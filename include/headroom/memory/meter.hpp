@@ -40,12 +40,22 @@ struct MemoryReport {
 
 namespace detail {
 
+/// Hears of every allocation and release, with the ledger locked: it must not allocate tensors. `block` is the context
+/// of the DataPtr, by which a storage is recognised. Releases of blocks that it never heard of occur.
+class AllocationListener {
+ public:
+  virtual ~AllocationListener() = default;
+  virtual void allocated(const void* block, std::int64_t bytes) = 0;
+  virtual void freed(const void* block) = 0;
+};
+
 /// One meter's view: what happened since it was opened or restarted.
 struct MeterWindow {
   std::int64_t peak = 0;
   std::int64_t allocations = 0;
   std::int64_t largest = 0;
   std::int64_t limit = std::numeric_limits<std::int64_t>::max();
+  AllocationListener* listener = nullptr;
 };
 
 /// The bookkeeping of one device. Every open window sees every event, so that windows may nest or overlap and
@@ -72,54 +82,16 @@ class MemoryLedger {
   std::vector<MeterWindow*> windows_;
 };
 
-/// LibTorch's CPU allocator with a ledger around it. The memory itself comes from the allocator that was there before
-/// and goes back to it; sizes live in a table by address. A header in front of the data would be cheaper, but oneDNN
-/// frees raw pointers through whichever allocator is installed at that time, so a pointer must stay valid for both.
-class CountingAllocator final : public c10::Allocator, public MemoryLedger {
+/// An allocator that takes the place of a device type's own while a window is open, and keeps books.
+class CountingLedger : public c10::Allocator, public MemoryLedger {
  public:
-  /// Never destroyed: storages may be freed during static destruction.
-  static CountingAllocator& instance() {
-    static auto* allocator = new CountingAllocator;
-    return *allocator;
-  }
-
-  c10::DataPtr allocate(std::size_t bytes) override {
-    if (bytes == 0) {
-      return {nullptr, nullptr, &release, c10::Device(c10::kCPU)};
-    }
-    const auto size = static_cast<std::int64_t>(bytes);
-    const std::scoped_lock lock(mutex_);
-    for (const MeterWindow* window : windows_) {
-      TORCH_CHECK_WITH(OutOfMemoryError, size <= window->limit - live_,
-                       "[headroom.memory.limit] CPU out of memory: tried to allocate ", format_bytes(size), " with ",
-                       format_bytes(live_), " live under a limit of ", format_bytes(window->limit),
-                       "; make the step smaller or raise MemoryMeter::set_limit");
-    }
-    void* data = underlying_->raw_allocate(bytes);
-    // An address that is still listed was freed behind our back, by the underlying allocator's raw_deallocate
-    std::int64_t& entry = sizes_[data];
-    live_ += size - std::exchange(entry, size);
-    for (MeterWindow* window : windows_) {
-      window->peak = std::max(window->peak, live_);
-      window->largest = std::max(window->largest, size);
-      ++window->allocations;
-    }
-    return {data, data, &release, c10::Device(c10::kCPU)};
-  }
-
-  c10::DeleterFnPtr raw_deleter() const override { return &release; }
-
-  void copy_data(void* target, const void* source, std::size_t bytes) const override {
-    default_copy_data(target, source, bytes);
-  }
-
   void open(MeterWindow& window) override {
     const std::scoped_lock lock(mutex_);
     if (windows_.empty()) {
-      underlying_ = c10::GetAllocator(c10::kCPU);
-      c10::SetAllocator(c10::kCPU, this);
-      require(c10::GetAllocator(c10::kCPU) == this, "headroom.memory.allocator",
-              "another CPU allocator was installed with a priority above 0 and cannot be replaced; "
+      underlying_ = c10::GetAllocator(type_);
+      c10::SetAllocator(type_, this);
+      require(c10::GetAllocator(type_) == this, "headroom.memory.allocator", "another ", c10::DeviceTypeName(type_),
+              " allocator was installed with a priority above 0 and cannot be replaced; "
               "install it with priority 0 or measure without it");
     }
     windows_.push_back(&window);
@@ -129,14 +101,14 @@ class CountingAllocator final : public c10::Allocator, public MemoryLedger {
   void close(MeterWindow& window) override {
     const std::scoped_lock lock(mutex_);
     std::erase(windows_, &window);
-    if (windows_.empty() && c10::GetAllocator(c10::kCPU) == this) {
-      c10::SetAllocator(c10::kCPU, underlying_);
+    if (windows_.empty() && c10::GetAllocator(type_) == this) {
+      c10::SetAllocator(type_, underlying_);
     }
   }
 
   void restart(MeterWindow& window) override {
     const std::scoped_lock lock(mutex_);
-    window = {.peak = live_, .limit = window.limit};
+    window = {.peak = live_, .limit = window.limit, .listener = window.listener};
   }
 
   MeterWindow read(const MeterWindow& window) override {
@@ -152,8 +124,79 @@ class CountingAllocator final : public c10::Allocator, public MemoryLedger {
   std::int64_t reserved() override { return live(); }
   bool sees_single_allocations() const override { return true; }
 
+ protected:
+  explicit CountingLedger(c10::DeviceType type) : type_(type) {}
+
+  // All with mutex_ held.
+
+  /// Throws c10::OutOfMemoryError when `bytes` more would break a limit.
+  void check_limits(std::int64_t bytes) const {
+    for (const MeterWindow* window : windows_) {
+      TORCH_CHECK_WITH(OutOfMemoryError, bytes <= window->limit - live_, "[headroom.memory.limit] ",
+                       c10::DeviceTypeName(type_), " out of memory: tried to allocate ", format_bytes(bytes), " with ",
+                       format_bytes(live_), " live under a limit of ", format_bytes(window->limit),
+                       "; make the step smaller or raise MemoryMeter::set_limit");
+    }
+  }
+  void add(const void* block, std::int64_t bytes) {
+    live_ += bytes;
+    for (MeterWindow* window : windows_) {
+      window->peak = std::max(window->peak, live_);
+      window->largest = std::max(window->largest, bytes);
+      ++window->allocations;
+      if (window->listener != nullptr) window->listener->allocated(block, bytes);
+    }
+  }
+  void remove(const void* block, std::int64_t bytes) {
+    live_ -= bytes;
+    for (MeterWindow* window : windows_) {
+      if (window->listener != nullptr) window->listener->freed(block);
+    }
+  }
+
+  c10::Allocator* underlying_ = nullptr;
+
  private:
-  CountingAllocator() = default;
+  c10::DeviceType type_;
+  std::int64_t live_ = 0;
+};
+
+/// LibTorch's CPU allocator with a ledger around it. The memory itself comes from the allocator that was there before
+/// and goes back to it; sizes live in a table by address. A header in front of the data would be cheaper, but oneDNN
+/// frees raw pointers through whichever allocator is installed at that time, so a pointer must stay valid for both.
+class CountingAllocator final : public CountingLedger {
+ public:
+  /// Never destroyed: storages may be freed during static destruction.
+  static CountingAllocator& instance() {
+    static auto* allocator = new CountingAllocator;
+    return *allocator;
+  }
+
+  c10::DataPtr allocate(std::size_t bytes) override {
+    if (bytes == 0) {
+      return {nullptr, nullptr, &release, c10::Device(c10::kCPU)};
+    }
+    const auto size = static_cast<std::int64_t>(bytes);
+    const std::scoped_lock lock(mutex_);
+    check_limits(size);
+    void* data = underlying_->raw_allocate(bytes);
+    // An address that is still listed was freed behind our back, by the underlying allocator's raw_deallocate
+    if (const auto known = sizes_.find(data); known != sizes_.end()) {
+      remove(data, known->second);
+    }
+    sizes_[data] = size;
+    add(data, size);
+    return {data, data, &release, c10::Device(c10::kCPU)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+
+  void copy_data(void* target, const void* source, std::size_t bytes) const override {
+    default_copy_data(target, source, bytes);
+  }
+
+ private:
+  CountingAllocator() : CountingLedger(c10::kCPU) {}
 
   static void release(void* data) { instance().free(data); }
 
@@ -165,16 +208,79 @@ class CountingAllocator final : public c10::Allocator, public MemoryLedger {
       // Unlist first: once freed, another thread may get the same address
       const std::scoped_lock lock(mutex_);
       if (const auto entry = sizes_.find(data); entry != sizes_.end()) {
-        live_ -= entry->second;
+        remove(data, entry->second);
         sizes_.erase(entry);
       }
     }
     underlying_->raw_deallocate(data);
   }
 
-  c10::Allocator* underlying_ = nullptr;
   std::unordered_map<void*, std::int64_t> sizes_;
-  std::int64_t live_ = 0;
+};
+
+/// Counts what tensors without data would hold: an allocator of the meta device, whose own one does not see sizes. It
+/// hands out no memory.
+class MetaAllocator final : public CountingLedger {
+ public:
+  /// Never destroyed, like CountingAllocator.
+  static MetaAllocator& instance() {
+    static auto* allocator = new MetaAllocator;
+    return *allocator;
+  }
+
+  c10::DataPtr allocate(std::size_t bytes) override {
+    auto block = std::make_unique<Block>(Block{static_cast<std::int64_t>(bytes)});
+    const std::scoped_lock lock(mutex_);
+    if (bytes > 0) {
+      check_limits(block->bytes);
+      add(block.get(), block->bytes);
+    }
+    return {nullptr, block.release(), &release, c10::Device(c10::kMeta)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void*, const void*, std::size_t) const override {}
+
+  /// To be called after an operator that resized a tensor: on this device it only changes what the storage says.
+  void follow_resize(const c10::StorageImpl& storage) {
+    if (storage.data_ptr().get_deleter() != &release) {
+      return;
+    }
+    auto* const block = static_cast<Block*>(storage.data_ptr().get_context());
+    const auto bytes = static_cast<std::int64_t>(storage.nbytes());
+    const std::scoped_lock lock(mutex_);
+    if (bytes <= block->bytes) {
+      return;
+    }
+    check_limits(bytes);
+    // The old memory is copied from: it goes after the new one came
+    const Block old = *block;
+    if (old.bytes > 0) {
+      add(&old, old.bytes);
+      remove(block, old.bytes);
+    }
+    add(block, bytes);
+    if (old.bytes > 0) {
+      remove(&old, old.bytes);
+    }
+    block->bytes = bytes;
+  }
+
+ private:
+  struct Block {
+    std::int64_t bytes;
+  };
+
+  MetaAllocator() : CountingLedger(c10::kMeta) {}
+
+  static void release(void* context) {
+    const std::unique_ptr<Block> block(static_cast<Block*>(context));
+    MetaAllocator& allocator = instance();
+    const std::scoped_lock lock(allocator.mutex_);
+    if (block->bytes > 0) {
+      allocator.remove(block.get(), block->bytes);
+    }
+  }
 };
 
 /// An accelerator's own statistics. They know a single peak for everybody: before it is reset, every open window takes
@@ -258,8 +364,8 @@ class DeviceLedger final : public MemoryLedger {
 ///
 /// On the CPU the first meter puts a counting allocator in front of LibTorch's and the last one takes it away; tensors
 /// may be older or younger than the meter and may be freed on any thread. What was allocated before the first meter is
-/// not counted, neither when it lives nor when it is freed. On an accelerator the meter reads the statistics of the
-/// device's caching allocator.
+/// not counted, neither when it lives nor when it is freed. On the meta device it counts what the tensors would hold.
+/// On an accelerator the meter reads the statistics of the device's caching allocator.
 ///
 /// Meters nest and overlap: each has its own window, and resetting one does not touch another. Install and remove the
 /// first and last CPU meter while no other thread allocates (a rule of c10::SetAllocator).
@@ -301,7 +407,7 @@ class MemoryMeter {
   void reset_peak() { ledger_.restart(window_); }
 
   /// An allocation that would take live() above `bytes` throws c10::OutOfMemoryError, as a full GPU does. The limit
-  /// ends with the meter; std::nullopt lifts it. CPU only (headroom.memory.unsupported).
+  /// ends with the meter; std::nullopt lifts it. CPU and meta only (headroom.memory.unsupported).
   void set_limit(std::optional<std::int64_t> bytes) {
     require_single_allocations("set_limit");
     require(bytes.value_or(0) >= 0, "headroom.memory.limit", "got a limit of ", bytes.value_or(0),
@@ -327,6 +433,9 @@ class MemoryMeter {
   static detail::MemoryLedger& ledger_of(c10::Device device) {
     if (device.is_cpu()) {
       return detail::CountingAllocator::instance();
+    }
+    if (device.is_meta()) {
+      return detail::MetaAllocator::instance();
     }
     return detail::DeviceLedger::instance(device);
   }

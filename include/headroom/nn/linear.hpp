@@ -88,7 +88,7 @@ inline torch::Tensor run_by_operators(const TokenChain& chain) {
 struct ChunkScratch {
   torch::Tensor memory;
   ChunkScratch(int64_t rows, int64_t columns, const torch::Tensor& like)
-      : memory(torch::empty({rows * columns}, like.options().requires_grad(false))) {}
+      : memory(headroom::detail::workspace_tensor(rows * columns, like.options().requires_grad(false))) {}
   torch::Tensor operator()(int64_t rows, int64_t columns) const {
     return memory.narrow(0, 0, rows * columns).view({rows, columns});
   }
@@ -103,6 +103,18 @@ struct TokenChainFunction : torch::autograd::Function<TokenChainFunction> {
     for (const torch::Tensor& w : chain.weights) widest = std::max(widest, w.size(0));
     return at::get_num_threads() * std::max<int64_t>(64, 98304 / widest / 64 * 64);
   }
+  /// What profilers and traces see: x [, norm_weight], weights ….
+  static std::vector<torch::Tensor> operands(const TokenChain& chain) {
+    std::vector<torch::Tensor> all{chain.x};
+    if (chain.norm_weight.defined()) all.push_back(chain.norm_weight);
+    all.insert(all.end(), chain.weights.begin(), chain.weights.end());
+    return all;
+  }
+  /// The start of the chunk after `first`. A dry run only sees the first and the last: those between need no more.
+  static int64_t next_chunk(const TokenChain& chain, int64_t first, int64_t chunk) {
+    const int64_t rows = chain.x.size(0), last = (rows - 1) / chunk * chunk;
+    return is_dry(chain.x) ? (first < last ? last : rows) : first + chunk;
+  }
   static int64_t widest_hidden(const TokenChain& chain) {
     int64_t widest = 0;
     for (size_t i = 0; i + 1 < chain.weights.size(); ++i) widest = std::max(widest, chain.weights[i].size(0));
@@ -112,6 +124,7 @@ struct TokenChainFunction : torch::autograd::Function<TokenChainFunction> {
   /// x [rows, in] -> [rows, out]. `records`: somebody may want gradients.
   static torch::Tensor forward(torch::autograd::AutogradContext* ctx, at::TensorList tensors, const ChainLayout& layout,
                                double eps, bool records) {
+    RECORD_FUNCTION("headroom::token_chain", headroom::detail::operator_inputs(operands(layout.chain(tensors, eps))));
     const TokenChain chain = layout.chain(tensors, eps);
     const int64_t rows = chain.x.size(0), in = chain.x.size(1), chunk = std::min(rows, chunk_rows(chain));
     const size_t layers = chain.weights.size();
@@ -126,7 +139,7 @@ struct TokenChainFunction : torch::autograd::Function<TokenChainFunction> {
     const torch::Tensor out = torch::empty({rows, chain.weights.back().size(0)}, chain.x.options());
     const ChunkScratch normed(chain.norm_weight.defined() ? chunk : 0, in, out);
     const ChunkScratch activation(chunk, widest_hidden(chain), out);
-    for (int64_t first = 0; first < rows; first += chunk) {
+    for (int64_t first = 0; first < rows; first = next_chunk(chain, first, chunk)) {
       const int64_t count = std::min(chunk, rows - first);
       torch::Tensor x = chain.x.narrow(0, first, count);
       if (chain.norm_weight.defined()) {
@@ -205,6 +218,7 @@ struct TokenChainFunction : torch::autograd::Function<TokenChainFunction> {
   /// Fills the tensors of `result` that are defined; all but that of x are zero before.
   static void write_gradients(const TokenChain& chain, const ChainLayout& layout, at::TensorList inputs_of_gelu,
                               const torch::Tensor& grad, const torch::autograd::variable_list& result) {
+    RECORD_FUNCTION("headroom::token_chain_backward", headroom::detail::operator_inputs(operands(chain)));
     const int64_t rows = chain.x.size(0), in = chain.x.size(1), chunk = std::min(rows, chunk_rows(chain));
     const bool has_norm = layout.has_norm;
     const torch::Tensor grad_norm = has_norm ? result[layout.norm()] : torch::Tensor();
@@ -214,7 +228,7 @@ struct TokenChainFunction : torch::autograd::Function<TokenChainFunction> {
     const ChunkScratch activation(chunk, hidden, grad);
     const ChunkScratch grad_hidden[2] = {{layout.layers > 2 ? chunk : 0, hidden, grad},
                                          {layout.layers > 1 ? chunk : 0, hidden, grad}};
-    for (int64_t first = 0; first < rows; first += chunk) {
+    for (int64_t first = 0; first < rows; first = next_chunk(chain, first, chunk)) {
       const int64_t count = std::min(chunk, rows - first);
       const auto part = [&](const torch::Tensor& t) { return t.narrow(0, first, count); };
       torch::Tensor g = part(grad);
@@ -256,6 +270,7 @@ struct TokenChainFunction : torch::autograd::Function<TokenChainFunction> {
 
   /// sums [n] += the sum over the rows of g [rows, n], in double above 16 rows: rounding would add up
   static void add_column_sums(const torch::Tensor& g, const torch::Tensor& sums) {
+    if (is_dry(g)) return;
     const int64_t n = g.size(1);
     Eigen::ArrayXd chunk = Eigen::ArrayXd::Zero(n);
     Eigen::ArrayXf block(n);

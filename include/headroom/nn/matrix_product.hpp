@@ -13,6 +13,8 @@
 #include <utility>
 
 #include "headroom/core/register_tile.hpp"
+#include "headroom/dry_run/device.hpp"
+#include "headroom/dry_run/operator.hpp"
 
 namespace headroom::inline v0::nn::detail {
 
@@ -36,7 +38,9 @@ class RightOperand {
   void pack() {
     if (copy_.defined() || (b_.stride(1) == 1 && b_.size(1) % core::simd::kLanes<float> == 0)) return;
     const Index depth = b_.size(0);
-    copy_ = torch::empty({lanes_.packets * core::simd::kLanes<float> * depth}, b_.options().requires_grad(false));
+    copy_ = headroom::detail::workspace_tensor(lanes_.packets * core::simd::kLanes<float> * depth,
+                                               b_.options().requires_grad(false));
+    if (is_dry(b_)) return;
     const auto view = matrix_of<const float>(b_);
     for (Index t = 0; t < lanes_.tiles; ++t) {
       const auto tile = lanes_[t];
@@ -108,6 +112,7 @@ inline void multiply_tiled(const torch::Tensor& a, RightOperand& b, const torch:
                            const torch::Tensor& bias) {
   constexpr Index kTileRows = core::detail::kTileRows;
   b.pack();
+  if (is_dry(a)) return;
   const auto left = matrix_of<const float>(a);
   const auto result = matrix_of<float>(c);
   const float* const bias_data = start == Start::bias ? bias.const_data_ptr<float>() : nullptr;
@@ -146,7 +151,8 @@ inline void multiply_aten(const torch::Tensor& a, const RightOperand& b, torch::
 
 /// Whether the register tile computes products of this kind faster than LibTorch. Measured on the operands of the first
 /// such product, on scratch memory, in about ten times the time of the product; kept until the process ends, so that
-/// equal operands give equal bits.
+/// equal operands give equal bits. A dry run uses what is known by then; of what is not it plans a measurement and the
+/// tile's copy of b, which is the most that can be.
 inline bool tile_wins(const torch::Tensor& a, RightOperand& b, const torch::Tensor& c) {
   constexpr double kTooSmallToMeasure = 1 << 18;  // multiplications
   if (static_cast<double>(a.numel()) * static_cast<double>(c.size(1)) < kTooSmallToMeasure) return false;
@@ -158,7 +164,8 @@ inline bool tile_wins(const torch::Tensor& a, RightOperand& b, const torch::Tens
                      int64_t{a.stride(1) == 1}, b.tensor().stride(1) == 1, at::get_num_threads()};
   const std::scoped_lock lock(mutex);  // two measurements at a time would disturb each other
   if (const auto known = wins.find(kind); known != wins.end()) return known->second;
-  const torch::Tensor scratch = torch::empty_like(c);
+  const torch::Tensor scratch = headroom::detail::workspace_tensor(c.numel(), c.options()).view(c.sizes());
+  if (is_dry(a)) return true;  // nothing to measure: the tile needs more memory
   const auto seconds = [&](auto&& product) {
     const auto start = std::chrono::steady_clock::now();
     product();

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "headroom/core/error.hpp"
+#include "headroom/dry_run/device.hpp"
 
 namespace headroom::inline v0::nn {
 
@@ -46,6 +47,7 @@ inline constexpr int64_t kNormRows = 256;  ///< rows of a task
 
 /// out = x·inverse·weight for each row; x and out [rows, dim] dense floats on the CPU.
 inline void normalize_rows(const torch::Tensor& x, const torch::Tensor& weight, double eps, const torch::Tensor& out) {
+  if (is_dry(x)) return;
   const int64_t dim = x.size(1);
   const ConstRow w(weight.const_data_ptr<float>(), dim);
   const float* const from = x.const_data_ptr<float>();
@@ -66,6 +68,7 @@ inline void normalize_rows_backward(const torch::Tensor& grad, const torch::Tens
                                     const torch::Tensor& through) {
   const int64_t rows = x.size(0), dim = x.size(1), tasks = (rows + kNormRows - 1) / kNormRows;
   const torch::Tensor sums = grad_weight.defined() ? torch::zeros({tasks, dim}, torch::kDouble) : torch::Tensor();
+  if (is_dry(x)) return;
   const ConstRow w(weight.const_data_ptr<float>(), dim);
   const auto row_of = [dim](const torch::Tensor& t, int64_t r) {
     return ConstRow(t.const_data_ptr<float>() + r * dim, dim);
@@ -92,7 +95,8 @@ inline void normalize_rows_backward(const torch::Tensor& grad, const torch::Tens
 
 /// Rows that the loops above can read.
 inline bool has_float_rows(const torch::Tensor& x) {
-  return x.device().is_cpu() && x.layout() == torch::kStrided && x.scalar_type() == torch::kFloat && x.numel() > 0;
+  return compute_device(x).is_cpu() && x.layout() == torch::kStrided && x.scalar_type() == torch::kFloat &&
+         x.numel() > 0;
 }
 
 /// Saves the input alone, where a chain of operators would save three tensors of the input's size.

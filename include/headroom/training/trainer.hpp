@@ -22,7 +22,9 @@
 #include "headroom/audio/metrics.hpp"
 #include "headroom/checkpoint/ambient_state.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/dry_run/phase.hpp"
 #include "headroom/memory/meter.hpp"
+#include "headroom/memory/trace.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/schedule.hpp"
 #include "headroom/training/state.hpp"
@@ -175,7 +177,9 @@ class Trainer {
         loss_(std::move(loss)),
         optimizer_(make_optimizer(*model_, config.training)),
         device_(model_->parameters().front().device()),
-        meter_(device_) {}
+        meter_(device_) {
+    name_modules(*model_);
+  }
 
   /// Trains until the end that `options` names, or until it is told to stop. Checkpoints: last.pt every
   /// checkpoint_every epochs and at the end, best.pt after each epoch that is better than all before.
@@ -254,6 +258,7 @@ class Trainer {
       require_finite(mean_loss, "loss", first);
       loss.backward();
     }
+    const Phase phase("optimizer");
     const double limit =
         training.clip_grad_norm > 0 ? training.clip_grad_norm : std::numeric_limits<double>::infinity();
     require_finite(torch::nn::utils::clip_grad_norm_(model_->parameters(), limit), "gradient norm", first);

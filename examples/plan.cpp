@@ -1,0 +1,113 @@
+// plan: what training by a configuration will need on a device, found without running it.
+//
+//   plan --config examples/configs/musdb18_memory_optimized_first.json --device rtx-pro-6000-97gb --attention reference
+
+#include "headroom/training/plan.hpp"
+
+#include <CLI/CLI.hpp>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <optional>
+#include <string>
+
+#include "headroom/memory/report.hpp"
+#include "headroom/training/config.hpp"
+#include "headroom/training/recommend.hpp"
+
+namespace fs = std::filesystem;
+namespace training = headroom::training;
+
+namespace {
+
+struct Arguments {
+  fs::path config, json, trace, html;
+  std::string device = "cpu", attention, budget;
+  bool recommend = false;
+};
+
+// "24GiB", "500 MB", "1000000": binary units with an i, decimal ones without.
+int64_t parse_bytes(const std::string& text) {
+  size_t end = 0;
+  double number = 0;
+  try {
+    number = std::stod(text, &end);
+  } catch (const std::exception&) {
+    end = 0;
+  }
+  std::string unit = text.substr(end);
+  unit.erase(0, unit.find_first_not_of(' '));
+  constexpr std::string_view kPrefixes = "KMGT";
+  double factor = 1;
+  bool known = end > 0 && (unit.empty() || unit == "B");
+  if (!known && end > 0 && (unit.size() == 2 || unit.size() == 3) && unit.back() == 'B') {
+    const size_t power = kPrefixes.find(unit[0]);
+    known = power != std::string_view::npos && (unit.size() == 2 || unit[1] == 'i');
+    factor = std::pow(unit.size() == 3 ? 1024.0 : 1000.0, static_cast<double>(power + 1));
+  }
+  headroom::require(known && number > 0, "headroom.plan.budget", "the budget is ", text,
+                    "; expected a size such as 24GiB, 500MB or 1000000");
+  return static_cast<int64_t>(number * factor);
+}
+
+void write(const fs::path& path, const std::string& text) {
+  if (path.empty()) return;
+  std::ofstream file(path, std::ios::binary);
+  file << text << std::flush;
+  headroom::require(file.good(), "headroom.plan.output", "cannot write ", path.string(), "; give another path");
+}
+
+// Returns the exit code: 0 fits, 3 does not fit.
+int run(const Arguments& arguments) {
+  training::Config config = training::load_config(arguments.config);
+  if (!arguments.attention.empty()) config.model.attention = arguments.attention;
+  const headroom::DeviceProfile device = training::find_device_profile(arguments.device);
+  if (config.model.attention == "tiled" && !device.device().is_cpu()) {
+    std::cout << "tiled attention is the CPU's; " << device.name << " is planned with what serves it without stored "
+              << "scores: automatic\n";
+    config.model.attention = "automatic";
+  }
+  headroom::PlanOptions options;
+  if (!arguments.budget.empty()) options.budget = parse_bytes(arguments.budget);
+  const headroom::Plan plan = training::plan_training(config, device, options);
+  headroom::print_plan(std::cout, plan);
+  std::cout << headroom::explain(plan);
+  if (arguments.recommend) std::cout << training::describe(training::recommend(config, device, options));
+  write(arguments.json, headroom::plan_json(plan));
+  write(arguments.trace, headroom::plan_trace(plan));
+  write(arguments.html, headroom::plan_html(plan, arguments.config.filename().string() + " on " + device.name));
+  return plan.fits ? 0 : 3;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"Tells what training by a configuration will need, without running it. Exit code 3: it does not fit."};
+  Arguments arguments;
+  std::string devices = "cpu";
+  for (const auto& profile : headroom::known_devices()) devices += ", " + profile.name;
+  app.add_option("--config", arguments.config, "configuration, such as examples/configs/musdb18_small.json")
+      ->required();
+  app.add_option("--device", arguments.device, devices + ", or a profile that ends with .json")->capture_default_str();
+  app.add_option("--budget", arguments.budget, "what tensors may take, e.g. 24GiB; default: what the device has");
+  app.add_option("--attention", arguments.attention, "instead of the configuration's")
+      ->check(CLI::IsMember({"automatic", "tiled", "reference"}));
+  app.add_flag("--recommend", arguments.recommend, "name the smallest change that fits");
+  app.add_option("--json", arguments.json, "write the plan as JSON");
+  app.add_option("--trace", arguments.trace, "write a trace for ui.perfetto.dev");
+  app.add_option("--html", arguments.html, "write a web page");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : 2;
+  }
+  try {
+    return run(arguments);
+  } catch (const c10::Error& e) {
+    std::cerr << "plan: " << e.what_without_backtrace() << '\n';
+  } catch (const std::exception& e) {
+    std::cerr << "plan: " << e.what() << '\n';
+  }
+  return 1;
+}

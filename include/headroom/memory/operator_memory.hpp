@@ -1,0 +1,36 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
+#include <ATen/native/TypeProperties.h>
+
+#include <cstdint>
+#include <set>
+#include <string_view>
+
+namespace headroom::inline v0::detail {
+
+/// Bytes that an operator of the CPU needs while it runs, beside its result, and that the meta device does not ask for:
+/// copies of operands in the type that an element-wise operator or a sum computes in.
+inline int64_t cpu_temporary_bytes(std::string_view name, c10::ArrayRef<const c10::IValue> inputs) {
+  if (name == "aten::sum" && inputs.size() == 4 && inputs[0].isTensor()) {  // with dimensions
+    const at::Tensor& x = inputs[0].toTensor();
+    return c10::isIntegralType(x.scalar_type(), true) && x.scalar_type() != at::kLong ? x.numel() * 8 : 0;
+  }
+  static const std::set<std::string_view> promoting = {
+      "aten::add", "aten::add_", "aten::sub", "aten::sub_",    "aten::mul",     "aten::mul_",
+      "aten::div", "aten::div_", "aten::pow", "aten::eq",      "aten::ne",      "aten::lt",
+      "aten::le",  "aten::gt",   "aten::ge",  "aten::maximum", "aten::minimum", "aten::atan2"};
+  if (!promoting.contains(name) || inputs.size() < 2 || !inputs[0].isTensor() || !inputs[1].isTensor()) return 0;
+  const at::Tensor &a = inputs[0].toTensor(), &b = inputs[1].toTensor();
+  if (!a.defined() || !b.defined()) return 0;
+  const c10::ScalarType type = at::native::result_type(a, b);
+  int64_t bytes = 0;
+  for (const at::Tensor* x : {&a, &b}) {
+    if (x->scalar_type() != type) bytes += x->numel() * static_cast<int64_t>(c10::elementSize(type));
+  }
+  if (name.ends_with('_') && a.scalar_type() != type) bytes *= 2;  // the result, before it is cast back
+  return bytes;
+}
+
+}  // namespace headroom::inline v0::detail

@@ -1,0 +1,152 @@
+#include "headroom/training/plan.hpp"
+
+#include <nlohmann/json.hpp>
+
+#include "headroom/memory/report.hpp"
+#include "headroom/training/recommend.hpp"
+#include "support/catch.hpp"
+
+using namespace headroom;
+using training::Config;
+
+namespace {
+
+Config small() {
+  Config config;
+  config.model.n_fft = 126;
+  config.model.hop_length = 32;
+  config.model.n_layers = 2;
+  config.model.emb_dim = 16;
+  config.model.n_heads = 2;
+  config.model.ffn_hidden_dim = {24, 20};
+  config.training.segment_length = 1200;
+  config.training.batch_size = 2;
+  config.training.gradient_accumulation_steps = 2;
+  config.loss.windows = {256, 128};
+  config.loss.min_n_fft = 256;
+  return config;
+}
+
+Config guide(const std::string& name) {
+  return training::load_config(std::string(HEADROOM_SOURCE_DIR) + "/examples/configs/musdb18_" + name + ".json");
+}
+
+}  // namespace
+
+TEST_CASE("the planned peak of training is the measured one, byte for byte, in every checkpoint setting") {
+  for (const bool checkpointing : {false, true}) {
+    for (const char* attention : {"automatic", "reference"}) {
+      Config config = small();
+      config.model.gradient_checkpointing = checkpointing;
+      config.model.attention = attention;
+      CAPTURE(checkpointing, attention);
+      const auto really = [&] {
+        const Config c = config;
+        models::TimeFrequencyTransformer model(training::model_options(c));
+        const auto source = [&c](int64_t, int64_t count) {
+          training::ShapeSource::Example example = training::ShapeSource{c}(0, count);
+          example.mixture.normal_(), example.stems.normal_();
+          return example;
+        };
+        training::Trainer<models::TimeFrequencyTransformer, std::decay_t<decltype(source)>> trainer(model, c, source);
+        for (int step = 0; step < 2; ++step) trainer.step(1e-3);
+        const torch::NoGradGuard guard;
+        model->eval();
+        model->forward(source(0, 1).mixture);
+      };
+      really();
+      const int64_t measured = MemoryMeter().measure(really).added_peak();
+      const Plan planned = training::plan_training(config, this_machine());
+      CHECK(planned.peak_bytes == measured);
+      CHECK(planned.by_phase.contains("recomputation") == checkpointing);
+    }
+  }
+}
+
+TEST_CASE("the guide's crash: the allocation, its shape and its module") {
+  Config config = guide("memory_optimized_first");
+  config.model.attention = "reference";
+  const Plan planned = training::plan_training(config, device_profile("rtx-pro-6000-97gb"));
+  CHECK_FALSE(planned.fits);
+  const auto json = nlohmann::json::parse(plan_json(planned));
+  CHECK(json.at("largest_allocation").at("bytes") == 86'856'519'888);
+  CHECK(json.at("largest_allocation").at("shape") == nlohmann::json({431, 12, 2049, 2049}));
+  CHECK(json.at("largest_allocation").at("module") == "encoder.layers.0.frequency.attention");
+  CHECK(json.at("fits") == false);
+  CHECK(json.at("peak_bytes") == planned.peak_bytes);
+  CHECK(testing::contains(explain(planned), "80.89 GiB [431, 12, 2049, 2049] in encoder.layers.0.frequency.attention"));
+
+  config.model.attention = "automatic";
+  const Plan tiled = training::plan_training(config, this_machine(), {.budget = int64_t{24} << 30});
+  CHECK(tiled.fits);
+  CHECK(tiled.largest_block()->bytes < int64_t{4} << 30);
+  const auto parts = nlohmann::json::parse(plan_json(tiled)).at("parts");
+  CHECK(parts.at("optimizer state").get<int64_t>() >= 2 * parts.at("parameters").get<int64_t>());
+  int64_t sum = 0;
+  for (const auto& [name, bytes] : parts.items()) sum += bytes.get<int64_t>();
+  CHECK(sum == tiled.peak_bytes);
+}
+
+TEST_CASE("further accumulated passes need no more memory and as many more operations") {
+  Config config = small();
+  const Plan two = training::plan_training(config, this_machine());
+  config.training.gradient_accumulation_steps = 8;
+  const Plan eight = training::plan_training(config, this_machine());
+  CHECK(eight.peak_bytes == two.peak_bytes);
+  CHECK(eight.flops == Approx(4 * two.flops));
+}
+
+TEST_CASE("recommendations fit, the same training first, and never get worse with a larger budget") {
+  Config config = small();
+  config.model.attention = "reference";
+  config.training.batch_size = 4;
+  const Plan whole = training::plan_training(config, this_machine());
+  const auto with = [&](int64_t budget) { return training::recommend(config, this_machine(), {.budget = budget}); };
+  CHECK(with(whole.peak_bytes)->changes.empty());
+  int64_t previous_length = 0;
+  bool previous_same = false;
+  for (const int share : {3, 8, 20, 40, 70, 95}) {
+    const auto found = with(whole.peak_bytes * share / 100);
+    CAPTURE(share);
+    if (!found) {
+      CHECK(previous_length == 0);
+      continue;
+    }
+    CHECK(found->plan.fits);
+    CHECK(found->plan.peak_bytes <= whole.peak_bytes * share / 100);
+    CHECK(training::plan_training(found->config, this_machine()).peak_bytes == found->plan.peak_bytes);
+    CHECK(found->config.training.segment_length >= previous_length);
+    CHECK(found->same_training >= previous_same);
+    CHECK(found->config.training.batch_size * found->config.training.gradient_accumulation_steps == 8);
+    CHECK(found->same_training == (found->config.training.segment_length == config.training.segment_length));
+    previous_length = found->config.training.segment_length;
+    previous_same = found->same_training;
+  }
+  CHECK(previous_same);
+}
+
+TEST_CASE("training that cannot be planned says why") {
+  Config config = small();
+  config.training.bf16 = true;
+  CHECK(testing::error_of([&] { training::plan_training(config, this_machine()); }).id() ==
+        "headroom.training.plan.bf16");
+  config.training.bf16 = false;
+  CHECK(testing::error_of([&] { training::plan_training(config, this_machine(), {.budget = 100}); }).id() ==
+        "headroom.memory.plan.budget");
+}
+
+TEST_CASE("device profiles from files") {
+  const std::filesystem::path path = std::filesystem::temp_directory_path() / "headroom_device_profile.json";
+  const auto write = [&](const std::string& text) { std::ofstream(path) << text; };
+  write(R"({"name": "card", "total_bytes": 1000000, "total_bytes_source": "data sheet", "context_bytes": 1000,
+            "context_bytes_source": "assumption", "workspace_bytes": 0, "workspace_bytes_source": "assumption"})");
+  CHECK(training::find_device_profile(path.string()).usable_bytes() == 999000);
+  write(R"({"name": "card", "total_bytes": 10, "colour": "green"})");
+  const Error error = testing::error_of([&] { training::load_device_profile(path); });
+  CHECK(error.id() == "headroom.training.device_profile");
+  CHECK(testing::contains(error.what(), "colour"));
+  CHECK(testing::contains(error.what(), "context_bytes"));
+  std::filesystem::remove(path);
+  CHECK(testing::error_of([&] { training::load_device_profile(path); }).id() == "headroom.training.config_file");
+  CHECK(training::find_device_profile("h100-80gb").name == "h100-80gb");
+}

@@ -193,7 +193,7 @@ class BackwardGroup {
       }
       run_ = Run(rules.mask(), params, b, h, {first, first + rows}, x.k.length());
       if (run_.touches(keys) && (!rules.hides_elements() || rules.sees_any(b, h, run_.queries, keys))) {
-        split_lse(x.lse, b, h, first, rows, static_cast<double>(rules.factor()));
+        split_lse(x.lse, b, h, first, rows);
         MatrixView<const Scalar> q_block{nullptr, rows}, g_block{nullptr, rows};
         if (in_pairs_) {
           copy_pair_rows(query_rows(), kQueries, pair_dim_, x.q.head(b, h, x.heads()), first, rows, 1);
@@ -349,19 +349,16 @@ class BackwardGroup {
     }
   }
 
-  /// Splits the lse into what is subtracted from a score and what is subtracted from the exponent after scaling. The
-  /// first is close to the largest scores, so that their difference is exact; one float alone would lose the rest.
-  void split_lse(const TensorView<double>& lse, Index b, Index h, Index first, Index rows, double factor) {
+  /// The lse in units of log2 as two numbers: the nearest one, and the rest, which one float alone would lose.
+  void split_lse(const TensorView<double>& lse, Index b, Index h, Index first, Index rows) {
     constexpr double largest = static_cast<double>(std::numeric_limits<Scalar>::max()) / 4;
-    const double inverse = factor > 0 ? 1 / factor : 0;
     const double* const from = &lse(b, h, first, 0);
     const Index stride = lse.strides[2];
     for (Index i = 0; i < rows; ++i) {
       const double base2 = from[i * stride] * std::numbers::log2e;
-      // a query without keys: all its scores are hidden
-      const double whole = std::abs(base2) < largest ? base2 : 0, score = whole * inverse;
-      lse_score_[i] = std::abs(score) < largest ? static_cast<Scalar>(score) : Scalar(0);
-      lse_rest_[i] = static_cast<Scalar>(whole - static_cast<double>(lse_score_[i]) * factor);
+      const double whole = std::abs(base2) < largest ? base2 : 0;  // a query without keys: all its scores are hidden
+      lse_[i] = static_cast<Scalar>(whole);
+      lse_rest_[i] = static_cast<Scalar>(whole - static_cast<double>(lse_[i]));
     }
   }
 
@@ -393,11 +390,11 @@ class BackwardGroup {
     if (rules.scaled() || hides) rules.template apply<false>(tile_scores, run_, cap_slope_, buffer_);
     // forward did: weight = exp2((score - maximum)·factor) / sum
     for (Index row = 0; row < rows; ++row) {
-      const Packet score = simd::broadcast(lse_score_[row]), rest = simd::broadcast(-lse_rest_[row]);
+      const Packet lse = simd::broadcast(-lse_[row]), rest = simd::broadcast(lse_rest_[row]);
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
         Scalar* const s = weights + row * width + v * N;
-        simd::store(s, simd::exp2<Scalar>(simd::pmadd(simd::psub(simd::load(s), score), factor, rest)));
+        simd::store(s, simd::exp2<Scalar>(simd::pmadd(simd::load(s), factor, lse), rest));
       }
     }
     const bool drops = rules.params().dropout.active();
@@ -494,7 +491,7 @@ class BackwardGroup {
   Eigen::bfloat16* grad_score_rows_;         // [queries][padded width]
   Tile tiles_[LaneGroups<Scalar>::kMost];
   Run run_;
-  alignas(64) Scalar lse_score_[kQueries], lse_rest_[kQueries];
+  alignas(64) Scalar lse_[kQueries], lse_rest_[kQueries];
 };
 
 /// The backward pass of all heads. Whole families of heads go to one worker each for as long as every worker gets one;

@@ -62,14 +62,16 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> polynomial(Packet<Scalar> f, double first, Co
 /// 2^x for x <= 127; exactly 0 from x = -150 (double: -1080) down. Relative error below 9e-8 (double: 3e-16), on
 /// average that of a correctly rounded result.
 /// 2^x = 2^n · 2^f with n a whole number near x.
+///
+/// With `rest` it is 2^(x - rest), where the rest is smaller than what x was rounded by.
 template <class Scalar>
-EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x) {
+EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x, Packet<Scalar> rest) {
   using namespace Eigen::internal;
   const auto constant = [](double c) __attribute__((always_inline)) { return broadcast(static_cast<Scalar>(c)); };
   if constexpr (std::is_same_v<Scalar, float> && kLanes < float >> 1) {
 #ifdef EIGEN_VECTORIZE_AVX512DQ
-    const Packet<float> f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
-    const Packet<float> p =                                              // minimax with value 1 at 0
+    const Packet<float> f = psub<Packet<float>>(_mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF), rest);  // from x - floor(x)
+    const Packet<float> p =  // minimax with value 1 at 0
         polynomial<float>(f, 0.0002161291914225507, 0.001246784534126787, 0.009675451674098418, 0.05548528057207833,
                           0.2402293055609326, 0.6931470444428021, 1.0);
     return _mm512_scalef_ps(p, x);  // p·2^floor(x)
@@ -82,7 +84,7 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x) {
     Packet<float> n = psub(shifted, magic);
     keep(n);
     const Packet<float> p =  // minimax with value 1 at 0
-        polynomial<float>(psub(x, n), 0.0001535336206275062, 0.001339887455719594, 0.00961843735823387,
+        polynomial<float>(psub(psub(x, n), rest), 0.0001535336206275062, 0.001339887455719594, 0.00961843735823387,
                           0.05550332470783318, 0.240226479136156, 0.6931472028552114, 1.0);
     using Bits = IntegerPacket<float>;
     return preinterpret<Packet<float>>(
@@ -92,11 +94,17 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x) {
     x = pmax(x, constant(-1080.0));
     const Packet<Scalar> n = print(x);            // round to the nearest integer
     const Packet<Scalar> p = polynomial<Scalar>(  // Taylor: ln(2)^k / k!, k = 13 … 0
-        psub(x, n), 1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10, 7.054911620801121e-09,
-        1.0178086009239696e-07, 1.3215486790144305e-06, 1.5252733804059838e-05, 0.00015403530393381606,
-        0.0013333558146428441, 0.009618129107628477, 0.055504108664821576, 0.2402265069591007, 0.6931471805599453, 1.0);
+        psub(psub(x, n), rest), 1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10,
+        7.054911620801121e-09, 1.0178086009239696e-07, 1.3215486790144305e-06, 1.5252733804059838e-05,
+        0.00015403530393381606, 0.0013333558146428441, 0.009618129107628477, 0.055504108664821576, 0.2402265069591007,
+        0.6931471805599453, 1.0);
     return pldexp(p, n);
   }
+}
+
+template <class Scalar>
+EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x) {
+  return exp2<Scalar>(x, broadcast(Scalar(0)));
 }
 
 /// tanh(x), almost correctly rounded: near 0 by a polynomial (Cephes), elsewhere as 1 - 2 / (e^(2|x|) + 1).

@@ -63,48 +63,47 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> polynomial(Packet<Scalar> f, double first, Co
 /// average that of a correctly rounded result.
 /// 2^x = 2^n · 2^f with n a whole number near x.
 ///
-/// With `rest` it is 2^(x - rest), where the rest is smaller than what x was rounded by.
-template <class Scalar>
-EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x, Packet<Scalar> rest) {
+/// With a `rest` it is 2^(x - rest), where the rest is no larger than what x was rounded by.
+template <class Scalar, class... Rest>
+EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x, const Rest&... rest) {
   using namespace Eigen::internal;
   const auto constant = [](double c) __attribute__((always_inline)) { return broadcast(static_cast<Scalar>(c)); };
   if constexpr (std::is_same_v<Scalar, float> && kLanes < float >> 1) {
 #ifdef EIGEN_VECTORIZE_AVX512DQ
-    const Packet<float> f = psub<Packet<float>>(_mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF), rest);  // from x - floor(x)
+    Packet<float> f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
+    ((f = psub(f, rest)), ...);
     const Packet<float> p =  // minimax with value 1 at 0
         polynomial<float>(f, 0.0002161291914225507, 0.001246784534126787, 0.009675451674098418, 0.05548528057207833,
                           0.2402293055609326, 0.6931470444428021, 1.0);
     return _mm512_scalef_ps(p, x);  // p·2^floor(x)
 #else
     // Adding 1.5·2^23 leaves the nearest integer in the low bits of the mantissa, ready for the exponent.
-    const Packet<float> magic = constant(12582912.0);
-    x = pmax(x, constant(-127.0));
+    const Packet<float> magic = constant(12582912.0), lowest = constant(-127.0);
+    x = pmax(x, lowest);
     Packet<float> shifted = padd(x, magic);
     keep(shifted);  // -ffast-math would cancel the two magics, here and below
     Packet<float> n = psub(shifted, magic);
     keep(n);
-    const Packet<float> p =  // minimax with value 1 at 0
-        polynomial<float>(psub(psub(x, n), rest), 0.0001535336206275062, 0.001339887455719594, 0.00961843735823387,
-                          0.05550332470783318, 0.240226479136156, 0.6931472028552114, 1.0);
+    Packet<float> f = psub(x, n);
+    ((f = psub(f, pand(rest, pcmp_lt(lowest, x)))), ...);  // 2^-127 is 0 only as it is
+    const Packet<float> p =                                // minimax with value 1 at 0
+        polynomial<float>(f, 0.0001535336206275062, 0.001339887455719594, 0.00961843735823387, 0.05550332470783318,
+                          0.240226479136156, 0.6931472028552114, 1.0);
     using Bits = IntegerPacket<float>;
     return preinterpret<Packet<float>>(
         padd(preinterpret<Bits>(p), plogical_shift_left<23>(preinterpret<Bits>(shifted))));
 #endif
   } else {
     x = pmax(x, constant(-1080.0));
-    const Packet<Scalar> n = print(x);            // round to the nearest integer
+    const Packet<Scalar> n = print(x);  // round to the nearest integer
+    Packet<Scalar> f = psub(x, n);
+    ((f = psub(f, rest)), ...);
     const Packet<Scalar> p = polynomial<Scalar>(  // Taylor: ln(2)^k / k!, k = 13 … 0
-        psub(psub(x, n), rest), 1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10,
-        7.054911620801121e-09, 1.0178086009239696e-07, 1.3215486790144305e-06, 1.5252733804059838e-05,
-        0.00015403530393381606, 0.0013333558146428441, 0.009618129107628477, 0.055504108664821576, 0.2402265069591007,
-        0.6931471805599453, 1.0);
+        f, 1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10, 7.054911620801121e-09,
+        1.0178086009239696e-07, 1.3215486790144305e-06, 1.5252733804059838e-05, 0.00015403530393381606,
+        0.0013333558146428441, 0.009618129107628477, 0.055504108664821576, 0.2402265069591007, 0.6931471805599453, 1.0);
     return pldexp(p, n);
   }
-}
-
-template <class Scalar>
-EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x) {
-  return exp2<Scalar>(x, broadcast(Scalar(0)));
 }
 
 /// tanh(x), almost correctly rounded: near 0 by a polynomial (Cephes), elsewhere as 1 - 2 / (e^(2|x|) + 1).

@@ -193,7 +193,7 @@ class BackwardGroup {
       }
       run_ = Run(rules.mask(), params, b, h, {first, first + rows}, x.k.length());
       if (run_.touches(keys) && (!rules.hides_elements() || rules.sees_any(b, h, run_.queries, keys))) {
-        split_lse(x.lse, b, h, first, rows);
+        split_lse(x.lse, b, h, first, rows, static_cast<double>(rules.factor()));
         MatrixView<const Scalar> q_block{nullptr, rows}, g_block{nullptr, rows};
         if (in_pairs_) {
           copy_pair_rows(query_rows(), kQueries, pair_dim_, x.q.head(b, h, x.heads()), first, rows, 1);
@@ -349,16 +349,28 @@ class BackwardGroup {
     }
   }
 
-  /// The lse in units of log2 as two numbers: the nearest one, and the rest, which one float alone would lose.
-  void split_lse(const TensorView<double>& lse, Index b, Index h, Index first, Index rows) {
+  /// The lse as two numbers, because one float alone would lose too much. Where a product and a sum are rounded once,
+  /// the nearest number in units of log2 and the rest. Else the score of weight 1, whose difference to the largest
+  /// scores is exact, and what is left in units of log2.
+  void split_lse(const TensorView<double>& lse, Index b, Index h, Index first, Index rows, double factor) {
     constexpr double largest = static_cast<double>(std::numeric_limits<Scalar>::max()) / 4;
+    const double unit = simd::kFusedMultiplyAdd ? 1 : factor, inverse = unit > 0 ? 1 / unit : 0;
     const double* const from = &lse(b, h, first, 0);
     const Index stride = lse.strides[2];
     for (Index i = 0; i < rows; ++i) {
       const double base2 = from[i * stride] * std::numbers::log2e;
-      const double whole = std::abs(base2) < largest ? base2 : 0;  // a query without keys: all its scores are hidden
-      lse_[i] = static_cast<Scalar>(whole);
-      lse_rest_[i] = static_cast<Scalar>(whole - static_cast<double>(lse_[i]));
+      // a query without keys: all its scores are hidden
+      const double whole = std::abs(base2) < largest ? base2 : 0, score = whole * inverse;
+      lse_[i] = std::abs(score) < largest ? static_cast<Scalar>(score) : Scalar(0);
+      lse_rest_[i] = static_cast<Scalar>(whole - static_cast<double>(lse_[i]) * unit);
+    }
+  }
+  /// forward did: weight = exp2((score - maximum)·factor) / sum
+  EIGEN_ALWAYS_INLINE static Packet weight(Packet score, Packet factor, Packet lse, Packet rest) {
+    if constexpr (simd::kFusedMultiplyAdd) {
+      return simd::exp2<Scalar>(simd::pmadd(score, factor, simd::psub(simd::broadcast(Scalar(0)), lse)), rest);
+    } else {
+      return simd::exp2<Scalar>(simd::psub(simd::pmul(simd::psub(score, lse), factor), rest));
     }
   }
 
@@ -388,13 +400,12 @@ class BackwardGroup {
                              __attribute__((always_inline)) { simd::store(weights + (row + r) * width + v * N, s); });
         });
     if (rules.scaled() || hides) rules.template apply<false>(tile_scores, run_, cap_slope_, buffer_);
-    // forward did: weight = exp2((score - maximum)·factor) / sum
     for (Index row = 0; row < rows; ++row) {
-      const Packet lse = simd::broadcast(-lse_[row]), rest = simd::broadcast(lse_rest_[row]);
+      const Packet lse = simd::broadcast(lse_[row]), rest = simd::broadcast(lse_rest_[row]);
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
         Scalar* const s = weights + row * width + v * N;
-        simd::store(s, simd::exp2<Scalar>(simd::pmadd(simd::load(s), factor, lse), rest));
+        simd::store(s, weight(simd::load(s), factor, lse, rest));
       }
     }
     const bool drops = rules.params().dropout.active();

@@ -35,6 +35,13 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> broadcast(Scalar x) {
   return Eigen::internal::pset1<Packet<Scalar>>(x);
 }
 
+/// Whether pmadd rounds once.
+#if defined(EIGEN_HAS_SINGLE_INSTRUCTION_MADD) || defined(EIGEN_VECTORIZE_FMA) || defined(EIGEN_VECTORIZE_AVX512)
+inline constexpr bool kFusedMultiplyAdd = true;
+#else
+inline constexpr bool kFusedMultiplyAdd = false;
+#endif
+
 using Eigen::internal::padd;
 using Eigen::internal::pmadd;  // a * b + c
 using Eigen::internal::pmax;   // a NaN in the first operand wins

@@ -269,6 +269,9 @@ TEST_CASE("bfloat16 of any length and head dim") {
   }
   check_bfloat16({.queries = 60, .keys = 70, .dim = 24, .value_dim = 72});
   check_bfloat16({.queries = 60, .keys = 70, .dim = 72, .value_dim = 24});
+  // Many tiles in a group, of head dims whose sum grows a lot when they are padded
+  check_bfloat16({.heads = 16, .queries = 300, .keys = 300, .dim = 100, .value_dim = 130});
+  check_accuracy({.heads = 16, .queries = 300, .keys = 300, .dim = 100, .value_dim = 130});
   for (const Index length : {16, 17, 31, 32, 33, 48, 49, 127, 128, 129, 160, 300}) {
     check_bfloat16({.queries = length, .keys = length, .dim = 20, .value_dim = 20});
     check_bfloat16({.queries = 50, .keys = length, .dim = 20, .value_dim = 20});

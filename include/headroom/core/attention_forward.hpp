@@ -23,6 +23,7 @@ class ForwardGroup {
     finite_values_ = scratch_.take<Scalar>(kKeys * value_dim);
     buffer_ =
         scratch_.take<Scalar>(std::max(ScoreRules<Scalar>::buffer_size(kKeys, kWidth), N * std::max(dim, value_dim)));
+    const Index tiles = LaneGroups<Scalar>::most(dim + value_dim);
     if (kPairs) {
       dim = padded(dim, kPairDepth), value_dim = padded(value_dim, kPairDepth);
       key_rows_ = scratch_.take<Eigen::bfloat16>(kKeyRows * dim);
@@ -31,7 +32,7 @@ class ForwardGroup {
       words_ = scratch_.take<Pair>(value_dim / 2 * kValueRows);
       weight_pairs_ = scratch_.take<Pair>(kKeys / 2 * kWidth);
     }
-    for (Index t = 0; t < LaneGroups<Scalar>::most(dim + value_dim); ++t) {
+    for (Index t = 0; t < tiles; ++t) {
       Tile& tile = tiles_[t];
       tile.query = scratch_.take<Scalar>(dim * kWidth);
       tile.output = scratch_.take<Scalar>(value_dim * kWidth);

@@ -61,7 +61,7 @@ class BackwardGroup {
   };
 
   BackwardGroup(std::byte* workspace, Index dim, Index value_dim, bool cap)
-      : padded_dim_((dim + N - 1) / N * N), scratch_(workspace) {
+      : padded_dim_(padded(dim, N)), scratch_(workspace) {
     weights_ = scratch_.take<Scalar>(kQueries * kWidth);
     grad_scores_ = scratch_.take<Scalar>(kQueries * kWidth);
     cap_slope_ = scratch_.take<Scalar>(cap ? kQueries * kWidth : 0);
@@ -305,12 +305,8 @@ class BackwardGroup {
     Eigen::bfloat16 *const key_rows = query_rows(), *const value_rows = grad_rows();  // [rows][padded D], for now
     std::fill_n(key_rows, rows * pair_dim_, Eigen::bfloat16(0));
     std::fill_n(value_rows, rows * pair_value_dim_, Eigen::bfloat16(0));
-    const auto sign = static_cast<float>(rules.sign());
-    copy_pair_rows(key_rows + skip * pair_dim_, count, pair_dim_, keys, read.begin, count, sign);
-    copy_pair_rows(value_rows + skip * pair_value_dim_, count, pair_value_dim_, values, read.begin, count, 1);
-    pair_lanes(tile.key_pairs(), width, key_rows, width, pair_dim_);
-    pair_lanes(tile.value_pairs(), width, value_rows, width, pair_value_dim_);
     copy_pair_rows(key_rows + skip * pair_dim_, count, pair_dim_, keys, read.begin, count, 1);
+    copy_pair_rows(value_rows + skip * pair_value_dim_, count, pair_value_dim_, values, read.begin, count, 1);
     Pair* const pairs = tile.row_pairs();
     for (Index j = 0; j < rows; j += 2) {
       for (Index d = 0; d < padded_dim_; ++d) {
@@ -321,6 +317,11 @@ class BackwardGroup {
         pairs[j / 2 * padded_dim_ + d] = bits(j) | bits(j + 1) << 16;
       }
     }
+    if (rules.sign() < 0) {
+      for (Index i = 0; i < rows * pair_dim_; ++i) key_rows[i] = -key_rows[i];
+    }
+    pair_lanes(tile.key_pairs(), width, key_rows, width, pair_dim_);
+    pair_lanes(tile.value_pairs(), width, value_rows, width, pair_value_dim_);
   }
 
   void close(const Tile& tile, const RowWriter<Scalar>& grad_k, const RowWriter<Scalar>& grad_v, double scale) {

@@ -50,10 +50,10 @@ class ForwardGroup {
     const LaneTiling<Scalar> tiling(x.q.length());
     const Index length = x.k.length();
     const AttentionParams& params = rules.params();
-    const RowReader<Scalar> queries(x.q.head(b, h, x.heads()), Rotation<Scalar>::of_queries(params)),
-        keys(x.k.head(b, h, x.heads()), Rotation<Scalar>::of_keys(params)), values(x.v.head(b, h, x.heads()));
     const StoredMatrix q_head = x.q.head(b, h, x.heads()), k_head = x.k.head(b, h, x.heads()),
                        v_head = x.v.head(b, h, x.heads());
+    const RowReader<Scalar> queries(q_head, Rotation<Scalar>::of_queries(params)),
+        keys(k_head, Rotation<Scalar>::of_keys(params)), values(v_head);
     in_pairs_ = kPairs && PairUnit::available() && !params.rotary && x.q.type == kStoredType<Eigen::bfloat16>;
     std::optional<PairUnit> unit;
     if (in_pairs_) unit.emplace();

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -252,6 +251,7 @@ EIGEN_ALWAYS_INLINE void store_pairs(Pair* to, simd::Packet<float> even, simd::P
 #endif
 }
 
+/// to [lanes] = the nearest bfloat16 of what a packet holds.
 EIGEN_ALWAYS_INLINE void store_rounded(Eigen::bfloat16* to, simd::Packet<float> x) {
 #ifdef __AVX512BF16__
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));

@@ -1,10 +1,12 @@
 # What this project's own tests, examples and benchmarks share; a project that uses the library sees none of it.
-if(NOT HEADROOM_BUILD_TESTS AND NOT HEADROOM_BUILD_EXAMPLES AND NOT HEADROOM_BUILD_BENCHMARKS)
+if(NOT HEADROOM_BUILD_TESTS AND NOT HEADROOM_BUILD_EXAMPLES AND NOT HEADROOM_BUILD_BENCHMARKS AND NOT HEADROOM_BUILD_PYTHON)
   return()
 endif()
 
 add_library(headroom_development INTERFACE)
-target_compile_options(headroom_development INTERFACE -Wall -Wextra)
+# -fPIC: programs and the shared library for Python have the precompiled header and the kernels in common. CMake's own
+# property would compile programs with -fPIE, and the compiler would pass the header over.
+target_compile_options(headroom_development INTERFACE -Wall -Wextra -fPIC)
 target_compile_definitions(headroom_development INTERFACE HEADROOM_SEPARATE_KERNELS)
 if(HEADROOM_NATIVE)
   target_compile_options(headroom_development INTERFACE -march=native)
@@ -45,9 +47,17 @@ target_link_libraries(headroom_kernels PRIVATE headroom_training headroom_develo
 target_compile_options(headroom_kernels PRIVATE -fpch-preprocess)
 target_precompile_headers(headroom_kernels REUSE_FROM headroom_pch)
 
-# headroom_add_torch_program(<name> <source>...): a program that uses LibTorch and the shared precompiled header
+# What uses LibTorch and the shared precompiled header: headroom_add_torch_program(<name> <source>...) and
+# headroom_add_torch_library(<name> <source>...), a shared one
 function(headroom_add_torch_program name)
   add_executable(${name} ${ARGN})
+  headroom_use_torch(${name})
+endfunction()
+function(headroom_add_torch_library name)
+  add_library(${name} SHARED ${ARGN})
+  headroom_use_torch(${name})
+endfunction()
+function(headroom_use_torch name)
   target_link_libraries(${name} PRIVATE headroom_training headroom_development headroom_kernels)
   target_compile_options(${name} PRIVATE -fpch-preprocess)
   target_precompile_headers(${name} REUSE_FROM headroom_pch)

@@ -4,6 +4,7 @@
 #include "headroom/attention/chunked.hpp"
 #include "headroom/attention/dropout.hpp"
 #include "headroom/attention/fused.hpp"
+#include "headroom/attention/linear.hpp"
 #include "headroom/attention/merge.hpp"
 #include "headroom/attention/options.hpp"
 #include "headroom/attention/packed.hpp"
@@ -11,3 +12,4 @@
 #include "headroom/attention/request.hpp"
 #include "headroom/attention/scores.hpp"
 #include "headroom/attention/tiled.hpp"
+#include "headroom/attention/weights.hpp"

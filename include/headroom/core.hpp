@@ -11,6 +11,7 @@
 #include "headroom/core/mask.hpp"
 #include "headroom/core/nsdr.hpp"
 #include "headroom/core/overlap_add.hpp"
+#include "headroom/core/pair_product.hpp"
 #include "headroom/core/register_tile.hpp"
 #include "headroom/core/rows.hpp"
 #include "headroom/core/score_rules.hpp"

@@ -194,3 +194,37 @@ TEST_CASE("second derivatives of chunked attention are refused, those of the ref
   };
   CHECK(largest(second - (at(q + step) - at(q - step)) / 2e-5) < 1e-8);
 }
+
+TEST_CASE("attention weights are the reference's, whole and as means, with gradients, for every request") {
+  torch::exp(
+      torch::ones({64}, torch::kDouble));  // several threads that make LibTorch's first at once get half the digits
+  for (const AttentionCase& request : attention_cases()) {
+    INFO(request.name);
+    AttentionOptions options = request.options;
+    options.dropout(0);
+    std::vector<Tensor> leaves{request.q.detach().requires_grad_(), request.k.detach().requires_grad_()};
+    for (std::optional<Tensor>* x :
+         {&options.bias(), &options.relative_bias(), &options.alibi_slopes(), &options.sink()}) {
+      if (x->has_value()) leaves.push_back(*(*x = (*x)->detach().requires_grad_()));
+    }
+    const Tensor &q = leaves[0], &k = leaves[1];
+    std::vector<int64_t> sizes = k.sizes().vec();
+    sizes.back() = k.size(-2);
+    const Tensor whole = attention(q, k, torch::eye(k.size(-2), torch::kDouble).expand(sizes),
+                                   AttentionOptions(options).backend(AttentionBackend::reference));
+    for (const bool mean : {false, true}) {
+      const Tensor ours = attention_weights(q, k, options, mean),
+                   expected = mean ? whole.sum(-3) / std::max<int64_t>(q.size(-3), 1) : whole;
+      REQUIRE(ours.sizes() == expected.sizes());
+      if (ours.numel() == 0) continue;
+      CHECK(largest(ours - expected) < 1e-12);
+      const Tensor grad = torch::cos(torch::arange(ours.numel(), torch::kDouble) * 1.7).view(ours.sizes());
+      const auto our_grads = torch::autograd::grad({ours}, leaves, {grad}),
+                 expected_grads = torch::autograd::grad({expected}, leaves, {grad}, /*retain_graph=*/true);
+      for (size_t i = 0; i < leaves.size(); ++i) {
+        CAPTURE(i);
+        CHECK(largest(our_grads[i] - expected_grads[i]) < 1e-11);
+      }
+    }
+  }
+}

@@ -170,6 +170,30 @@ TEST_CASE("dropout keeps the share it should, by the generator's seed") {
   }
 }
 
+TEST_CASE("a seed is used as it is, and the generator left alone") {
+  const Tensor x = torch::randn({1, 2, 9, 4}, torch::kDouble);
+  const auto run = [&](uint64_t seed) { return attention(x, x, x, AttentionOptions().dropout(0.5).seed(seed)); };
+  torch::manual_seed(5);
+  const Tensor expected = torch::rand({3});
+  torch::manual_seed(5);
+  const Tensor first = run(7);
+  CHECK(torch::equal(torch::rand({3}), expected));
+  CHECK(torch::equal(run(7), first));
+  CHECK_FALSE(torch::equal(run(8), first));
+  CHECK_FALSE(torch::equal(run(uint64_t{7} << 32), first));
+}
+
+TEST_CASE("backends have names") {
+  for (const auto name : kAttentionBackendNames) {
+    std::ostringstream printed;
+    printed << attention_backend(name);
+    CHECK(printed.str() == name);
+  }
+  const Error error = error_of([] { attention_backend("flash"); });
+  CHECK(error.id() == "headroom.attention.backend_name");
+  CHECK(contains(error.what(), "\"flash\"; expected one of automatic, tiled, fused, chunked, reference"));
+}
+
 TEST_CASE("without dropout the generator is left alone") {
   torch::manual_seed(3);
   const Tensor expected = torch::rand({4});

@@ -9,6 +9,7 @@ from pathlib import Path
 
 # Headers that a program includes by itself, each for the reason given.
 OPT_IN = {
+    "attention/register_ops.hpp": "registers operators when it is included: for one unit of a program",
     "audio/file.hpp": "needs libsndfile, which headroom::headroom does not link",
     "audio/separator.hpp": "reads and writes audio files",
 }

@@ -205,13 +205,7 @@ struct TiledBackend {
                             empty_in_order_of(v, v.sizes(), v.options())};
     const TiledParamGradients sums(q, request, wanted);
     tiled_attention_backward(grad_output, grad_lse, q, k, v, forward, request, grad, sums);
-    const auto like = [](const torch::Tensor& sum, const torch::Tensor& x) {
-      return sum.defined() ? sum.to(x.scalar_type()) : sum;
-    };
-    grad.bias = like(sums.bias, request.bias);
-    grad.relative_bias = like(sums.relative_bias, request.relative_bias);
-    grad.alibi_slopes = like(sums.slopes, request.alibi_slopes);
-    grad.sink = like(sums.sink, request.sink);
+    sums.store(grad, request);
     return grad;
   }
 };
@@ -223,32 +217,31 @@ inline torch::Tensor with_batch_of(const torch::Tensor& q, const torch::Tensor& 
   return x.expand(sizes);
 }
 
-/// The log-sum-exp may be undefined unless wanted.
-inline AttentionResult run_attention(const torch::Tensor& given_q, const torch::Tensor& given_k,
-                                     const torch::Tensor& given_v, const AttentionOptions& options, bool with_lse) {
+/// The log-sum-exp is in double; it may be undefined unless wanted.
+inline AttentionForward run_backend(const torch::Tensor& given_q, const torch::Tensor& given_k,
+                                    const torch::Tensor& given_v, const AttentionOptions& options, bool with_lse) {
   const auto request = AttentionRequest::check(given_q, given_k, given_v, options);
   // The imaginary part of a conjugate has its minus sign beside its memory
   const torch::Tensor q = given_q.resolve_neg(), k = given_k.resolve_neg(), v = given_v.resolve_neg();
-  AttentionForward result;
   switch (resolve_backend(q, request, options.backend())) {
     case AttentionBackend::tiled:
       // The kernel steps through one batch dimension: with more, keys that batches share are expanded, not copied.
-      result = q.dim() <= 4
-                   ? AttentionFunction<TiledBackend>::run(q, k, v, request)
-                   : AttentionFunction<TiledBackend>::run(q, with_batch_of(q, k), with_batch_of(q, v), request);
-      break;
+      return q.dim() <= 4 ? AttentionFunction<TiledBackend>::run(q, k, v, request)
+                          : AttentionFunction<TiledBackend>::run(q, with_batch_of(q, k), with_batch_of(q, v), request);
     case AttentionBackend::fused:
-      result = AttentionFunction<FusedBackend>::run(q, with_batch_of(q, k), with_batch_of(q, v), request);
-      break;
+      return AttentionFunction<FusedBackend>::run(q, with_batch_of(q, k), with_batch_of(q, v), request);
     case AttentionBackend::chunked:
-      result = AttentionFunction<ChunkedBackend>::run(q, k, v, request);
-      break;
+      return AttentionFunction<ChunkedBackend>::run(q, k, v, request);
     default:
-      result = reference_attention(q, k, v, request, with_lse);
+      return reference_attention(q, k, v, request, with_lse);
   }
-  const bool is_double = q.scalar_type() == torch::kDouble;
-  return {result.output.to(q.scalar_type()),
-          with_lse ? result.lse.to(is_double ? torch::kDouble : torch::kFloat) : torch::Tensor()};
+}
+
+/// The log-sum-exp is undefined unless wanted.
+inline AttentionResult run_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                     const AttentionOptions& options, bool with_lse) {
+  const AttentionForward result = run_backend(q, k, v, options, with_lse);
+  return {result.output.to(q.scalar_type()), with_lse ? result.lse.to(compute_type(q)) : torch::Tensor()};
 }
 
 }  // namespace detail

@@ -61,45 +61,80 @@ class ChunkedAttention {
   AttentionGradients backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
                               const AttentionForward& forward, const std::array<bool, 7>& wanted) {
     if (terms_.hides()) bad_queries_ = either(bad_queries_, rows_not_finite(grad_output));
-    const auto zeros = [&](bool wanted, const torch::Tensor& x, torch::ScalarType dtype) {
-      return wanted ? torch::zeros_like(x, x.options().dtype(dtype)) : torch::Tensor();
-    };
-    // Sums over many tiles are kept in the dtype of computation, small ones in double
-    AttentionGradients grad{wanted[0] ? empty_in_order_of(q_, q_.sizes(), q_.options()) : torch::Tensor(),
-                            zeros(wanted[1], k_, dtype_),
-                            zeros(wanted[2], v_, dtype_),
-                            zeros(wanted[3], request_.bias, dtype_),
-                            zeros(wanted[4], request_.relative_bias, torch::kDouble),
-                            zeros(wanted[5], request_.alibi_slopes, torch::kDouble),
-                            zeros(wanted[6], request_.sink, torch::kDouble)};
+    AttentionGradients grad = empty_gradients(wanted);
     // Derivative of the loss by log-sum-exp and by output: both change what is subtracted from each row of dP
     torch::Tensor delta = (grad_output.to(dtype_) * forward.output.to(dtype_)).sum(-1);  // [...,H,Lq]
-    const torch::Tensor dead = forward.lse == -kInfinity;
-    if (grad_lse.defined()) delta = delta - grad_lse.to(dtype_).masked_fill(dead, 0);
-    if (wanted[6]) {
-      const torch::Tensor weights =
-          torch::exp(request_.sink.to(torch::kDouble).unsqueeze(-1) - forward.lse.masked_fill(dead, kInfinity));
-      grad.sink.sub_((weights * delta).sum_to_size(at::IntArrayRef({request_.heads(), 1})).squeeze(-1));
-    }
-    // lse in two parts that the dtype of computation holds exactly
-    const torch::Tensor whole_lse = forward.lse.masked_fill(dead, 0);
-    const torch::Tensor lse = whole_lse.to(dtype_), lse_rest = (whole_lse - lse).to(dtype_);
+    if (grad_lse.defined()) delta = delta - grad_lse.to(dtype_).masked_fill(forward.lse == -kInfinity, 0);
+    add_sink(grad.sink, delta, forward.lse);
+    const SplitLse lse(forward.lse, dtype_);
     for_each_block([&](const HeadBlock& block, const HeadBlock& kv_block) {
-      const Rows rows{block_of(grad_output, block, 2), block_of(delta, block, 1), block_of(lse, block, 1),
-                      block_of(lse_rest, block, 1)};
-      const AttentionGradients part{
-          block_of(grad.q, block, 2),    block_of(grad.k, kv_block, 2),          block_of(grad.v, kv_block, 2),
-          block_of(grad.bias, block, 2), block_of(grad.relative_bias, block, 1), block_of(grad.alibi_slopes, block, 1)};
+      const Rows rows{block_of(grad_output, block, 2), block_of(delta, block, 1), lse.of(block)};
+      const AttentionGradients part = gradients_at(grad, block, kv_block);
       const Block inputs = block_at(block, kv_block);
       for_each_query_chunk([&](int64_t first, int64_t last) { backward_queries(inputs, first, last, rows, part); });
     });
-    const auto as_given = [](torch::Tensor& x, const torch::Tensor& given) {
-      if (x.defined()) x = x.to(given.scalar_type());
-    };
-    as_given(grad.k, k_), as_given(grad.v, v_), as_given(grad.bias, request_.bias);
-    as_given(grad.relative_bias, request_.relative_bias), as_given(grad.alibi_slopes, request_.alibi_slopes);
-    as_given(grad.sink, request_.sink);
-    return grad;
+    return as_given(std::move(grad));
+  }
+
+  /// The weights before dropout [..., H, Lq, Lk], or their mean over the heads [..., 1, Lq, Lk].
+  torch::Tensor weights(const torch::Tensor& whole_lse, bool mean_over_heads) const {
+    std::vector<int64_t> shape = request_.score_sizes;
+    if (mean_over_heads) shape.end()[-3] = 1;
+    const torch::Tensor all = torch::zeros(shape, q_.options().dtype(dtype_));
+    const SplitLse lse(whole_lse, dtype_);
+    for_each_block([&](const HeadBlock& block, const HeadBlock& kv_block) {
+      const Block inputs = block_at(block, kv_block);
+      const SplitLse rows = lse.of(block);
+      const torch::Tensor target = block_of(all, block, 2);
+      for_each_query_chunk([&](int64_t first, int64_t last) {
+        const torch::Tensor q = queries(inputs, first, last);
+        for_each_tile(inputs, first, last, [&](const ScoreTile& tile) {
+          Scores s = scores(inputs, q, keys(inputs, tile), tile);
+          const torch::Tensor part = ScoreTerms::narrow_scores(target, tile);
+          part.add_(take_weights(s, rows, tile).sum_to_size(part.sizes()));
+        });
+      });
+    });
+    return mean_over_heads ? all.div_(std::max<int64_t>(request_.heads(), 1)) : all;
+  }
+
+  /// Gradients of all but v by the gradient of weights(…), of that shape.
+  AttentionGradients weights_backward(const torch::Tensor& grad_weights, const torch::Tensor& whole_lse,
+                                      std::array<bool, 7> wanted) const {
+    wanted[2] = false;
+    AttentionGradients grad = empty_gradients(wanted);
+    const double share = grad_weights.size(-3) < request_.heads() ? 1.0 / static_cast<double>(request_.heads()) : 1.0;
+    const SplitLse lse(whole_lse, dtype_);
+    const torch::Tensor delta = torch::empty(whole_lse.sizes(), whole_lse.options().dtype(dtype_));
+    for_each_block([&](const HeadBlock& block, const HeadBlock& kv_block) {
+      const Block inputs = block_at(block, kv_block);
+      const SplitLse rows = lse.of(block);
+      const AttentionGradients part = gradients_at(grad, block, kv_block);
+      const torch::Tensor grad_block = block_of(grad_weights, block, 2), delta_block = block_of(delta, block, 1);
+      const auto grad_of = [&](const ScoreTile& tile) {
+        return ScoreTerms::narrow_scores(grad_block, tile).to(dtype_) * share;
+      };
+      for_each_query_chunk([&](int64_t first, int64_t last) {
+        const torch::Tensor q = queries(inputs, first, last);
+        // The gradient of a score, P·(dP - sum of P·dP over the row), needs the whole row first
+        const torch::Tensor sums = delta_block.slice(2, first, last).zero_();
+        for_each_tile(inputs, first, last, [&](const ScoreTile& tile) {
+          Scores s = scores(inputs, q, keys(inputs, tile), tile);
+          sums.add_((take_weights(s, rows, tile) * grad_of(tile)).sum(-1));
+        });
+        torch::Tensor grad_q;
+        if (part.q.defined()) grad_q = torch::zeros_like(q);
+        for_each_tile(inputs, first, last, [&](const ScoreTile& tile) {
+          const torch::Tensor k = keys(inputs, tile);
+          Scores s = scores(inputs, q, k, tile);
+          const torch::Tensor weights = take_weights(s, rows, tile);
+          add_score_gradients(inputs, tile, s, (grad_of(tile) - sums.unsqueeze(-1)).mul_(weights), q, k, grad_q, part);
+        });
+        store_grad_q(part.q, grad_q, first, last);
+      });
+    });
+    add_sink(grad.sink, delta, whole_lse);
+    return as_given(std::move(grad));
   }
 
  private:
@@ -112,10 +147,59 @@ class ChunkedAttention {
     torch::Tensor bad_queries, bad_keys;  // [b,h,Lq], [b or 1,hk,Lk]
     ScoreTerms terms;
   };
+  /// The log-sum-exp in two parts that the dtype of computation holds exactly; 0 for a query without keys.
+  struct SplitLse {
+    torch::Tensor high, low;  // [...,H,Lq]
+    SplitLse(torch::Tensor high, torch::Tensor low) : high(std::move(high)), low(std::move(low)) {}
+    SplitLse(const torch::Tensor& lse, torch::ScalarType dtype) {
+      const torch::Tensor whole = lse.masked_fill(lse == -kInfinity, 0);
+      high = whole.to(dtype);
+      low = (whole - high).to(dtype);
+    }
+    SplitLse of(const HeadBlock& block) const { return {block_of(high, block, 1), block_of(low, block, 1)}; }
+  };
   /// What the backward pass knows of each query.
   struct Rows {
-    torch::Tensor grad_output, delta, lse, lse_rest;
+    torch::Tensor grad_output, delta;
+    SplitLse lse;
   };
+
+  /// Sums over many tiles are kept in the dtype of computation, small ones in double. The gradient of q is written, the
+  /// others are added to.
+  AttentionGradients empty_gradients(const std::array<bool, 7>& wanted) const {
+    const auto zeros = [](bool wanted, const torch::Tensor& x, torch::ScalarType dtype) {
+      return wanted ? torch::zeros_like(x, x.options().dtype(dtype)) : torch::Tensor();
+    };
+    return {wanted[0] ? empty_in_order_of(q_, q_.sizes(), q_.options()) : torch::Tensor(),
+            zeros(wanted[1], k_, dtype_),
+            zeros(wanted[2], v_, dtype_),
+            zeros(wanted[3], request_.bias, dtype_),
+            zeros(wanted[4], request_.relative_bias, torch::kDouble),
+            zeros(wanted[5], request_.alibi_slopes, torch::kDouble),
+            zeros(wanted[6], request_.sink, torch::kDouble)};
+  }
+  static AttentionGradients gradients_at(const AttentionGradients& grad, const HeadBlock& block,
+                                         const HeadBlock& kv_block) {
+    return {
+        block_of(grad.q, block, 2),    block_of(grad.k, kv_block, 2),          block_of(grad.v, kv_block, 2),
+        block_of(grad.bias, block, 2), block_of(grad.relative_bias, block, 1), block_of(grad.alibi_slopes, block, 1)};
+  }
+  AttentionGradients as_given(AttentionGradients grad) const {
+    const auto convert = [](torch::Tensor& x, const torch::Tensor& given) {
+      if (x.defined()) x = x.to(given.scalar_type());
+    };
+    convert(grad.k, k_), convert(grad.v, v_), convert(grad.bias, request_.bias);
+    convert(grad.relative_bias, request_.relative_bias), convert(grad.alibi_slopes, request_.alibi_slopes);
+    convert(grad.sink, request_.sink);
+    return grad;
+  }
+  /// `delta` is what is subtracted from each row of dP: the sink has a score and no value, so its dP is 0.
+  void add_sink(const torch::Tensor& grad_sink, const torch::Tensor& delta, const torch::Tensor& lse) const {
+    if (!grad_sink.defined()) return;
+    const torch::Tensor weights =
+        torch::exp(request_.sink.to(torch::kDouble).unsqueeze(-1) - lse.masked_fill(lse == -kInfinity, kInfinity));
+    grad_sink.sub_((weights * delta).sum_to_size(at::IntArrayRef({request_.heads(), 1})).squeeze(-1));
+  }
 
   Block block_at(const HeadBlock& block, const HeadBlock& kv_block) const {
     return {block_of(q_, block, 2),           block_of(k_, kv_block, 2),        block_of(v_, kv_block, 2),
@@ -147,10 +231,14 @@ class ChunkedAttention {
 
   /// Query heads that share a head of k are rows of one matrix: [b,h,L,D] <-> [b,hk,h/hk·L,D].
   torch::Tensor folded(const torch::Tensor& x) const {
-    return request_.group() == 1 ? x : x.reshape({x.size(0), x.size(1) / request_.group(), -1, x.size(3)});
+    return request_.group() == 1
+               ? x
+               : x.reshape({x.size(0), x.size(1) / request_.group(), x.size(2) * request_.group(), x.size(3)});
   }
   torch::Tensor unfolded(const torch::Tensor& x) const {
-    return request_.group() == 1 ? x : x.reshape({x.size(0), x.size(1) * request_.group(), -1, x.size(3)});
+    return request_.group() == 1
+               ? x
+               : x.reshape({x.size(0), x.size(1) * request_.group(), x.size(2) / request_.group(), x.size(3)});
   }
 
   static torch::Tensor rows_of(const torch::Tensor& x, int64_t dim, int64_t first, int64_t last) {
@@ -232,18 +320,15 @@ class ChunkedAttention {
   void backward_queries(const Block& block, int64_t first, int64_t last, const Rows& rows,
                         const AttentionGradients& grad) const {
     const torch::Tensor q = queries(block, first, last);
-    const auto column = [&](const torch::Tensor& x) { return x.slice(2, first, last).unsqueeze(-1); };
     const torch::Tensor grad_output = folded(
         without_rows(rows_of(rows.grad_output, 2, first, last).to(dtype_), rows_of(block.bad_queries, 2, first, last)));
-    const torch::Tensor delta = column(rows.delta), lse = column(rows.lse), lse_rest = column(rows.lse_rest);
+    const torch::Tensor delta = rows.delta.slice(2, first, last).unsqueeze(-1);
     torch::Tensor grad_q;
     if (grad.q.defined()) grad_q = torch::zeros_like(q);
     for_each_tile(block, first, last, [&](const ScoreTile& tile) {
       const torch::Tensor k = keys(block, tile), v = key_part(block.v, block, tile);
       Scores s = scores(block, q, k, tile);
-      torch::Tensor weights = s.all.sub_(lse).sub_(lse_rest).exp_();
-      s.all.reset();
-      if (s.hidden.defined()) weights.masked_fill_(s.hidden, 0);
+      torch::Tensor weights = take_weights(s, rows.lse, tile);
       torch::Tensor grad_scores = unfolded(torch::matmul(grad_output, v.transpose(-2, -1)));  // of the weights, so far
       torch::Tensor dropped = weights;
       if (request_.dropout.active()) {
@@ -256,25 +341,48 @@ class ChunkedAttention {
       }
       dropped.reset();
       grad_scores.sub_(delta).mul_(weights);
-      if (s.hidden.defined()) grad_scores.masked_fill_(s.hidden, 0);  // of a row that is NaN
       weights.reset();
-      add_terms(block.terms, tile, grad_scores, grad);
-      if (request_.softcap > 0) grad_scores.mul_(s.capped.div_(request_.softcap).square_().neg_().add_(1));
-      if (grad.q.defined()) grad_q.add_(torch::matmul(folded(grad_scores), k));
-      if (grad.k.defined()) {
-        torch::Tensor grad_k = torch::matmul(grad_scores.transpose(-2, -1), unfolded(q));
-        if (request_.rotary.defined()) {
-          grad_k = rotated(grad_k, request_.rotary.conj(), rows_of(key_rows_, 0, tile.first_key, tile.end_key));
-        }
-        add_keys(grad.k, tile, grad_k);
-      }
+      add_score_gradients(block, tile, s, grad_scores, q, k, grad_q, grad);
     });
-    if (!grad.q.defined()) return;
+    store_grad_q(grad.q, grad_q, first, last);
+  }
+
+  /// exp(scores - lse), 0 where hidden, in the memory of s.all.
+  static torch::Tensor take_weights(Scores& s, const SplitLse& lse, const ScoreTile& tile) {
+    const auto column = [&](const torch::Tensor& x) {
+      return x.slice(2, tile.first_query, tile.end_query).unsqueeze(-1);
+    };
+    torch::Tensor weights = std::exchange(s.all, {}).sub_(column(lse.high)).sub_(column(lse.low)).exp_();
+    if (s.hidden.defined()) weights.masked_fill_(s.hidden, 0);
+    return weights;
+  }
+
+  /// From the gradient of a tile's scores, which is written over, to those of what is added to them and of k, and to
+  /// that of the rotated and scaled q, `grad_q` (undefined: not wanted). `s.capped` is written over.
+  void add_score_gradients(const Block& block, const ScoreTile& tile, const Scores& s, torch::Tensor grad_scores,
+                           const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& grad_q,
+                           const AttentionGradients& grad) const {
+    if (s.hidden.defined()) grad_scores.masked_fill_(s.hidden, 0);  // of a row that is NaN
+    add_terms(block.terms, tile, grad_scores, grad);
+    if (request_.softcap > 0) grad_scores.mul_(s.capped.div_(request_.softcap).square_().neg_().add_(1));
+    if (grad_q.defined()) grad_q.add_(torch::matmul(folded(grad_scores), k));
+    if (grad.k.defined()) {
+      torch::Tensor grad_k = torch::matmul(grad_scores.transpose(-2, -1), unfolded(q));
+      if (request_.rotary.defined()) {
+        grad_k = rotated(grad_k, request_.rotary.conj(), rows_of(key_rows_, 0, tile.first_key, tile.end_key));
+      }
+      add_keys(grad.k, tile, grad_k);
+    }
+  }
+
+  /// Turns the gradient of the rotated and scaled queries into that of q.
+  void store_grad_q(const torch::Tensor& target, torch::Tensor grad_q, int64_t first, int64_t last) const {
+    if (!target.defined()) return;
     grad_q = unfolded(grad_q).mul_(request_.scale);
     if (request_.rotary.defined()) {
       grad_q = rotated(grad_q, request_.rotary.conj(), rows_of(query_rows_, 0, first, last));
     }
-    grad.q.slice(2, first, last).copy_(grad_q);
+    target.slice(2, first, last).copy_(grad_q);
   }
 
   /// Adds x [b,h,keys,D] to rows of the gradient of k or v, whose heads are shared and whose batch may broadcast. Heads

@@ -4,9 +4,14 @@
 #include <torch/arg.h>
 #include <torch/types.h>
 
+#include <algorithm>
+#include <iterator>
 #include <optional>
 #include <ostream>
+#include <string>
 #include <string_view>
+
+#include "headroom/core/error.hpp"
 
 namespace headroom::inline v0 {
 
@@ -23,6 +28,18 @@ inline constexpr std::string_view kAttentionBackendNames[] = {"automatic", "tile
 
 inline std::ostream& operator<<(std::ostream& out, AttentionBackend backend) {
   return out << kAttentionBackendNames[static_cast<int>(backend)];
+}
+
+/// The backend of a name. Throws headroom.attention.backend_name.
+inline AttentionBackend attention_backend(std::string_view name) {
+  const auto& names = kAttentionBackendNames;
+  const auto found = std::ranges::find(names, name);
+  if (found == std::end(names)) {
+    std::string listed;
+    for (const std::string_view known : names) listed.append(listed.empty() ? "" : ", ").append(known);
+    fail("headroom.attention.backend_name", "there is no backend \"", name, "\"; expected one of ", listed);
+  }
+  return static_cast<AttentionBackend>(found - std::begin(names));
 }
 
 /// Sliding window around a query's position; negative: unlimited on that side.
@@ -79,6 +96,8 @@ struct AttentionOptions {
   TORCH_ARG(double, dropout) = 0.0;
   /// Where dropout's seed is drawn from; LibTorch's default CPU generator unless given.
   TORCH_ARG(std::optional<at::Generator>, generator) = std::nullopt;
+  /// Dropout's seed itself: the same weights are dropped whenever it is the same. No generator is asked then.
+  TORCH_ARG(std::optional<uint64_t>, seed) = std::nullopt;
 
   TORCH_ARG(AttentionBackend, backend) = AttentionBackend::automatic;
 };

@@ -19,43 +19,59 @@ inline void rotate_packed(const torch::Tensor& packed, const torch::Tensor& rota
   torch::view_as_complex(qk.unflatten(-1, {-1, 2})).mul_(rotation);
 }
 
-inline torch::Tensor packed_attention_backward(const torch::Tensor& grad_output, const torch::Tensor& packed,
-                                               const torch::Tensor& output, const torch::Tensor& lse,
-                                               const std::optional<torch::Tensor>& rotation, int64_t axis,
-                                               const AttentionRequest& request) {
-  const torch::Tensor grad = torch::empty_like(packed);
-  const auto [q, k, v] = unpack_views(packed, axis);
-  const auto [grad_q, grad_k, grad_v] = unpack_views(grad, axis);
-  tiled_attention_backward(grad_output.resolve_neg().movedim(axis, -2), {}, q, k, v, {output, lse}, request,
-                           {grad_q, grad_k, grad_v}, TiledParamGradients(q, request, {}));
-  if (rotation.has_value()) rotate_packed(grad, rotation->conj());
-  return grad;
-}
-
 /// Self-attention over one projection that holds q, k and v: nothing is copied on the way in, and the gradient is
-/// written where the projection's backward wants it. `packed` is rotated in place, so it must not be used elsewhere.
+/// written where the projection's backward wants it. `packed` is rotated in place, so with a rotation it must not be
+/// used elsewhere.
 struct PackedAttention : torch::autograd::Function<PackedAttention> {
-  static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& packed,
-                               const std::optional<torch::Tensor>& rotation, int64_t axis,
-                               const AttentionRequest& request) {
+  using Optional = std::optional<torch::Tensor>;
+
+  static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& packed, const Optional&,
+                               const Optional&, const Optional&, const Optional&, const Optional& rotation,
+                               int64_t axis, AttentionRequest request) {
     if (rotation.has_value()) rotate_packed(packed, *rotation);
     const auto [q, k, v] = unpack_views(packed, axis);
     const AttentionForward result = tiled_attention(q, k, v, request);
-    ctx->save_for_backward({packed, result.output, result.lse, rotation.value_or(torch::Tensor())});
+    torch::autograd::variable_list saved{packed, result.output, result.lse, rotation.value_or(torch::Tensor())};
+    for (const torch::Tensor* x : request.tensors()) saved.push_back(*x);
+    ctx->save_for_backward(std::move(saved));
     ctx->saved_data["axis"] = axis;
     save_request(ctx, request);
     return result.output.movedim(-2, axis);
   }
+
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list grad) {
+                                                 torch::autograd::variable_list grad_output) {
     const auto saved = ctx->get_saved_variables();
-    const auto rotation = saved[3].defined() ? std::optional(saved[3]) : std::nullopt;
-    auto grads = first_derivatives({grad[0], saved[0]}, [&]() -> torch::autograd::variable_list {
-      return {packed_attention_backward(grad[0], saved[0], saved[1], saved[2], rotation,
-                                        ctx->saved_data["axis"].toInt(), saved_request(ctx, {}))};
+    const torch::Tensor &packed = saved[0], &output = saved[1], &lse = saved[2], &rotation = saved[3];
+    const int64_t axis = ctx->saved_data["axis"].toInt();
+    const AttentionRequest request = saved_request(ctx, at::TensorList(saved).slice(4));
+    std::array<bool, 7> wanted{};  // of q, k and v there is only the whole
+    torch::autograd::variable_list inputs{grad_output[0], packed};
+    for (size_t i = 3, edge = 1; i < wanted.size(); ++i) {
+      inputs.push_back(saved[i + 1]);
+      wanted[i] = saved[i + 1].defined() && ctx->needs_input_grad(edge++);
+    }
+    auto grads = first_derivatives(inputs, [&]() -> torch::autograd::variable_list {
+      const torch::Tensor grad_packed = torch::empty_like(packed);
+      const auto [q, k, v] = unpack_views(packed, axis);
+      const auto [grad_q, grad_k, grad_v] = unpack_views(grad_packed, axis);
+      const TiledParamGradients sums(q, request, wanted);
+      AttentionGradients grad{grad_q, grad_k, grad_v};
+      tiled_attention_backward(grad_output[0].resolve_neg().movedim(axis, -2), {}, q, k, v, {output, lse}, request,
+                               grad, sums);
+      if (rotation.defined()) rotate_packed(grad_packed, rotation.conj());
+      sums.store(grad, request);
+      return {grad_packed, grad.bias, grad.relative_bias, grad.alibi_slopes, grad.sink};
     });
-    grads.resize(4);  // only packed has a gradient
+    grads.resize(8);  // rotation, axis and request have no gradient
     return grads;
+  }
+
+  static torch::Tensor run(const torch::Tensor& packed, const Optional& rotation, int64_t axis,
+                           const AttentionRequest& request) {
+    const auto given = [](const torch::Tensor& x) { return x.defined() ? Optional(x) : std::nullopt; };
+    return apply(packed, given(request.bias), given(request.relative_bias), given(request.alibi_slopes),
+                 given(request.sink), rotation, axis, AttentionRequest(request));
   }
 };
 
@@ -66,7 +82,7 @@ inline torch::Tensor packed_attention(const torch::Tensor& packed, const std::op
     const auto [q, k, v] = unpack_views(packed, axis);
     const auto request = AttentionRequest::check(q, k, v, options);
     if (resolve_backend(q, request, options.backend()) == AttentionBackend::tiled) {
-      return PackedAttention::apply(packed, rotation, axis, request);
+      return PackedAttention::run(packed, rotation, axis, request);
     }
   }
   torch::Tensor rotated = packed;

@@ -85,6 +85,22 @@ struct RotaryRows {
 
 // ---- checks ----
 
+/// Fails unless the probability is in [0, 1); draws the seed if it is not 0 and the seed is not given.
+inline core::Dropout checked_dropout(double probability, const std::optional<uint64_t>& seed,
+                                     const std::optional<at::Generator>& from) {
+  require(probability >= 0 && probability < 1, "headroom.attention.dropout", "dropout is ", probability,
+          ", expected a probability in [0, 1)");
+  core::Dropout dropout{.probability = probability};
+  if (dropout.active() && seed.has_value()) dropout.seed = *seed;
+  if (!dropout.active() || seed.has_value()) return dropout;
+  at::Generator generator = from.value_or(at::detail::getDefaultCPUGenerator());
+  require(generator.defined() && generator.device().is_cpu(), "headroom.attention.dropout",
+          "the generator is undefined or not on the CPU; give a CPU generator, it only draws a seed");
+  const std::scoped_lock lock(generator.mutex());
+  dropout.seed = at::check_generator<at::CPUGeneratorImpl>(generator)->random64();
+  return dropout;
+}
+
 /// Collects what a check of one option prints: `require_option(holds, "mask", "has shape ", …)` fails with the id
 /// headroom.attention.mask.
 class AttentionChecks {
@@ -305,17 +321,7 @@ class AttentionChecks {
     }
   }
 
-  void dropout() {
-    request_.dropout.probability = options_.dropout();
-    require(options_.dropout() >= 0 && options_.dropout() < 1, "headroom.attention.dropout", "dropout is ",
-            options_.dropout(), ", expected a probability in [0, 1)");
-    if (!request_.dropout.active()) return;
-    at::Generator generator = options_.generator().value_or(at::detail::getDefaultCPUGenerator());
-    require(generator.defined() && generator.device().is_cpu(), "headroom.attention.dropout",
-            "the generator is undefined or not on the CPU; give a CPU generator, it only draws a seed");
-    const std::scoped_lock lock(generator.mutex());
-    request_.dropout.seed = at::check_generator<at::CPUGeneratorImpl>(generator)->random64();
-  }
+  void dropout() { request_.dropout = checked_dropout(options_.dropout(), options_.seed(), options_.generator()); }
 
   const torch::Tensor &q_, &k_, &v_;
   const AttentionOptions& options_;

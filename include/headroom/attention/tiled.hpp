@@ -51,16 +51,22 @@ struct TorchExecutor {
 
 /// An uninitialised tensor of shape `sizes` whose dimensions lie in memory in the order of those of `like`, without
 /// gaps: the output of attention over a permuted view can be permuted back and reshaped for free.
-inline torch::Tensor empty_in_order_of(const torch::Tensor& like, at::IntArrayRef sizes,
+inline torch::Tensor empty_in_order_of(const torch::Tensor& like, c10::SymIntArrayRef sizes,
                                        const torch::TensorOptions& options) {
-  std::vector<int64_t> order(like.dim()), place(like.dim()), ordered_sizes;
+  const c10::SymIntArrayRef strides = like.sym_strides();
+  std::vector<int64_t> order(like.dim()), place(like.dim());
+  std::vector<c10::SymInt> ordered_sizes;
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return like.stride(a) > like.stride(b); });
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
   for (size_t i = 0; i < order.size(); ++i) {
     ordered_sizes.push_back(sizes[order[i]]);
     place[order[i]] = static_cast<int64_t>(i);
   }
-  return torch::empty(ordered_sizes, options).permute(place);
+  return at::empty_symint(ordered_sizes, options).permute(place);
+}
+inline torch::Tensor empty_in_order_of(const torch::Tensor& like, at::IntArrayRef sizes,
+                                       const torch::TensorOptions& options) {
+  return empty_in_order_of(like, c10::SymIntArrayRef(c10::fromIntArrayRefSlow(sizes)), options);
 }
 
 /// Calls f(4-D parts, first flat batch index) for tensors [..., *, *, *] of equal batch dimensions; undefined ones stay
@@ -219,6 +225,17 @@ struct TiledParamGradients {
     relative_bias = zeros(wanted[4], request.relative_bias, torch::kDouble);
     slopes = zeros(wanted[5], request.alibi_slopes, torch::kDouble);
     sink = zeros(wanted[6], request.sink, torch::kDouble);
+  }
+
+  /// As gradients, in the dtypes of what they belong to.
+  void store(AttentionGradients& grad, const AttentionRequest& request) const {
+    const auto like = [](const torch::Tensor& sum, const torch::Tensor& x) {
+      return sum.defined() ? sum.to(x.scalar_type()) : sum;
+    };
+    grad.bias = like(bias, request.bias);
+    grad.relative_bias = like(relative_bias, request.relative_bias);
+    grad.alibi_slopes = like(slopes, request.alibi_slopes);
+    grad.sink = like(sink, request.sink);
   }
 };
 

@@ -148,8 +148,7 @@ class BackwardGroup {
     const auto turn = Rotation<Scalar>::of_keys(rules.params());
     const StoredMatrix keys = x.k.head(b0, h0, x.heads()), values = x.v.head(b0, h0, x.heads());
     const KeyRange seen = seen_keys(x, rules, members);
-    in_pairs_ = kPairs && PairUnit::available() && !turn && has_pair_rows(keys) && has_pair_rows(values) &&
-                has_pair_rows(x.q.head(b0, h0, x.heads())) && has_pair_rows(x.grad_output.head(b0, h0, x.heads()));
+    in_pairs_ = kPairs && PairUnit::available() && !turn && x.q.type == kStoredType<Eigen::bfloat16>;
     std::optional<PairUnit> unit;
     if (in_pairs_) unit.emplace();
     for (Index t = 0; t < count; ++t) open(tiles_[t], tiling[first_tile + t], x, keys, values, seen, rules);
@@ -184,7 +183,7 @@ class BackwardGroup {
       if (group == 0) {
         write_delta(delta + first, g, o, first, rows);
         for (Index i = 0; i < rows; ++i) {
-          for (Index d = 0; d < dim; ++d) sum(i, d) = 0;
+          clear_strided(&sum(i, 0), sum.col_stride, dim);
           if (x.grad_lse.data != nullptr) delta[first + i] -= static_cast<Scalar>(x.grad_lse(b, h, first + i, 0));
           if (sink != nullptr) {
             const double weight = std::exp2(*rules.sink(h) - x.lse(b, h, first + i, 0) * std::numbers::log2e);
@@ -291,11 +290,10 @@ class BackwardGroup {
     values.pack(tile.value, width, skip, read.begin, count, Times<Scalar>{1}, buffer_);
     const Scalar scale = static_cast<Scalar>(rules.scale());
     for (Index i = 0; i < count; ++i) {
-      const MatrixView<const Scalar> row = keys.rows(read.begin + i, 1, buffer_);
-      for (Index d = 0; d < dim; ++d) {
-        // A key that is not finite makes NaN of the gradients of all scores it is seen in; 0·NaN would do so elsewhere.
-        tile.scaled_key[(skip + i) * padded_dim_ + d] = is_finite(row(0, d)) ? scale * row(0, d) : Scalar(0);
-      }
+      const Scalar* const row = keys.rows(read.begin + i, 1, buffer_).data;
+      Scalar* const scaled = tile.scaled_key + (skip + i) * padded_dim_;
+      // A key that is not finite makes NaN of the gradients of all scores it is seen in; 0·NaN would do so elsewhere.
+      for (Index d = 0; d < dim; ++d) scaled[d] = is_finite(row[d]) ? scale * row[d] : Scalar(0);
     }
   }
 
@@ -351,19 +349,28 @@ class BackwardGroup {
     }
   }
 
-  /// Splits the lse into what is subtracted from a score and what is subtracted from the exponent after scaling. The
-  /// first is close to the largest scores, so that their difference is exact; one float alone would lose the rest.
+  /// The lse as two numbers, because one float alone would lose too much. Where a product and a sum are rounded once,
+  /// the nearest number in units of log2 and the rest. Else the score of weight 1, whose difference to the largest
+  /// scores is exact, and what is left in units of log2.
   void split_lse(const TensorView<double>& lse, Index b, Index h, Index first, Index rows, double factor) {
     constexpr double largest = static_cast<double>(std::numeric_limits<Scalar>::max()) / 4;
-    const double inverse = factor > 0 ? 1 / factor : 0;
+    const double unit = simd::kFusedMultiplyAdd ? 1 : factor, inverse = unit > 0 ? 1 / unit : 0;
     const double* const from = &lse(b, h, first, 0);
     const Index stride = lse.strides[2];
     for (Index i = 0; i < rows; ++i) {
       const double base2 = from[i * stride] * std::numbers::log2e;
       // a query without keys: all its scores are hidden
       const double whole = std::abs(base2) < largest ? base2 : 0, score = whole * inverse;
-      lse_score_[i] = std::abs(score) < largest ? static_cast<Scalar>(score) : Scalar(0);
-      lse_rest_[i] = static_cast<Scalar>(whole - static_cast<double>(lse_score_[i]) * factor);
+      lse_[i] = std::abs(score) < largest ? static_cast<Scalar>(score) : Scalar(0);
+      lse_rest_[i] = static_cast<Scalar>(whole - static_cast<double>(lse_[i]) * unit);
+    }
+  }
+  /// forward did: weight = exp2((score - maximum)·factor) / sum
+  EIGEN_ALWAYS_INLINE static Packet weight(Packet score, Packet factor, Packet lse, Packet rest) {
+    if constexpr (simd::kFusedMultiplyAdd) {
+      return simd::exp2<Scalar>(simd::pmadd(score, factor, simd::psub(simd::broadcast(Scalar(0)), lse)), rest);
+    } else {
+      return simd::exp2<Scalar>(simd::psub(simd::pmul(simd::psub(score, lse), factor), rest));
     }
   }
 
@@ -393,13 +400,12 @@ class BackwardGroup {
                              __attribute__((always_inline)) { simd::store(weights + (row + r) * width + v * N, s); });
         });
     if (rules.scaled() || hides) rules.template apply<false>(tile_scores, run_, cap_slope_, buffer_);
-    // forward did: weight = exp2((score - maximum)·factor) / sum
     for (Index row = 0; row < rows; ++row) {
-      const Packet score = simd::broadcast(lse_score_[row]), rest = simd::broadcast(-lse_rest_[row]);
+      const Packet lse = simd::broadcast(lse_[row]), rest = simd::broadcast(lse_rest_[row]);
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
         Scalar* const s = weights + row * width + v * N;
-        simd::store(s, simd::exp2<Scalar>(simd::pmadd(simd::psub(simd::load(s), score), factor, rest)));
+        simd::store(s, weight(simd::load(s), factor, lse, rest));
       }
     }
     const bool drops = rules.params().dropout.active();
@@ -496,7 +502,7 @@ class BackwardGroup {
   Eigen::bfloat16* grad_score_rows_;         // [queries][padded width]
   Tile tiles_[LaneGroups<Scalar>::kMost];
   Run run_;
-  alignas(64) Scalar lse_score_[kQueries], lse_rest_[kQueries];
+  alignas(64) Scalar lse_[kQueries], lse_rest_[kQueries];
 };
 
 /// The backward pass of all heads. Whole families of heads go to one worker each for as long as every worker gets one;

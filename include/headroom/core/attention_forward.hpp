@@ -53,8 +53,7 @@ class ForwardGroup {
         keys(x.k.head(b, h, x.heads()), Rotation<Scalar>::of_keys(params)), values(x.v.head(b, h, x.heads()));
     const StoredMatrix q_head = x.q.head(b, h, x.heads()), k_head = x.k.head(b, h, x.heads()),
                        v_head = x.v.head(b, h, x.heads());
-    in_pairs_ = kPairs && PairUnit::available() && !params.rotary && has_pair_rows(q_head) && has_pair_rows(k_head) &&
-                has_pair_rows(v_head);
+    in_pairs_ = kPairs && PairUnit::available() && !params.rotary && x.q.type == kStoredType<Eigen::bfloat16>;
     std::optional<PairUnit> unit;
     if (in_pairs_) unit.emplace();
     pair_dim_ = padded(x.q.dim(), kPairDepth), pair_value_dim_ = padded(x.v.dim(), kPairDepth);
@@ -282,24 +281,25 @@ class ForwardGroup {
 
   /// Divides by the sum of weights; writes the rows and their log-sum-exp. A query without keys gets 0 and -inf.
   void finish(const Tile& tile, const AttentionTensors& x, const ScoreRules<Scalar>& rules, Index b, Index h) {
+    using Lanes = Eigen::Array<double, Eigen::Dynamic, 1, 0, kWidth, 1>;
+    using Row = Eigen::Map<const Eigen::Array<Scalar, Eigen::Dynamic, 1>>;
     const double nothing = -std::numeric_limits<double>::infinity(), gain = rules.params().dropout.gain();
     const std::optional<double> sink = rules.sink(h);
+    const Index first = tile.run.queries.begin, rows = tile.run.queries.end - first, width = tile.width();
+    const Lanes sum = Row(tile.sum, width).template cast<double>(),
+                offset = Row(tile.maximum, width).template cast<double>() * static_cast<double>(rules.factor());
+    Lanes reciprocal = gain / sum, lse = offset + sum.log() * std::numbers::log2e;  // in units of log2
+    for (Index i = 0; i < width; ++i) {
+      if (sink.has_value() && sum[i] != 0) {
+        lse[i] = std::max(lse[i], *sink) + std::log2(1 + std::exp2(-std::abs(lse[i] - *sink)));
+        reciprocal[i] = gain * std::exp2(offset[i] - lse[i]);
+      }
+      if (sum[i] == 0) reciprocal[i] = 0, lse[i] = sink.value_or(nothing);
+    }
     alignas(64) Scalar inverse[kWidth];
-    const Index first = tile.run.queries.begin, rows = tile.run.queries.end - first;
-    for (Index i = 0; i < tile.width(); ++i) {
-      const double sum = static_cast<double>(tile.sum[i]);
-      const double offset = static_cast<double>(tile.maximum[i]) * static_cast<double>(rules.factor());
-      double reciprocal = 1 / sum, lse = offset + std::log2(sum);  // in units of log2
-      if (sink.has_value() && sum != 0) {
-        lse = std::max(lse, *sink) + std::log2(1 + std::exp2(-std::abs(lse - *sink)));
-        reciprocal = std::exp2(offset - lse);
-      }
-      reciprocal *= gain;
-      simd::keep(reciprocal);  // -ffast-math would divide in float, and approximate that
-      inverse[i] = sum == 0 ? Scalar(0) : static_cast<Scalar>(reciprocal);
-      if (x.lse.data != nullptr && i < rows) {
-        x.lse(b, h, first + i, 0) = (sum == 0 ? sink.value_or(nothing) : lse) * std::numbers::ln2;
-      }
+    Eigen::Map<Eigen::Array<Scalar, Eigen::Dynamic, 1>>(inverse, width) = reciprocal.template cast<Scalar>();
+    for (Index i = 0; i < rows && x.lse.data != nullptr; ++i) {
+      x.lse(b, h, first + i, 0) = lse[i] * std::numbers::ln2;
     }
     RowWriter<Scalar>(x.output.head(b, h, x.heads())).unpack(first, rows, tile.output, tile.width(), inverse, buffer_);
   }
@@ -321,7 +321,7 @@ class ForwardGroup {
 
 /// output = softmax(scores over the keys that the mask allows)·v without ever storing the scores; AttentionParams says
 /// what a score is. q [B,H,Lq,D], k [B or 1,Hk,Lk,D], v [B or 1,Hk,Lk,Dv], output [B,H,Lq,Dv], any strides; Hk divides
-/// H, and each k head serves a run of q heads. float, double, or bfloat16 and half (computed in float). lse [B,H,Lq,1]
+/// H, and each k head serves a run of q heads. float, double, or bfloat16 and half (summed in float). lse [B,H,Lq,1]
 /// is the natural logarithm of the sum of exponentials (double because rounding it to float would cost up to 22 times
 /// the naive error in the backward pass; a null view is not written). A query that sees no key gets output 0 and lse
 /// -inf. Workspace: ForwardGroup::workspace_bytes(D, Dv) a worker. Results are bit-equal for any number of workers.

@@ -31,7 +31,8 @@ constexpr Index padded(Index count, Index multiple) { return (count + multiple -
 
 inline constexpr bool kHasPairProducts = true;
 
-/// Gives the tile unit to the calling thread for as long as it lives.
+/// Gives the tile unit to the calling thread for as long as it lives. Others who use the unit in this thread may trust
+/// that it keeps the shapes of tiles that they configured, as oneDNN does: they are put back.
 class PairUnit {
  public:
   /// Whether this process may use the unit: Linux wants to be asked.
@@ -43,17 +44,22 @@ class PairUnit {
     return granted;
   }
   PairUnit() {
-    struct alignas(64) {
-      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      std::uint16_t row_bytes[16] = {};
-      std::uint8_t rows[16] = {};
-    } shapes;
-    for (int tile = 0; tile < 8; ++tile) shapes.row_bytes[tile] = 64, shapes.rows[tile] = 16;
-    _tile_loadconfig(&shapes);
+    _tile_storeconfig(&before_);
+    Shapes whole{.palette = 1};
+    for (int tile = 0; tile < 8; ++tile) whole.row_bytes[tile] = 64, whole.rows[tile] = 16;
+    _tile_loadconfig(&whole);
   }
-  ~PairUnit() { _tile_release(); }
+  ~PairUnit() { before_.palette == 0 ? _tile_release() : _tile_loadconfig(&before_); }
   PairUnit(const PairUnit&) = delete;
   PairUnit& operator=(const PairUnit&) = delete;
+
+ private:
+  struct alignas(64) Shapes {
+    std::uint8_t palette = 0, start_row = 0, reserved[14] = {};
+    std::uint16_t row_bytes[16] = {};
+    std::uint8_t rows[16] = {};
+  };
+  Shapes before_;
 };
 
 /// Rows first, first + 16, … of c, as many as Blocks: independent sums hide how long a tile takes.
@@ -186,9 +192,6 @@ void multiply_pairs(const Eigen::bfloat16*, Index, const Pair*, Index, Index, In
 #undef HEADROOM_PAIRS_BY_TILE_UNIT
 #undef HEADROOM_PAIRS_BY_LANES
 
-/// A matrix of bfloat16 whose rows can be copied as they are.
-inline bool has_pair_rows(const StoredMatrix& x) { return x.holds<Eigen::bfloat16>() && x.col_stride == 1; }
-
 /// Rows [first, first + count) of x to [count padded to `rows`][dim], 0 where x ends; negated where `sign` is negative.
 inline void copy_pair_rows(Eigen::bfloat16* to, Index rows, Index dim, const StoredMatrix& x, Index first, Index count,
                            float sign) {
@@ -196,7 +199,11 @@ inline void copy_pair_rows(Eigen::bfloat16* to, Index rows, Index dim, const Sto
   for (Index i = 0; i < rows; ++i) {
     Eigen::bfloat16* const row = to + i * dim;
     const Index filled = i < count ? x.cols : 0;
-    if (filled > 0) std::memcpy(row, &view(first + i, 0), static_cast<std::size_t>(filled) * sizeof(*row));
+    if (filled > 0 && x.col_stride == 1) {
+      std::memcpy(row, &view(first + i, 0), static_cast<std::size_t>(filled) * sizeof(*row));
+    } else {
+      for (Index d = 0; d < filled; ++d) row[d] = view(first + i, d);
+    }
     if (sign < 0) {
       for (Index d = 0; d < filled; ++d) row[d] = -row[d];
     }

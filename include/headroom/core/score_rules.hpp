@@ -9,6 +9,15 @@ namespace headroom::inline v0::core::detail {
 template <class Scalar>
 inline constexpr Scalar kHidden = std::numeric_limits<Scalar>::lowest();
 
+/// to[l·stride] = 0
+template <class Scalar>
+void clear_strided(Scalar* to, Index stride, Index count) {
+  if (stride == 1) {
+    std::fill_n(to, count, Scalar(0));
+  } else {
+    for (Index l = 0; l < count; ++l) to[l * stride] = 0;
+  }
+}
 /// to[l·stride] += x[l]
 template <class Scalar>
 void add_strided(Scalar* to, Index stride, const Scalar* x, Index count) {

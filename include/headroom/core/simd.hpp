@@ -35,6 +35,13 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> broadcast(Scalar x) {
   return Eigen::internal::pset1<Packet<Scalar>>(x);
 }
 
+/// Whether pmadd rounds once.
+#if defined(EIGEN_HAS_SINGLE_INSTRUCTION_MADD) || defined(EIGEN_VECTORIZE_FMA) || defined(EIGEN_VECTORIZE_AVX512)
+inline constexpr bool kFusedMultiplyAdd = true;
+#else
+inline constexpr bool kFusedMultiplyAdd = false;
+#endif
+
 using Eigen::internal::padd;
 using Eigen::internal::pmadd;  // a * b + c
 using Eigen::internal::pmax;   // a NaN in the first operand wins
@@ -62,59 +69,62 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> polynomial(Packet<Scalar> f, double first, Co
 /// 2^x for x <= 127; exactly 0 from x = -150 (double: -1080) down. Relative error below 9e-8 (double: 3e-16), on
 /// average that of a correctly rounded result.
 /// 2^x = 2^n · 2^f with n a whole number near x.
-template <class Scalar>
-EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x) {
+///
+/// With a `rest` it is 2^(x - rest), where the rest is no larger than what x was rounded by.
+template <class Scalar, class... Rest>
+EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x, const Rest&... rest) {
   using namespace Eigen::internal;
   const auto constant = [](double c) __attribute__((always_inline)) { return broadcast(static_cast<Scalar>(c)); };
   if constexpr (std::is_same_v<Scalar, float> && kLanes < float >> 1) {
 #ifdef EIGEN_VECTORIZE_AVX512DQ
-    const Packet<float> f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
-    const Packet<float> p =                                              // minimax with value 1 at 0
+    Packet<float> f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
+    ((f = psub(f, rest)), ...);
+    const Packet<float> p =  // minimax with value 1 at 0
         polynomial<float>(f, 0.0002161291914225507, 0.001246784534126787, 0.009675451674098418, 0.05548528057207833,
                           0.2402293055609326, 0.6931470444428021, 1.0);
     return _mm512_scalef_ps(p, x);  // p·2^floor(x)
 #else
     // Adding 1.5·2^23 leaves the nearest integer in the low bits of the mantissa, ready for the exponent.
-    const Packet<float> magic = constant(12582912.0);
-    x = pmax(x, constant(-127.0));
+    const Packet<float> magic = constant(12582912.0), lowest = constant(-127.0);
+    x = pmax(x, lowest);
     Packet<float> shifted = padd(x, magic);
     keep(shifted);  // -ffast-math would cancel the two magics, here and below
     Packet<float> n = psub(shifted, magic);
     keep(n);
-    const Packet<float> p =  // minimax with value 1 at 0
-        polynomial<float>(psub(x, n), 0.0001535336206275062, 0.001339887455719594, 0.00961843735823387,
-                          0.05550332470783318, 0.240226479136156, 0.6931472028552114, 1.0);
+    Packet<float> f = psub(x, n);
+    ((f = psub(f, pand(rest, pcmp_lt(lowest, x)))), ...);  // 2^-127 is 0 only as it is
+    const Packet<float> p =                                // minimax with value 1 at 0
+        polynomial<float>(f, 0.0001535336206275062, 0.001339887455719594, 0.00961843735823387, 0.05550332470783318,
+                          0.240226479136156, 0.6931472028552114, 1.0);
     using Bits = IntegerPacket<float>;
     return preinterpret<Packet<float>>(
         padd(preinterpret<Bits>(p), plogical_shift_left<23>(preinterpret<Bits>(shifted))));
 #endif
   } else {
     x = pmax(x, constant(-1080.0));
-    const Packet<Scalar> n = print(x);            // round to the nearest integer
+    const Packet<Scalar> n = print(x);  // round to the nearest integer
+    Packet<Scalar> f = psub(x, n);
+    ((f = psub(f, rest)), ...);
     const Packet<Scalar> p = polynomial<Scalar>(  // Taylor: ln(2)^k / k!, k = 13 … 0
-        psub(x, n), 1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10, 7.054911620801121e-09,
+        f, 1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10, 7.054911620801121e-09,
         1.0178086009239696e-07, 1.3215486790144305e-06, 1.5252733804059838e-05, 0.00015403530393381606,
         0.0013333558146428441, 0.009618129107628477, 0.055504108664821576, 0.2402265069591007, 0.6931471805599453, 1.0);
     return pldexp(p, n);
   }
 }
 
-/// tanh(x) = t / (t + 2) with t = e^(2x) - 1, to a few units in the last place, for small x too.
+/// tanh(x), almost correctly rounded: near 0 by a polynomial (Cephes), elsewhere as 1 - 2 / (e^(2|x|) + 1).
 template <class Scalar>
 EIGEN_ALWAYS_INLINE Packet<Scalar> tanh(Packet<Scalar> x) {
   using namespace Eigen::internal;
   if constexpr (std::is_same_v<Scalar, float> && kLanes < float >> 1) {
-    const Packet<float> one = broadcast(1.0F), limit = broadcast(10.0F);
-    x = pmul(pmin(pmax(x, psub(broadcast(0.0F), limit)), limit), broadcast(2.8853900817779268F));  // 2·log2(e)
-    const Packet<float> n = print(x), f = psub(x, n);
-    // Taylor: 2^f - 1 = f·(ln(2) + ln(2)²·f / 2! + …)
-    const Packet<float> rise =
-        pmul(f, polynomial<float>(f, 1.3215486790144305e-06, 1.5252733804059838e-05, 0.00015403530393381606,
-                                  0.0013333558146428441, 0.009618129107628477, 0.055504108664821576, 0.2402265069591007,
-                                  0.6931471805599453));
-    const Packet<float> power = pldexp(one, n);
-    const Packet<float> t = pmadd(power, rise, psub(power, one));
-    return pdiv(t, padd(t, broadcast(2.0F)));
+    const Packet<float> zero = broadcast(0.0F), one = broadcast(1.0F), square = pmul(x, x), size = pabs(x);
+    const Packet<float> odd = polynomial<float>(square, -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2,
+                                                1.33314422036e-1, -3.33332819422e-1);
+    const Packet<float> near = pmadd(pmul(odd, square), x, x);
+    const Packet<float> power = exp2<float>(pmul(pmin(size, broadcast(10.0F)), broadcast(2.8853900817779268F)));
+    const Packet<float> far = psub(one, pdiv(broadcast(2.0F), padd(power, one)));
+    return pselect(pcmp_lt(size, broadcast(0.625F)), near, pselect(pcmp_lt(x, zero), psub(zero, far), far));
   } else {
     Scalar lanes[kLanes<Scalar>];
     store(lanes, x);

@@ -10,6 +10,7 @@
 #include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
+#include <string>
 
 #include "headroom/core/error.hpp"
 #include "headroom/dry_run/device.hpp"
@@ -21,6 +22,8 @@ struct RMSNormOptions {
   /// Size of the last dimension.
   TORCH_ARG(int64_t, dim);
   TORCH_ARG(double, eps) = 1e-6;
+  /// What the weight is called in files; some models say gamma.
+  TORCH_ARG(std::string, weight_name) = "weight";
 };
 
 namespace detail {
@@ -138,7 +141,7 @@ class RMSNormImpl : public torch::nn::Cloneable<RMSNormImpl> {
 
   void reset() override {
     require(options.dim() > 0, "headroom.nn.rms_norm.dim", "dim is ", options.dim(), ", expected a positive number");
-    weight = register_parameter("weight", torch::ones({options.dim()}));
+    weight = register_parameter(options.weight_name(), torch::ones({options.dim()}));
   }
   void pretty_print(std::ostream& stream) const override {
     stream << "headroom::nn::RMSNorm(" << options.dim() << ", eps=" << options.eps() << ")";

@@ -289,8 +289,6 @@ inline void set_random_state(const torch::Tensor& state) {
 
 /// The model's options that a configuration describes.
 inline models::TimeFrequencyTransformerOptions model_options(const Config& config) {
-  const auto& names = kAttentionBackendNames;
-  const auto backend = std::ranges::find(names, config.model.attention) - std::begin(names);
   return models::TimeFrequencyTransformerOptions()
       .n_fft(config.model.n_fft)
       .hop_length(config.model.hop_length)
@@ -301,7 +299,7 @@ inline models::TimeFrequencyTransformerOptions model_options(const Config& confi
       .channels(config.audio.channels)
       .stems(static_cast<int64_t>(config.audio.stems.size()))
       .gradient_checkpointing(config.model.gradient_checkpointing)
-      .attention(static_cast<AttentionBackend>(backend));
+      .attention(attention_backend(config.model.attention));
 }
 
 /// A trained model and the configuration that it was trained with.

@@ -266,6 +266,21 @@ TEST_CASE("planning leaves the process as it was, also when it fails") {
       c10::Dispatcher::singleton().findSchema({"aten::relu", ""})->hasKernelForDispatchKey(c10::DispatchKey::Meta));
 }
 
+TEST_CASE("a plan within a measured trace sees its own operators once, and the trace goes on") {
+  double within = 0;
+  const auto step = [] { torch::mm(torch::randn({30, 20}), torch::randn({20, 10})); };
+  const Plan alone = plan(step, cpu());
+  const Plan outer = measure_trace([&] {
+    step();
+    within = plan(step, cpu()).flops;
+    step();
+  });
+  CHECK(alone.flops == 2 * 30 * 20 * 10);
+  CHECK(within == alone.flops);
+  CHECK(outer.flops == 2 * alone.flops);
+  CHECK(outer.peak_bytes >= alone.peak_bytes);
+}
+
 TEST_CASE("steps that cannot be planned say why") {
   const auto id_of = [](auto&& step) { return testing::error_of([&] { plan(step, cpu()); }).id(); };
   CHECK(id_of([] { torch::randn({3}).sum().item<float>(); }) == "headroom.memory.plan.values");

@@ -97,7 +97,7 @@ class NameTable {
 }  // namespace detail
 
 /// Records what this thread's code allocates, from its construction to finish(): tensors of the CPU and, in a dry run,
-/// those that have no data. Records nest only in the sense that the innermost one sees operators.
+/// those that have no data. Recorders nest: each sees all allocations, the innermost one sees the operators.
 class TraceRecorder : private detail::AllocationListener {
  public:
   TraceRecorder() : name_(trace_.names), outer_(std::exchange(current_, this)) {
@@ -111,6 +111,7 @@ class TraceRecorder : private detail::AllocationListener {
       current_ = outer_;
       throw;
     }
+    if (outer_ != nullptr) return;  // its callback finds this recorder
     callback_ =
         at::addThreadLocalCallback(at::RecordFunctionCallback(&started, &ended)
                                        .needsInputs(true)
@@ -161,6 +162,8 @@ class TraceRecorder : private detail::AllocationListener {
   };
 
   struct Call : at::ObserverContext {
+    TraceRecorder& recorder;
+    explicit Call(TraceRecorder& r) : recorder(r) {}
     int32_t op;
     bool resizes;
     at::Tensor resized;
@@ -168,14 +171,15 @@ class TraceRecorder : private detail::AllocationListener {
   };
 
   static std::unique_ptr<at::ObserverContext> started(const at::RecordFunction& function) {
-    return current_ == nullptr ? nullptr : current_->start(function);
+    return current_->start(function);
   }
   static void ended(const at::RecordFunction& function, at::ObserverContext* context) {
-    if (current_ != nullptr && context != nullptr) current_->end(function, static_cast<Call&>(*context));
+    auto& call = static_cast<Call&>(*context);
+    call.recorder.end(function, call);
   }
 
   std::unique_ptr<at::ObserverContext> start(const at::RecordFunction& function) {
-    auto call = std::make_unique<Call>();
+    auto call = std::make_unique<Call>(*this);
     const char* const name = function.name();
     const auto inputs = function.inputs();
     {
@@ -308,7 +312,7 @@ class TraceRecorder : private detail::AllocationListener {
   void stop() {
     if (!recording_) return;
     recording_ = false;
-    at::removeCallback(callback_);
+    if (outer_ == nullptr) at::removeCallback(callback_);
     detail::CountingAllocator::instance().close(host_window_);
     detail::MetaAllocator::instance().close(meta_window_);
     current_ = outer_;

@@ -4,7 +4,6 @@
 //   evaluate --reference musdb18hq/test --estimate separated/test --json result.json
 //   evaluate --reference "musdb18hq/test/Artist - Title" --estimate "separated/Artist - Title"
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
@@ -17,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "command_line.hpp"
 #include "headroom/audio/file.hpp"
 #include "headroom/audio/metrics.hpp"
 
@@ -194,15 +194,8 @@ int main(int argc, char** argv) {
   app.add_option("--estimate", estimate, "separated stems in the same layout and with the same names")->required();
   app.add_option("--stems", stems, "file names without .wav")->delimiter(',')->capture_default_str();
   app.add_option("--json", json, "also write the result to this file");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  try {
+  return run_tool("evaluate", app, argc, argv, [&] {
     run(reference, estimate, stems, json);
-  } catch (const std::exception& e) {
-    std::cerr << "evaluate: " << e.what() << '\n';
-    return 1;
-  }
+    return 0;
+  });
 }

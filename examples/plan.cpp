@@ -4,7 +4,6 @@
 
 #include "headroom/training/plan.hpp"
 
-#include <CLI/CLI.hpp>
 #include <cmath>
 #include <filesystem>
 #include <fstream>
@@ -12,6 +11,7 @@
 #include <optional>
 #include <string>
 
+#include "command_line.hpp"
 #include "headroom/memory/report.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/recommend.hpp"
@@ -97,17 +97,5 @@ int main(int argc, char** argv) {
   app.add_option("--json", arguments.json, "write the plan as JSON");
   app.add_option("--trace", arguments.trace, "write a trace for ui.perfetto.dev");
   app.add_option("--html", arguments.html, "write a web page");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  try {
-    return run(arguments);
-  } catch (const c10::Error& e) {
-    std::cerr << "plan: " << e.what_without_backtrace() << '\n';
-  } catch (const std::exception& e) {
-    std::cerr << "plan: " << e.what() << '\n';
-  }
-  return 1;
+  return run_tool("plan", app, argc, argv, [&] { return run(arguments); });
 }

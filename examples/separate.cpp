@@ -4,7 +4,6 @@
 
 #include <unistd.h>
 
-#include <CLI/CLI.hpp>
 #include <chrono>
 #include <csignal>
 #include <filesystem>
@@ -14,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "command_line.hpp"
 #include "headroom/audio/separator.hpp"
 #include "headroom/training/state.hpp"
 
@@ -120,19 +120,12 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--threads", arguments.threads, "CPU threads; default: one a core")->check(CLI::PositiveNumber);
   app.add_option("--device", arguments.device, "where the model runs, e.g. cpu or cuda")->capture_default_str();
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  arguments.encoding = encodings.at(format);
-  for (const int signal : {SIGINT, SIGTERM}) {  // let the writers remove their temporary files
-    std::signal(signal, [](int) { interrupted = 1; });
-  }
-  try {
+  return run_tool("separate", app, argc, argv, [&] {
+    arguments.encoding = encodings.at(format);
+    for (const int signal : {SIGINT, SIGTERM}) {  // let the writers remove their temporary files
+      std::signal(signal, [](int) { interrupted = 1; });
+    }
     run(arguments);
-  } catch (const std::exception& e) {
-    std::cerr << "separate: " << e.what() << '\n';
-    return 1;
-  }
+    return 0;
+  });
 }

@@ -2,7 +2,6 @@
 //
 //   train --config examples/configs/musdb18_small.json --data musdb18hq --out experiments/small
 
-#include <CLI/CLI.hpp>
 #include <csignal>
 #include <filesystem>
 #include <iostream>
@@ -10,6 +9,7 @@
 #include <optional>
 #include <string>
 
+#include "command_line.hpp"
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/report.hpp"
@@ -199,23 +199,13 @@ int main(int argc, char** argv) {
   app.add_flag("--fit", arguments.fit, "apply the smallest change that makes a run fit that does not");
   app.add_flag("--unplanned", arguments.unplanned, "start without planning the memory");
   app.add_option("--device", arguments.device, "where the model runs, e.g. cpu or cuda")->capture_default_str();
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  for (const int signal : {SIGINT, SIGTERM}) {  // finish the step and save; a second one ends at once
-    std::signal(signal, [](int number) {
-      caught_signal = number;
-      std::signal(number, SIG_DFL);
-    });
-  }
-  try {
+  return run_tool("train", app, argc, argv, [&] {
+    for (const int signal : {SIGINT, SIGTERM}) {  // finish the step and save; a second one ends at once
+      std::signal(signal, [](int number) {
+        caught_signal = number;
+        std::signal(number, SIG_DFL);
+      });
+    }
     return run(arguments);
-  } catch (const c10::Error& e) {
-    std::cerr << "train: " << e.what_without_backtrace() << '\n';
-  } catch (const std::exception& e) {
-    std::cerr << "train: " << e.what() << '\n';
-  }
-  return 1;
+  });
 }

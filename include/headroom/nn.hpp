@@ -10,3 +10,4 @@
 #include "headroom/nn/multihead_attention.hpp"
 #include "headroom/nn/rms_norm.hpp"
 #include "headroom/nn/rotary.hpp"
+#include "headroom/nn/token_axis.hpp"

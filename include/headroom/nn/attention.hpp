@@ -3,6 +3,7 @@
 #include "headroom/attention.hpp"
 #include "headroom/nn/linear.hpp"
 #include "headroom/nn/rotary.hpp"
+#include "headroom/nn/token_axis.hpp"
 
 namespace headroom::inline v0::nn {
 
@@ -63,16 +64,13 @@ class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
   /// What the heads give, side by side: [..., dim]. The projection to q, k and v is appended to `chain`.
   torch::Tensor attended(detail::TokenChain chain, int64_t axis) {
     const torch::Tensor& x = chain.x;
-    const int64_t rank = x.dim(), sequence = axis < 0 ? axis + rank : axis;
-    require(rank >= 2 && x.size(-1) == options.dim() && 0 <= sequence && sequence < rank - 1,
-            "headroom.nn.attention.shape", "x is ", x.sizes(), " and the axis ", axis, "; expected [...,L,",
-            options.dim(), "] and an axis before the last");
+    const int64_t sequence = detail::token_axis(x, axis, options.dim(), "headroom.nn.attention.shape");
     chain.weights = {to_qkv->weight};
     chain.biases = detail::bias_list(to_qkv->bias);
     const torch::Tensor packed = detail::run(chain).unflatten(-1, {3, options.heads(), -1});  // [...,3,H,D]
     const auto request = headroom::AttentionOptions().causal(options.causal()).backend(options.backend());
     return headroom::detail::packed_attention(packed.to(headroom::detail::compute_type(packed)),
-                                              rotation(x.size(sequence), rank - 1 - sequence, x.device()), sequence,
+                                              rotation(x.size(sequence), x.dim() - 1 - sequence, x.device()), sequence,
                                               request)
         .flatten(-2);
   }

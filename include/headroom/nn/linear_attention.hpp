@@ -10,6 +10,7 @@
 #include "headroom/attention/linear.hpp"
 #include "headroom/nn/linear.hpp"
 #include "headroom/nn/rms_norm.hpp"
+#include "headroom/nn/token_axis.hpp"
 
 namespace headroom::inline v0::nn {
 
@@ -58,10 +59,7 @@ class LinearAttentionImpl : public torch::nn::Cloneable<LinearAttentionImpl> {
 
   /// x [..., dim] with at least one token dimension -> same shape; attends along dimension `axis`.
   torch::Tensor forward(const torch::Tensor& x, int64_t axis = -2) {
-    const int64_t rank = x.dim(), sequence = axis < 0 ? axis + rank : axis;
-    require(rank >= 2 && x.size(-1) == options.dim() && 0 <= sequence && sequence < rank - 1,
-            "headroom.nn.linear_attention.shape", "x is ", x.sizes(), " and the axis ", axis, "; expected [...,L,",
-            options.dim(), "] and an axis before the last");
+    const int64_t sequence = detail::token_axis(x, axis, options.dim(), "headroom.nn.linear_attention.shape");
     const auto parts = detail::run({.x = x,
                                     .norm_weight = norm->weight,
                                     .eps = norm->options.eps(),

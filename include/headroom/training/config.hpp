@@ -256,14 +256,23 @@ inline Config parse_config(std::string_view text, const std::string& name) {
   return config;
 }
 
-/// Reads a configuration file. Throws headroom.training.config_file when it cannot be read, else like parse_config.
-inline Config load_config(const std::filesystem::path& path) {
+namespace detail {
+
+/// What a text file holds. Throws headroom.training.config_file, with `content` and `expected` in its text.
+inline std::string read_text(const std::filesystem::path& path, const char* content, const char* expected) {
   std::ifstream file(path, std::ios::binary);
   std::ostringstream text;
   require(file.is_open() && std::filesystem::is_regular_file(path) && text << file.rdbuf(),
-          "headroom.training.config_file", "cannot read a configuration from ", path.string(),
-          "; expected a JSON file, such as those in examples/configs");
-  return parse_config(text.str(), path.string());
+          "headroom.training.config_file", "cannot read ", content, " from ", path.string(), "; expected ", expected);
+  return text.str();
+}
+
+}  // namespace detail
+
+/// Reads a configuration file. Throws headroom.training.config_file when it cannot be read, else like parse_config.
+inline Config load_config(const std::filesystem::path& path) {
+  return parse_config(detail::read_text(path, "a configuration", "a JSON file, such as those in examples/configs"),
+                      path.string());
 }
 
 /// The configuration with all its defaults as JSON text that parse_config reads back to the same values.

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -22,14 +21,10 @@ namespace headroom::inline v0::training {
 /// Reads a device profile from a JSON file. Throws headroom.training.config_file, .json and, for a malformed profile,
 /// headroom.training.device_profile.
 inline DeviceProfile load_device_profile(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  require(file.is_open() && std::filesystem::is_regular_file(path) && text << file.rdbuf(),
-          "headroom.training.config_file", "cannot read a device profile from ", path.string(),
-          "; expected a JSON file, or the name of a known device");
+  const std::string text = detail::read_text(path, "a device profile", "a JSON file, or the name of a known device");
   DeviceProfile profile;
   std::vector<Problem> problems;
-  read_described(parse_json(text.str(), path.string()), profile, "", problems);
+  read_described(parse_json(text, path.string()), profile, "", problems);
   if (problems.empty() && profile.usable_bytes() <= 0) {
     problems.push_back({"total_bytes", "nothing is left of it after context_bytes and workspace_bytes"});
   }

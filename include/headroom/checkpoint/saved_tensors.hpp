@@ -111,9 +111,11 @@ class Snapshot {
 
   bool holds_tensor() const { return tensor_.defined(); }
 
+  bool is_unmodified() const { return !holds_tensor() || version_of(tensor_) == version_; }
+
   void check_unmodified() const {
-    require(!holds_tensor() || version_of(tensor_) == version_, "headroom.checkpoint.modified", "a tensor of shape ",
-            tensor_.sizes(), " was modified in place after forward used it, so that backward ",
+    require(is_unmodified(), "headroom.checkpoint.modified", "a tensor of shape ", tensor_.sizes(),
+            " was modified in place after forward used it, so that backward ",
             "would compute with other values; clone it first, or step the optimizer after backward");
   }
 
@@ -132,10 +134,33 @@ inline Unpack keep(const at::Tensor& x) {
   return [kept = Snapshot(x)] { return kept.tensor(); };
 }
 
-/// Saves `x` the way autograd would at this place: through the enclosing hooks, where there are any.
+/// Where checkpoints of this thread keep their inputs while it lives: through `pack`. Scopes nest, the innermost
+/// counts. Inputs of a checkpoint inside another one are not kept at all, here neither.
+class CheckpointStorageScope {
+ public:
+  explicit CheckpointStorageScope(Pack pack) : pack_(std::move(pack)), outer_(std::exchange(current_, this)) {}
+  ~CheckpointStorageScope() { current_ = outer_; }
+  CheckpointStorageScope(const CheckpointStorageScope&) = delete;
+  CheckpointStorageScope& operator=(const CheckpointStorageScope&) = delete;
+
+  /// Keeps `x`, an input of a checkpoint.
+  static Unpack keep(const at::Tensor& x) {
+    if (current_ == nullptr || (x.is_leaf() && x.requires_grad())) return detail::keep(x);
+    const at::NoGradGuard no_grad;
+    return current_->pack_(x);
+  }
+
+ private:
+  static inline thread_local const CheckpointStorageScope* current_ = nullptr;
+
+  Pack pack_;
+  const CheckpointStorageScope* outer_;
+};
+
+/// Saves an input of a checkpoint: through the enclosing hooks, where there are any, else where inputs are kept.
 inline Unpack save(const at::Tensor& x) {
   const SavedTensorHooks* hooks = SavedTensorHooks::current();
-  return hooks != nullptr ? hooks->pack(x) : keep(x);
+  return hooks != nullptr ? hooks->pack(x) : CheckpointStorageScope::keep(x);
 }
 
 }  // namespace detail

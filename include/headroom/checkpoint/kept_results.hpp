@@ -1,0 +1,173 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/op_registration/adaption.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "headroom/checkpoint/saved_tensors.hpp"
+#include "headroom/core/error.hpp"
+
+namespace headroom::inline v0 {
+
+/// Names of operators whose results a selective checkpoint keeps: "headroom::attention", "aten::mm".
+using KeptOperators = std::vector<std::string>;
+
+namespace detail {
+
+/// Results of operators of one checkpointed call, in the order of their calls.
+class KeptResults {
+ public:
+  explicit KeptResults(KeptOperators names) : names_(std::move(names)) {}
+
+  bool keeps(std::string_view name) const { return std::find(names_.begin(), names_.end(), name) != names_.end(); }
+  /// Whether any of them is not headroom's own.
+  bool keeps_foreign() const {
+    return std::any_of(names_.begin(), names_.end(), [](const auto& name) { return !name.starts_with("headroom::"); });
+  }
+
+  /// In forward: stores results. One that is changed in place later cannot stand for itself, see forget_modified().
+  void store(std::string_view name, at::TensorList results) {
+    Entry& entry = entries_.emplace_back(Entry{std::string(name), {}});
+    entry.results.emplace();
+    for (const at::Tensor& x : results) entry.results->push_back(x.defined() ? Snapshot(x) : Snapshot());
+  }
+
+  /// At the end of forward: what has been changed in place meanwhile is computed again, as LibTorch's linear does to
+  /// the product that it adds the bias to.
+  void forget_modified() {
+    for (Entry& entry : entries_) {
+      for (const Snapshot& x : *entry.results) {
+        if (!x.is_unmodified()) {
+          entry.results.reset();
+          break;
+        }
+      }
+    }
+  }
+
+  void rewind() { next_ = 0; }
+
+  /// In recomputation: the results of the next call; none where they have to be computed.
+  std::optional<std::vector<at::Tensor>> next(std::string_view name) {
+    require(next_ < entries_.size() && entries_[next_].name == name, "headroom.checkpoint.mismatch",
+            "recomputation calls ", name, ", forward ",
+            next_ < entries_.size() ? "called " + entries_[next_].name : std::string("was through"),
+            "; forward must not depend on anything that changes in between");
+    const Entry& entry = entries_[next_++];
+    if (!entry.results) return std::nullopt;
+    std::vector<at::Tensor> results;
+    for (const Snapshot& x : *entry.results) {
+      // a tensor of its own: autograd writes the new graph into it
+      results.push_back(x.holds_tensor() ? x.tensor().detach() : at::Tensor());
+    }
+    return results;
+  }
+
+ private:
+  struct Entry {
+    std::string name;
+    std::optional<std::vector<Snapshot>> results;  // none: not kept after all
+  };
+  KeptOperators names_;
+  std::vector<Entry> entries_;
+  std::size_t next_ = 0;
+};
+
+/// While it lives, operators on this thread that `kept` names store their results there, or take them from there.
+/// nullptr: none do, whatever an enclosing scope says.
+class KeptResultsScope {
+ public:
+  enum class Mode { store, take };
+
+  KeptResultsScope(KeptResults* kept, Mode mode) : kept_(kept), mode_(mode), outer_(std::exchange(current_, this)) {
+    if (kept_ == nullptr) return;
+    if (mode_ == Mode::take) kept_->rewind();
+    if (!kept_->keeps_foreign()) return;
+    intercept_operators();
+    intercepting_.emplace(c10::DispatchKeySet(c10::DispatchKey::Fake));
+  }
+  ~KeptResultsScope() { current_ = outer_; }
+  KeptResultsScope(const KeptResultsScope&) = delete;
+  KeptResultsScope& operator=(const KeptResultsScope&) = delete;
+
+  /// What compute() gives, or what it gave in forward where an enclosing scope keeps the results of `name`. For
+  /// operators of ours, below autograd.
+  template <class Compute>
+  static std::vector<at::Tensor> results_of(std::string_view name, Compute&& compute) {
+    KeptResults* const kept = current_ != nullptr ? current_->kept_ : nullptr;
+    if (kept == nullptr || !kept->keeps(name)) return compute();
+    if (current_->mode_ == Mode::take) {
+      if (auto results = kept->next(name)) return *std::move(results);
+    }
+    const Mode mode = current_->mode_;
+    const KeptResultsScope within(nullptr, mode);  // what it calls belongs to it
+    std::vector<at::Tensor> results = compute();
+    if (mode == Mode::store) kept->store(name, results);
+    return results;
+  }
+
+ private:
+  /// LibTorch's operators pass through the dispatch key Fake, below autograd, where a scope includes it.
+  static void intercept_operators() {
+    static const auto* const library = [] {
+      auto* made = new torch::Library(torch::Library::IMPL, "_", c10::DispatchKey::Fake, __FILE__, __LINE__);
+      made->fallback(torch::CppFunction::makeFromBoxedFunction<&call>());
+      return made;
+    }();
+    static_cast<void>(library);
+  }
+
+  /// An operator whose results can be handed out again: it returns new tensors, and draws no random numbers, which its
+  /// second call would have to skip.
+  static bool is_repeatable(const c10::OperatorHandle& op) {
+    const auto is_fresh = [](const c10::Argument& x) {
+      return x.alias_info() == nullptr && x.type()->kind() == c10::TypeKind::TensorType;
+    };
+    const auto& schema = op.schema();
+    return !schema.returns().empty() && std::all_of(schema.returns().begin(), schema.returns().end(), is_fresh) &&
+           !schema.is_mutable() && !op.hasTag(at::Tag::nondeterministic_seeded);
+  }
+
+  static void call(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    const c10::impl::ExcludeDispatchKeyGuard once{c10::DispatchKeySet(c10::DispatchKey::Fake)};
+    const auto redispatch = [&] {
+      op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::Fake), stack);
+    };
+    const std::string& name = op.operator_name().name;
+    KeptResults* const kept = current_ != nullptr ? current_->kept_ : nullptr;
+    if (kept == nullptr || !is_repeatable(op) || !kept->keeps(name)) return redispatch();
+    if (current_->mode_ == Mode::take) {
+      if (const auto results = kept->next(name)) {
+        torch::jit::drop(*stack, op.schema().arguments().size());
+        stack->insert(stack->end(), results->begin(), results->end());
+        return;
+      }
+    }
+    const Mode mode = current_->mode_;
+    const KeptResultsScope within(nullptr, mode);  // what it calls belongs to it
+    redispatch();
+    if (mode == Mode::take) return;
+    std::vector<at::Tensor> results;
+    for (std::size_t i = op.schema().returns().size(); i > 0; --i) results.push_back(stack->end()[-i].toTensor());
+    kept->store(name, results);
+  }
+
+  static inline thread_local KeptResultsScope* current_ = nullptr;
+
+  KeptResults* kept_;
+  Mode mode_;
+  KeptResultsScope* outer_;
+  std::optional<c10::impl::IncludeDispatchKeyGuard> intercepting_;
+};
+
+}  // namespace detail
+}  // namespace headroom::inline v0

@@ -1,0 +1,205 @@
+#include "headroom/checkpoint/policy.hpp"
+
+#include <torch/torch.h>
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "headroom/checkpoint.hpp"
+#include "headroom/memory.hpp"
+#include "headroom/nn.hpp"
+#include "support/catch.hpp"
+
+using namespace headroom;
+using torch::Tensor;
+
+namespace {
+
+const std::vector<std::string> kExact = {"full",
+                                         "every-2",
+                                         "every-3",
+                                         "selective",
+                                         "selective+every-2",
+                                         "nested",
+                                         "nested-3",
+                                         "full+offload",
+                                         "selective+offload",
+                                         "nested+offload"};
+
+struct Step {
+  Tensor output;
+  std::vector<Tensor> gradients;  // of the input, then of the parameters
+};
+
+/// Forward and backward of an encoder on x, weighted by `weights`.
+template <class Encoder>
+Step step(Encoder& encoder, const Tensor& x, const Tensor& weights) {
+  encoder->zero_grad();
+  const Tensor input = x.detach().clone().requires_grad_();
+  Step result{encoder->forward(input), {}};
+  (result.output * weights).sum().backward();
+  result.gradients.push_back(input.grad());
+  for (const Tensor& p : encoder->parameters()) result.gradients.push_back(p.grad().clone());
+  return result;
+}
+
+void check_equal(const Step& actual, const Step& expected) {
+  CHECK(actual.output.equal(expected.output));
+  REQUIRE(actual.gradients.size() == expected.gradients.size());
+  for (size_t i = 0; i < expected.gradients.size(); ++i) CHECK(actual.gradients[i].equal(expected.gradients[i]));
+}
+
+/// Largest difference of a gradient from that in double, relative to its largest element.
+double error_of(const Step& actual, const Step& exact) {
+  double worst = 0;
+  for (size_t i = 0; i < exact.gradients.size(); ++i) {
+    const Tensor difference = (actual.gradients[i].to(torch::kDouble) - exact.gradients[i]).abs().max();
+    worst = std::max(worst, (difference / exact.gradients[i].abs().max()).template item<double>());
+  }
+  return worst;
+}
+
+nn::EncoderOptions options_with(nn::EncoderOptions options, const CheckpointPolicy& policy) {
+  return options.gradient_checkpointing(policy);
+}
+
+const nn::AxialLayerImpl::Axes kAxes = {{"frequency", 2}, {"time", 1}};
+
+/// Weights that make a block worth tiling at a size that tests can run.
+struct Grid {
+  nn::EncoderOptions options{24, 2, {400, 96}, 3};
+  Tensor x, weights;
+  nn::AxialEncoder encoder{nullptr};
+
+  Grid() {
+    torch::manual_seed(3);
+    x = torch::randn({2, 150, 170, 24});
+    weights = torch::randn_like(x);
+    encoder = nn::AxialEncoder(options, kAxes);
+  }
+  void use(const CheckpointPolicy& policy) { encoder->options.gradient_checkpointing(policy); }
+};
+
+std::string id_of(const std::string& text) {
+  return testing::error_of([&] { CheckpointPolicy policy(text); }).id();
+}
+
+}  // namespace
+
+TEST_CASE("a checkpoint policy is read from text and written as text") {
+  using Block = CheckpointPolicy::Block;
+  CHECK(CheckpointPolicy("none") == CheckpointPolicy());
+  CHECK(CheckpointPolicy("full") == CheckpointPolicy(true));
+  CHECK(CheckpointPolicy(false) == CheckpointPolicy());
+  CHECK(CheckpointPolicy("every-4").every == 4);
+  CHECK(CheckpointPolicy("every-4").block == Block::full);
+  CHECK(CheckpointPolicy("every-1") == CheckpointPolicy("full"));
+  CHECK(CheckpointPolicy("nested").levels == 2);
+  CHECK(CheckpointPolicy("tiled+nested-3+offload").levels == 3);
+  CHECK(CheckpointPolicy("offload+tiled").storage == CheckpointStorage::offload);
+  for (const char* text : {"none", "full", "every-3", "selective", "selective+every-2", "tiled", "tiled+offload",
+                           "nested", "tiled+nested+bf16", "nested-3", "every-2+offload"}) {
+    CHECK(CheckpointPolicy(text).text() == text);
+  }
+  for (const char* text : {"", "ful", "full+", "every-", "every-0", "every-2x", "nested-0", "full+tiled", "none+bf16",
+                           "none+nested", "tiled+every-2", "nested+every-2", "selective+nested", "true"}) {
+    CAPTURE(text);
+    CHECK(id_of(text) == "headroom.checkpoint.policy");
+  }
+  const Error error = testing::error_of([] { CheckpointPolicy("tilde+offload"); });
+  CHECK(testing::contains(error.what(), "\"tilde+offload\", of which \"tilde\" is unknown"));
+  CHECK(testing::contains(error.what(), "tiled+offload"));
+}
+
+TEST_CASE("every policy that computes the same arithmetic gives the plain gradients, bit for bit") {
+  torch::manual_seed(2);
+  nn::EncoderOptions options(16, 2, {40, 24}, 5);
+  nn::Encoder encoder(options);
+  const Tensor x = torch::randn({3, 37, 16}), weights = torch::randn_like(x);
+  const Step plain = step(encoder, x, weights);
+  for (const std::string& text : kExact) {
+    CAPTURE(text);
+    encoder->options.gradient_checkpointing(text);
+    check_equal(step(encoder, x, weights), plain);
+  }
+  SECTION("bf16 rounds what is kept and nothing else: the output is the same") {
+    encoder->options.gradient_checkpointing("full+bf16");
+    const Step rounded = step(encoder, x, weights);
+    CHECK(rounded.output.equal(plain.output));
+    const double error = error_of(rounded, plain);
+    CHECK(error > 0);
+    CHECK(error < 0.02);
+  }
+}
+
+TEST_CASE("dropout and autocast are replayed under every policy") {
+  struct Autocast {
+    Autocast() {
+      at::autocast::set_autocast_enabled(at::kCPU, true);
+      at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
+      at::autocast::increment_nesting();
+    }
+    ~Autocast() {
+      if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
+      at::autocast::set_autocast_enabled(at::kCPU, false);
+    }
+  };
+  torch::manual_seed(2);
+  std::vector<torch::nn::Linear> layers;
+  std::vector<StackBlock> stack;
+  std::vector<Tensor> parameters;
+  for (int i = 0; i < 4; ++i) {
+    layers.emplace_back(16, 16);
+    torch::nn::Linear layer = layers.back();
+    stack.push_back({[layer](const Tensor& t) mutable {
+                       const Tensor attended = attention(t.unsqueeze(1), t.unsqueeze(1), t.unsqueeze(1),
+                                                         headroom::AttentionOptions().dropout(0.2))
+                                                   .squeeze(1);
+                       return t + torch::dropout(torch::gelu(layer(attended)), 0.3, true).to(t.scalar_type());
+                     },
+                     layer->parameters(), 0});
+    for (const Tensor& p : layer->parameters()) parameters.push_back(p);
+  }
+  const Tensor x = torch::randn({6, 11, 16});
+  for (const bool autocast : {false, true}) {
+    const auto run = [&](const std::string& policy) {
+      torch::manual_seed(9);
+      const Tensor input = x.detach().requires_grad_();
+      Tensor y;
+      {
+        std::optional<Autocast> on;
+        if (autocast) on.emplace();
+        y = run_stack(stack, input, policy);
+      }
+      std::vector<Tensor> all{input};
+      all.insert(all.end(), parameters.begin(), parameters.end());
+      auto results = torch::autograd::grad({y.pow(2).sum()}, all);
+      results.push_back(y);
+      results.push_back(torch::rand({3}));  // what is drawn afterwards
+      return results;
+    };
+    const auto plain = run("none");
+    for (const std::string& text : kExact) {
+      CAPTURE(text, autocast);
+      const auto results = run(text);
+      for (size_t i = 0; i < plain.size(); ++i) CHECK(results[i].equal(plain[i]));
+    }
+  }
+}
+
+TEST_CASE("tiled blocks give the plain gradients up to rounding") {
+  Grid grid;
+  const Step plain = step(grid.encoder, grid.x, grid.weights);
+  grid.encoder->to(torch::kDouble);
+  const Step exact = step(grid.encoder, grid.x.to(torch::kDouble), grid.weights.to(torch::kDouble));
+  grid.encoder->to(torch::kFloat);
+  const double of_plain = error_of(plain, exact);
+  for (const char* text : {"tiled", "tiled+nested", "tiled+offload"}) {
+    CAPTURE(text);
+    grid.use(text);
+    const double of_tiled = error_of(step(grid.encoder, grid.x, grid.weights), exact);
+    CHECK(of_tiled < 2 * of_plain);
+  }
+}

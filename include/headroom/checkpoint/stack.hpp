@@ -25,10 +25,10 @@ struct StackBlock {
 
 namespace detail {
 
-/// How many slices a block is tiled into: so many that what its layers compute for one of them is about 64 MiB, which
+/// How many slices a block is tiled into: so many that what its layers compute for one of them is about 32 MiB, which
 /// keeps all threads busy, whatever the widths. 1 where slices would not pay: each adds gradients of all weights.
 inline int64_t slices_of(const StackBlock& block, const at::Tensor& x) {
-  constexpr double kSliceBytes = 64 << 20;
+  constexpr double kSliceBytes = 32 << 20;
   if (!block.independent_axis || x.numel() == 0) return 1;
   int64_t features = x.size(-1), weights = 0;  // of a token: its input, and a row for each row of a weight
   for (const at::Tensor& p : block.parameters) {

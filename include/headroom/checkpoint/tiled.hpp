@@ -14,7 +14,9 @@
 #include "headroom/checkpoint/piece_gradients.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/dry_run/device.hpp"
 #include "headroom/dry_run/phase.hpp"
+#include "headroom/dry_run/repetition.hpp"
 
 namespace headroom::inline v0 {
 
@@ -26,11 +28,16 @@ struct Tiling {
   int64_t axis = 0;
   int64_t slices = 1;
 
-  /// Calls f(first, count) for every slice of x, in order.
+  /// Calls f(first, count) for every slice of x, in order. In a dry run the second one stands for those up to the last.
   template <class F>
   void for_each(const at::Tensor& x, F&& f) const {
-    const int64_t size = x.size(axis), step = (size + slices - 1) / slices;
-    for (int64_t first = 0; first < size; first += step) f(first, std::min(step, size - first));
+    const int64_t size = x.size(axis), step = (size + slices - 1) / slices, last = (size - 1) / step * step;
+    for (int64_t first = 0; first < size; first += step) {
+      const bool stands_for_all = is_dry(x) && first == step && first < last;
+      const Repetition repetition(stands_for_all ? static_cast<double>(last / step - 1) : 1);
+      f(first, std::min(step, size - first));
+      if (stands_for_all) first = last - step;
+    }
   }
   at::Tensor checked(const at::Tensor& part, at::Tensor result) const {
     require(result.defined() && result.sizes() == part.sizes() && result.scalar_type() == part.scalar_type(),

@@ -17,16 +17,8 @@ using torch::Tensor;
 
 namespace {
 
-const std::vector<std::string> kExact = {"full",
-                                         "every-2",
-                                         "every-3",
-                                         "selective",
-                                         "selective+every-2",
-                                         "nested",
-                                         "nested-3",
-                                         "full+offload",
-                                         "selective+offload",
-                                         "nested+offload"};
+const std::vector<std::string> kExact = {"full",   "every-2",  "every-3",      "selective",         "selective+every-2",
+                                         "nested", "nested-3", "full+offload", "selective+offload", "nested+offload"};
 
 struct Step {
   Tensor output;
@@ -69,13 +61,13 @@ const nn::AxialLayerImpl::Axes kAxes = {{"frequency", 2}, {"time", 1}};
 
 /// Weights that make a block worth tiling at a size that tests can run.
 struct Grid {
-  nn::EncoderOptions options{24, 2, {400, 96}, 3};
+  nn::EncoderOptions options{24, 2, {400}, 1};
   Tensor x, weights;
   nn::AxialEncoder encoder{nullptr};
 
   Grid() {
     torch::manual_seed(3);
-    x = torch::randn({2, 150, 170, 24});
+    x = torch::randn({1, 100, 160, 24});
     weights = torch::randn_like(x);
     encoder = nn::AxialEncoder(options, kAxes);
   }
@@ -202,4 +194,163 @@ TEST_CASE("tiled blocks give the plain gradients up to rounding") {
     const double of_tiled = error_of(step(grid.encoder, grid.x, grid.weights), exact);
     CHECK(of_tiled < 2 * of_plain);
   }
+}
+
+TEST_CASE("the planned peak is the measured one, byte for byte, under every policy") {
+  std::vector<std::string> policies = kExact;
+  policies.insert(policies.end(), {"none", "tiled", "tiled+nested", "tiled+offload", "full+bf16", "reversible"});
+  for (const std::string& text : policies) {
+    CAPTURE(text);
+    const auto run = [&text](nn::EncoderOptions options, auto&& make, std::vector<int64_t> shape) {
+      if (text == "reversible") {
+        options.reversible(true);
+      } else {
+        options.gradient_checkpointing(text);
+      }
+      const auto really = [&] {
+        auto encoder = make(options);
+        const Tensor x = torch::randn(shape).requires_grad_();
+        encoder->forward(x).square().mean().backward();
+      };
+      really();
+      const int64_t measured = MemoryMeter().measure(really).added_peak();
+      CHECK(plan(really, this_machine()).peak_bytes == measured);
+    };
+    run(nn::EncoderOptions(32, 2, {64}, 5), [](const auto& o) { return nn::Encoder(o); }, {3, 50, 32});
+    if (text.starts_with("tiled")) {
+      run(nn::EncoderOptions(24, 2, {400}, 1), [](const auto& o) { return nn::AxialEncoder(o, kAxes); },
+          {1, 100, 160, 24});
+    }
+  }
+}
+
+TEST_CASE("no policy needs more memory than none, however few the tokens") {
+  const auto peak = [](const std::string& text, int64_t layers, int64_t batch, int64_t length) {
+    return plan(
+               [&] {
+                 nn::EncoderOptions options(64, 4, {128, 128}, layers);
+                 options.gradient_checkpointing(text);
+                 nn::Encoder encoder(options);
+                 encoder->forward(torch::randn({batch, length, 64}).requires_grad_()).square().mean().backward();
+               },
+               this_machine())
+        .peak_bytes;
+  };
+  std::vector<std::string> policies = kExact;
+  policies.insert(policies.end(), {"tiled", "tiled+nested", "tiled+offload", "full+bf16", "tiled+bf16"});
+  for (const int64_t layers : {4, 12}) {
+    for (const int64_t length : {1, 2, 5, 16, 60, 256}) {
+      const int64_t none = peak("none", layers, 2, length);
+      for (const std::string& text : policies) {
+        CAPTURE(text, layers, length);
+        CHECK(peak(text, layers, 2, length) <= none);
+      }
+    }
+  }
+  SECTION("where slices pay they are made, and the width of the feed-forward network does not matter") {
+    const auto activations = [](const std::string& text, std::vector<int64_t> hidden) {
+      const nn::EncoderOptions options(24, 2, std::move(hidden), 2);
+      const auto step = [&](bool encode) {
+        nn::AxialEncoder encoder(options_with(options, text), kAxes);
+        for (const Tensor& p : encoder->parameters()) p.mutable_grad() = torch::zeros_like(p);
+        const Tensor x = torch::randn({1, 400, 300, 24});
+        if (encode) encoder->forward(x).square().mean().backward();
+      };
+      return plan([&] { step(true); }, this_machine()).peak_bytes -
+             plan([&] { step(false); }, this_machine()).peak_bytes;
+    };
+    const int64_t narrow = activations("tiled", {400}), wide = activations("tiled", {1600});
+    CHECK(narrow < activations("full", {400}) / 2);
+    CHECK(wide < activations("full", {1600}) / 4);
+    CHECK(static_cast<double>(wide) < 1.15 * static_cast<double>(narrow));
+  }
+}
+
+TEST_CASE("selective computes attention once, holds its output, and all else a second time") {
+  const auto planned = [](const std::string& text) {
+    return plan(
+        [&] {
+          nn::EncoderOptions options(48, 3, {96}, 6);
+          options.gradient_checkpointing(text);
+          nn::Encoder encoder(options);
+          encoder->forward(torch::randn({2, 300, 48}).requires_grad_()).sum().backward();
+        },
+        this_machine());
+  };
+  const Plan none = planned("none"), full = planned("full"), selective = planned("selective");
+  const auto attention = [](const Plan& p) { return p.flops_by_operator.at("headroom::attention"); };
+  CHECK(attention(full) == 2 * attention(none));
+  CHECK(attention(selective) == attention(none));
+  CHECK(selective.flops_by_operator.at("headroom::token_chain") == full.flops_by_operator.at("headroom::token_chain"));
+  CHECK(selective.peak_bytes > full.peak_bytes);
+  CHECK(selective.peak_bytes < 0.6 * none.peak_bytes);
+}
+
+TEST_CASE("a selective checkpoint keeps the results of LibTorch's operators that it is told to") {
+  torch::manual_seed(4);
+  torch::nn::Linear up(12, 30), down(30, 12);
+  const Tensor x = torch::randn({3, 7, 12}).requires_grad_();
+  // Linear on three dimensions adds the bias to the product in place; dropout draws random numbers
+  const auto forward = [&](const Tensor& t) {
+    const Tensor hidden = torch::dropout(torch::gelu(up(t)), 0.3, true);
+    return t + torch::matmul(torch::softmax(down(hidden), -1).transpose(1, 2), down(hidden)).sum(-1).unsqueeze(1);
+  };
+  const auto run = [&](auto&& call) {
+    torch::manual_seed(5);
+    const Tensor y = call();
+    auto results = torch::autograd::grad({y.pow(2).sum()}, {x, up->weight, up->bias, down->weight, down->bias});
+    results.push_back(y.detach());
+    results.push_back(torch::rand({2}));
+    return results;
+  };
+  const auto expected = run([&] { return forward(x); });
+  const auto products = [&](KeptOperators keep) {
+    const Plan traced = measure_trace([&] {
+      const auto actual = run([&] { return selective_checkpoint(keep, forward, x); });
+      for (size_t i = 0; i < expected.size(); ++i) CHECK(actual[i].equal(expected[i]));
+    });
+    const auto of_phase = traced.flops_by_phase.find("recomputation");
+    return of_phase == traced.flops_by_phase.end() ? 0.0 : of_phase->second;
+  };
+  const double none = products({});
+  CHECK(none > 0);
+  CHECK(products({"aten::bmm"}) <= none);
+  CHECK(products({"aten::gelu", "aten::_softmax"}) == none);
+  CHECK(products({"aten::mm", "aten::bmm", "aten::addmm", "aten::gelu", "aten::bernoulli_", "aten::add"}) <= none);
+}
+
+TEST_CASE("offloaded checkpoints are no memory of the process and leave no file") {
+  torch::manual_seed(6);
+  const Tensor x = torch::randn({64, 1 << 18});  // 64 MiB
+  const auto storage = checkpoint_pack(CheckpointStorage::offload);
+  const auto files = [] {
+    int count = 0;
+    for (const auto& entry : std::filesystem::directory_iterator(std::filesystem::temp_directory_path())) {
+      count += testing::contains(entry.path().string(), "headroom_checkpoint_");
+    }
+    return count;
+  };
+  const int before = files();
+  const int64_t held = MemoryMeter()
+                           .measure([&] {
+                             Tensor t = x * 2;
+                             Unpack unpack = storage(t);
+                             const Tensor copy = t.clone();
+                             t = Tensor();
+                             const int64_t resident = resident_bytes();
+                             CHECK(unpack().equal(copy));
+                             CHECK(unpack().equal(copy));  // again, as with retain_graph
+                             CHECK(resident_bytes() - resident < 16 << 20);
+                           })
+                           .held();
+  CHECK(held == 0);
+  CHECK(files() == before);
+  const Tensor permuted = torch::randn({5, 6, 7}).permute({2, 0, 1});
+  const Tensor back = storage(permuted)();
+  CHECK(back.equal(permuted));
+  CHECK(back.strides() == permuted.strides());
+  const Tensor narrowed = torch::randn({5, 6}).narrow(1, 1, 3);
+  CHECK(storage(narrowed)().equal(narrowed));
+  CHECK(storage(torch::arange(5))().equal(torch::arange(5)));
+  CHECK(storage(torch::empty({0, 3}))().sizes() == at::IntArrayRef({0, 3}));
 }

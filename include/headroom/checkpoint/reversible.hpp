@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "headroom/checkpoint/ambient_state.hpp"
+#include "headroom/checkpoint/kept_results.hpp"
 #include "headroom/checkpoint/piece_gradients.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"

@@ -103,11 +103,12 @@ namespace detail {
 /// Grows with every in-place change of `x`; inference tensors do not count.
 inline std::uint32_t version_of(const at::Tensor& x) { return x.is_inference() ? 0 : x._version(); }
 
-/// A tensor without its graph, and its version: LibTorch skips the version check of tensors that go through hooks.
+/// A tensor without its graph, and its version, which counts changes of the original too: LibTorch skips the version
+/// check of tensors that go through hooks.
 class Snapshot {
  public:
   Snapshot() = default;
-  explicit Snapshot(const at::Tensor& x) : tensor_(x.detach()), version_(version_of(tensor_)) {}
+  explicit Snapshot(const at::Tensor& x) : tensor_(x.tensor_data()), version_(version_of(tensor_)) {}
 
   bool holds_tensor() const { return tensor_.defined(); }
 

@@ -25,22 +25,39 @@ struct StackBlock {
 
 namespace detail {
 
+/// What the layers of a block compute for all tokens of x, and what its parameters take, in bytes: enough to tell
+/// whether there are so few tokens that gradients of weights decide.
+struct BlockSize {
+  double activations = 0, parameters = 0;
+
+  BlockSize(const StackBlock& block, const at::Tensor& x) {
+    if (x.numel() == 0) return;
+    int64_t features = x.size(-1);  // of a token: its input, and a row for each row of a weight
+    for (const at::Tensor& p : block.parameters) {
+      if (p.dim() == 2) features += p.size(0);
+      parameters += static_cast<double>(p.nbytes());
+    }
+    activations = static_cast<double>(x.nbytes()) / static_cast<double>(x.size(-1)) * static_cast<double>(features);
+  }
+};
+
 /// How many slices a block is tiled into: so many that what its layers compute for one of them is about 32 MiB, which
 /// keeps all threads busy, whatever the widths. 1 where slices would not pay: each adds gradients of all weights.
 inline int64_t slices_of(const StackBlock& block, const at::Tensor& x) {
   constexpr double kSliceBytes = 32 << 20;
   if (!block.independent_axis || x.numel() == 0) return 1;
-  int64_t features = x.size(-1), weights = 0;  // of a token: its input, and a row for each row of a weight
-  for (const at::Tensor& p : block.parameters) {
-    if (p.dim() == 2) features += p.size(0);
-    weights += static_cast<int64_t>(p.nbytes());
-  }
-  const auto tokens = static_cast<double>(x.numel() / x.size(-1));
-  const double bytes = tokens * static_cast<double>(features) * static_cast<double>(x.element_size());
+  const BlockSize size(block, x);
   const double slices =
-      std::clamp(std::ceil(bytes / kSliceBytes), 1.0, static_cast<double>(x.size(*block.independent_axis)));
-  const bool pays = bytes - bytes / slices > 2 * static_cast<double>(weights);
+      std::clamp(std::ceil(size.activations / kSliceBytes), 1.0, static_cast<double>(x.size(*block.independent_axis)));
+  const bool pays = size.activations - size.activations / slices > 2 * size.parameters;
   return pays ? static_cast<int64_t>(slices) : 1;
+}
+
+/// Whether a block has so many tokens that keeping results of its operators is worth it: gradients of weights, which
+/// grow while they are still kept, are smaller.
+inline bool keeps_results(const StackBlock& block, const at::Tensor& x) {
+  const BlockSize size(block, x);
+  return size.activations > size.parameters;
 }
 
 /// Runs blocks[first, last) under `levels` levels of checkpoints.
@@ -66,7 +83,7 @@ inline at::Tensor run_blocks(const std::vector<StackBlock>& blocks, at::Tensor x
     };
     if (policy.block == Block::none) {
       x = forward(x);
-    } else if (policy.block == Block::selective) {
+    } else if (policy.block == Block::selective && keeps_results(group.front(), x)) {
       x = selective_checkpoint(policy.keep, forward, x);
     } else if (const int64_t slices = policy.block == Block::tiled ? slices_of(group.front(), x) : 1; slices > 1) {
       x = tiled_checkpoint(group.front().forward, x, *group.front().independent_axis, slices, group.front().parameters);
@@ -81,7 +98,8 @@ inline at::Tensor run_blocks(const std::vector<StackBlock>& blocks, at::Tensor x
 
 /// Blocks one after the other, with what `policy` says kept for backward. Gradients are those without checkpoints: bit
 /// for bit, up to rounding with `tiled`, as of rounded inputs with `bf16`. `tiled` is `full` for a block without an
-/// independent axis or of so few tokens that slices would need more memory. Throws headroom.checkpoint.policy.
+/// independent axis, and `tiled` and `selective` are `full` for so few tokens that they would need more memory. Throws
+/// headroom.checkpoint.policy.
 inline at::Tensor run_stack(const std::vector<StackBlock>& blocks, const at::Tensor& x,
                             const CheckpointPolicy& policy) {
   detail::check_policy(policy, policy.text());

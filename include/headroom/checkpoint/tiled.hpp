@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "headroom/checkpoint/ambient_state.hpp"
+#include "headroom/checkpoint/kept_results.hpp"
 #include "headroom/checkpoint/piece_gradients.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
@@ -47,10 +48,13 @@ struct Tiling {
   }
   at::Tensor run(const at::Tensor& x) const {
     const at::Tensor output = at::empty(x.sizes(), x.options().requires_grad(false));
+    const std::uint32_t version = version_of(x);
     for_each(x, [&](int64_t first, int64_t count) {
       const at::Tensor part = x.narrow(axis, first, count);
       output.narrow(axis, first, count).copy_(checked(part, forward(part)));
     });
+    require(version_of(x) == version, "headroom.checkpoint.modified", "forward changed its input ", x.sizes(),
+            " in place, so that backward would compute with other values; let it work on a clone");
     return output;
   }
 };

@@ -314,9 +314,11 @@ TEST_CASE("a selective checkpoint keeps the results of LibTorch's operators that
   };
   const double none = products({});
   CHECK(none > 0);
-  CHECK(products({"aten::bmm"}) <= none);
-  CHECK(products({"aten::gelu", "aten::_softmax"}) == none);
-  CHECK(products({"aten::mm", "aten::bmm", "aten::addmm", "aten::gelu", "aten::bernoulli_", "aten::add"}) <= none);
+  // The product within linear is changed in place, so it is computed again; that of matmul is not
+  CHECK(products({"aten::mm"}) == none);
+  CHECK(products({"aten::bmm"}) < none);
+  CHECK(products({"aten::gelu", "aten::_softmax", "aten::view", "aten::bernoulli_", "aten::add_"}) == none);
+  CHECK(products({"aten::mm", "aten::bmm", "aten::addmm", "aten::gelu", "aten::add"}) < none);
 }
 
 TEST_CASE("offloaded checkpoints are no memory of the process and leave no file") {

@@ -88,10 +88,7 @@ class Recomputation : public std::enable_shared_from_this<Recomputation> {
   KeptResults* kept() { return kept_ ? &*kept_ : nullptr; }
 
   /// Ends forward.
-  void close() {
-    state_.random.forget_unused();
-    if (kept_) kept_->forget_modified();
-  }
+  void close() { state_.random.forget_unused(); }
 
  protected:
   /// Runs forward on the stored inputs.

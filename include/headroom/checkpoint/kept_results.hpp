@@ -34,22 +34,23 @@ class KeptResults {
     return std::any_of(names_.begin(), names_.end(), [](const auto& name) { return !name.starts_with("headroom::"); });
   }
 
-  /// In forward: stores results. One that is changed in place later cannot stand for itself, see forget_modified().
+  /// In forward: stores results.
   void store(std::string_view name, at::TensorList results) {
     Entry& entry = entries_.emplace_back(Entry{std::string(name), {}});
     entry.results.emplace();
     for (const at::Tensor& x : results) entry.results->push_back(x.defined() ? Snapshot(x) : Snapshot());
   }
 
-  /// At the end of forward: what has been changed in place meanwhile is computed again, as LibTorch's linear does to
-  /// the product that it adds the bias to.
-  void forget_modified() {
+  /// In forward: `x` is about to be changed in place. What shares its memory is computed again, as the product that
+  /// LibTorch's linear adds the bias to, behind a view that shares no version with it.
+  void forget(const at::Tensor& x) {
+    if (!x.defined() || !x.has_storage()) return;
     for (Entry& entry : entries_) {
-      for (const Snapshot& x : *entry.results) {
-        if (!x.is_unmodified()) {
-          entry.results.reset();
-          break;
-        }
+      if (!entry.results) continue;
+      for (const Snapshot& kept : *entry.results) {
+        if (!kept.holds_tensor() || !kept.unchecked().is_alias_of(x)) continue;
+        entry.results.reset();
+        break;
       }
     }
   }
@@ -137,6 +138,18 @@ class KeptResultsScope {
            !schema.is_mutable() && !op.hasTag(at::Tag::nondeterministic_seeded);
   }
 
+  static void forget_changed(KeptResults& kept, const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+    const auto& arguments = op.schema().arguments();
+    for (std::size_t i = 0; i < arguments.size(); ++i) {
+      if (arguments[i].alias_info() == nullptr || !arguments[i].alias_info()->isWrite()) continue;
+      const c10::IValue& value = stack[stack.size() - arguments.size() + i];
+      if (value.isTensor()) kept.forget(value.toTensor());
+      if (value.isTensorList()) {
+        for (const at::Tensor& x : value.toTensorVector()) kept.forget(x);
+      }
+    }
+  }
+
   static void call(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
     const c10::impl::ExcludeDispatchKeyGuard once{c10::DispatchKeySet(c10::DispatchKey::Fake)};
     const auto redispatch = [&] {
@@ -144,6 +157,8 @@ class KeptResultsScope {
     };
     const std::string& name = op.operator_name().name;
     KeptResults* const kept = current_ != nullptr ? current_->kept_ : nullptr;
+    if (kept != nullptr && current_->mode_ == Mode::store && op.schema().is_mutable())
+      forget_changed(*kept, op, *stack);
     if (kept == nullptr || !is_repeatable(op) || !kept->keeps(name)) return redispatch();
     if (current_->mode_ == Mode::take) {
       if (const auto results = kept->next(name)) {

@@ -111,12 +111,12 @@ class Snapshot {
   explicit Snapshot(const at::Tensor& x) : tensor_(x.tensor_data()), version_(version_of(tensor_)) {}
 
   bool holds_tensor() const { return tensor_.defined(); }
-
-  bool is_unmodified() const { return !holds_tensor() || version_of(tensor_) == version_; }
+  /// As it is now, modified or not.
+  const at::Tensor& unchecked() const { return tensor_; }
 
   void check_unmodified() const {
-    require(is_unmodified(), "headroom.checkpoint.modified", "a tensor of shape ", tensor_.sizes(),
-            " was modified in place after forward used it, so that backward ",
+    require(!holds_tensor() || version_of(tensor_) == version_, "headroom.checkpoint.modified", "a tensor of shape ",
+            tensor_.sizes(), " was modified in place after forward used it, so that backward ",
             "would compute with other values; clone it first, or step the optimizer after backward");
   }
 

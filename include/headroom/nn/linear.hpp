@@ -110,10 +110,11 @@ struct TokenChainFunction : torch::autograd::Function<TokenChainFunction> {
     all.insert(all.end(), chain.weights.begin(), chain.weights.end());
     return all;
   }
-  /// The start of the chunk after `first`. A dry run only sees the first and the last: those between need no more.
+  /// The start of the chunk after `first`. A dry run only sees the first two and the last: the first one lays out
+  /// copies of weights that stay, so that the second needs most, and those between no more.
   static int64_t next_chunk(const TokenChain& chain, int64_t first, int64_t chunk) {
-    const int64_t rows = chain.x.size(0), last = (rows - 1) / chunk * chunk;
-    return is_dry(chain.x) ? (first < last ? last : rows) : first + chunk;
+    const int64_t last = (chain.x.size(0) - 1) / chunk * chunk;
+    return is_dry(chain.x) && first == chunk && first < last ? last : first + chunk;
   }
   static int64_t widest_hidden(const TokenChain& chain) {
     int64_t widest = 0;

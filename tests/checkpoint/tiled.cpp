@@ -224,8 +224,7 @@ TEST_CASE("a mismatch names the operators whose results differ") {
   const Error error = testing::error_of([&] { y.backward(); });
   CHECK(error.id() == "headroom.checkpoint.mismatch");
   CHECK(testing::contains(error.what(), "the result of SliceBackward0 [2, 3]"));
-  CAPTURE(error.what());
-  CHECK(testing::contains(error.what(), "expected the result of AddBackward0 [4, 3]"));
+  CHECK(testing::contains(error.what(), "expected the result of AddBackward1 [4, 3]"));
   int again = 0;
   const Tensor z = selective_checkpoint(
       {"aten::sin", "aten::cos"}, [&](const Tensor& t) { return (++again == 1 ? (t + 1).sin() : (t + 1).cos()).exp(); },

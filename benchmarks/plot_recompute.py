@@ -15,6 +15,8 @@ import matplotlib.pyplot as plt
 CONFIGURATIONS = ["small", "ultra_safe", "memory_optimized", "memory_optimized_first", "xlarge"]
 BARS = ["none", "selective", "full", "nested", "tiled", "full+offload", "tiled+nested", "tiled+offload"]
 
+LABELS_BEFORE = ["full+bf16", "selective+offload", "nested-3", "tiled+nested", "full", "selective"]  # not on top of others
+
 
 def main(rows_file, figure_file):
     with open(rows_file) as file:
@@ -27,7 +29,9 @@ def main(rows_file, figure_file):
         y = 100 * row["activation_bytes"] / none["activation_bytes"]
         colour = "tab:red" if row["policy"] == "none" else "tab:green" if row["policy"] == "reversible" else "tab:blue"
         left.plot(x, y, "o", color=colour)
-        left.annotate(row["policy"], (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        before = row["policy"] in LABELS_BEFORE
+        left.annotate(row["policy"], (x, y), textcoords="offset points", xytext=(-6 if before else 6, -3), fontsize=8,
+                      ha="right" if before else "left")
     left.set_xlabel("time, relative to none")
     left.set_ylabel("memory of activations, % of none")
     left.set_yscale("log")
@@ -46,7 +50,7 @@ def main(rows_file, figure_file):
         right.axhline(limit, color="black", linewidth=0.6, linestyle="--")
         right.annotate(f"{limit} GiB", (-0.48, limit), fontsize=7, va="bottom")
     right.set_yscale("log")
-    right.set_xticks(range(len(CONFIGURATIONS)), CONFIGURATIONS, fontsize=8)
+    right.set_xticks(range(len(CONFIGURATIONS)), [name.replace("_", "\n") for name in CONFIGURATIONS], fontsize=8)
     right.set_ylabel("planned peak of a training step, GiB")
     right.set_title("the guide's configurations, batch 1")
     right.legend(fontsize=7, ncols=2, loc="upper left")

@@ -162,7 +162,7 @@ int main(int argc, char** argv) {
   bool headline = false, no_guide = false;
   std::string folder = "examples/configs";
   double budget_gib = 7.5;  // of 8 GiB resident: the rest is for what is no tensor
-  EncoderStep encoder{.layers = 12, .batch = 2, .length = 2049, .dim = 192, .heads = 12, .hidden = {768}};
+  EncoderStep encoder{.layers = 12, .batch = 2, .length = 2049, .dim = 192, .heads = 12, .hidden = {768, 768}};
   std::vector<std::string> policies = kPolicies;
   policies.push_back(kReversible);
   int repetitions = 1;

@@ -9,7 +9,7 @@
 #include "headroom/attention/merge.hpp"
 #include "headroom/attention/reference.hpp"
 #include "headroom/attention/tiled.hpp"
-#include "headroom/checkpoint/kept_results.hpp"
+#include "headroom/dry_run/operator.hpp"
 
 namespace headroom::inline v0 {
 
@@ -138,7 +138,7 @@ inline torch::autograd::variable_list first_derivatives(
 /// The result of an attention kernel: compute()'s, or what a selective checkpoint has kept of it.
 template <class Compute>
 AttentionForward attention_result(Compute&& compute) {
-  auto results = KeptResultsScope::results_of("headroom::attention", [&] {
+  auto results = OperatorResults::of("headroom::attention", [&] {
     AttentionForward computed = compute();
     std::vector<torch::Tensor> list{std::move(computed.output), std::move(computed.lse)};
     list.insert(list.end(), computed.extra.begin(), computed.extra.end());

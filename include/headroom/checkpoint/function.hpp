@@ -120,16 +120,18 @@ class Recomputation : public std::enable_shared_from_this<Recomputation> {
     const AmbientStateGuard state(state_);
     const Phase phase("recomputation");
     const KeptResultsScope kept_results(kept(), KeptResultsScope::Mode::take);
-    std::size_t next = 0;
-    const SavedTensorHooks hooks([&](const at::Tensor& x) -> Unpack {
-      if (const auto slot = slots_[next].lock()) {
-        slot->fill(x);
-      }
-      if (++next == last) {
-        throw Done{};  // what follows the last tensor that is still wanted need not be computed
-      }
-      return keep(x);  // for a forward that differentiates inside
-    });
+    std::size_t remaining = last;
+    const SavedTensorHooks hooks(
+        [&](const at::Tensor& x) -> Unpack {
+          if (const auto slot = slots_[last - remaining].lock()) {
+            slot->fill(x);
+          }
+          if (--remaining == 0) {
+            throw Done{};  // what follows the last tensor that is still wanted need not be computed
+          }
+          return keep(x);  // for a forward that differentiates inside
+        },
+        &remaining);
     try {
       run();
     } catch (const Done&) {

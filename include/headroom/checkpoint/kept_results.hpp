@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -15,6 +16,7 @@
 
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/dry_run/operator.hpp"
 
 namespace headroom::inline v0 {
 
@@ -85,7 +87,7 @@ class KeptResults {
 
 /// While it lives, operators on this thread that `kept` names store their results there, or take them from there.
 /// nullptr: none do, whatever an enclosing scope says.
-class KeptResultsScope {
+class KeptResultsScope final : private OperatorResults {
  public:
   enum class Mode { store, take };
 
@@ -96,32 +98,25 @@ class KeptResultsScope {
     intercept_operators();
     intercepting_.emplace(c10::DispatchKeySet(c10::DispatchKey::Fake));
   }
-  ~KeptResultsScope() { current_ = outer_; }
-  KeptResultsScope(const KeptResultsScope&) = delete;
-  KeptResultsScope& operator=(const KeptResultsScope&) = delete;
+  ~KeptResultsScope() override { current_ = outer_; }
 
-  /// What compute() gives, or what it gave in forward where an enclosing scope keeps the results of `name`. For
-  /// operators of ours, below autograd.
-  template <class Compute>
-  static std::vector<at::Tensor> results_of(std::string_view name, Compute&& compute) {
-    KeptResults* const kept = current_ != nullptr ? current_->kept_ : nullptr;
-    if (kept == nullptr || !kept->keeps(name)) return compute();
-    if (current_->mode_ == Mode::take) {
-      if (auto results = kept->next(name)) return *std::move(results);
+ private:
+  Results call(std::string_view name, const std::function<Results()>& compute) override {
+    if (kept_ == nullptr || !kept_->keeps(name)) return compute();
+    if (mode_ == Mode::take) {
+      if (auto results = kept_->next(name)) return *std::move(results);
     }
-    const Mode mode = current_->mode_;
-    const KeptResultsScope within(nullptr, mode);  // what it calls belongs to it
-    std::vector<at::Tensor> results = compute();
-    if (mode == Mode::store) kept->store(name, results);
+    const KeptResultsScope within(nullptr, mode_);  // what it calls belongs to it
+    Results results = compute();
+    if (mode_ == Mode::store) kept_->store(name, results);
     return results;
   }
 
- private:
   /// LibTorch's operators pass through the dispatch key Fake, below autograd, where a scope includes it.
   static void intercept_operators() {
     static const auto* const library = [] {
       auto* made = new torch::Library(torch::Library::IMPL, "_", c10::DispatchKey::Fake, __FILE__, __LINE__);
-      made->fallback(torch::CppFunction::makeFromBoxedFunction<&call>());
+      made->fallback(torch::CppFunction::makeFromBoxedFunction<&intercept>());
       return made;
     }();
     static_cast<void>(library);
@@ -150,7 +145,7 @@ class KeptResultsScope {
     }
   }
 
-  static void call(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  static void intercept(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
     const c10::impl::ExcludeDispatchKeyGuard once{c10::DispatchKeySet(c10::DispatchKey::Fake)};
     const auto redispatch = [&] {
       op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::Fake), stack);

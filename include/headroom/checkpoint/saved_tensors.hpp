@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/saved_variable_hooks.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -43,7 +44,9 @@ using Pack = std::function<Unpack(const at::Tensor&)>;
 /// process, has brought its own.
 class SavedTensorHooks {
  public:
-  explicit SavedTensorHooks(Pack pack) : pack_(std::move(pack)), outer_(std::exchange(current_, this)) {
+  /// `remaining`: how many more tensors `pack` takes before it throws, if it does; it must outlive the scope.
+  explicit SavedTensorHooks(Pack pack, const std::size_t* remaining = nullptr)
+      : pack_(std::move(pack)), remaining_(remaining), outer_(std::exchange(current_, this)) {
     try {
       Engine::install();
     } catch (...) {
@@ -57,6 +60,12 @@ class SavedTensorHooks {
 
   /// The innermost scope of this thread, or nullptr.
   static const SavedTensorHooks* current() { return current_; }
+
+  /// Whether anything goes on after the next `count` tensors. Where not, a recomputation ends there, and an operator
+  /// that saves as many need not compute its result.
+  static bool go_on_after(std::size_t count) {
+    return current_ == nullptr || current_->remaining_ == nullptr || *current_->remaining_ > count;
+  }
 
   /// Hands `x` over as autograd would.
   Unpack pack(const at::Tensor& x) const {
@@ -95,6 +104,7 @@ class SavedTensorHooks {
   static inline thread_local const SavedTensorHooks* current_ = nullptr;
 
   Pack pack_;
+  const std::size_t* remaining_;
   const SavedTensorHooks* outer_;
 };
 

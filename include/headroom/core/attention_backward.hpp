@@ -11,9 +11,8 @@ namespace headroom::inline v0::core {
 
 /// Gradients of what AttentionParams adds to scores; one without data is not wanted. They are added to what is there.
 /// `bias` has the shape [B,H,Lq,Lk] and stride 0 in dimensions where the bias is broadcast, whose sum it receives.
-template <Storable T>
 struct AttentionParamGradients {
-  TensorView<ComputeType<T>> bias = {};
+  StoredTensor bias = {};
   TensorView<double> relative_bias = {};  // [1,H,1,2R-1], stride 0 between heads that share it
   TensorView<double> slopes = {};         // [B,H,Lq,1], stride 0 where broadcast
   TensorView<double> sink = {};           // [1,H,1,1]
@@ -27,7 +26,7 @@ struct BackwardTensors : AttentionTensors {
   StoredTensor grad_output;
   TensorView<const double> grad_lse;
   StoredTensor grad_q, grad_k, grad_v;
-  TensorView<Scalar> grad_bias;
+  StoredTensor grad_bias;
 };
 
 /// Heads of q that one task has to see together, because they share keys or add to the same gradient of a bias.
@@ -49,7 +48,8 @@ template <class Scalar>
 class BackwardGroup {
  public:
   static constexpr Index kWidth = LaneTiling<Scalar>::kWidth;
-  static constexpr Index kQueries = 16 * kTileRows;  // queries in a block: its weights stay in L1
+  static constexpr Index kQueries = 16 * kTileRows;                       // queries in a block: its weights stay in L1
+  static constexpr Index kMostKeys = LaneGroups<Scalar>::kMost * kWidth;  // of a group
 
   /// What the groups of one head share.
   struct Head {
@@ -57,6 +57,7 @@ class BackwardGroup {
     Scalar* delta;            // [Lq], written by the first group
     Scalar* grad_q;           // [Lq][D] where grad_q can't be summed as it lies
     std::atomic<int>* turns;  // [blocks of queries]: groups that are done with the block; null when groups run in order
+    StoredMatrix grad_bias;   // [Lq, keys from the group's first one on], without data when not wanted
     double *bias_rows, *relative, *slopes, *sink;  // this worker's sums, null when not wanted
   };
 
@@ -87,6 +88,14 @@ class BackwardGroup {
   }
   static Index workspace_bytes(Index dim, Index value_dim, bool cap) {
     return BackwardGroup(nullptr, dim, value_dim, cap).scratch_.bytes();
+  }
+  /// The keys of a group.
+  static KeyRange keys(const BackwardTensors<Scalar>& x, Index group) {
+    const LaneTiling<Scalar> tiling(x.k.length());
+    const Index first = key_groups(x).first_tile(group), count = key_groups(x).tiles(group);
+    if (count == 0) return {};
+    const auto last = tiling[first + count - 1];
+    return {tiling[first].begin, std::min(last.begin + last.width(), x.k.length())};
   }
   /// One group even without keys: it clears grad_q.
   static Index groups(const BackwardTensors<Scalar>& x) { return std::max<Index>(key_groups(x).count(), 1); }
@@ -162,8 +171,8 @@ class BackwardGroup {
   /// All queries of one head against the open tiles.
   void add_head(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules, const Head& head, Index group,
                 Index count) {
-    const auto [b, h, delta, accumulator, turns, bias_rows, relative, slopes, sink] = head;
-    const KeyRange keys = count == 0 ? KeyRange{} : KeyRange{tiles_[0].keys.begin, tiles_[count - 1].keys.end};
+    const auto [b, h, delta, accumulator, turns, grad_bias, bias_rows, relative, slopes, sink] = head;
+    const KeyRange keys = BackwardGroup::keys(x, group);
     const AttentionParams& params = rules.params();
     const auto turn = Rotation<Scalar>::of_queries(params);
     const Index queries = x.q.length(), dim = x.q.dim();
@@ -182,8 +191,8 @@ class BackwardGroup {
       }
       if (group == 0) {
         write_delta(delta + first, g, o, first, rows);
+        clear_rows(sum);
         for (Index i = 0; i < rows; ++i) {
-          clear_strided(&sum(i, 0), sum.col_stride, dim);
           if (x.grad_lse.data != nullptr) delta[first + i] -= static_cast<Scalar>(x.grad_lse(b, h, first + i, 0));
           if (sink != nullptr) {
             const double weight = std::exp2(*rules.sink(h) - x.lse(b, h, first + i, 0) * std::numbers::log2e);
@@ -218,9 +227,10 @@ class BackwardGroup {
             default:
               weigh<kTileVectors>(tile, weights, q_block, g_block, delta + first, rules);
           }
-          if (x.grad_bias.data != nullptr || bias_rows != nullptr || relative != nullptr || slopes != nullptr) {
+          if (grad_bias.data != nullptr || bias_rows != nullptr || relative != nullptr || slopes != nullptr) {
             const ScoreTile<Scalar> grad{grad_scores_, tile.width(), b, h, tile.keys};
-            rules.add_gradients(grad, run_, x.grad_bias, bias_rows, relative, slopes, buffer_);
+            rules.add_gradients(grad, run_, grad_bias, tile.keys.begin - keys.begin, bias_rows, relative, slopes,
+                                buffer_);
           }
           if (cap_slope_ != nullptr) {
             for (Index i = 0; i < rows * tile.width(); ++i) grad_scores_[i] *= cap_slope_[i];
@@ -240,7 +250,7 @@ class BackwardGroup {
           const Scalar scale = static_cast<Scalar>(rules.scale());
           for (Index i = 0; i < rows * padded_dim_; ++i) grad_queries_[i] *= scale;
         }
-        for (Index i = 0; i < rows; ++i) add_strided(&sum(i, 0), sum.col_stride, grad_queries_ + i * padded_dim_, dim);
+        add_rows(sum, grad_queries_, padded_dim_);
       }
       if (last_group && grad_q.sums_in_place()) grad_q.turn_back(first, rows);
       if (last_group && !grad_q.sums_in_place()) grad_q.write(first, rows, &sum(0, 0));
@@ -366,6 +376,7 @@ class BackwardGroup {
       lse_rest_[i] = static_cast<Scalar>(whole - static_cast<double>(lse_[i]) * unit);
     }
   }
+
   /// forward did: weight = exp2((score - maximum)·factor) / sum
   EIGEN_ALWAYS_INLINE static Packet weight(Packet score, Packet factor, Packet lse, Packet rest) {
     if constexpr (simd::kFusedMultiplyAdd) {
@@ -517,10 +528,11 @@ class BackwardPass {
                const TensorView<double>& relative_bias, const TensorView<double>& slopes,
                const TensorView<double>& sink)
       : x_(x), rules_(rules), relative_bias_(relative_bias), slopes_(slopes), sink_(sink) {
-    const bool bias = x.grad_bias.data != nullptr, by_rows = bias && x.grad_bias.strides[3] == 0;
+    const StoredTensor& bias_grad = x.grad_bias;
+    const bool bias(bias_grad), by_rows = bias && bias_grad.strides[3] == 0;
     const Index batch = x.batch(), heads = x.heads(), share = heads / std::max<Index>(x.k.shape[1], 1);
-    const bool one_batch = (x.k.shape[0] == 1 || (bias && !by_rows && x.grad_bias.strides[0] == 0));
-    const bool one_head = bias && !by_rows && x.grad_bias.strides[1] == 0;
+    const bool one_batch = x.k.shape[0] == 1 || (bias && !by_rows && bias_grad.strides[0] == 0);
+    const bool one_head = bias && !by_rows && bias_grad.strides[1] == 0;
     batches_ = one_batch ? batch : 1;
     heads_ = one_head ? heads : share;
     families_ = batch * heads == 0 ? 0 : batch * heads / (batches_ * heads_);
@@ -528,6 +540,15 @@ class BackwardPass {
     groups_ = Group::groups(x);
     blocks_ = Group::blocks(x.q.length());
     bias_rows_ = by_rows ? x.q.length() : 0;
+    if (bias && !by_rows && bias_grad.type != kStoredType<Scalar>) {
+      const std::array<Index, 3> extents{batches_, heads_, x.q.length()};
+      bool shared = false;
+      for (int d = 0; d < 3; ++d) {
+        shared |= bias_grad.strides[d] == 0 && extents[d] > 1;
+        bias_sums_shape_[d] = bias_grad.strides[d] == 0 ? 1 : extents[d];
+      }
+      if (shared) bias_sums_shape_[3] = Group::kMostKeys;
+    }
     own_sums_ =
         x.grad_q.length() > 0 &&
         !RowWriter<Scalar>(x.grad_q.head(0, 0, heads), Rotation<Scalar>::of_queries(rules.params())).sums_in_place();
@@ -539,9 +560,12 @@ class BackwardPass {
     const bool cap = rules_.params().softcap > 0;
     const Index group_bytes = Group::workspace_bytes(x_.q.dim(), x_.v.dim(), cap);
     const Index head_bytes = HeadPart(nullptr, *this).bytes(), sum_bytes = SumPart(nullptr, *this).bytes();
+    const Index bias_bytes = BiasSums(nullptr, *this).bytes();
     const Index head_parts = ((whole > 0 ? workers : 0) + split) * members_;
-    const auto workspace = executor.allocate(workers * (group_bytes + members_ * sum_bytes) + head_parts * head_bytes);
-    std::byte* const sums = workspace.data() + workers * group_bytes;
+    const auto workspace =
+        executor.allocate(workers * (group_bytes + bias_bytes + members_ * sum_bytes) + head_parts * head_bytes);
+    std::byte* const bias_start = workspace.data() + workers * group_bytes;
+    std::byte* const sums = bias_start + workers * bias_bytes;
     std::byte* const head_start = sums + workers * members_ * sum_bytes;
     for (Index i = 0; i < head_parts; ++i) {
       const HeadPart part(head_start + i * head_bytes, *this);
@@ -564,12 +588,20 @@ class BackwardPass {
       const auto head_index = [&](Index b, Index h) {
         return (is_whole ? worker : head_parts / members_ - split + s) * members_ + slot(b, h);
       };
-      const auto head = [&](Index b, Index h) {
+      const BiasSums bias_sums(bias_start + worker * bias_bytes, *this);
+      const auto head = [&](Index b, Index h, KeyRange keys) {
         const HeadPart part(head_start + head_index(b, h) * head_bytes, *this);
         const SumPart sum = sum_part(slot(b, h));
-        return typename Group::Head{
-            b,          h,       part.delta, part.grad_q, is_whole ? nullptr : part.turns, sum.bias_rows, sum.relative,
-            sum.slopes, sum.sink};
+        return typename Group::Head{b,
+                                    h,
+                                    part.delta,
+                                    part.grad_q,
+                                    is_whole ? nullptr : part.turns,
+                                    bias_gradient(bias_sums, family, b, h, keys),
+                                    sum.bias_rows,
+                                    sum.relative,
+                                    sum.slopes,
+                                    sum.sink};
       };
       const auto each_member = [&](auto&& f) {
         if (sum_bytes == 0) return;
@@ -580,8 +612,11 @@ class BackwardPass {
         }
       };
       const auto run_group = [&](Index g) {
+        const KeyRange keys = Group::keys(x_, g);
         each_member([](const SumPart& sum, const SumPart&, Index, Index) { sum.clear(); });
-        group.run(x_, rules_, family, g, head);
+        bias_sums.clear();
+        group.run(x_, rules_, family, g, [&](Index b, Index h) { return head(b, h, keys); });
+        if (bias_sums) add_bias(bias_sums, family, keys);
       };
       const auto add_group = [&](Index g) {
         each_member([&](const SumPart& sum, const SumPart& total, Index b, Index h) {
@@ -647,6 +682,45 @@ class BackwardPass {
     }
     Index bytes() const { return scratch.bytes(); }
   };
+  /// Sums of one group of keys for the gradient of a bias that several heads or queries share and that is stored in
+  /// fewer bits than it is computed in, so that it is rounded once: [B or 1,H or 1,Lq or 1,keys] of a family.
+  struct BiasSums {
+    Scalar* data;
+    std::array<Index, 4> shape;
+
+    BiasSums(std::byte* at, const BackwardPass& pass)
+        : data(reinterpret_cast<Scalar*>(at)), shape(pass.bias_sums_shape_) {}
+    Index size() const { return shape[0] * shape[1] * shape[2] * shape[3]; }
+    Index bytes() const {
+      Scratch scratch(nullptr);
+      scratch.take<Scalar>(size());
+      return scratch.bytes();
+    }
+    explicit operator bool() const { return size() > 0; }
+    void clear() const { std::fill_n(data, size(), Scalar(0)); }
+    StoredMatrix head(Index b, Index h) const {
+      const Index at = (std::min(b, shape[0] - 1) * shape[1] + std::min(h, shape[1] - 1)) * shape[2] * shape[3];
+      return {data + at, kStoredType<Scalar>, shape[2], shape[3], shape[2] == 1 ? 0 : shape[3], 1};
+    }
+  };
+  /// Where head (b,h) adds the gradient of its bias, from the first of `keys` on.
+  StoredMatrix bias_gradient(const BiasSums& sums, const HeadFamily& family, Index b, Index h, KeyRange keys) const {
+    if (!x_.grad_bias || bias_rows_ > 0) return {};
+    if (sums) return sums.head(b - family.first_batch, h - family.first_head);
+    return x_.grad_bias.head(b, h, x_.heads()).block(0, keys.begin, x_.q.length(), keys.end - keys.begin);
+  }
+  void add_bias(const BiasSums& sums, const HeadFamily& family, KeyRange keys) const {
+    for (Index b = 0; b < sums.shape[0]; ++b) {
+      for (Index h = 0; h < sums.shape[1]; ++h) {
+        const auto from = sums.head(b, h).template as<Scalar>();
+        x_.grad_bias.head(family.first_batch + b, family.first_head + h, x_.heads()).visit([&](auto to) {
+          for (Index i = 0; i < sums.shape[2]; ++i) {
+            add_strided(&to(i, keys.begin), to.col_stride, &from(i, 0), keys.end - keys.begin);
+          }
+        });
+      }
+    }
+  }
   void commit(const SumPart& sum, Index b, Index h) const {
     if (sum.relative != nullptr) {
       for (Index r = 0; r < relative_bias_.dim(); ++r) relative_bias_(0, h, 0, r) += sum.relative[r];
@@ -654,14 +728,18 @@ class BackwardPass {
     if (sum.sink != nullptr) sink_(0, h, 0, 0) += *sum.sink;
     for (Index i = 0; i < x_.q.length(); ++i) {
       if (sum.slopes != nullptr) slopes_(b, h, i, 0) += sum.slopes[i];
-      if (sum.bias_rows != nullptr) x_.grad_bias(b, h, i, 0) += static_cast<Scalar>(sum.bias_rows[i]);
     }
+    if (sum.bias_rows == nullptr) return;
+    x_.grad_bias.head(b, h, x_.heads()).visit([&](auto bias) {
+      add_strided(bias.data, bias.row_stride, sum.bias_rows, x_.q.length());
+    });
   }
 
   const BackwardTensors<Scalar>& x_;
   const ScoreRules<Scalar>& rules_;
   TensorView<double> relative_bias_, slopes_, sink_;
   Index batches_, heads_, families_, members_, groups_, blocks_, bias_rows_;
+  std::array<Index, 4> bias_sums_shape_{};  // no elements: they are added up where they belong
   bool own_sums_;
 };
 
@@ -682,7 +760,7 @@ void attention_backward(std::type_identity_t<TensorView<const T>> grad_output,
                         std::type_identity_t<TensorView<const T>> v, std::type_identity_t<TensorView<const T>> output,
                         TensorView<const double> lse, TensorView<T> grad_q, TensorView<T> grad_k, TensorView<T> grad_v,
                         const AttentionParams& params = {}, const M& mask = {}, const E& executor = {},
-                        const AttentionParamGradients<T>& param_grads = {}, TensorView<const double> grad_lse = {}) {
+                        const AttentionParamGradients& param_grads = {}, TensorView<const double> grad_lse = {}) {
   using Scalar = ComputeType<T>;
   const TensorView<double> saved_lse{const_cast<double*>(lse.data), lse.shape, lse.strides};
   const detail::BackwardTensors<Scalar> x{

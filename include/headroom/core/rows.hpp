@@ -43,6 +43,38 @@ class Rotation {
   Index (AttentionParams::*row_of_)(Index) const = nullptr;
 };
 
+/// to[l·stride] += x[l], added up in the type of x.
+template <class T, class Scalar>
+void add_strided(T* to, Index stride, const Scalar* x, Index count) {
+  const auto add = [&](Index step) __attribute__((always_inline)) {
+    for (Index l = 0; l < count; ++l) to[l * step] = static_cast<T>(static_cast<Scalar>(to[l * step]) + x[l]);
+  };
+  if (stride == 1) {
+    add(1);
+  } else {
+    add(stride);
+  }
+}
+/// to += rows [rows][stride], along the direction in which `to` is contiguous.
+template <class T, class Scalar>
+void add_rows(MatrixView<T> to, const Scalar* rows, Index stride) {
+  if constexpr (std::is_same_v<T, Scalar>) {
+    if (to.row_stride == 1 && to.col_stride != 1) {
+      return pack_lanes(to.data, to.col_stride, MatrixView<const Scalar>{rows, to.rows, to.cols, stride, 1},
+                        TimesPlus<Scalar>{1});
+    }
+  }
+  for (Index i = 0; i < to.rows; ++i) add_strided(&to(i, 0), to.col_stride, rows + i * stride, to.cols);
+}
+template <class Scalar>
+void clear_rows(MatrixView<Scalar> x) {
+  const bool by_columns = x.row_stride == 1;
+  if (by_columns) x = {x.data, x.cols, x.rows, x.col_stride, x.row_stride};
+  for (Index i = 0; i < x.rows; ++i) {
+    for (Index d = 0; d < x.cols; ++d) x(i, d) = 0;
+  }
+}
+
 /// to [rows][cols] = x, dense.
 template <class Scalar, class T>
 void copy_rows(Scalar* to, MatrixView<T> x) {

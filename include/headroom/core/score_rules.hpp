@@ -9,25 +9,6 @@ namespace headroom::inline v0::core::detail {
 template <class Scalar>
 inline constexpr Scalar kHidden = std::numeric_limits<Scalar>::lowest();
 
-/// to[l·stride] = 0
-template <class Scalar>
-void clear_strided(Scalar* to, Index stride, Index count) {
-  if (stride == 1) {
-    std::fill_n(to, count, Scalar(0));
-  } else {
-    for (Index l = 0; l < count; ++l) to[l * stride] = 0;
-  }
-}
-/// to[l·stride] += x[l]
-template <class Scalar>
-void add_strided(Scalar* to, Index stride, const Scalar* x, Index count) {
-  if (stride == 1) {
-    for (Index l = 0; l < count; ++l) to[l] += x[l];
-  } else {
-    for (Index l = 0; l < count; ++l) to[l * stride] += x[l];
-  }
-}
-
 /// A run of queries of one head: which keys each one sees, where it stands, and its slope.
 template <class Scalar, Index Capacity>
 struct QueryRun {
@@ -209,25 +190,22 @@ class ScoreRules {
     }
   }
 
-  /// Adds the gradients of scores [queries][keys] of a tile to those of bias, relative bias and slopes. `rows`,
-  /// `relative` and `slopes` are sums of one head and worker, for parts that several tiles add to: over the keys for a
-  /// bias that is broadcast along them [Lq], by distance [2R-1], by query [Lq].
+  /// Adds the gradients of scores [queries][keys] of a tile to those of bias, relative bias and slopes. `bias` holds
+  /// all queries of the head, and the tile's keys from column `first_key` on. `rows`, `relative` and `slopes` are sums
+  /// of one head and worker, for parts that several tiles add to: over the keys for a bias that is broadcast along them
+  /// [Lq], by distance [2R-1], by query [Lq].
   template <Index Capacity>
-  void add_gradients(const ScoreTile<Scalar>& grad, const QueryRun<Scalar, Capacity>& run,
-                     const TensorView<Scalar>& bias, double* rows, double* relative, double* slopes,
-                     Scalar* buffer) const {
+  void add_gradients(const ScoreTile<Scalar>& grad, const QueryRun<Scalar, Capacity>& run, const StoredMatrix& bias,
+                     Index first_key, double* rows, double* relative, double* slopes, Scalar* buffer) const {
     const Index queries = run.queries.end - run.queries.begin, keys = grad.keys.end - grad.keys.begin;
-    if (bias.data != nullptr && bias.strides[3] != 0) {
-      if (bias.strides[2] == 0) std::fill_n(buffer, keys, Scalar(0));
-      for (Index i = 0; i < queries; ++i) {
-        const Scalar* const g = grad.scores + i * grad.width;
-        if (bias.strides[2] == 0) {
-          for (Index l = 0; l < keys; ++l) buffer[l] += g[l];
-        } else {
-          add_strided(&bias(grad.b, grad.h, run.queries.begin + i, grad.keys.begin), bias.strides[3], g, keys);
-        }
-      }
-      if (bias.strides[2] == 0) add_strided(&bias(grad.b, grad.h, 0, grad.keys.begin), bias.strides[3], buffer, keys);
+    if (bias.data != nullptr) {
+      const MatrixView<const Scalar> tile{grad.scores, queries, keys, grad.width, 1};
+      bias.block(run.queries.begin, first_key, queries, keys).visit([&](auto to) {
+        if (to.row_stride != 0) return add_rows(to, tile.data, tile.row_stride);
+        std::fill_n(buffer, keys, Scalar(0));
+        for (Index i = 0; i < queries; ++i) add_strided(buffer, 1, &tile(i, 0), keys);
+        add_strided(to.data, to.col_stride, buffer, keys);
+      });
     }
     if (rows == nullptr && slopes == nullptr && relative == nullptr) return;
     // Sums along a row of gradients nearly cancel, so they are taken in double.

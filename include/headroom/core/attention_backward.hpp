@@ -138,6 +138,14 @@ class BackwardGroup {
     Pair* row_pairs() const { return reinterpret_cast<Pair*>(scaled_key); }
   };
 
+  /// Queries of a block that see keys of a tile.
+  struct Queries {
+    MatrixView<const Scalar> q, g;
+    const Scalar *delta, *lse, *lse_rest;
+    Scalar* grad;  // [rows][padded D]: sums for grad_q
+    Index rows() const { return q.rows; }
+  };
+
   // In pairs the memory of rows and weights is used like this:
   Eigen::bfloat16* query_rows() const { return reinterpret_cast<Eigen::bfloat16*>(queries_); }  // [queries][padded D]
   Eigen::bfloat16* query_columns() const { return query_rows() + kQueries * pair_dim_; }        // the transpose
@@ -200,8 +208,8 @@ class BackwardGroup {
           }
         }
       }
-      run_ = Run(rules.mask(), params, b, h, {first, first + rows}, x.k.length());
-      if (run_.touches(keys) && (!rules.hides_elements() || rules.sees_any(b, h, run_.queries, keys))) {
+      const Run run(rules.mask(), params, b, h, {first, first + rows}, x.k.length());
+      if (run.touches(keys) && (!rules.hides_elements() || rules.sees_any(b, h, run.queries, keys))) {
         split_lse(x.lse, b, h, first, rows, static_cast<double>(rules.factor()));
         MatrixView<const Scalar> q_block{nullptr, rows}, g_block{nullptr, rows};
         if (in_pairs_) {
@@ -215,17 +223,26 @@ class BackwardGroup {
         std::fill_n(grad_queries_, padded(rows, kPairRows) * padded_dim_, Scalar(0));
         for (Index t = 0; t < count; ++t) {
           const Tile& tile = tiles_[t];
-          if (!run_.touches(tile.keys)) continue;
+          if (!run.touches(tile.keys)) continue;
+          // in pairs, a sum over queries is padded with those that follow
+          run_ = in_pairs_ ? run : run.that_see(tile.keys);
+          const Index skip = run_.queries.begin - first, seen = run_.queries.end - run_.queries.begin;
+          const Queries part{q_block.middle_rows(skip, seen),
+                             g_block.middle_rows(skip, seen),
+                             delta + first + skip,
+                             lse_ + skip,
+                             lse_rest_ + skip,
+                             grad_queries_ + skip * padded_dim_};
           const ScoreTile<Scalar> weights{weights_, tile.width(), b, h, tile.keys};
           switch (tile.vectors) {
             case 1:
-              weigh<1>(tile, weights, q_block, g_block, delta + first, rules);
+              weigh<1>(tile, weights, part, rules);
               break;
             case 2:
-              weigh<2>(tile, weights, q_block, g_block, delta + first, rules);
+              weigh<2>(tile, weights, part, rules);
               break;
             default:
-              weigh<kTileVectors>(tile, weights, q_block, g_block, delta + first, rules);
+              weigh<kTileVectors>(tile, weights, part, rules);
           }
           if (grad_bias.data != nullptr || bias_rows != nullptr || relative != nullptr || slopes != nullptr) {
             const ScoreTile<Scalar> grad{grad_scores_, tile.width(), b, h, tile.keys};
@@ -233,17 +250,17 @@ class BackwardGroup {
                                 buffer_);
           }
           if (cap_slope_ != nullptr) {
-            for (Index i = 0; i < rows * tile.width(); ++i) grad_scores_[i] *= cap_slope_[i];
+            for (Index i = 0; i < seen * tile.width(); ++i) grad_scores_[i] *= cap_slope_[i];
           }
           switch (tile.vectors) {
             case 1:
-              accumulate<1>(tile, q_block, g_block);
+              accumulate<1>(tile, part);
               break;
             case 2:
-              accumulate<2>(tile, q_block, g_block);
+              accumulate<2>(tile, part);
               break;
             default:
-              accumulate<kTileVectors>(tile, q_block, g_block);
+              accumulate<kTileVectors>(tile, part);
           }
         }
         if (in_pairs_) {
@@ -388,10 +405,12 @@ class BackwardGroup {
 
   /// Weights of a block of queries and a tile of keys, and gradients of their scores.
   template <int Vectors>
-  EIGEN_DONT_INLINE void weigh(const Tile& tile, const ScoreTile<Scalar>& tile_scores, MatrixView<const Scalar> q,
-                               MatrixView<const Scalar> g, const Scalar* delta, const ScoreRules<Scalar>& rules) {
+  EIGEN_DONT_INLINE void weigh(const Tile& tile, const ScoreTile<Scalar>& tile_scores, const Queries& queries,
+                               const ScoreRules<Scalar>& rules) {
     constexpr Index width = Vectors * N;
-    const Index rows = q.rows;
+    const MatrixView<const Scalar> q = queries.q, g = queries.g;
+    const Scalar* const delta = queries.delta;
+    const Index rows = queries.rows();
     Scalar *const weights = weights_, *const grad_scores = grad_scores_;  // [rows][width]
     const Packet factor = simd::broadcast(rules.factor());
     // also hidden: the lanes past the last key
@@ -413,7 +432,7 @@ class BackwardGroup {
         });
     if (rules.scaled() || hides) rules.template apply<false>(tile_scores, run_, cap_slope_, buffer_);
     for (Index row = 0; row < rows; ++row) {
-      const Packet lse = simd::broadcast(lse_[row]), rest = simd::broadcast(lse_rest_[row]);
+      const Packet lse = simd::broadcast(queries.lse[row]), rest = simd::broadcast(queries.lse_rest[row]);
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
         Scalar* const s = weights + row * width + v * N;
@@ -448,22 +467,22 @@ class BackwardGroup {
 
   /// Adds what a block of queries and a tile of keys contribute to the three gradients.
   template <int Vectors>
-  EIGEN_DONT_INLINE void accumulate(const Tile& tile, MatrixView<const Scalar> q, MatrixView<const Scalar> g) {
+  EIGEN_DONT_INLINE void accumulate(const Tile& tile, const Queries& queries) {
     constexpr Index width = Vectors * N;
     // forward did: score(i,j) = sum_d q(i,d)·k(j,d) and output(i,d) = sum_j weight(i,j)·v(j,d)
     if constexpr (kPairs) {
-      if (in_pairs_) return accumulate_pairs<Vectors>(tile, q.rows);
+      if (in_pairs_) return accumulate_pairs<Vectors>(tile, queries.rows());
     }
-    add_transposed<Vectors>(tile.grad_value, g, weights_);
-    add_transposed<Vectors>(tile.grad_key, q, grad_scores_);
+    add_transposed<Vectors>(tile.grad_value, queries.g, weights_);
+    add_transposed<Vectors>(tile.grad_key, queries.q, grad_scores_);
     for_row_tiles<kTileVectors>(
         padded_dim_ / N, [&]<int V>(Index vector) __attribute__((always_inline)) {
           for_row_tiles<kTileRows>(
-              q.rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
+              queries.rows(), [&]<int Rows>(Index row) __attribute__((always_inline)) {
                 RegisterTile<Scalar, Rows, V> grad(grad_scores_ + row * width, width, 1, tile.scaled_key + vector * N,
                                                    padded_dim_, width);
                 grad.for_each([&](int r, int v, Packet x) __attribute__((always_inline)) {
-                  Scalar* const to = grad_queries_ + (row + r) * padded_dim_ + (vector + v) * N;
+                  Scalar* const to = queries.grad + (row + r) * padded_dim_ + (vector + v) * N;
                   simd::store(to, simd::padd(simd::load(to), x));
                 });
               });

@@ -142,12 +142,13 @@ class MaskRef {
 };
 
 /// The smallest range that holds all ranges [begin[i], end[i]).
-inline KeyRange hull(const Index* begin, const Index* end, Index count, Index keys) {
+template <class T>
+KeyRange hull(const T* begin, const T* end, Index count, Index keys) {
   KeyRange range{keys, 0};
   for (Index i = 0; i < count; ++i) {
     const bool empty = begin[i] >= end[i];
-    range.begin = std::min(range.begin, empty ? keys : begin[i]);
-    range.end = std::max(range.end, empty ? 0 : end[i]);
+    range.begin = std::min(range.begin, empty ? keys : static_cast<Index>(begin[i]));
+    range.end = std::max(range.end, empty ? 0 : static_cast<Index>(end[i]));
   }
   return range;
 }

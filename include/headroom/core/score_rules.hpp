@@ -23,16 +23,13 @@ struct QueryRun {
   QueryRun() = default;
   /// Places past the last query repeat it.
   QueryRun(const MaskRef& mask, const AttentionParams& params, Index b, Index h, KeyRange run, Index keys)
-      : queries(run), all{0, keys} {
+      : queries(run) {
     const Index count = run.end - run.begin;
     Index begin[Capacity], end[Capacity];
     mask.ranges(b, h, run, keys, begin, end);
-    any = hull(begin, end, count, keys);
-    for (Index i = 0; i < count; ++i) {
-      first[i] = static_cast<Scalar>(begin[i]);
-      last[i] = static_cast<Scalar>(end[i]);
-      all = {std::max(all.begin, begin[i]), std::min(all.end, end[i])};
-    }
+    std::copy_n(begin, count, first);
+    std::copy_n(end, count, last);
+    summarise(keys);
     std::fill(first + count, first + Capacity, first[count - 1]);
     std::fill(last + count, last + Capacity, last[count - 1]);
     if (!params.slopes) return;
@@ -42,6 +39,26 @@ struct QueryRun {
       slope[i] = static_cast<Scalar>(params.slopes.at(b, h, query, 0));
     }
   }
+  /// The queries from the first to the last one that see any of `keys`.
+  QueryRun that_see(KeyRange keys) const {
+    const auto sees = [&](Index query) {
+      const Index i = query - queries.begin;
+      return std::max<Index>(first[i], keys.begin) < std::min<Index>(last[i], keys.end);
+    };
+    KeyRange part = queries;
+    while (part.begin < part.end && !sees(part.begin)) ++part.begin;
+    while (part.begin < part.end && !sees(part.end - 1)) --part.end;
+    const Index skip = part.begin - queries.begin, count = part.end - part.begin;
+    if (count == 0 || count == queries.end - queries.begin) return *this;
+    QueryRun run;
+    run.queries = part;
+    std::copy_n(first + skip, count, run.first);
+    std::copy_n(last + skip, count, run.last);
+    std::copy_n(position + skip, count, run.position);
+    std::copy_n(slope + skip, count, run.slope);
+    run.summarise(any.end);
+    return run;
+  }
   /// Places within `keys` that every query sees.
   KeyRange inside(KeyRange keys) const {
     const Index length = keys.end - keys.begin, begin = std::clamp<Index>(all.begin - keys.begin, 0, length);
@@ -49,6 +66,14 @@ struct QueryRun {
   }
   bool touches(KeyRange keys) const { return !(any & keys).empty(); }
   bool covers(KeyRange keys) const { return all.begin <= keys.begin && keys.end <= all.end; }
+
+ private:
+  void summarise(Index keys) {
+    const Index count = queries.end - queries.begin;
+    any = hull(first, last, count, keys);
+    all = {static_cast<Index>(*std::max_element(first, first + count)),
+           static_cast<Index>(*std::min_element(last, last + count))};
+  }
 };
 
 /// A tile of scores [rows][width] of head (b,h). In the forward pass queries fill the lanes and rows are keys, in the

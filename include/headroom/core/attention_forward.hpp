@@ -152,7 +152,9 @@ class ForwardGroup {
     const Index value_dim = HeadDim == Eigen::Dynamic ? values.cols : HeadDim;
     const Index count = scores.keys.end - scores.keys.begin;
     const bool in_pairs = kPairs && HeadDim == Eigen::Dynamic && in_pairs_;
-    Scalar* const weights = scores.scores;  // [keys][width]
+    const bool hides = rules.hides_elements() || !tile.run.covers(scores.keys);
+    const bool by_tile = rules.scaled() || rules.hides_elements() || (in_pairs && hides);  // scores change afterwards
+    Scalar* const weights = scores.scores;                                                 // [keys][width]
 
     Packet before[Vectors], maximum[Vectors];
     for (int v = 0; v < Vectors; ++v) before[v] = maximum[v] = simd::load(tile.maximum + v * N);
@@ -162,20 +164,29 @@ class ForwardGroup {
                                        padded(count, kPairRows), pair_dim_ / 2, weights, width);
       }
     }
-    for_row_tiles<kTileRows>(
-        in_pairs ? 0 : count, [&]<int Rows>(Index key) __attribute__((always_inline)) {
-          rules.prefetch(scores, tile.run, key);
-          RegisterTile<Scalar, Rows, Vectors> score(&keys(key, 0), keys.row_stride, 1, tile.query, width, dim);
-          score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
-            maximum[v] = simd::pmax(s, maximum[v]);
-            simd::store(weights + (key + r) * width + v * N, s);
+    const auto score_keys = [&]<bool Hides>(KeyRange part) __attribute__((always_inline)) {
+      for_row_tiles<kTileRows>(
+          part.end - part.begin, [&]<int Rows>(Index row) __attribute__((always_inline)) {
+            const Index key = part.begin + row;
+            rules.prefetch(scores, tile.run, key);
+            RegisterTile<Scalar, Rows, Vectors> score(&keys(key, 0), keys.row_stride, 1, tile.query, width, dim);
+            score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
+              if constexpr (Hides) s = tile.run.hide_outside(scores.keys.begin + key + r, v * N, s);
+              maximum[v] = simd::pmax(s, maximum[v]);
+              simd::store(weights + (key + r) * width + v * N, s);
+            });
           });
-        });
-    const bool hides = rules.hides_elements() || !tile.run.covers(scores.keys);
-    if (rules.scaled() || hides) [[unlikely]] {
-      rules.template apply<true>(scores, tile.run, nullptr, buffer_);
+    };
+    if (!in_pairs) {
+      const KeyRange all{0, count}, plain = by_tile ? all : tile.run.inside(scores.keys);
+      score_keys.template operator()<false>(plain);
+      for (const KeyRange part : {KeyRange{0, plain.begin}, KeyRange{plain.end, count}}) {
+        if (!part.empty()) score_keys.template operator()<true>(part);
+      }
     }
-    if (rules.scaled() || hides || in_pairs) {
+    if (by_tile) [[unlikely]]
+      rules.template apply<true>(scores, tile.run, nullptr, buffer_);
+    if (by_tile || in_pairs) {
       for (int v = 0; v < Vectors; ++v) maximum[v] = before[v];
       for (Index key = 0; key < count; ++key) {
 #pragma GCC unroll 4

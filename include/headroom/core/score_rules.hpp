@@ -49,7 +49,7 @@ struct QueryRun {
     while (part.begin < part.end && !sees(part.begin)) ++part.begin;
     while (part.begin < part.end && !sees(part.end - 1)) --part.end;
     const Index skip = part.begin - queries.begin, count = part.end - part.begin;
-    if (count == 0 || count == queries.end - queries.begin) return *this;
+    if (count == queries.end - queries.begin) return *this;
     QueryRun run;
     run.queries = part;
     std::copy_n(first + skip, count, run.first);
@@ -64,15 +64,22 @@ struct QueryRun {
     const Index length = keys.end - keys.begin, begin = std::clamp<Index>(all.begin - keys.begin, 0, length);
     return {begin, std::clamp<Index>(all.end - keys.begin, begin, length)};
   }
+  /// Scores of `key` for the queries from `place` on, hidden where a query does not see it.
+  EIGEN_ALWAYS_INLINE simd::Packet<Scalar> hide_outside(Index key, Index place, simd::Packet<Scalar> scores) const {
+    const auto position = simd::broadcast(static_cast<Scalar>(key));
+    const auto seen = simd::pand(simd::pcmp_le(simd::load(first + place), position),
+                                 simd::pcmp_lt(position, simd::load(last + place)));
+    return simd::pselect(seen, scores, simd::broadcast(kHidden<Scalar>));
+  }
   bool touches(KeyRange keys) const { return !(any & keys).empty(); }
-  bool covers(KeyRange keys) const { return all.begin <= keys.begin && keys.end <= all.end; }
+  bool covers(KeyRange keys) const { return all.contains(keys); }
 
  private:
   void summarise(Index keys) {
+    using Places = Eigen::Map<const Eigen::Array<Scalar, Eigen::Dynamic, 1>>;
     const Index count = queries.end - queries.begin;
     any = hull(first, last, count, keys);
-    all = {static_cast<Index>(*std::max_element(first, first + count)),
-           static_cast<Index>(*std::min_element(last, last + count))};
+    all = {static_cast<Index>(Places(first, count).maxCoeff()), static_cast<Index>(Places(last, count).minCoeff())};
   }
 };
 
@@ -338,9 +345,8 @@ class ScoreRules {
       Scalar* const s = tile.scores + r * tile.width;
       if constexpr (QueriesInLanes) {
         if (inside.contains(r)) continue;
-        const Scalar key = static_cast<Scalar>(tile.keys.begin + r);
-        for (Index l = 0; l < tile.width; ++l) {
-          s[l] = (run.first[l] <= key) & (key < run.last[l]) ? s[l] : kHidden<Scalar>;
+        for (Index l = 0; l < tile.width; l += N) {
+          simd::store(s + l, run.hide_outside(tile.keys.begin + r, l, simd::load(s + l)));
         }
       } else {
         const auto lane = [&](Scalar key) {

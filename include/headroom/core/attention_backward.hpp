@@ -55,7 +55,7 @@ class BackwardGroup {
   struct Head {
     Index b, h;
     Scalar* delta;            // [Lq], written by the first group
-    Scalar* grad_q;           // [Lq][D] where grad_q can't be summed as it lies
+    std::uint16_t* grad_q;    // [Lq][D]: lower halves of the sums where grad_q is stored in 16 bits, else null
     std::atomic<int>* turns;  // [blocks of queries]: groups that are done with the block; null when groups run in order
     StoredMatrix grad_bias;   // [Lq, keys from the group's first one on], without data when not wanted
     double *bias_rows, *relative, *slopes, *sink;  // this worker's sums, null when not wanted
@@ -179,27 +179,24 @@ class BackwardGroup {
   /// All queries of one head against the open tiles.
   void add_head(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules, const Head& head, Index group,
                 Index count) {
-    const auto [b, h, delta, accumulator, turns, grad_bias, bias_rows, relative, slopes, sink] = head;
+    const auto [b, h, delta, grad_q_halves, turns, grad_bias, bias_rows, relative, slopes, sink] = head;
     const KeyRange keys = BackwardGroup::keys(x, group);
     const AttentionParams& params = rules.params();
     const auto turn = Rotation<Scalar>::of_queries(params);
-    const Index queries = x.q.length(), dim = x.q.dim();
+    const Index queries = x.q.length();
     const RowReader<Scalar> q(x.q.head(b, h, x.heads()), turn), g(x.grad_output.head(b, h, x.heads())),
         o(x.output.head(b, h, x.heads()));
-    const RowWriter<Scalar> grad_q(x.grad_q.head(b, h, x.heads()), turn);
-    const MatrixView<Scalar> sums =
-        grad_q.sums_in_place() ? grad_q.view() : MatrixView<Scalar>{accumulator, queries, dim, dim, 1};
+    const RowSums<Scalar> grad_q(x.grad_q.head(b, h, x.heads()), turn, grad_q_halves);
     const bool last_group = group + 1 == groups(x);
 
     for (Index block = 0; block < blocks(queries); ++block) {
       const Index first = block * kQueries, rows = std::min(kQueries, queries - first);
-      const MatrixView<Scalar> sum = sums.middle_rows(first, rows);
       if (turns != nullptr) {
         while (turns[block].load(std::memory_order_acquire) != group) std::this_thread::yield();
       }
       if (group == 0) {
         write_delta(delta + first, g, o, first, rows);
-        clear_rows(sum);
+        grad_q.clear(first, rows);
         for (Index i = 0; i < rows; ++i) {
           if (x.grad_lse.data != nullptr) delta[first + i] -= static_cast<Scalar>(x.grad_lse(b, h, first + i, 0));
           if (sink != nullptr) {
@@ -267,10 +264,9 @@ class BackwardGroup {
           const Scalar scale = static_cast<Scalar>(rules.scale());
           for (Index i = 0; i < rows * padded_dim_; ++i) grad_queries_[i] *= scale;
         }
-        add_rows(sum, grad_queries_, padded_dim_);
+        grad_q.add(first, rows, grad_queries_, padded_dim_);
       }
-      if (last_group && grad_q.sums_in_place()) grad_q.turn_back(first, rows);
-      if (last_group && !grad_q.sums_in_place()) grad_q.write(first, rows, &sum(0, 0));
+      if (last_group) grad_q.finish(first, rows, buffer_);
       if (turns != nullptr) turns[block].store(static_cast<int>(group) + 1, std::memory_order_release);
     }
   }
@@ -568,9 +564,6 @@ class BackwardPass {
       }
       if (shared) bias_sums_shape_[3] = Group::kMostKeys;
     }
-    own_sums_ =
-        x.grad_q.length() > 0 &&
-        !RowWriter<Scalar>(x.grad_q.head(0, 0, heads), Rotation<Scalar>::of_queries(rules.params())).sums_in_place();
   }
 
   void run(const E& executor) {
@@ -688,7 +681,8 @@ class BackwardPass {
   };
   /// What the groups of a head share.
   struct HeadPart {
-    Scalar *delta, *grad_q;
+    Scalar* delta;
+    std::uint16_t* grad_q;
     std::atomic<int>* turns;
     Scratch scratch;
     SumPart totals;
@@ -697,7 +691,8 @@ class BackwardPass {
       scratch.take<std::byte>(totals.bytes());
       delta = scratch.take<Scalar>(pass.x_.q.length());
       turns = scratch.take<std::atomic<int>>(pass.blocks_);
-      grad_q = pass.own_sums_ ? scratch.take<Scalar>(pass.x_.q.length() * pass.x_.q.dim()) : nullptr;
+      const bool splits = RowSums<Scalar>::splits(pass.x_.grad_q.type);
+      grad_q = splits ? scratch.take<std::uint16_t>(pass.x_.q.length() * pass.x_.q.dim()) : nullptr;
     }
     Index bytes() const { return scratch.bytes(); }
   };
@@ -759,7 +754,6 @@ class BackwardPass {
   TensorView<double> relative_bias_, slopes_, sink_;
   Index batches_, heads_, families_, members_, groups_, blocks_, bias_rows_;
   std::array<Index, 4> bias_sums_shape_{};  // no elements: they are added up where they belong
-  bool own_sums_;
 };
 
 }  // namespace detail
@@ -769,9 +763,9 @@ class BackwardPass {
 /// forward pass wrote; weights are recomputed tile by tile. grad_q, grad_k and grad_v are overwritten and have the
 /// shapes of q, k and v, any strides, and must not overlap with each other or with the inputs. Queries without keys and
 /// keys without queries get gradient 0.
-/// Workspace: BackwardGroup::workspace_bytes(D, Dv) and delta [Lq] a worker; where grad_q is narrower than float also
-/// [Lq][D]; for gradients of relative bias, slopes and of a bias that is broadcast along the keys
-/// also their length. Results are bit-equal for any number of workers.
+/// Workspace: BackwardGroup::workspace_bytes(D, Dv) and delta [Lq] a worker; where grad_q is stored in 16 bits also
+/// [Lq][D] of those; for gradients of relative bias, slopes and of a bias that is broadcast along the keys also their
+/// length, of a bias that is stored in 16 bits and broadcast otherwise [Lq][192]. Results are bit-equal for any number of workers.
 /// Throws headroom.core.attention.{shape,scale,dropout,length,output}.
 template <Storable T, Mask M = NoMask, Executor E = DefaultExecutor>
 void attention_backward(std::type_identity_t<TensorView<const T>> grad_output,

@@ -155,17 +155,6 @@ class RowWriter {
   RowWriter(const StoredMatrix& y, const Rotation<Scalar>& rotation = {})
       : y_(y), rotation_(rotation), plain_(y.holds<Scalar>() && !rotation) {}
 
-  /// Whether rows can be summed where they lie.
-  bool sums_in_place() const { return plain_ || (y_.holds<Scalar>() && y_.col_stride == 1); }
-  /// Turns rows back that were summed where they lie.
-  void turn_back(Index first, Index count) const {
-    for (Index i = first; i < first + count && rotation_; ++i) {
-      Scalar* const row = &view()(i, 0);
-      rotation_.apply(row, row, y_.cols, i, /*back=*/true);
-    }
-  }
-  MatrixView<Scalar> view() const { return y_.as<Scalar>(); }
-
   /// Writes dense rows [count][cols], turned back; they are spoiled.
   void write(Index first, Index count, Scalar* rows) const {
     if (rotation_) {
@@ -183,7 +172,7 @@ class RowWriter {
   }
   /// Writes lanes [0, count) of from [cols][width], each times its factor. `buffer` holds [kLanes][cols].
   void unpack(Index first, Index count, const Scalar* from, Index width, const Scalar* factor, Scalar* buffer) const {
-    if (plain_) return unpack_lanes(view().middle_rows(first, count), from, width, factor);
+    if (plain_) return unpack_lanes(y_.as<Scalar>().middle_rows(first, count), from, width, factor);
     constexpr Index N = simd::kLanes<Scalar>;
     for (Index i = 0; i < count; i += N) {
       const Index rows = std::min(N, count - i);
@@ -196,6 +185,73 @@ class RowWriter {
   StoredMatrix y_;
   Rotation<Scalar> rotation_;
   bool plain_;
+};
+
+/// Sums rows of a gradient up in what is computed in, in the gradient's own memory. Where that is 16 bits an element,
+/// it holds the upper half of each sum until the end and `lower` [rows][cols] the other half.
+template <class Scalar>
+class RowSums {
+ public:
+  using Half = std::uint16_t;
+
+  RowSums(const StoredMatrix& y, const Rotation<Scalar>& rotation, Half* lower)
+      : y_(y), rotation_(rotation), lower_(lower) {}
+
+  static bool splits(StoredType type) { return type != kStoredType<Scalar>; }
+
+  void clear(Index first, Index count) const {
+    if (lower_ == nullptr) return clear_rows(y_.as<Scalar>().middle_rows(first, count));
+    clear_rows(upper().middle_rows(first, count));
+    std::fill_n(lower_ + first * y_.cols, count * y_.cols, Half(0));
+  }
+  /// Adds rows [count][stride].
+  void add(Index first, Index count, const Scalar* rows, Index stride) const {
+    if (lower_ == nullptr) return add_rows(y_.as<Scalar>().middle_rows(first, count), rows, stride);
+    for (Index i = 0; i < count; ++i) {
+      each_sum(first + i, [&](Index d, Scalar sum) { return sum + rows[i * stride + d]; });
+    }
+  }
+  /// Turns the sums back and rounds them. `buffer` holds [cols].
+  void finish(Index first, Index count, Scalar* buffer) const {
+    if (lower_ == nullptr && !rotation_) return;
+    for (Index i = first; i < first + count; ++i) {
+      if (lower_ == nullptr) {
+        const auto row = y_.as<Scalar>().middle_rows(i, 1);
+        for (Index d = 0; d < y_.cols; ++d) buffer[d] = row(0, d);
+      } else {
+        each_sum(i, [&](Index d, Scalar sum) { return buffer[d] = sum; });
+      }
+      RowWriter<Scalar>(y_, rotation_).write(i, 1, buffer);
+    }
+  }
+
+ private:
+  MatrixView<Half> upper() const {
+    return {static_cast<Half*>(y_.data), y_.rows, y_.cols, y_.row_stride, y_.col_stride};
+  }
+  /// sum = f(column, sum) along a row.
+  template <class F>
+  EIGEN_ALWAYS_INLINE void each_sum(Index row, F&& f) const {
+    if constexpr (std::is_same_v<Scalar, float>) {
+      Half *const high = &upper()(row, 0), *const low = lower_ + row * y_.cols;
+      const auto run = [&](Index step) __attribute__((always_inline)) {
+        for (Index d = 0; d < y_.cols; ++d) {
+          const std::uint32_t before = static_cast<std::uint32_t>(high[d * step]) << 16 | low[d];
+          const auto bits = std::bit_cast<std::uint32_t>(f(d, std::bit_cast<float>(before)));
+          high[d * step] = static_cast<Half>(bits >> 16), low[d] = static_cast<Half>(bits);
+        }
+      };
+      if (y_.col_stride == 1) {
+        run(1);
+      } else {
+        run(y_.col_stride);
+      }
+    }
+  }
+
+  StoredMatrix y_;
+  Rotation<Scalar> rotation_;
+  Half* lower_;
 };
 
 /// Whether x is neither infinite nor NaN; not optimised away under -ffast-math.

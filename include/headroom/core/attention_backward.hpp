@@ -62,7 +62,7 @@ class BackwardGroup {
   };
 
   BackwardGroup(std::byte* workspace, Index dim, Index value_dim, bool cap)
-      : padded_dim_(padded(dim, N)), scratch_(workspace) {
+      : padded_dim_(padded(dim, N)), scratch_(workspace), dim_(dim), value_dim_(value_dim) {
     weights_ = scratch_.take<Scalar>(kQueries * kWidth);
     grad_scores_ = scratch_.take<Scalar>(kQueries * kWidth);
     cap_slope_ = scratch_.take<Scalar>(cap ? kQueries * kWidth : 0);
@@ -467,7 +467,7 @@ class BackwardGroup {
     constexpr Index width = Vectors * N;
     // forward did: score(i,j) = sum_d q(i,d)·k(j,d) and output(i,d) = sum_j weight(i,j)·v(j,d)
     if constexpr (kPairs) {
-      if (in_pairs_) return accumulate_pairs<Vectors>(tile, queries.rows());
+      if (in_pairs_) return accumulate_pairs<Vectors>(tile, queries);
     }
     add_transposed<Vectors>(tile.grad_value, queries.g, weights_);
     add_transposed<Vectors>(tile.grad_key, queries.q, grad_scores_);
@@ -487,16 +487,16 @@ class BackwardGroup {
 
   /// The same in pairs.
   template <int Vectors>
-  void accumulate_pairs(const Tile& tile, Index rows) {
+  void accumulate_pairs(const Tile& tile, const Queries& queries) {
     constexpr Index width = Vectors * N, depth = padded(width, kPairDepth);
-    const Index row_depth = padded(rows, kPairDepth);
+    const Index rows = queries.rows(), row_depth = padded(rows, kPairDepth);
     round_rows<Vectors>(grad_score_rows_, depth, grad_scores_, rows);
     pair_rows<Vectors>(weight_pairs(), weights_, 0, rows, row_depth);
     pair_rows<Vectors>(grad_score_pairs(), grad_scores_, 0, rows, row_depth);
-    multiply_pairs<Vectors, true>(grad_columns(), kQueries, weight_pairs(), width, pair_value_dim_, row_depth / 2,
-                                  tile.grad_value, width);
-    multiply_pairs<Vectors, true>(query_columns(), kQueries, grad_score_pairs(), width, pair_dim_, row_depth / 2,
-                                  tile.grad_key, width);
+    multiply_pairs<Vectors, true>(grad_columns(), kQueries, weight_pairs(), width, padded(value_dim_, kPairRows),
+                                  row_depth / 2, tile.grad_value, width);
+    multiply_pairs<Vectors, true>(query_columns(), kQueries, grad_score_pairs(), width, padded(dim_, kPairRows),
+                                  row_depth / 2, tile.grad_key, width);
     for_row_tiles<kTileVectors>(padded_dim_ / N, [&]<int V>(Index vector) {
       multiply_pairs<V, true>(grad_score_rows_, depth, tile.row_pairs() + vector * N, padded_dim_,
                               padded(rows, kPairRows), depth / 2, grad_queries_ + vector * N, padded_dim_);
@@ -525,8 +525,8 @@ class BackwardGroup {
   Scalar *queries_, *grads_;        // [queries][D], [queries][Dv]: where they can't be read as they lie
   Scalar* buffer_;
   bool in_pairs_ = false;
-  Index pair_dim_ = 0, pair_value_dim_ = 0;  // padded
-  Eigen::bfloat16* grad_score_rows_;         // [queries][padded width]
+  Index dim_, value_dim_, pair_dim_ = 0, pair_value_dim_ = 0;  // the latter padded
+  Eigen::bfloat16* grad_score_rows_;                           // [queries][padded width]
   Tile tiles_[LaneGroups<Scalar>::kMost];
   Run run_;
   alignas(64) Scalar lse_[kQueries], lse_rest_[kQueries];
@@ -765,8 +765,8 @@ class BackwardPass {
 /// keys without queries get gradient 0.
 /// Workspace: BackwardGroup::workspace_bytes(D, Dv) and delta [Lq] a worker; where grad_q is stored in 16 bits also
 /// [Lq][D] of those; for gradients of relative bias, slopes and of a bias that is broadcast along the keys also their
-/// length, of a bias that is stored in 16 bits and broadcast otherwise [Lq][192]. Results are bit-equal for any number of workers.
-/// Throws headroom.core.attention.{shape,scale,dropout,length,output}.
+/// length, of a bias that is stored in 16 bits and broadcast otherwise [Lq][192]. Results are bit-equal for any number
+/// of workers. Throws headroom.core.attention.{shape,scale,dropout,length,output}.
 template <Storable T, Mask M = NoMask, Executor E = DefaultExecutor>
 void attention_backward(std::type_identity_t<TensorView<const T>> grad_output,
                         std::type_identity_t<TensorView<const T>> q, std::type_identity_t<TensorView<const T>> k,

@@ -58,7 +58,7 @@ class ForwardGroup {
     std::optional<PairUnit> unit;
     if (in_pairs_) unit.emplace();
     pair_dim_ = padded(x.q.dim(), kPairDepth), pair_value_dim_ = padded(x.v.dim(), kPairDepth);
-    const Index output_rows = in_pairs_ ? pair_value_dim_ : x.v.dim();
+    output_rows_ = in_pairs_ ? padded(x.v.dim(), kPairRows) : x.v.dim();
 
     KeyRange needed{length, 0};
     for (Index t = 0; t < count; ++t) {
@@ -74,7 +74,7 @@ class ForwardGroup {
         if (rows < width) std::fill_n(tile.query, x.q.dim() * width, Scalar(0));
         queries.pack(tile.query, width, 0, lanes.begin, rows, Times<Scalar>{rules.sign()}, buffer_);
       }
-      std::fill_n(tile.output, output_rows * width, Scalar(0));
+      std::fill_n(tile.output, output_rows_ * width, Scalar(0));
       std::fill_n(tile.sum, width, Scalar(0));
       std::fill_n(tile.maximum, width, kHidden<Scalar> / 2);  // above every hidden score, below every other
       needed = {std::min(needed.begin, tile.run.any.begin), std::max(needed.end, tile.run.any.end)};
@@ -255,12 +255,12 @@ class ForwardGroup {
     constexpr Index width = Vectors * N;
     for (int v = 0; v < Vectors; ++v) {
       if (Eigen::internal::predux_min(decay[v]) == 1) continue;
-      for (Index d = 0; d < pair_value_dim_; ++d) {
+      for (Index d = 0; d < output_rows_; ++d) {
         Scalar* const o = tile.output + d * width + v * N;
         simd::store(o, simd::pmul(simd::load(o), decay[v]));
       }
     }
-    multiply_pairs<Vectors, true>(value_columns_ + first_key_, kValueRows, weight_pairs_, width, pair_value_dim_,
+    multiply_pairs<Vectors, true>(value_columns_ + first_key_, kValueRows, weight_pairs_, width, output_rows_,
                                   padded(count, kPairDepth) / 2, tile.output, width);
   }
 
@@ -322,9 +322,9 @@ class ForwardGroup {
   Scalar* buffer_;
   // In pairs:
   Eigen::bfloat16 *key_rows_, *value_rows_,
-      *value_columns_;                           // [key rows][padded D], [value rows][padded Dv], transposed
-  Pair *words_, *weight_pairs_;                  // scratch, [keys/2][width]
-  Index pair_dim_, pair_value_dim_, first_key_;  // padded; the first key of a tile in its block
+      *value_columns_;           // [key rows][padded D], [value rows][padded Dv], transposed
+  Pair *words_, *weight_pairs_;  // scratch, [keys/2][width]
+  Index pair_dim_, pair_value_dim_, output_rows_, first_key_;  // padded; the first key of a tile in its block
   bool in_pairs_, values_in_pairs_;
   Tile tiles_[LaneGroups<Scalar>::kMost];
 };

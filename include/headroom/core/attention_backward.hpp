@@ -165,7 +165,7 @@ class BackwardGroup {
     const auto turn = Rotation<Scalar>::of_keys(rules.params());
     const StoredMatrix keys = x.k.head(b0, h0, x.heads()), values = x.v.head(b0, h0, x.heads());
     const KeyRange seen = seen_keys(x, rules, members);
-    in_pairs_ = kPairs && PairUnit::available() && !turn && x.q.type == kStoredType<Eigen::bfloat16>;
+    in_pairs_ = kPairs && multiplies_pairs(x, rules.params());
     std::optional<PairUnit> unit;
     if (in_pairs_) unit.emplace();
     for (Index t = 0; t < count; ++t) open(tiles_[t], tiling[first_tile + t], x, keys, values, seen, rules);
@@ -210,10 +210,11 @@ class BackwardGroup {
         split_lse(x.lse, b, h, first, rows, static_cast<double>(rules.factor()));
         MatrixView<const Scalar> q_block{nullptr, rows}, g_block{nullptr, rows};
         if (in_pairs_) {
-          copy_pair_rows(query_rows(), kQueries, pair_dim_, x.q.head(b, h, x.heads()), first, rows, 1);
-          copy_pair_rows(grad_rows(), kQueries, pair_value_dim_, x.grad_output.head(b, h, x.heads()), first, rows, 1);
-          transpose_pairs(query_columns(), kQueries, query_rows(), kQueries, pair_dim_, words());
-          transpose_pairs(grad_columns(), kQueries, grad_rows(), kQueries, pair_value_dim_, words());
+          const Index depth = padded(rows, kPairDepth);
+          copy_pair_rows(query_rows(), depth, pair_dim_, x.q.head(b, h, x.heads()), first, rows, 1);
+          copy_pair_rows(grad_rows(), depth, pair_value_dim_, x.grad_output.head(b, h, x.heads()), first, rows, 1);
+          transpose_pairs(query_columns(), kQueries, query_rows(), depth, pair_dim_, words());
+          transpose_pairs(grad_columns(), kQueries, grad_rows(), depth, pair_value_dim_, words());
         } else {
           q_block = q.rows(first, rows, queries_), g_block = g.rows(first, rows, grads_);
         }

@@ -54,7 +54,7 @@ class ForwardGroup {
                        v_head = x.v.head(b, h, x.heads());
     const RowReader<Scalar> queries(q_head, Rotation<Scalar>::of_queries(params)),
         keys(k_head, Rotation<Scalar>::of_keys(params)), values(v_head);
-    in_pairs_ = kPairs && PairUnit::available() && !params.rotary && x.q.type == kStoredType<Eigen::bfloat16>;
+    in_pairs_ = kPairs && multiplies_pairs(x, params);
     std::optional<PairUnit> unit;
     if (in_pairs_) unit.emplace();
     pair_dim_ = padded(x.q.dim(), kPairDepth), pair_value_dim_ = padded(x.v.dim(), kPairDepth);
@@ -123,10 +123,11 @@ class ForwardGroup {
 
   /// Brings a block of keys and values into the form in which pairs are multiplied.
   void load_pairs(const StoredMatrix& keys, const StoredMatrix& values, Index first, Index count) {
-    copy_pair_rows(key_rows_, kKeyRows, pair_dim_, keys, first, count, 1);
-    copy_pair_rows(value_rows_, kValueRows, pair_value_dim_, values, first, count, 1);
+    const Index value_rows = padded(count, kPairRows) + kPairDepth;
+    copy_pair_rows(key_rows_, count + kPairRows, pair_dim_, keys, first, count, 1);
+    copy_pair_rows(value_rows_, value_rows, pair_value_dim_, values, first, count, 1);
     values_in_pairs_ = pairs_are_finite(value_rows_, count * pair_value_dim_);
-    if (values_in_pairs_) transpose_pairs(value_columns_, kValueRows, value_rows_, kValueRows, pair_value_dim_, words_);
+    if (values_in_pairs_) transpose_pairs(value_columns_, kValueRows, value_rows_, value_rows, pair_value_dim_, words_);
   }
 
   void attend(const Tile& tile, const ScoreTile<Scalar>& scores, MatrixView<const Scalar> keys,

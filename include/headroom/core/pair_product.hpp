@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "headroom/core/attention_problem.hpp"
 #include "headroom/core/register_tile.hpp"
 #include "headroom/core/stored.hpp"
 
@@ -190,6 +191,12 @@ void multiply_pairs(const Eigen::bfloat16*, Index, const Pair*, Index, Index, In
 
 #undef HEADROOM_PAIRS_BY_TILE_UNIT
 #undef HEADROOM_PAIRS_BY_LANES
+
+/// Whether attention multiplies in pairs. For a few keys that would take longer than to widen them.
+inline bool multiplies_pairs(const AttentionTensors& x, const AttentionParams& params) {
+  return kHasPairProducts && PairUnit::available() && !params.rotary && x.q.type == kStoredType<Eigen::bfloat16> &&
+         x.k.length() >= 48;
+}
 
 /// Rows [first, first + count) of x to [count padded to `rows`][dim], dim a multiple of kPairDepth; 0 where x ends;
 /// negated where `sign` is negative.

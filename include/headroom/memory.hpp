@@ -10,4 +10,5 @@
 #include "headroom/memory/plan.hpp"
 #include "headroom/memory/report.hpp"
 #include "headroom/memory/resident.hpp"
+#include "headroom/memory/run_within.hpp"
 #include "headroom/memory/trace.hpp"

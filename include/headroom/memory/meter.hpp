@@ -55,6 +55,7 @@ struct MeterWindow {
   std::int64_t allocations = 0;
   std::int64_t largest = 0;
   std::int64_t limit = std::numeric_limits<std::int64_t>::max();
+  std::int64_t spared = std::numeric_limits<std::int64_t>::max();  ///< allocations that succeed before one fails
   AllocationListener* listener = nullptr;
 };
 
@@ -69,12 +70,16 @@ class MemoryLedger {
   virtual MeterWindow read(const MeterWindow& window) = 0;
   virtual std::int64_t live() = 0;
   virtual std::int64_t reserved() = 0;
-  /// False: `largest` and `limit` of a window mean nothing here.
+  /// False: `largest`, `limit` and `spared` of a window mean nothing here.
   virtual bool sees_single_allocations() const = 0;
 
   void set_limit(MeterWindow& window, std::int64_t bytes) {
     const std::scoped_lock lock(mutex_);
     window.limit = bytes;
+  }
+  void set_spared(MeterWindow& window, std::int64_t allocations) {
+    const std::scoped_lock lock(mutex_);
+    window.spared = allocations;
   }
 
  protected:
@@ -108,7 +113,7 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
 
   void restart(MeterWindow& window) override {
     const std::scoped_lock lock(mutex_);
-    window = {.peak = live_, .limit = window.limit, .listener = window.listener};
+    window = {.peak = live_, .limit = window.limit, .spared = window.spared, .listener = window.listener};
   }
 
   MeterWindow read(const MeterWindow& window) override {
@@ -129,9 +134,12 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
 
   // All with mutex_ held.
 
-  /// Throws c10::OutOfMemoryError when `bytes` more would break a limit.
-  void check_limits(std::int64_t bytes) const {
-    for (const MeterWindow* window : windows_) {
+  /// Throws c10::OutOfMemoryError when `bytes` more would break a limit, or when this allocation was told to fail.
+  void check_limits(std::int64_t bytes) {
+    for (MeterWindow* window : windows_) {
+      TORCH_CHECK_WITH(OutOfMemoryError, window->spared-- != 0, "[headroom.memory.limit] ", c10::DeviceTypeName(type_),
+                       " out of memory: tried to allocate ", format_bytes(bytes), " with ", format_bytes(live_),
+                       " live; MemoryMeter::fail_allocation let this allocation fail");
       TORCH_CHECK_WITH(OutOfMemoryError, bytes <= window->limit - live_, "[headroom.memory.limit] ",
                        c10::DeviceTypeName(type_), " out of memory: tried to allocate ", format_bytes(bytes), " with ",
                        format_bytes(live_), " live under a limit of ", format_bytes(window->limit),
@@ -413,6 +421,14 @@ class MemoryMeter {
     require(bytes.value_or(0) >= 0, "headroom.memory.limit", "got a limit of ", bytes.value_or(0),
             " bytes, expected 0 or more; pass std::nullopt for no limit");
     ledger_.set_limit(window_, bytes.value_or(std::numeric_limits<std::int64_t>::max()));
+  }
+
+  /// Of the allocations to come `spared` succeed and the next one throws c10::OutOfMemoryError, once: to see what a
+  /// program does when memory runs out just there. CPU and meta only (headroom.memory.unsupported).
+  void fail_allocation(std::int64_t spared) {
+    require_single_allocations("fail_allocation");
+    require(spared >= 0, "headroom.memory.limit", "got ", spared, " allocations to spare, expected 0 or more");
+    ledger_.set_spared(window_, spared);
   }
 
   /// Runs `f` in a window of its own, which leaves this meter's peak() right.

@@ -9,6 +9,7 @@
 
 #include "headroom/nn.hpp"
 #include "support/catch.hpp"
+#include "support/one_thread.hpp"
 
 using namespace headroom;
 using testing::contains;
@@ -55,13 +56,6 @@ void check_equal(const std::map<std::string, Tensor>& a, const std::map<std::str
   }
 }
 
-/// Hundreds of small steps: threads would only wait for each other.
-struct OneThread {
-  int before = at::get_num_threads();
-  OneThread() { at::set_num_threads(1); }
-  ~OneThread() { at::set_num_threads(before); }
-};
-
 const auto backward = [](Net& net, const Tensor& x, int64_t size) {
   for (const Tensor& part : x.split(size)) {
     (net(part).square().mean() * part.size(0) / x.size(0)).backward();
@@ -80,7 +74,7 @@ Net fresh_net(bool with_gradients, const Tensor& x) {
 }  // namespace
 
 TEST_CASE("every allocation of a step may fail: the repeated step gives the bits of one that was never disturbed") {
-  const OneThread one_thread;
+  const testing::OneThread one_thread;
   const Tensor x = torch::randn({4, 2, 24}, at::make_generator<at::CPUGeneratorImpl>(1));
   const auto [first, second, with_gradients] =
       GENERATE(std::tuple(4, 4, false), std::tuple(4, 2, false), std::tuple(4, 1, true));

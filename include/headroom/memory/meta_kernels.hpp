@@ -454,6 +454,9 @@ class Registration {
 
   void shapes() {
     library("index_select", &index_select);
+    library("bucketize.Tensor", [](const Tensor& x, const Tensor&, bool out_int32, bool) {
+      return at::empty(x.sizes(), x.options().dtype(out_int32 ? at::kInt : at::kLong));
+    });
     library("embedding_dense_backward", &embedding_dense_backward);
     library("unfold_backward", &unfold_backward);
     library("reflection_pad2d", &padded_2d);

@@ -4,7 +4,6 @@
 
 #include "headroom/training/plan.hpp"
 
-#include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
@@ -26,30 +25,6 @@ struct Arguments {
   std::string device = "cpu", attention, budget;
   bool recommend = false;
 };
-
-// "24GiB", "500 MB", "1000000": binary units with an i, decimal ones without.
-int64_t parse_bytes(const std::string& text) {
-  size_t end = 0;
-  double number = 0;
-  try {
-    number = std::stod(text, &end);
-  } catch (const std::exception&) {
-    end = 0;
-  }
-  std::string unit = text.substr(end);
-  unit.erase(0, unit.find_first_not_of(' '));
-  constexpr std::string_view kPrefixes = "KMGT";
-  double factor = 1;
-  bool known = end > 0 && (unit.empty() || unit == "B");
-  if (!known && end > 0 && (unit.size() == 2 || unit.size() == 3) && unit.back() == 'B') {
-    const size_t power = kPrefixes.find(unit[0]);
-    known = power != std::string_view::npos && (unit.size() == 2 || unit[1] == 'i');
-    factor = std::pow(unit.size() == 3 ? 1024.0 : 1000.0, static_cast<double>(power + 1));
-  }
-  headroom::require(known && number > 0, "headroom.plan.budget", "the budget is ", text,
-                    "; expected a size such as 24GiB, 500MB or 1000000");
-  return static_cast<int64_t>(number * factor);
-}
 
 void write(const fs::path& path, const std::string& text) {
   if (path.empty()) return;

@@ -3,6 +3,7 @@
 #include "headroom/training/config.hpp"
 #include "headroom/training/dataset.hpp"
 #include "headroom/training/json.hpp"
+#include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/plan.hpp"
 #include "headroom/training/recommend.hpp"
 #include "headroom/training/schedule.hpp"

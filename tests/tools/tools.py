@@ -142,7 +142,7 @@ class Tools(unittest.TestCase):
         self.assertEqual(full.returncode, 3, full.stderr)
         self.assertIn("out of memory:", full.stdout)
         self.fails(run("plan", "--config", config, "--device", "rtx"), "headroom.memory.device_name")
-        self.fails(run("plan", "--config", config, "--budget", "much"), "headroom.plan.budget")
+        self.fails(run("plan", "--config", config, "--budget", "much"), "headroom.tools.bytes")
         self.fails(run("plan", "--config", config, "--budget", "1B"), "headroom.memory.plan.budget")
 
     def test_usage(self):

@@ -143,7 +143,8 @@ Attempt run_within(const MemoryBudget& budget, const torch::nn::Module& module, 
                    Step&& step) {
   require(!attempts.empty(), "headroom.memory.run_within",
           "there is nothing to attempt, expected one attempt or more, such as halvings(8)");
-  const detail::StepStart start(module);
+  std::optional<detail::StepStart> start;
+  run_twice_if_out_of_memory(budget.device, [&] { start.emplace(module); });
   std::optional<MemoryMeter> meter;
   if (budget.bytes) {
     meter.emplace(budget.device);
@@ -155,7 +156,7 @@ Attempt run_within(const MemoryBudget& budget, const torch::nn::Module& module, 
       return attempts[i];
     } catch (const std::exception& error) {
       if (!is_out_of_memory(error)) throw;
-      start.restore();
+      start->restore();
       if (i + 1 == attempts.size()) throw;
     }
     release_caches(budget.device);

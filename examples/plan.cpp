@@ -12,6 +12,7 @@
 
 #include "command_line.hpp"
 #include "headroom/memory/report.hpp"
+#include "headroom/memory/snapshot.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/recommend.hpp"
 
@@ -21,7 +22,7 @@ namespace training = headroom::training;
 namespace {
 
 struct Arguments {
-  fs::path config, json, trace, html;
+  fs::path config, json, trace, html, snapshot;
   std::string device = "cpu", attention, budget;
   bool recommend = false;
 };
@@ -51,6 +52,7 @@ int run(const Arguments& arguments) {
   if (arguments.recommend) std::cout << training::describe(training::recommend(config, device, options));
   write(arguments.json, headroom::plan_json(plan));
   write(arguments.trace, headroom::plan_trace(plan));
+  if (!arguments.snapshot.empty()) write(arguments.snapshot, headroom::plan_snapshot(plan));
   write(arguments.html, headroom::plan_html(plan, arguments.config.filename().string() + " on " + device.name));
   return plan.fits ? 0 : 3;
 }
@@ -71,6 +73,7 @@ int main(int argc, char** argv) {
   app.add_flag("--recommend", arguments.recommend, "name the smallest change that fits");
   app.add_option("--json", arguments.json, "write the plan as JSON");
   app.add_option("--trace", arguments.trace, "write a trace for ui.perfetto.dev");
+  app.add_option("--snapshot", arguments.snapshot, "write a memory snapshot for pytorch.org/memory_viz");
   app.add_option("--html", arguments.html, "write a web page");
   return run_tool("plan", app, argc, argv, [&] { return run(arguments); });
 }

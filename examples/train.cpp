@@ -15,6 +15,7 @@
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/report.hpp"
 #include "headroom/memory/run_within.hpp"
+#include "headroom/memory/summary.hpp"
 #include "headroom/models/time_frequency_transformer.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/dataset.hpp"
@@ -39,7 +40,7 @@ struct Arguments {
   std::string device = "cpu";
   std::string card;    // whose memory to plan for; empty: this machine's when it runs on the CPU
   std::string budget;  // what tensors may take; empty: what the card has
-  bool fit = false, unplanned = false;
+  bool fit = false, unplanned = false, memory_summary = false;
 };
 
 // Examples of one split: a source of batches for the trainer.
@@ -196,6 +197,7 @@ int run(const Arguments& arguments) {
       }
       std::cout << training::explain_out_of_memory(config, *card, trainer.peak_bytes());
     }
+    if (arguments.memory_summary) std::cout << headroom::memory_summary(meter);
     throw;
   }
   bar.close();
@@ -216,6 +218,7 @@ int run(const Arguments& arguments) {
   training::write_atomically(arguments.out / "summary.json", {json.dump(2) + "\n"});
   std::cout << summary.steps << " steps, " << clock_time(summary.seconds) << ", peak "
             << headroom::format_bytes(summary.peak_bytes) << ": " << last << std::endl;
+  if (arguments.memory_summary) std::cout << headroom::memory_summary(meter);
   return 0;
 }
 
@@ -237,6 +240,7 @@ int main(int argc, char** argv) {
   app.add_option("--card", arguments.card, "device profile to plan for, see plan --help; default: cpu on the CPU");
   app.add_option("--budget", arguments.budget, "what tensors may take, e.g. 8GiB; default: what the card has");
   app.add_flag("--fit", arguments.fit, "apply the smallest change that makes a run fit that does not");
+  app.add_flag("--memory-summary", arguments.memory_summary, "end with the allocator's statistics");
   app.add_flag("--unplanned", arguments.unplanned, "start without planning the memory");
   app.add_option("--device", arguments.device, "where the model runs, e.g. cpu or cuda")->capture_default_str();
   return run_tool("train", app, argc, argv, [&] {

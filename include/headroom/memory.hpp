@@ -11,4 +11,6 @@
 #include "headroom/memory/report.hpp"
 #include "headroom/memory/resident.hpp"
 #include "headroom/memory/run_within.hpp"
+#include "headroom/memory/snapshot.hpp"
+#include "headroom/memory/summary.hpp"
 #include "headroom/memory/trace.hpp"

@@ -118,7 +118,7 @@ class CachingAllocatorModel {
   };
   struct SegmentView {
     int64_t address, size;
-    bool large;                     ///< belongs to the pool of large blocks
+    bool large;                           ///< belongs to the pool of large blocks
     std::vector<Stretch> stretches = {};  ///< by address, without holes
   };
   /// What is reserved now.

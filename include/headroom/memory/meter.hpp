@@ -70,6 +70,7 @@ class MemoryLedger {
   virtual MeterWindow read(const MeterWindow& window) = 0;
   virtual std::int64_t live() = 0;
   virtual std::int64_t reserved() = 0;
+  virtual c10::CachingDeviceAllocator::DeviceStats statistics() = 0;
   /// False: `largest`, `limit` and `spared` of a window mean nothing here.
   virtual bool sees_single_allocations() const = 0;
 
@@ -127,6 +128,16 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
   }
 
   std::int64_t reserved() override { return live(); }
+  c10::CachingDeviceAllocator::DeviceStats statistics() override {
+    const std::scoped_lock lock(mutex_);
+    c10::CachingDeviceAllocator::DeviceStats stats;
+    for (auto* const array :
+         {&stats.allocated_bytes, &stats.active_bytes, &stats.requested_bytes, &stats.reserved_bytes}) {
+      (*array)[0] = bytes_;
+    }
+    for (auto* const array : {&stats.allocation, &stats.active, &stats.segment}) (*array)[0] = blocks_;
+    return stats;
+  }
   bool sees_single_allocations() const override { return true; }
 
  protected:
@@ -148,6 +159,8 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
   }
   void add(const void* block, std::int64_t bytes) {
     live_ += bytes;
+    bytes_.increase(static_cast<std::size_t>(bytes));
+    blocks_.increase(1);
     for (MeterWindow* window : windows_) {
       window->peak = std::max(window->peak, live_);
       window->largest = std::max(window->largest, bytes);
@@ -157,6 +170,8 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
   }
   void remove(const void* block, std::int64_t bytes) {
     live_ -= bytes;
+    bytes_.decrease(static_cast<std::size_t>(bytes));
+    blocks_.decrease(1);
     for (MeterWindow* window : windows_) {
       if (window->listener != nullptr) window->listener->freed(block);
     }
@@ -167,6 +182,7 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
  private:
   c10::DeviceType type_;
   std::int64_t live_ = 0;
+  c10::CachingAllocator::Stat bytes_, blocks_;  // as c10::DeviceAllocator keeps them
 };
 
 /// LibTorch's CPU allocator with a ledger around it. The memory itself comes from the allocator that was there before
@@ -332,6 +348,7 @@ class DeviceLedger final : public MemoryLedger {
 
   std::int64_t live() override { return allocator_.getDeviceStats(index_).allocated_bytes[0].current; }
   std::int64_t reserved() override { return allocator_.getDeviceStats(index_).reserved_bytes[0].current; }
+  c10::CachingDeviceAllocator::DeviceStats statistics() override { return allocator_.getDeviceStats(index_); }
   bool sees_single_allocations() const override { return false; }
 
  private:
@@ -410,6 +427,17 @@ class MemoryMeter {
 
   /// Bytes taken from the system: live() on the CPU, live and cached on an accelerator.
   std::int64_t reserved() const { return ledger_.reserved(); }
+
+  /// What LibTorch's allocators for accelerators keep: current, peak, ever allocated and freed, of bytes and numbers.
+  /// Peaks are those since construction or reset_peak(); memory_summary() prints it.
+  c10::CachingDeviceAllocator::DeviceStats statistics() const {
+    auto stats = ledger_.statistics();
+    stats.allocated_bytes[0].peak = peak();
+    if (ledger_.sees_single_allocations()) {
+      stats.active_bytes[0].peak = stats.requested_bytes[0].peak = stats.reserved_bytes[0].peak = peak();
+    }
+    return stats;
+  }
 
   /// Starts a new window: peak() is live(), allocations() and largest() are 0.
   void reset_peak() { ledger_.restart(window_); }

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <initializer_list>
 #include <limits>
 #include <map>
@@ -53,11 +54,11 @@ class SnapshotWriter {
     List traces = list();
     traces.push_back(trace_);
     pickler.protocol();
-    pickler.pushIValue(dictionary({{"segments", segments()},
-                                   {"device_traces", traces},
-                                   {"allocator_settings",
-                                    dictionary({{"expandable_segments", plan_.device.expandable_segments}})},
-                                   {"external_annotations", list()}}));
+    pickler.pushIValue(
+        dictionary({{"segments", segments()},
+                    {"device_traces", traces},
+                    {"allocator_settings", dictionary({{"expandable_segments", plan_.device.expandable_segments}})},
+                    {"external_annotations", list()}}));
     pickler.stop();
     return text;
   }
@@ -160,14 +161,15 @@ class SnapshotWriter {
     const auto add_frame = [&](const std::string& name, const std::string& file) {
       result.push_back(dictionary({{"name", name}, {"filename", file}, {"line", 0}}));
     };
-    add_frame(plan_.operator_of(block), plan_.module_of(block).empty() ? "(outside of modules)" : plan_.module_of(block));
+    add_frame(plan_.operator_of(block),
+              plan_.module_of(block).empty() ? "(outside of modules)" : plan_.module_of(block));
     add_frame(plan_.phase_of(block), "phase");
     return result;
   }
 
   void add(const char* action, int64_t address, int64_t bytes, const List& frames) {
-    trace_.push_back(dictionary(
-        {{"action", action}, {"addr", address}, {"size", bytes}, {"stream", 0}, {"frames", frames}}));
+    trace_.push_back(
+        dictionary({{"action", action}, {"addr", address}, {"size", bytes}, {"stream", 0}, {"frames", frames}}));
   }
 
   const Plan& plan_;
@@ -181,10 +183,10 @@ class SnapshotWriter {
 }  // namespace detail
 
 /// The plan as a snapshot file of PyTorch's CUDA allocator, as torch.cuda.memory._dump_snapshot writes it: the memory
-/// viewer (pytorch.org/memory_viz, torch/cuda/_memory_viz.py) opens it, for a card that need not be here. It holds every
-/// allocation and release of tensors and of the device's segments, with operator, module and phase in the place of a
-/// stack, and the segments as they are at the end: of the step, at its peak with `until = plan.peak_time`, or where
-/// memory runs out.
+/// viewer (pytorch.org/memory_viz, torch/cuda/_memory_viz.py) opens it, for a card that need not be here. It holds
+/// every allocation and release of tensors and of the device's segments, with operator, module and phase in the place
+/// of a stack, and the segments as they are at the end: of the step, at its peak with `until = plan.peak_time`, or
+/// where memory runs out.
 inline std::string plan_snapshot(const Plan& plan, int64_t until = MemoryTrace::kForever) {
   return detail::SnapshotWriter(plan, until).write();
 }

@@ -1,15 +1,16 @@
 #pragma once
 
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/Device.h>
 
-#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <sstream>
 #include <string>
-#include <string_view>
+
+#include "headroom/memory/meter.hpp"
 
 namespace headroom::inline v0 {
 
@@ -44,9 +45,8 @@ inline std::string summary_count(int64_t value, int64_t reference) {
 /// What torch.cuda.memory_summary prints, from the statistics that every caching allocator of LibTorch keeps: current,
 /// peak, and what was ever allocated and freed, of bytes and of numbers, by pool.
 ///
-///     std::cout << memory_summary(c10::getDeviceAllocator(c10::kCUDA)->getDeviceStats(0), "CUDA", 0);
-inline std::string memory_summary(const c10::CachingDeviceAllocator::DeviceStats& stats, std::string_view device,
-                                  int index) {
+///     std::cout << memory_summary(MemoryMeter(torch::kCUDA));
+inline std::string memory_summary(const c10::CachingDeviceAllocator::DeviceStats& stats, c10::Device device) {
   using c10::CachingAllocator::Stat;
   using c10::CachingAllocator::StatArray;
   using c10::CachingAllocator::StatType;
@@ -66,8 +66,8 @@ inline std::string memory_summary(const c10::CachingDeviceAllocator::DeviceStats
     row("      from small pool", of(StatType::SMALL_POOL), of(StatType::AGGREGATE), format);
   };
   rule('=');
-  std::string title = std::string(18, ' ') + "LibTorch " + std::string(device) + " memory summary, device ID ";
-  line(title + std::to_string(index));
+  line(std::string(18, ' ') + "LibTorch " + c10::DeviceTypeName(device.type()) + " memory summary, device ID " +
+       std::to_string(device.has_index() ? device.index() : 0));
   rule('-');
   line("           OOMs: " + std::to_string(stats.num_ooms) +
        "   |   allocations repeated after freeing the cache: " + std::to_string(stats.num_alloc_retries));
@@ -88,6 +88,11 @@ inline std::string memory_summary(const c10::CachingDeviceAllocator::DeviceStats
   row("Oversize segments", stats.oversize_segments, stats.oversize_segments, detail::summary_count);
   rule('=');
   return out.str();
+}
+
+/// The same of a meter's device; peaks are the meter's. The CPU keeps nothing in reserve and has no pools.
+inline std::string memory_summary(const MemoryMeter& meter) {
+  return memory_summary(meter.statistics(), meter.device());
 }
 
 }  // namespace headroom::inline v0

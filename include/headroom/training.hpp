@@ -8,4 +8,5 @@
 #include "headroom/training/recommend.hpp"
 #include "headroom/training/schedule.hpp"
 #include "headroom/training/state.hpp"
+#include "headroom/training/sweep.hpp"
 #include "headroom/training/trainer.hpp"

@@ -5,6 +5,7 @@
 #include "headroom/memory/report.hpp"
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/recommend.hpp"
+#include "headroom/training/sweep.hpp"
 #include "support/catch.hpp"
 
 using namespace headroom;
@@ -185,6 +186,37 @@ TEST_CASE("training that cannot be planned says why") {
   config.training.bf16 = false;
   CHECK(testing::error_of([&] { training::plan_training(config, this_machine(), {.budget = 100}); }).id() ==
         "headroom.memory.plan.budget");
+}
+
+TEST_CASE("a sweep plans what each configuration would need by itself") {
+  using Values = std::vector<int64_t>;
+  const training::Sweep seconds = training::parse_sweep("segment_length=3s..15s", 1000);
+  CHECK(seconds.section == "training");
+  CHECK(seconds.values == Values{3000, 6000, 9000, 12000, 15000});
+  CHECK(training::parse_sweep("training.segment_length=1.5s..2s:2", 1000).values == Values{1500, 2000});
+  CHECK(training::parse_sweep("model.n_layers=1,4", 1000).values == Values{1, 4});
+  for (const char* wrong : {"segment_length", "segment_length=", "segment_length=x", "segment_length=5..3", "bf16=1",
+                            "audio.n_layers=1", "n_layers=1..5:1", "segment_length=3m"}) {
+    CAPTURE(wrong);
+    CHECK(testing::error_of([&] { training::parse_sweep(wrong, 1000); }).id() == "headroom.training.sweep");
+  }
+  const Config config = small();
+  const training::Sweep layers = training::parse_sweep("n_layers=1,3", 1000);
+  const DeviceProfile card = device_profile("rtx-4060-8gb");
+  const auto rows = training::plan_sweep({{"a", config}}, layers, card);
+  REQUIRE(rows.size() == 4);
+  Config deep = config;
+  deep.model.n_layers = 3;
+  deep.model.attention = "reference";
+  const Plan single = training::plan_training(deep, card);
+  CHECK(rows[2].value == 3);
+  CHECK(rows[2].peak_bytes == single.peak_bytes);
+  CHECK(rows[2].reserved_bytes == single.reserved_bytes);
+  CHECK(rows[2].seconds == Approx(single.flops / card.flops_per_second));
+  CHECK(rows[3].peak_bytes < rows[2].peak_bytes);
+  std::ostringstream table;
+  training::print_sweep(table, rows, layers, card, [](int64_t value) { return std::to_string(value); });
+  CHECK(testing::contains(table.str(), format_bytes(rows[3].peak_bytes)));
 }
 
 TEST_CASE("device profiles from files") {

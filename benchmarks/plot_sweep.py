@@ -28,7 +28,7 @@ def main(rows_file, figure_file, rate=44100):
         operations.plot(seconds, [r["flops"] / 1e12 for r in curve], marker="o", markersize=4, color=colour, label=label)
     memory.axhline(sweep["budget_bytes"] / 2**30, color="black", linewidth=1)
     memory.annotate(f"{sweep['device']}: {sweep['budget_bytes'] / 2**30:.0f} GiB for tensors",
-                    (1, sweep["budget_bytes"] / 2**30), xycoords=("axes fraction", "data"), xytext=(-4, 4),
+                    (1, sweep["budget_bytes"] / 2**30), xycoords=("axes fraction", "data"), xytext=(-4, -12),
                     textcoords="offset points", ha="right", fontsize="small")
     memory.plot([], [], "--", color="gray", label="scores stored")
     memory.plot([], [], "-", color="gray", label="none stored")

@@ -417,3 +417,19 @@ TEST_CASE("reports") {
   print_plan(table, planned);
   CHECK(testing::contains(table.str(), "fits: peak " + format_bytes(planned.peak_bytes)));
 }
+
+TEST_CASE("a plan names the operators whose memory it estimates") {
+  const auto recurrent = [] {
+    torch::nn::LSTM net(8, 8);
+    std::get<0>(net->forward(torch::ones({5, 2, 8}))).sum().backward();
+  };
+  const Plan on_cpu = plan(recurrent, this_machine());
+  CHECK(on_cpu.estimated == std::vector<std::string>{"aten::lstm"});
+  CHECK(testing::contains(plan_json(on_cpu), "\"estimated\": [\"aten::lstm\"],"));
+  std::ostringstream table;
+  print_plan(table, on_cpu);
+  CHECK(testing::contains(table.str(), "an estimate: the CPU's library chooses what it needs in aten::lstm\n"));
+  CHECK(plan(recurrent, device_profile("h100-80gb")).estimated.empty());
+  const auto exact = [] { torch::nn::Linear(8, 8)->forward(torch::ones({5, 8})).sum().backward(); };
+  CHECK(plan(exact, this_machine()).estimated.empty());
+}

@@ -8,6 +8,7 @@
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/operator_memory.hpp"
 #include "headroom/memory/plan.hpp"
+#include "headroom/memory/recurrent_kernels.hpp"
 #include "headroom/memory/report.hpp"
 #include "headroom/memory/resident.hpp"
 #include "headroom/memory/run_within.hpp"

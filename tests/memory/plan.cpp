@@ -150,6 +150,42 @@ TEST_CASE("checkpointed and nested recomputation is planned as it runs") {
   CHECK(planned.by_phase.contains("recomputation"));
 }
 
+TEST_CASE("recurrent layers are planned as the CPU runs them, byte for byte") {
+  const auto check = [](const auto& step) {
+    const int64_t measured = measured_peak(step);
+    CHECK(plan(step, cpu()).peak_bytes == measured);
+  };
+  for (const bool bidirectional : {false, true}) {
+    for (const bool batch_first : {false, true}) {
+      CAPTURE(bidirectional, batch_first);
+      check([&] {
+        torch::nn::GRU net(torch::nn::GRUOptions(12, 20)
+                               .num_layers(2)
+                               .dropout(0.1)
+                               .bidirectional(bidirectional)
+                               .batch_first(batch_first));
+        std::get<0>(net->forward(torch::randn({6, 9, 12}))).square().mean().backward();
+      });
+    }
+  }
+  check([] {
+    torch::nn::RNN net(torch::nn::RNNOptions(12, 20).num_layers(2).bias(false).nonlinearity(torch::kTanh));
+    std::get<0>(net->forward(torch::randn({6, 9, 12}))).square().mean().backward();
+  });
+  check([] {
+    torch::nn::RNN net(torch::nn::RNNOptions(12, 20).nonlinearity(torch::kReLU));
+    const torch::NoGradGuard guard;
+    net->forward(torch::randn({6, 9, 12}));
+  });
+  const auto on_a_card = plan(
+      [] {
+        torch::nn::GRU net(12, 20);
+        std::get<0>(net->forward(torch::randn({6, 9, 12}))).sum().backward();
+      },
+      device_profile("h100-80gb"));
+  CHECK(on_a_card.peak_bytes > 0);
+}
+
 TEST_CASE("modules of LibTorch are planned within half a percent") {
   torch::manual_seed(1);
   const auto check = [](const auto& step) {

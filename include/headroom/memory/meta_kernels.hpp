@@ -18,6 +18,7 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/dry_run/device.hpp"
+#include "headroom/memory/recurrent_kernels.hpp"
 
 namespace headroom::inline v0 {
 
@@ -382,6 +383,7 @@ class Registration {
     shapes();
     library("_local_scalar_dense", &read_value);
     library("equal", &equal);
+    RecurrentLayers::register_in(autograd_);
   }
 
  private:
@@ -503,6 +505,7 @@ class Registration {
   }
 
   torch::Library library_;
+  torch::Library autograd_{torch::Library::IMPL, "aten", c10::DispatchKey::AutogradMeta, __FILE__, __LINE__};
 };
 
 }  // namespace detail::meta

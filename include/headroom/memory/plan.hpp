@@ -124,7 +124,7 @@ inline MemoryTrace dry_trace(const std::function<void()>& step, c10::Device devi
 /// Operators of a trace that run in oneDNN on the CPU, which chooses its layouts and workspaces for the processor.
 inline std::vector<std::string> estimated_operators(const MemoryTrace& trace) {
   std::vector<std::string> found;
-  for (const char* name : {"aten::convolution", "aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"}) {
+  for (const char* name : {"aten::convolution", "aten::lstm"}) {
     const bool used = std::any_of(trace.operators.begin(), trace.operators.end(),
                                   [&](const auto& op) { return trace.names[static_cast<size_t>(op.name)] == name; });
     if (used) found.emplace_back(name);

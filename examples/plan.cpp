@@ -4,17 +4,21 @@
 
 #include "headroom/training/plan.hpp"
 
-#include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <optional>
+#include <sstream>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "command_line.hpp"
 #include "headroom/memory/report.hpp"
+#include "headroom/memory/snapshot.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/recommend.hpp"
+#include "headroom/training/sweep.hpp"
 
 namespace fs = std::filesystem;
 namespace training = headroom::training;
@@ -22,34 +26,11 @@ namespace training = headroom::training;
 namespace {
 
 struct Arguments {
-  fs::path config, json, trace, html;
-  std::string device = "cpu", attention, budget;
+  std::vector<fs::path> configs;
+  fs::path json, trace, html, snapshot;
+  std::string device = "cpu", attention, budget, sweep;
   bool recommend = false;
 };
-
-// "24GiB", "500 MB", "1000000": binary units with an i, decimal ones without.
-int64_t parse_bytes(const std::string& text) {
-  size_t end = 0;
-  double number = 0;
-  try {
-    number = std::stod(text, &end);
-  } catch (const std::exception&) {
-    end = 0;
-  }
-  std::string unit = text.substr(end);
-  unit.erase(0, unit.find_first_not_of(' '));
-  constexpr std::string_view kPrefixes = "KMGT";
-  double factor = 1;
-  bool known = end > 0 && (unit.empty() || unit == "B");
-  if (!known && end > 0 && (unit.size() == 2 || unit.size() == 3) && unit.back() == 'B') {
-    const size_t power = kPrefixes.find(unit[0]);
-    known = power != std::string_view::npos && (unit.size() == 2 || unit[1] == 'i');
-    factor = std::pow(unit.size() == 3 ? 1024.0 : 1000.0, static_cast<double>(power + 1));
-  }
-  headroom::require(known && number > 0, "headroom.plan.budget", "the budget is ", text,
-                    "; expected a size such as 24GiB, 500MB or 1000000");
-  return static_cast<int64_t>(number * factor);
-}
 
 void write(const fs::path& path, const std::string& text) {
   if (path.empty()) return;
@@ -58,9 +39,37 @@ void write(const fs::path& path, const std::string& text) {
   headroom::require(file.good(), "headroom.plan.output", "cannot write ", path.string(), "; give another path");
 }
 
+headroom::PlanOptions plan_options(const Arguments& arguments) {
+  headroom::PlanOptions options;
+  if (!arguments.budget.empty()) options.budget = parse_bytes(arguments.budget);
+  return options;
+}
+
+// All configurations at all values of one of their numbers.
+int run_sweep(const Arguments& arguments) {
+  std::vector<std::pair<std::string, training::Config>> configs;
+  for (const fs::path& path : arguments.configs)
+    configs.emplace_back(path.stem().string(), training::load_config(path));
+  const int64_t rate = configs.front().second.audio.sample_rate;
+  const training::Sweep sweep = training::parse_sweep(arguments.sweep, rate);
+  const headroom::DeviceProfile device = training::find_device_profile(arguments.device);
+  const headroom::PlanOptions options = plan_options(arguments);
+  const auto rows = training::plan_sweep(configs, sweep, device, options);
+  training::print_sweep(std::cout, rows, sweep, device, [&](int64_t value) {
+    std::ostringstream text;
+    sweep.key == "segment_length" ? text << static_cast<double>(value) / static_cast<double>(rate) << " s"
+                                  : text << value;
+    return text.str();
+  });
+  write(arguments.json, training::sweep_json(rows, sweep, device, options.budget.value_or(device.usable_bytes())));
+  return 0;
+}
+
 // Returns the exit code: 0 fits, 3 does not fit.
 int run(const Arguments& arguments) {
-  training::Config config = training::load_config(arguments.config);
+  if (!arguments.sweep.empty()) return run_sweep(arguments);
+  const fs::path& path = arguments.configs.front();
+  training::Config config = training::load_config(path);
   if (!arguments.attention.empty()) config.model.attention = arguments.attention;
   const headroom::DeviceProfile device = training::find_device_profile(arguments.device);
   if (config.model.attention == "tiled" && !device.device().is_cpu()) {
@@ -68,15 +77,15 @@ int run(const Arguments& arguments) {
               << "scores: automatic\n";
     config.model.attention = "automatic";
   }
-  headroom::PlanOptions options;
-  if (!arguments.budget.empty()) options.budget = parse_bytes(arguments.budget);
+  const headroom::PlanOptions options = plan_options(arguments);
   const headroom::Plan plan = training::plan_training(config, device, options);
   headroom::print_plan(std::cout, plan);
   std::cout << headroom::explain(plan);
   if (arguments.recommend) std::cout << training::describe(training::recommend(config, device, options));
   write(arguments.json, headroom::plan_json(plan));
   write(arguments.trace, headroom::plan_trace(plan));
-  write(arguments.html, headroom::plan_html(plan, arguments.config.filename().string() + " on " + device.name));
+  if (!arguments.snapshot.empty()) write(arguments.snapshot, headroom::plan_snapshot(plan));
+  write(arguments.html, headroom::plan_html(plan, path.filename().string() + " on " + device.name));
   return plan.fits ? 0 : 3;
 }
 
@@ -87,15 +96,19 @@ int main(int argc, char** argv) {
   Arguments arguments;
   std::string devices = "cpu";
   for (const auto& profile : headroom::known_devices()) devices += ", " + profile.name;
-  app.add_option("--config", arguments.config, "configuration, such as examples/configs/musdb18_small.json")
+  app.add_option("--config", arguments.configs,
+                 "configuration, such as examples/configs/musdb18_small.json; several for --sweep")
       ->required();
   app.add_option("--device", arguments.device, devices + ", or a profile that ends with .json")->capture_default_str();
   app.add_option("--budget", arguments.budget, "what tensors may take, e.g. 24GiB; default: what the device has");
   app.add_option("--attention", arguments.attention, "instead of the configuration's")
       ->check(CLI::IsMember({"automatic", "tiled", "reference"}));
   app.add_flag("--recommend", arguments.recommend, "name the smallest change that fits");
+  app.add_option("--sweep", arguments.sweep,
+                 "a table over values of a number, e.g. segment_length=3s..15s or batch_size=1,2,4; takes --json");
   app.add_option("--json", arguments.json, "write the plan as JSON");
   app.add_option("--trace", arguments.trace, "write a trace for ui.perfetto.dev");
+  app.add_option("--snapshot", arguments.snapshot, "write a memory snapshot for pytorch.org/memory_viz");
   app.add_option("--html", arguments.html, "write a web page");
   return run_tool("plan", app, argc, argv, [&] { return run(arguments); });
 }

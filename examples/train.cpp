@@ -8,14 +8,18 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "command_line.hpp"
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/report.hpp"
+#include "headroom/memory/run_within.hpp"
+#include "headroom/memory/summary.hpp"
 #include "headroom/models/time_frequency_transformer.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/dataset.hpp"
+#include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/recommend.hpp"
 #include "headroom/training/state.hpp"
 #include "headroom/training/trainer.hpp"
@@ -34,8 +38,9 @@ struct Arguments {
   std::optional<double> seconds;
   int threads = 0;  // 0: LibTorch's choice
   std::string device = "cpu";
-  std::string card;  // whose memory to plan for; empty: this machine's when it runs on the CPU
-  bool fit = false, unplanned = false;
+  std::string card;    // whose memory to plan for; empty: this machine's when it runs on the CPU
+  std::string budget;  // what tensors may take; empty: what the card has
+  bool fit = false, unplanned = false, memory_summary = false;
 };
 
 // Examples of one split: a source of batches for the trainer.
@@ -91,27 +96,38 @@ void print_start(const training::Config& config, const headroom::models::TimeFre
             << std::endl;
 }
 
+std::optional<int64_t> budget(const Arguments& arguments) {
+  return arguments.budget.empty() ? std::nullopt : std::optional(parse_bytes(arguments.budget));
+}
+
+// The device to plan for; none when it is not known.
+std::optional<headroom::DeviceProfile> planned_device(const training::Config& config, const Arguments& arguments) {
+  const bool known = !arguments.card.empty() || arguments.device == "cpu";
+  if (!known || config.training.bf16) return std::nullopt;
+  return training::find_device_profile(arguments.card.empty() ? "cpu" : arguments.card);
+}
+
 // Plans the run before anything is allocated: refuses one that does not fit, or makes it fit where that is asked for.
 void plan_run(training::Config& config, const Arguments& arguments) {
-  const bool known = !arguments.card.empty() || arguments.device == "cpu";
-  if (arguments.unplanned || !known || config.training.bf16) {
+  const auto device = planned_device(config, arguments);
+  if (arguments.unplanned || !device) {
     std::cout << "memory:   not planned\n";
     return;
   }
-  const auto device = training::find_device_profile(arguments.card.empty() ? "cpu" : arguments.card);
-  headroom::Plan plan = training::plan_training(config, device);
+  const headroom::PlanOptions options{.budget = budget(arguments)};
+  headroom::Plan plan = training::plan_training(config, *device, options);
   if (!plan.fits) {
-    const auto recommendation = training::recommend(config, device);
+    const auto recommendation = training::recommend(config, *device, options);
     std::cout << headroom::explain(plan) << training::describe(recommendation);
     headroom::require(arguments.fit && recommendation, "headroom.train.memory", "this run needs ",
-                      headroom::format_bytes(plan.peak_bytes), " for tensors and ", device.name, " has ",
+                      headroom::format_bytes(plan.peak_bytes), " for tensors and ", device->name, " has ",
                       headroom::format_bytes(plan.budget),
                       "; change the configuration, let --fit change it, or give --unplanned");
     config = recommendation->config;
     plan = recommendation->plan;
   }
   std::cout << "memory:   planned peak " << headroom::format_bytes(plan.peak_bytes) << ", headroom "
-            << headroom::format_bytes(plan.budget - plan.reserved_bytes) << " on " << device.name << "\n";
+            << headroom::format_bytes(plan.budget - plan.reserved_bytes) << " on " << device->name << "\n";
 }
 
 // Returns the exit code.
@@ -125,7 +141,8 @@ int run(const Arguments& arguments) {
   }
   const torch::Device device(arguments.device);
   plan_run(config, arguments);
-  const headroom::MemoryMeter meter(device);  // before the first tensor, so that it sees them all
+  headroom::MemoryMeter meter(device);  // before the first tensor, so that it sees them all
+  if (device.is_cpu()) meter.set_limit(budget(arguments));
 
   const Split train{training::MusdbDataset(data / "train", dataset_options(config)),
                     static_cast<uint64_t>(config.training.seed)};
@@ -148,7 +165,17 @@ int run(const Arguments& arguments) {
   training::RunOptions options{.steps = arguments.steps,
                                .seconds = arguments.seconds,
                                .folder = arguments.out,
-                               .on_step = [&](const training::Progress& progress) { bar.show(progress); },
+                               .on_step =
+                                   [&, part = config.training.batch_size](const training::Progress& progress) mutable {
+                                     if (progress.microbatch != part) {
+                                       bar.close();
+                                       std::cout << "memory ran out: from step " << progress.step << " on batches of "
+                                                 << config.training.batch_size << " go in parts of "
+                                                 << progress.microbatch << std::endl;
+                                       part = progress.microbatch;
+                                     }
+                                     bar.show(progress);
+                                   },
                                .stop_requested = [] { return caught_signal != 0; }};
   if (valid) {
     options.validate = [&] {
@@ -158,7 +185,21 @@ int run(const Arguments& arguments) {
       return nsdr;
     };
   }
-  const training::Summary summary = trainer.run(options);
+  training::Summary summary;
+  try {
+    summary = trainer.run(options);
+  } catch (const std::exception& error) {
+    bar.close();
+    const auto card = planned_device(config, arguments);
+    if (headroom::is_out_of_memory(error) && card) {
+      if (config.training.split_on_out_of_memory) {  // single examples were the last attempt
+        config.training.gradient_accumulation_steps *= std::exchange(config.training.batch_size, 1);
+      }
+      std::cout << training::explain_out_of_memory(config, *card, trainer.peak_bytes());
+    }
+    if (arguments.memory_summary) std::cout << headroom::memory_summary(meter);
+    throw;
+  }
   bar.close();
   const std::string last = (arguments.out / "last.pt").string();
   if (summary.stopped) {
@@ -177,6 +218,7 @@ int run(const Arguments& arguments) {
   training::write_atomically(arguments.out / "summary.json", {json.dump(2) + "\n"});
   std::cout << summary.steps << " steps, " << clock_time(summary.seconds) << ", peak "
             << headroom::format_bytes(summary.peak_bytes) << ": " << last << std::endl;
+  if (arguments.memory_summary) std::cout << headroom::memory_summary(meter);
   return 0;
 }
 
@@ -196,7 +238,9 @@ int main(int argc, char** argv) {
       ->check(CLI::PositiveNumber);
   app.add_option("--threads", arguments.threads, "CPU threads; default: one a core")->check(CLI::PositiveNumber);
   app.add_option("--card", arguments.card, "device profile to plan for, see plan --help; default: cpu on the CPU");
+  app.add_option("--budget", arguments.budget, "what tensors may take, e.g. 8GiB; default: what the card has");
   app.add_flag("--fit", arguments.fit, "apply the smallest change that makes a run fit that does not");
+  app.add_flag("--memory-summary", arguments.memory_summary, "end with the allocator's statistics");
   app.add_flag("--unplanned", arguments.unplanned, "start without planning the memory");
   app.add_option("--device", arguments.device, "where the model runs, e.g. cpu or cuda")->capture_default_str();
   return run_tool("train", app, argc, argv, [&] {

@@ -8,4 +8,5 @@
 #include "headroom/memory.hpp"
 #include "headroom/models.hpp"
 #include "headroom/nn.hpp"
+#include "headroom/optim.hpp"
 #include "headroom/training.hpp"

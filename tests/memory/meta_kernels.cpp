@@ -88,6 +88,7 @@ std::vector<OperatorCase> cases() {
   add("softmax", {{40, 50}}, [](T x) { return torch::softmax(x[0], 1); });
   add("index_select", {{40, 50}}, [](T x) { return torch::index_select(x[0], 1, torch::zeros({7}, torch::kLong)); });
   all.back().at_most = true;
+  add("bucketize", {{40, 50}}, [](T x) { return torch::bucketize(x[0], torch::ones({5}), true); });
   add("embedding", {{40, 50}}, [](T x) { return torch::embedding(x[0], torch::zeros({3, 7}, torch::kLong)); });
   add("gather", {{40, 50}}, [](T x) { return torch::gather(x[0], 1, torch::zeros({40, 9}, torch::kLong)); });
   all.back().at_most = true;

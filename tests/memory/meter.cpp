@@ -227,6 +227,17 @@ TEST_CASE("a limit throws LibTorch's out-of-memory error and leaks nothing") {
   CHECK(testing::error_of([&] { meter.set_limit(-1); }).id() == "headroom.memory.limit");
 }
 
+TEST_CASE("one allocation can be told to fail") {
+  MemoryMeter meter;
+  meter.fail_allocation(2);
+  const Tensor first = bytes(10), second = bytes(20), none = bytes(0);
+  CHECK_THROWS_AS(bytes(30), c10::OutOfMemoryError);
+  CHECK_NOTHROW(bytes(30));
+  meter.fail_allocation(0);
+  CHECK_THROWS_WITH(bytes(30), Catch::Contains("tried to allocate 30 B") && Catch::Contains("fail_allocation"));
+  CHECK(testing::error_of([&] { meter.fail_allocation(-1); }).id() == "headroom.memory.limit");
+}
+
 TEST_CASE("a limit ends with its meter") {
   const MemoryMeter outer;
   {

@@ -150,6 +150,42 @@ TEST_CASE("checkpointed and nested recomputation is planned as it runs") {
   CHECK(planned.by_phase.contains("recomputation"));
 }
 
+TEST_CASE("recurrent layers are planned as the CPU runs them, byte for byte") {
+  const auto check = [](const auto& step) {
+    const int64_t measured = measured_peak(step);
+    CHECK(plan(step, cpu()).peak_bytes == measured);
+  };
+  for (const bool bidirectional : {false, true}) {
+    for (const bool batch_first : {false, true}) {
+      CAPTURE(bidirectional, batch_first);
+      check([&] {
+        torch::nn::GRU net(torch::nn::GRUOptions(12, 20)
+                               .num_layers(2)
+                               .dropout(0.1)
+                               .bidirectional(bidirectional)
+                               .batch_first(batch_first));
+        std::get<0>(net->forward(torch::randn({6, 9, 12}))).square().mean().backward();
+      });
+    }
+  }
+  check([] {
+    torch::nn::RNN net(torch::nn::RNNOptions(12, 20).num_layers(2).bias(false).nonlinearity(torch::kTanh));
+    std::get<0>(net->forward(torch::randn({6, 9, 12}))).square().mean().backward();
+  });
+  check([] {
+    torch::nn::RNN net(torch::nn::RNNOptions(12, 20).nonlinearity(torch::kReLU));
+    const torch::NoGradGuard guard;
+    net->forward(torch::randn({6, 9, 12}));
+  });
+  const auto on_a_card = plan(
+      [] {
+        torch::nn::GRU net(12, 20);
+        std::get<0>(net->forward(torch::randn({6, 9, 12}))).sum().backward();
+      },
+      device_profile("h100-80gb"));
+  CHECK(on_a_card.peak_bytes > 0);
+}
+
 TEST_CASE("modules of LibTorch are planned within half a percent") {
   torch::manual_seed(1);
   const auto check = [](const auto& step) {
@@ -416,4 +452,20 @@ TEST_CASE("reports") {
   std::ostringstream table;
   print_plan(table, planned);
   CHECK(testing::contains(table.str(), "fits: peak " + format_bytes(planned.peak_bytes)));
+}
+
+TEST_CASE("a plan names the operators whose memory it estimates") {
+  const auto recurrent = [] {
+    torch::nn::LSTM net(8, 8);
+    std::get<0>(net->forward(torch::ones({5, 2, 8}))).sum().backward();
+  };
+  const Plan on_cpu = plan(recurrent, this_machine());
+  CHECK(on_cpu.estimated == std::vector<std::string>{"aten::lstm"});
+  CHECK(testing::contains(plan_json(on_cpu), "\"estimated\": [\"aten::lstm\"],"));
+  std::ostringstream table;
+  print_plan(table, on_cpu);
+  CHECK(testing::contains(table.str(), "an estimate: the CPU's library chooses what it needs in aten::lstm\n"));
+  CHECK(plan(recurrent, device_profile("h100-80gb")).estimated.empty());
+  const auto exact = [] { torch::nn::Linear(8, 8)->forward(torch::ones({5, 8})).sum().backward(); };
+  CHECK(plan(exact, this_machine()).estimated.empty());
 }

@@ -13,10 +13,13 @@ FOLDERS = {
     "attention": {"core", "dry_run", "attention"},
     "checkpoint": {"core", "dry_run", "checkpoint"},
     "memory": {"core", "dry_run", "checkpoint", "memory"},
+    "optim": {"core", "dry_run", "optim"},
     "audio": {"core", "dry_run", "audio"},
     "nn": {"core", "dry_run", "attention", "checkpoint", "memory", "nn"},
     "models": {"core", "dry_run", "attention", "checkpoint", "memory", "audio", "nn", "models"},
-    "training": {"core", "dry_run", "attention", "checkpoint", "memory", "audio", "nn", "models", "training"},
+    "training": {
+        "core", "dry_run", "attention", "checkpoint", "memory", "optim", "audio", "nn", "models", "training"
+    },
 }
 STANDARD = re.compile(r"[a-z_0-9]+|immintrin\.h|omp\.h|(sys/[a-z]+|unistd|fcntl)\.h")
 EIGEN = re.compile(r"(unsupported/)?Eigen/.+")

@@ -5,6 +5,7 @@ Usage: tools.py <folder with the tools>
 
 import array
 import json
+import pickle
 import math
 import random
 import subprocess
@@ -138,12 +139,35 @@ class Tools(unittest.TestCase):
         self.assertEqual(live, plan["peak_bytes"])
         self.assertIn("<svg", files[2].read_text())
         self.assertNotIn("http", files[2].read_text())
+        snapshot = self.root / "plan.pickle"
+        self.assertEqual(run("plan", "--config", config, "--snapshot", snapshot).returncode, 0)
+        self.assertEqual(pickle.loads(snapshot.read_bytes())["segments"][0]["device"], 0)
         full = run("plan", "--config", config, "--budget", "100KB", "--recommend")
         self.assertEqual(full.returncode, 3, full.stderr)
         self.assertIn("out of memory:", full.stdout)
         self.fails(run("plan", "--config", config, "--device", "rtx"), "headroom.memory.device_name")
-        self.fails(run("plan", "--config", config, "--budget", "much"), "headroom.plan.budget")
+        self.fails(run("plan", "--config", config, "--budget", "much"), "headroom.tools.bytes")
         self.fails(run("plan", "--config", config, "--budget", "1B"), "headroom.memory.plan.budget")
+
+    def test_sweep(self):
+        config, table = self.root / "sweep.json", self.root / "table.json"
+        config.write_text(json.dumps(CONFIG))
+        length = CONFIG["training"]["segment_length"]
+        result = run("plan", "--config", config, config, "--sweep", f"segment_length={length}..{3 * length}:3", "--json",
+                     table, "--device", "rtx-4060-8gb")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        rows = json.loads(table.read_text())["rows"]
+        self.assertEqual([row["value"] for row in rows[:6]], [v for v in (length, 2 * length, 3 * length) for _ in "ab"])
+        self.assertEqual(len(rows), 12)
+        for stored, none in zip(rows[::2], rows[1::2]):
+            self.assertEqual((stored["attention"], none["attention"]), ("reference", "automatic"))
+            self.assertGreater(none["seconds"], 0)
+        self.assertEqual(sorted(row["peak_bytes"] for row in rows[1:6:2]), [row["peak_bytes"] for row in rows[1:6:2]])
+        single = self.root / "single.json"
+        run("plan", "--config", config, "--device", "rtx-4060-8gb", "--json", single)
+        self.assertEqual(json.loads(single.read_text())["peak_bytes"], rows[1]["peak_bytes"])
+        self.assertEqual(result.stdout.count("\n"), 2 + 6)
+        self.fails(run("plan", "--config", config, "--sweep", "segment=1,2"), "headroom.training.sweep", "segment")
 
     def test_usage(self):
         for tool in ["train", "separate", "evaluate", "plan"]:

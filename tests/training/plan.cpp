@@ -6,7 +6,9 @@
 #include <vector>
 
 #include "headroom/memory/report.hpp"
+#include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/recommend.hpp"
+#include "headroom/training/sweep.hpp"
 #include "support/catch.hpp"
 
 using namespace headroom;
@@ -34,6 +36,21 @@ Config guide(const std::string& name) {
   return training::load_config(std::string(HEADROOM_SOURCE_DIR) + "/examples/configs/musdb18_" + name + ".json");
 }
 
+/// What plan_training replays, with data: two steps and a segment of validation.
+void train_really(const Config& config) {
+  models::TimeFrequencyTransformer model(training::model_options(config));
+  const auto source = [&config](int64_t, int64_t count) {
+    training::ShapeSource::Example example = training::ShapeSource{config}(0, count);
+    example.mixture.normal_(), example.stems.normal_();
+    return example;
+  };
+  training::Trainer<models::TimeFrequencyTransformer, std::decay_t<decltype(source)>> trainer(model, config, source);
+  for (int step = 0; step < 2; ++step) trainer.step(1e-3);
+  const torch::NoGradGuard guard;
+  model->eval();
+  model->forward(source(0, 1).mixture);
+}
+
 }  // namespace
 
 TEST_CASE("the planned peak of training is the measured one, byte for byte, under every checkpoint policy") {
@@ -45,22 +62,8 @@ TEST_CASE("the planned peak of training is the measured one, byte for byte, unde
       if (!config.model.reversible) config.model.gradient_checkpointing = policy;
       config.model.attention = attention;
       CAPTURE(policy, attention);
-      const auto really = [&] {
-        const Config c = config;
-        models::TimeFrequencyTransformer model(training::model_options(c));
-        const auto source = [&c](int64_t, int64_t count) {
-          training::ShapeSource::Example example = training::ShapeSource{c}(0, count);
-          example.mixture.normal_(), example.stems.normal_();
-          return example;
-        };
-        training::Trainer<models::TimeFrequencyTransformer, std::decay_t<decltype(source)>> trainer(model, c, source);
-        for (int step = 0; step < 2; ++step) trainer.step(1e-3);
-        const torch::NoGradGuard guard;
-        model->eval();
-        model->forward(source(0, 1).mixture);
-      };
-      really();
-      const int64_t measured = MemoryMeter().measure(really).added_peak();
+      train_really(config);
+      const int64_t measured = MemoryMeter().measure([&] { train_really(config); }).added_peak();
       const Plan planned = training::plan_training(config, this_machine());
       CHECK(planned.peak_bytes == measured);
       CHECK(planned.by_phase.contains("recomputation") == (policy != std::string("none")));
@@ -90,6 +93,56 @@ TEST_CASE("the guide's crash: the allocation, its shape and its module") {
   int64_t sum = 0;
   for (const auto& [name, bytes] : parts.items()) sum += bytes.get<int64_t>();
   CHECK(sum == tiled.peak_bytes);
+}
+
+TEST_CASE("optimizers are planned byte for byte: narrow states, and in the backward pass") {
+  for (const char* state : {"full", "bf16", "8bit"}) {
+    for (const bool in_backward : {false, true}) {
+      Config config = small();
+      config.model.emb_dim = 64;
+      config.model.ffn_hidden_dim = {72};  // 64 x 72: enough for 8 bits, in whole blocks
+      config.training.gradient_accumulation_steps = 1;
+      config.training.clip_grad_norm = 0;
+      config.training.optimizer_state = state;
+      config.training.optimizer_in_backward = in_backward;
+      CAPTURE(state, in_backward);
+      train_really(config);
+      const int64_t measured = MemoryMeter().measure([&] { train_really(config); }).added_peak();
+      CHECK(training::plan_training(config, this_machine()).peak_bytes == measured);
+    }
+  }
+}
+
+TEST_CASE("memory that runs out is explained: the allocation that failed, and a change that would have fitted") {
+  Config config = small();
+  config.training.batch_size = 4;
+  train_really(config);
+  MemoryMeter meter;
+  const int64_t whole = meter.measure([&] { train_really(config); }).added_peak();
+  for (const int share : {40, 70, 90, 99}) {
+    CAPTURE(share);
+    const int64_t limit = whole * share / 100;
+    std::string error;
+    meter.reset_peak();
+    const int64_t before = meter.live();
+    meter.set_limit(before + limit);
+    try {
+      train_really(config);
+    } catch (const c10::OutOfMemoryError& caught) {
+      error = caught.what_without_backtrace();
+    }
+    meter.set_limit(std::nullopt);
+    const std::string text = training::explain_out_of_memory(config, this_machine(), meter.peak() - before);
+    INFO(error << text);
+    const size_t begin = error.find("allocate ") + 9, end = error.find(" with ");
+    CHECK(testing::contains(text, "out of memory: " + error.substr(begin, end - begin) + " ["));  // the same bytes
+    CHECK(testing::contains(text, " in "));
+    CHECK(testing::contains(text, "this fits (the same training)"));
+    const auto change = training::recommend(config, this_machine(), {.budget = meter.peak() - before});
+    REQUIRE(change);
+    CHECK(meter.measure([&] { train_really(change->config); }).added_peak() <= limit);
+  }
+  CHECK(testing::contains(training::explain_out_of_memory(config, this_machine(), 2 * whole), "outside of the step"));
 }
 
 TEST_CASE("further accumulated passes need no more memory and as many more operations") {
@@ -184,6 +237,37 @@ TEST_CASE("training that cannot be planned says why") {
   config.training.bf16 = false;
   CHECK(testing::error_of([&] { training::plan_training(config, this_machine(), {.budget = 100}); }).id() ==
         "headroom.memory.plan.budget");
+}
+
+TEST_CASE("a sweep plans what each configuration would need by itself") {
+  using Values = std::vector<int64_t>;
+  const training::Sweep seconds = training::parse_sweep("segment_length=3s..15s", 1000);
+  CHECK(seconds.section == "training");
+  CHECK(seconds.values == Values{3000, 6000, 9000, 12000, 15000});
+  CHECK(training::parse_sweep("training.segment_length=1.5s..2s:2", 1000).values == Values{1500, 2000});
+  CHECK(training::parse_sweep("model.n_layers=1,4", 1000).values == Values{1, 4});
+  for (const char* wrong : {"segment_length", "segment_length=", "segment_length=x", "segment_length=5..3", "bf16=1",
+                            "audio.n_layers=1", "n_layers=1..5:1", "segment_length=3m"}) {
+    CAPTURE(wrong);
+    CHECK(testing::error_of([&] { training::parse_sweep(wrong, 1000); }).id() == "headroom.training.sweep");
+  }
+  const Config config = small();
+  const training::Sweep layers = training::parse_sweep("n_layers=1,3", 1000);
+  const DeviceProfile card = device_profile("rtx-4060-8gb");
+  const auto rows = training::plan_sweep({{"a", config}}, layers, card);
+  REQUIRE(rows.size() == 4);
+  Config deep = config;
+  deep.model.n_layers = 3;
+  deep.model.attention = "reference";
+  const Plan single = training::plan_training(deep, card);
+  CHECK(rows[2].value == 3);
+  CHECK(rows[2].peak_bytes == single.peak_bytes);
+  CHECK(rows[2].reserved_bytes == single.reserved_bytes);
+  CHECK(rows[2].seconds == Approx(single.flops / card.flops_per_second));
+  CHECK(rows[3].peak_bytes < rows[2].peak_bytes);
+  std::ostringstream table;
+  training::print_sweep(table, rows, layers, card, [](int64_t value) { return std::to_string(value); });
+  CHECK(testing::contains(table.str(), format_bytes(rows[3].peak_bytes)));
 }
 
 TEST_CASE("device profiles from files") {

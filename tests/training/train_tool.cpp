@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "headroom/audio/file.hpp"
+#include "headroom/training/plan.hpp"
 #include "headroom/training/state.hpp"
 #include "support/audio_files.hpp"
 #include "support/catch.hpp"
@@ -133,6 +134,41 @@ TEST_CASE("train tells what is wrong with its inputs") {
   fails(setup.arguments() + " --resume " + checkpoint, 1, {"headroom.training.state.corrupt", checkpoint});
   fails("--config " + setup.config + " --data " + setup.data + " --steps 1 --out " + setup.config + "/x", 1,
         {"headroom.train.output", "Not a directory"});
+}
+
+TEST_CASE("train keeps a budget: it refuses, explains memory that ran out, and goes on in parts where that is wanted") {
+  const Setup setup;
+  training::Config config = training::load_config(setup.config);
+  const auto with = [&](const std::string& arguments) {
+    std::ofstream(setup.config) << training::to_json(config);
+    return train(setup.arguments() + " --steps 2 " + arguments);
+  };
+  const auto peak = [&](int64_t batch) {
+    config.training.batch_size = batch;
+    return training::plan_training(config, this_machine()).peak_bytes;
+  };
+  const int64_t of_two = peak(2), of_four = peak(4);
+  const std::string between = std::to_string((of_two + of_four) / 2);
+  const Result refused = with("--budget " + between);
+  INFO(refused.output);
+  CHECK(refused.code == 1);
+  CHECK(contains(refused.output, "headroom.train.memory"));
+
+  const Result ran_out = with("--unplanned --memory-summary --budget " + between);
+  INFO(ran_out.output);
+  CHECK(ran_out.code == 1);
+  CHECK(contains(ran_out.output, "out of memory: "));
+  CHECK(contains(ran_out.output, "are held then, most of it by"));
+  CHECK(contains(ran_out.output, "this fits (the same training)"));
+  CHECK(contains(ran_out.output, "| Allocated memory "));
+  CHECK(contains(ran_out.output, "[headroom.memory.limit]"));
+
+  config.training.split_on_out_of_memory = true;
+  const Result in_parts = with("--unplanned --budget " + between);
+  INFO(in_parts.output);
+  CHECK(in_parts.code == 0);
+  CHECK(contains(in_parts.output, "memory ran out: from step 1 on batches of 4 go in parts of 2\n"));
+  CHECK(training::load_state(std::filesystem::path(setup.out) / "last.pt").microbatch == 2);
 }
 
 TEST_CASE("train finishes its step and saves when it is told to stop") {

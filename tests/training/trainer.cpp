@@ -1,9 +1,11 @@
 #include "headroom/training/trainer.hpp"
 
 #include <filesystem>
+#include <map>
 
 #include "support/audio_files.hpp"
 #include "support/catch.hpp"
+#include "support/one_thread.hpp"
 #include "support/tiny_separator.hpp"
 
 using namespace headroom;
@@ -154,6 +156,146 @@ TEST_CASE("gradients are clipped together to clip_grad_norm") {
   CHECK(unclipped > 0.1);
   CHECK(norm_after_step(0.05) == Approx(0.05).epsilon(1e-4));
   CHECK(norm_after_step(2 * unclipped) == Approx(unclipped).epsilon(1e-6));
+}
+
+TEST_CASE("every allocation of a training step may fail: it is repeated, in parts where that helps") {
+  const testing::OneThread one_thread;
+  Config config = tiny_config();
+  const auto state_after_two_steps = [](auto& trainer) {
+    trainer.step(0.01);
+    trainer.step(0.01);
+    return trainer.state();
+  };
+  std::map<int64_t, TrainingState> undisturbed;
+  for (const int64_t part : {2, 1}) {
+    config.training.batch_size = part;
+    config.training.gradient_accumulation_steps = 2 / part;
+    auto [model, trainer] = make_trainer(config);
+    undisturbed[part] = state_after_two_steps(trainer);
+    undisturbed[part].model = copy(undisturbed[part].model);
+    undisturbed[part].optimizer = copy(undisturbed[part].optimizer);
+  }
+  config = tiny_config();
+  config.training.split_on_out_of_memory = true;
+  MemoryMeter meter;
+  int64_t allocations = 0;
+  {
+    auto [model, trainer] = make_trainer(config);
+    allocations = meter.measure([&, &t = trainer] { t.step(0.01); }).allocations;
+  }
+  std::map<int64_t, int> ended_with;
+  for (int64_t spared = 0; spared < allocations; ++spared) {
+    CAPTURE(spared);
+    auto [model, trainer] = make_trainer(config);
+    meter.fail_allocation(spared);
+    const TrainingState state = state_after_two_steps(trainer);
+    const int64_t part = trainer.microbatch();
+    ++ended_with[part];
+    const TrainingState& expected = undisturbed.at(part);
+    CHECK(state.microbatch == (part == 2 ? 0 : part));
+    CHECK(state.random.equal(expected.random));
+    check_equal(state.model, expected.model);
+    check_equal(state.optimizer, expected.optimizer);
+  }
+  CHECK(ended_with[1] > 100);  // forward and backward
+  CHECK(ended_with[2] > 20);   // clipping and AdamW
+}
+
+TEST_CASE("without the option, and when single examples are too many, memory that ran out is an error") {
+  Config config = tiny_config();
+  for (const bool split : {false, true}) {
+    config.training.split_on_out_of_memory = split;
+    auto [model, trainer] = make_trainer(config);
+    MemoryMeter meter;
+    meter.set_limit(meter.live() + 20'000);
+    CHECK_THROWS_AS(trainer.step(0.01), c10::OutOfMemoryError);
+    meter.set_limit(std::nullopt);
+    CHECK_NOTHROW(trainer.step(0.01));
+    CHECK(trainer.microbatch() == 2);
+  }
+}
+
+TEST_CASE("a run that went on in parts resumes in parts, with the same bits") {
+  const TemporaryFolder folder;
+  Config config = tiny_config();
+  config.training.split_on_out_of_memory = true;
+  const auto cut = [](auto& trainer) {
+    MemoryMeter meter;
+    meter.fail_allocation(100);
+    trainer.step(0.01);
+  };
+  auto [model, whole] = make_trainer(config);
+  cut(whole);
+  std::vector<int64_t> parts;
+  whole.run({.steps = 6, .on_step = [&](const Progress& p) { parts.push_back(p.microbatch); }});
+  CHECK(parts == std::vector<int64_t>(5, 1));
+  {
+    auto [first_model, first] = make_trainer(config);
+    cut(first);
+    first.run({.steps = 6, .folder = folder.path(), .stop_requested = [] { return true; }});
+  }
+  auto [second_model, second] = make_trainer(config);
+  second.resume(load_state(folder / "last.pt"), "last.pt");
+  CHECK(second.microbatch() == 1);
+  second.run({.steps = 6});
+  check_equal(second.state().model, whole.state().model);
+}
+
+TEST_CASE("the optimizer in the backward pass trains as the one after it, bit for bit, and holds no gradients") {
+  Config config = tiny_config();
+  config.training.clip_grad_norm = 0;
+  auto [model, after] = make_trainer(config);
+  config.training.optimizer_in_backward = true;
+  auto [other_model, within] = make_trainer(config);
+  torch::manual_seed(3);
+  after.run({.steps = 6});
+  torch::manual_seed(3);
+  within.run({.steps = 6});
+  check_equal(within.state().model, after.state().model);
+  check_equal(within.state().optimizer, after.state().optimizer);
+  for (const torch::Tensor& parameter : other_model->parameters()) CHECK_FALSE(parameter.grad().defined());
+}
+
+TEST_CASE("a gradient that is not finite ends a run with the optimizer in the backward pass") {
+  Config config = tiny_config();
+  config.training.clip_grad_norm = 0;
+  config.training.optimizer_in_backward = true;
+  torch::manual_seed(7);
+  TinySeparator model;
+  const auto infinite_slope = [](const torch::Tensor& estimate, const torch::Tensor&) {
+    return (estimate * 0).sqrt().sum();
+  };
+  Trainer trainer(model, config, source, infinite_slope);
+  const Error error = error_of([&] { trainer.step(0.01); });
+  CHECK(error.id() == "headroom.training.non_finite");
+  CHECK(contains(error.what(), "the gradient norm is"));
+}
+
+TEST_CASE("narrow optimizer states are saved and resumed with the same bits; other formats are refused") {
+  const TemporaryFolder folder;
+  for (const std::string format : {"bf16", "8bit"}) {
+    Config config = tiny_config();
+    config.training.optimizer_state = format;
+    torch::manual_seed(7);
+    TinySeparator model(400), fresh_model(400);  // 7200 weights: enough for 8 bits
+    Trainer trainer(model, config, source);
+    trainer.run({.steps = 3, .folder = folder.path()});
+    const TrainingState saved = load_state(folder / "last.pt");
+    const auto type = saved.optimizer.at("first.weight.exp_avg").scalar_type();
+    CHECK(type == (format == "bf16" ? torch::kBFloat16 : torch::kByte));
+    trainer.run({.steps = 6});
+    Trainer fresh(fresh_model, config, source);
+    fresh.resume(saved, "last.pt");
+    fresh.run({.steps = 6});
+    check_equal(fresh.state().model, trainer.state().model);
+    check_equal(fresh.state().optimizer, trainer.state().optimizer);
+
+    config.training.optimizer_state = "full";
+    Trainer other(TinySeparator(400), config, source);
+    const Error error = error_of([&] { other.resume(saved, "last.pt"); });
+    CHECK(error.id() == "headroom.training.state.structure");
+    CHECK(contains(error.what(), "first.weight.exp_avg"));
+  }
 }
 
 TEST_CASE("a step is AdamW's, without weight decay on norms and biases") {

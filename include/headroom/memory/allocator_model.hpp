@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <iterator>
 #include <list>
 #include <map>
+#include <optional>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include "headroom/core/error.hpp"
 
@@ -15,6 +18,8 @@ namespace headroom::inline v0 {
 /// How the caching allocator model gets memory from the device.
 struct CachingAllocatorOptions {
   bool expandable_segments = false;  ///< PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+  /// Hears of memory that is taken from the device (bytes > 0) or given back (bytes < 0), and where it lies.
+  std::function<void(int64_t address, int64_t bytes)> on_segment = {};
 };
 
 /// A simulation of LibTorch's caching allocator for CUDA (c10/cuda/CUDACachingAllocator.cpp), on one stream: what it
@@ -103,6 +108,36 @@ class CachingAllocatorModel {
     return largest;
   }
 
+  /// Where a block lies that is allocated.
+  int64_t address(int64_t id) const { return live_.at(id)->address; }
+
+  /// A stretch of a segment: a block in use or a gap.
+  struct Stretch {
+    int64_t address, size;
+    std::optional<int64_t> id;  ///< of the block; none: a gap
+  };
+  struct SegmentView {
+    int64_t address, size;
+    bool large;                           ///< belongs to the pool of large blocks
+    std::vector<Stretch> stretches = {};  ///< by address, without holes
+  };
+  /// What is reserved now.
+  std::vector<SegmentView> segments() const {
+    std::map<int64_t, int64_t> ids;
+    for (const auto& [id, place] : live_) ids[place->address] = id;
+    std::vector<SegmentView> views;
+    for (const Pool& pool : pools_) {
+      for (const Segment& segment : pool.segments) {
+        SegmentView& view = views.emplace_back(SegmentView{segment.address, segment.size, segment.large});
+        for (const Block& block : segment.blocks) {
+          view.stretches.push_back(
+              {block.address, block.size, block.used ? std::optional(ids.at(block.address)) : std::nullopt});
+        }
+      }
+    }
+    return views;
+  }
+
   static int64_t rounded(int64_t bytes) { return std::max<int64_t>((bytes + kRound - 1) / kRound * kRound, kRound); }
 
  private:
@@ -155,7 +190,7 @@ class CachingAllocatorModel {
     if (reserved_ + bytes > capacity_) return false;
     if (!in_place || pool.segments.empty()) {
       pool.segments.push_back({next_address_, &pool == &pools_[1]});
-      next_address_ += int64_t{1} << 48;
+      next_address_ += in_place ? int64_t{1} << 50 : (bytes + kSegmentRound - 1) / kSegmentRound * kSegmentRound;
     }
     Segment& segment = pool.segments.back();
     const bool tail_is_free = !segment.blocks.empty() && !segment.blocks.back().used;
@@ -165,6 +200,7 @@ class CachingAllocatorModel {
     } else {
       segment.blocks.push_back({segment.address + segment.size, bytes, &segment});
     }
+    if (options_.on_segment) options_.on_segment(segment.address + segment.size, bytes);
     segment.size += bytes;
     pool.free[{segment.blocks.back().size, segment.blocks.back().address}] = std::prev(segment.blocks.end());
     reserved_ += bytes;
@@ -175,6 +211,7 @@ class CachingAllocatorModel {
     if (segment->blocks.size() != 1 || segment->blocks.front().used) return false;
     pool.free.erase({segment->blocks.front().size, segment->blocks.front().address});
     reserved_ -= segment->size;
+    if (options_.on_segment) options_.on_segment(segment->address, -segment->size);
     return true;
   }
 
@@ -182,7 +219,7 @@ class CachingAllocatorModel {
   CachingAllocatorOptions options_;
   Pool pools_[2];  // small, large
   std::unordered_map<int64_t, Place> live_;
-  int64_t next_address_ = 1;
+  int64_t next_address_ = kSegmentRound;
   int64_t allocated_ = 0, peak_allocated_ = 0, reserved_ = 0, peak_reserved_ = 0;
 };
 

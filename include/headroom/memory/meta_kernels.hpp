@@ -18,6 +18,7 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/dry_run/device.hpp"
+#include "headroom/memory/recurrent_kernels.hpp"
 
 namespace headroom::inline v0 {
 
@@ -382,6 +383,7 @@ class Registration {
     shapes();
     library("_local_scalar_dense", &read_value);
     library("equal", &equal);
+    RecurrentLayers::register_in(autograd_);
   }
 
  private:
@@ -454,6 +456,9 @@ class Registration {
 
   void shapes() {
     library("index_select", &index_select);
+    library("bucketize.Tensor", [](const Tensor& x, const Tensor&, bool out_int32, bool) {
+      return at::empty(x.sizes(), x.options().dtype(out_int32 ? at::kInt : at::kLong));
+    });
     library("embedding_dense_backward", &embedding_dense_backward);
     library("unfold_backward", &unfold_backward);
     library("reflection_pad2d", &padded_2d);
@@ -500,6 +505,7 @@ class Registration {
   }
 
   torch::Library library_;
+  torch::Library autograd_{torch::Library::IMPL, "aten", c10::DispatchKey::AutogradMeta, __FILE__, __LINE__};
 };
 
 }  // namespace detail::meta

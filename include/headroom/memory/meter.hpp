@@ -55,6 +55,7 @@ struct MeterWindow {
   std::int64_t allocations = 0;
   std::int64_t largest = 0;
   std::int64_t limit = std::numeric_limits<std::int64_t>::max();
+  std::int64_t spared = std::numeric_limits<std::int64_t>::max();  ///< allocations that succeed before one fails
   AllocationListener* listener = nullptr;
 };
 
@@ -69,12 +70,17 @@ class MemoryLedger {
   virtual MeterWindow read(const MeterWindow& window) = 0;
   virtual std::int64_t live() = 0;
   virtual std::int64_t reserved() = 0;
-  /// False: `largest` and `limit` of a window mean nothing here.
+  virtual c10::CachingDeviceAllocator::DeviceStats statistics() = 0;
+  /// False: `largest`, `limit` and `spared` of a window mean nothing here.
   virtual bool sees_single_allocations() const = 0;
 
   void set_limit(MeterWindow& window, std::int64_t bytes) {
     const std::scoped_lock lock(mutex_);
     window.limit = bytes;
+  }
+  void set_spared(MeterWindow& window, std::int64_t allocations) {
+    const std::scoped_lock lock(mutex_);
+    window.spared = allocations;
   }
 
  protected:
@@ -108,7 +114,7 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
 
   void restart(MeterWindow& window) override {
     const std::scoped_lock lock(mutex_);
-    window = {.peak = live_, .limit = window.limit, .listener = window.listener};
+    window = {.peak = live_, .limit = window.limit, .spared = window.spared, .listener = window.listener};
   }
 
   MeterWindow read(const MeterWindow& window) override {
@@ -122,6 +128,16 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
   }
 
   std::int64_t reserved() override { return live(); }
+  c10::CachingDeviceAllocator::DeviceStats statistics() override {
+    const std::scoped_lock lock(mutex_);
+    c10::CachingDeviceAllocator::DeviceStats stats;
+    for (auto* const array :
+         {&stats.allocated_bytes, &stats.active_bytes, &stats.requested_bytes, &stats.reserved_bytes}) {
+      (*array)[0] = bytes_;
+    }
+    for (auto* const array : {&stats.allocation, &stats.active, &stats.segment}) (*array)[0] = blocks_;
+    return stats;
+  }
   bool sees_single_allocations() const override { return true; }
 
  protected:
@@ -129,9 +145,12 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
 
   // All with mutex_ held.
 
-  /// Throws c10::OutOfMemoryError when `bytes` more would break a limit.
-  void check_limits(std::int64_t bytes) const {
-    for (const MeterWindow* window : windows_) {
+  /// Throws c10::OutOfMemoryError when `bytes` more would break a limit, or when this allocation was told to fail.
+  void check_limits(std::int64_t bytes) {
+    for (MeterWindow* window : windows_) {
+      TORCH_CHECK_WITH(OutOfMemoryError, window->spared-- != 0, "[headroom.memory.limit] ", c10::DeviceTypeName(type_),
+                       " out of memory: tried to allocate ", format_bytes(bytes), " with ", format_bytes(live_),
+                       " live; MemoryMeter::fail_allocation let this allocation fail");
       TORCH_CHECK_WITH(OutOfMemoryError, bytes <= window->limit - live_, "[headroom.memory.limit] ",
                        c10::DeviceTypeName(type_), " out of memory: tried to allocate ", format_bytes(bytes), " with ",
                        format_bytes(live_), " live under a limit of ", format_bytes(window->limit),
@@ -140,6 +159,8 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
   }
   void add(const void* block, std::int64_t bytes) {
     live_ += bytes;
+    bytes_.increase(static_cast<std::size_t>(bytes));
+    blocks_.increase(1);
     for (MeterWindow* window : windows_) {
       window->peak = std::max(window->peak, live_);
       window->largest = std::max(window->largest, bytes);
@@ -149,6 +170,8 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
   }
   void remove(const void* block, std::int64_t bytes) {
     live_ -= bytes;
+    bytes_.decrease(static_cast<std::size_t>(bytes));
+    blocks_.decrease(1);
     for (MeterWindow* window : windows_) {
       if (window->listener != nullptr) window->listener->freed(block);
     }
@@ -159,6 +182,7 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
  private:
   c10::DeviceType type_;
   std::int64_t live_ = 0;
+  c10::CachingAllocator::Stat bytes_, blocks_;  // as c10::DeviceAllocator keeps them
 };
 
 /// LibTorch's CPU allocator with a ledger around it. The memory itself comes from the allocator that was there before
@@ -324,6 +348,7 @@ class DeviceLedger final : public MemoryLedger {
 
   std::int64_t live() override { return allocator_.getDeviceStats(index_).allocated_bytes[0].current; }
   std::int64_t reserved() override { return allocator_.getDeviceStats(index_).reserved_bytes[0].current; }
+  c10::CachingDeviceAllocator::DeviceStats statistics() override { return allocator_.getDeviceStats(index_); }
   bool sees_single_allocations() const override { return false; }
 
  private:
@@ -403,6 +428,17 @@ class MemoryMeter {
   /// Bytes taken from the system: live() on the CPU, live and cached on an accelerator.
   std::int64_t reserved() const { return ledger_.reserved(); }
 
+  /// What LibTorch's allocators for accelerators keep: current, peak, ever allocated and freed, of bytes and numbers.
+  /// Peaks are those since construction or reset_peak(); memory_summary() prints it.
+  c10::CachingDeviceAllocator::DeviceStats statistics() const {
+    auto stats = ledger_.statistics();
+    stats.allocated_bytes[0].peak = peak();
+    if (ledger_.sees_single_allocations()) {
+      stats.active_bytes[0].peak = stats.requested_bytes[0].peak = stats.reserved_bytes[0].peak = peak();
+    }
+    return stats;
+  }
+
   /// Starts a new window: peak() is live(), allocations() and largest() are 0.
   void reset_peak() { ledger_.restart(window_); }
 
@@ -413,6 +449,14 @@ class MemoryMeter {
     require(bytes.value_or(0) >= 0, "headroom.memory.limit", "got a limit of ", bytes.value_or(0),
             " bytes, expected 0 or more; pass std::nullopt for no limit");
     ledger_.set_limit(window_, bytes.value_or(std::numeric_limits<std::int64_t>::max()));
+  }
+
+  /// Of the allocations to come `spared` succeed and the next one throws c10::OutOfMemoryError, once: to see what a
+  /// program does when memory runs out just there. CPU and meta only (headroom.memory.unsupported).
+  void fail_allocation(std::int64_t spared) {
+    require_single_allocations("fail_allocation");
+    require(spared >= 0, "headroom.memory.limit", "got ", spared, " allocations to spare, expected 0 or more");
+    ledger_.set_spared(window_, spared);
   }
 
   /// Runs `f` in a window of its own, which leaves this meter's peak() right.

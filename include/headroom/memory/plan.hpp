@@ -52,9 +52,10 @@ struct Plan {
   std::map<std::string, int64_t> by_operator = {};  ///< the peak by the operator that asked for it
   std::map<std::string, double> flops_by_operator = {};
   std::map<std::string, double> flops_by_phase = {};
-  std::vector<size_t> at_peak = {};       ///< blocks alive at the peak, largest first
-  size_t largest = 0;                     ///< the largest block of all; blocks may be empty
-  std::optional<size_t> first_over = {};  ///< the allocation that the budget has no room for; none: all have
+  std::vector<size_t> at_peak = {};         ///< blocks alive at the peak, largest first
+  size_t largest = 0;                       ///< the largest block of all; blocks may be empty
+  std::optional<size_t> first_over = {};    ///< the allocation that the budget has no room for; none: all have
+  std::vector<std::string> estimated = {};  ///< operators of the step whose memory is not known exactly here
 
   const Block* largest_block() const { return trace.blocks.empty() ? nullptr : &trace.blocks[largest]; }
   /// "encoder.layers.0.frequency.attention"; empty outside of all modules.
@@ -118,6 +119,17 @@ inline MemoryTrace dry_trace(const std::function<void()>& step, c10::Device devi
   }
   values_read = meta::values_read;
   return recorder.finish();
+}
+
+/// Operators of a trace that run in oneDNN on the CPU, which chooses its layouts and workspaces for the processor.
+inline std::vector<std::string> estimated_operators(const MemoryTrace& trace) {
+  std::vector<std::string> found;
+  for (const char* name : {"aten::convolution", "aten::lstm"}) {
+    const bool used = std::any_of(trace.operators.begin(), trace.operators.end(),
+                                  [&](const auto& op) { return trace.names[static_cast<size_t>(op.name)] == name; });
+    if (used) found.emplace_back(name);
+  }
+  return found;
 }
 
 /// Begin and end of a block as one event each, in the order of time: {time, block, is begin}.
@@ -227,6 +239,7 @@ Plan plan(Step&& step, const DeviceProfile& device, const PlanOptions& options =
   MemoryTrace trace = detail::dry_trace(std::forward<Step>(step), device.device(), options.value, values_read);
   Plan result = detail::analyse(std::move(trace), device, options.budget);
   result.values_read = values_read;
+  if (device.device().is_cpu()) result.estimated = detail::estimated_operators(result.trace);
   int64_t parameters = 0;
   for (const auto& block : result.trace.blocks) {
     if (block.use == MemoryUse::parameter) parameters += block.bytes;

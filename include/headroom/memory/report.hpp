@@ -109,6 +109,10 @@ inline void print_plan(std::ostream& out, const Plan& plan) {
   if (plan.device.flops_per_second > 0) {
     out << ", at least " << std::setprecision(3) << plan.flops / plan.device.flops_per_second << " s";
   }
+  if (!plan.estimated.empty()) {
+    out << "\nan estimate: the CPU's library chooses what it needs in";
+    for (const std::string& name : plan.estimated) out << " " << name;
+  }
   out << "\nthe peak is made of\n";
   for (size_t use = 0; use < plan.parts.size(); ++use) row(kMemoryUseNames[use], plan.parts[use]);
   out << "highest while\n";
@@ -165,6 +169,11 @@ inline std::string plan_json(const Plan& plan) {
       << ",\n";
   std::vector<std::pair<std::string, int64_t>> parts;
   for (size_t use = 0; use < plan.parts.size(); ++use) parts.emplace_back(kMemoryUseNames[use], plan.parts[use]);
+  out << "  \"estimated\": [";
+  for (size_t i = 0; i < plan.estimated.size(); ++i) {
+    out << (i == 0 ? "" : ", ") << detail::json_string(plan.estimated[i]);
+  }
+  out << "],\n";
   table("parts", parts);
   table("by_phase", plan.by_phase);
   table("by_module", plan.by_module);

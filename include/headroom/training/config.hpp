@@ -111,7 +111,10 @@ struct TrainingConfig {
   double weight_decay = 0.01;
   std::array<double, 2> betas = {0.9, 0.999};
   double clip_grad_norm = 1.0;
+  std::string optimizer_state = "full";
+  bool optimizer_in_backward = false;
   bool bf16 = false;
+  bool split_on_out_of_memory = false;
   int64_t seed = 0;
   int64_t checkpoint_every = 1;
   int64_t validation_every = 1;
@@ -137,7 +140,13 @@ struct TrainingConfig {
     field("betas", self.betas, {.at_least = 0, .below = 1}, "of AdamW");
     field("clip_grad_norm", self.clip_grad_norm, {.at_least = 0},
           "greatest norm of all gradients together; 0: no clipping");
+    field("optimizer_state", self.optimizer_state, {.choices = {"full", "bf16", "8bit"}},
+          "how AdamW stores its moments: 8, 4 or 2.03 bytes a parameter");
+    field("optimizer_in_backward", self.optimizer_in_backward, {},
+          "update a parameter and free its gradient as soon as that is known; needs one pass a step and no clipping");
     field("bf16", self.bf16, {}, "forward pass under bfloat16 autocast; loss and parameters stay float");
+    field("split_on_out_of_memory", self.split_on_out_of_memory, {},
+          "when a step runs out of memory, repeat it with batches in parts, and go on so");
     field("seed", self.seed, {.at_least = 0}, "of initialisation and sampling");
     field("checkpoint_every", self.checkpoint_every, {.at_least = 1}, "epochs between checkpoints");
     field("validation_every", self.validation_every, {.at_least = 1}, "epochs between validations");
@@ -232,6 +241,22 @@ inline void check_together(const Config& config, std::vector<Problem>& problems)
       training.warmup_steps,
       ", expected at most half of the run, which is training.epochs * training.steps_per_epoch = ",
       training.epochs * training.steps_per_epoch, " steps");
+  rule(
+      {"training.optimizer_in_backward", "training.gradient_accumulation_steps"},
+      [&] { return !training.optimizer_in_backward || training.gradient_accumulation_steps == 1; },
+      "got true, expected false with training.gradient_accumulation_steps = ", training.gradient_accumulation_steps,
+      ": every backward pass is a step then, and no gradient is left to add to");
+  rule(
+      {"training.optimizer_in_backward", "training.clip_grad_norm"},
+      [&] { return !training.optimizer_in_backward || training.clip_grad_norm == 0; },
+      "got true, expected false with training.clip_grad_norm = ", training.clip_grad_norm,
+      ": the norm of all gradients together is not known before the first ones are used and freed");
+  rule(
+      {"training.optimizer_in_backward", "training.split_on_out_of_memory"},
+      [&] { return !training.optimizer_in_backward || !training.split_on_out_of_memory; },
+      "got true, expected false with training.split_on_out_of_memory = true: a step that has changed parameters "
+      "already "
+      "cannot be repeated");
   rule(
       {"data.gain"}, [&] { return data.gain[0] <= data.gain[1]; }, "got [", data.gain[0], ",", data.gain[1],
       "], expected the smaller factor first");

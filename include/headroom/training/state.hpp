@@ -5,7 +5,6 @@
 #include <fcntl.h>
 #include <torch/csrc/jit/serialization/pickle.h>
 #include <torch/nn/module.h>
-#include <torch/optim/adamw.h>
 #include <torch/types.h>
 #include <unistd.h>
 
@@ -30,6 +29,7 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/models/time_frequency_transformer.hpp"
+#include "headroom/optim/adamw.hpp"
 #include "headroom/training/config.hpp"
 
 namespace headroom::inline v0::training {
@@ -45,6 +45,7 @@ struct TrainingState {
   double unfinished_loss = 0;             ///< sum of the losses in the epoch that is under way
   std::string best_metric = {};           ///< what `best_score` measures: "validation nSDR" or "training loss"
   double best_score = 0;                  ///< greatest nSDR, or least loss, so far; valid once a metric is named
+  int64_t microbatch = 0;                 ///< examples in one pass since memory ran out; 0: it never did
   torch::Tensor random = {};              ///< state of LibTorch's default CPU generator
   TensorMap model = {};                   ///< parameters and buffers
   TensorMap optimizer = {};               ///< AdamW's moments and step counts, by parameter
@@ -148,6 +149,7 @@ inline void save_state(const std::filesystem::path& path, const TrainingState& s
   content.insert("unfinished_loss", state.unfinished_loss);
   content.insert("best_metric", state.best_metric);
   content.insert("best_score", state.best_score);
+  content.insert("microbatch", state.microbatch);
   content.insert("random", state.random);
   content.insert("model", detail::to_dictionary(state.model));
   content.insert("optimizer", detail::to_dictionary(state.optimizer));
@@ -186,6 +188,7 @@ inline TrainingState load_state(const std::filesystem::path& path) {
             .unfinished_loss = content.at("unfinished_loss").toDouble(),
             .best_metric = content.at("best_metric").toStringRef(),
             .best_score = content.at("best_score").toDouble(),
+            .microbatch = content.contains("microbatch") ? content.at("microbatch").toInt() : 0,
             .random = content.at("random").toTensor(),
             .model = detail::to_tensor_map(content.at("model")),
             .optimizer = detail::to_tensor_map(content.at("optimizer"))};
@@ -233,44 +236,51 @@ inline void copy_tensors(const TensorMap& source, const TensorMap& target, const
   }
 }
 
+namespace detail {
+
+/// The step count and the moments of a parameter under the names of a checkpoint: as LibTorch's AdamW calls them, with
+/// scales beside those that are quantised.
+inline void add_optimizer_state(TensorMap& tensors, const std::string& parameter, const optim::AdamWState& state) {
+  tensors.emplace(parameter + ".step", torch::tensor(state.step));
+  const auto add = [&](const char* name, const optim::StoredMoment& moment) {
+    tensors.emplace(parameter + name, moment.values);
+    if (moment.scales.defined()) tensors.emplace(parameter + name + std::string(".scales"), moment.scales);
+  };
+  add(".exp_avg", state.average);
+  add(".exp_avg_sq", state.square);
+}
+
+}  // namespace detail
+
 /// AdamW's moments and step counts as tensors, named after the parameters of `module`.
-inline TensorMap optimizer_tensors(torch::optim::AdamW& optimizer, const torch::nn::Module& module) {
+inline TensorMap optimizer_tensors(optim::AdamW& optimizer, const torch::nn::Module& module) {
   TensorMap tensors;
   for (const auto& parameter : module.named_parameters()) {
-    const auto found = optimizer.state().find(parameter.value().unsafeGetTensorImpl());
-    if (found != optimizer.state().end()) {
-      const auto& state = static_cast<const torch::optim::AdamWParamState&>(*found->second);
-      tensors.emplace(parameter.key() + ".step", torch::tensor(state.step()));
-      tensors.emplace(parameter.key() + ".exp_avg", state.exp_avg());
-      tensors.emplace(parameter.key() + ".exp_avg_sq", state.exp_avg_sq());
+    if (optimizer.state().count(parameter.value().unsafeGetTensorImpl()) > 0) {
+      detail::add_optimizer_state(tensors, parameter.key(), optimizer.state_for(parameter.value()));
     }
   }
   return tensors;
 }
 
-/// Undoes optimizer_tensors. Throws headroom.training.state.structure like copy_tensors.
-inline void restore_optimizer(torch::optim::AdamW& optimizer, const torch::nn::Module& module, const TensorMap& tensors,
+/// Undoes optimizer_tensors. Throws headroom.training.state.structure like copy_tensors, also for moments that were
+/// stored in another format.
+inline void restore_optimizer(optim::AdamW& optimizer, const torch::nn::Module& module, const TensorMap& tensors,
                               const std::string& what) {
+  optim::AdamW fresh(module.parameters(), {}, optimizer.format());
   TensorMap target;
   for (const auto& parameter : module.named_parameters()) {
     if (tensors.contains(parameter.key() + ".step")) {  // AdamW knows nothing of parameters without gradients
-      target.emplace(parameter.key() + ".step", torch::zeros({}, torch::kLong));
-      target.emplace(parameter.key() + ".exp_avg", torch::empty_like(parameter.value(), torch::requires_grad(false)));
-      target.emplace(parameter.key() + ".exp_avg_sq",
-                     torch::empty_like(parameter.value(), torch::requires_grad(false)));
+      detail::add_optimizer_state(target, parameter.key(), fresh.state_for(parameter.value()));
     }
   }
   copy_tensors(tensors, target, what);
-  optimizer.state().clear();
   for (const auto& parameter : module.named_parameters()) {
     if (target.contains(parameter.key() + ".step")) {
-      auto state = std::make_unique<torch::optim::AdamWParamState>();
-      state->step(target.at(parameter.key() + ".step").item<int64_t>());
-      state->exp_avg(target.at(parameter.key() + ".exp_avg"));
-      state->exp_avg_sq(target.at(parameter.key() + ".exp_avg_sq"));
-      optimizer.state()[parameter.value().unsafeGetTensorImpl()] = std::move(state);
+      fresh.state_for(parameter.value()).step = target.at(parameter.key() + ".step").item<int64_t>();
     }
   }
+  optimizer.state() = std::move(fresh.state());
 }
 
 /// The state of LibTorch's default CPU generator.

@@ -24,7 +24,10 @@
 #include "headroom/core/error.hpp"
 #include "headroom/dry_run/phase.hpp"
 #include "headroom/memory/meter.hpp"
+#include "headroom/memory/run_within.hpp"
 #include "headroom/memory/trace.hpp"
+#include "headroom/optim/adamw.hpp"
+#include "headroom/optim/in_backward.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/schedule.hpp"
 #include "headroom/training/state.hpp"
@@ -51,6 +54,7 @@ struct Progress {
   double learning_rate = 0;
   int64_t live_bytes = 0;  ///< held by tensors
   int64_t peak_bytes = 0;  ///< highest live_bytes so far
+  int64_t microbatch = 0;  ///< examples in one pass: batch_size, or less since memory ran out
 };
 
 /// What came out of a run.
@@ -116,7 +120,7 @@ inline audio::SeparationLoss make_loss(const Config& config) {
 }
 
 /// AdamW over all parameters of a module; vectors and scalars (norms, biases) are not decayed.
-inline torch::optim::AdamW make_optimizer(const torch::nn::Module& model, const TrainingConfig& config) {
+inline optim::AdamW make_optimizer(const torch::nn::Module& model, const TrainingConfig& config) {
   std::vector<torch::Tensor> matrices, vectors;
   for (const torch::Tensor& parameter : model.parameters()) {
     (parameter.dim() >= 2 ? matrices : vectors).push_back(parameter);
@@ -126,8 +130,9 @@ inline torch::optim::AdamW make_optimizer(const torch::nn::Module& model, const 
                                                             .betas({config.betas[0], config.betas[1]})
                                                             .weight_decay(weight_decay));
   };
-  return torch::optim::AdamW(
-      std::vector<torch::optim::OptimizerParamGroup>{{matrices, options(config.weight_decay)}, {vectors, options(0)}});
+  return optim::AdamW(
+      std::vector<torch::optim::OptimizerParamGroup>{{matrices, options(config.weight_decay)}, {vectors, options(0)}},
+      {}, optim::moment_format(config.optimizer_state));
 }
 
 /// Mean over the stems of the nSDR in dB that a model reaches on the first `count` examples of a source, taken
@@ -179,6 +184,11 @@ class Trainer {
         device_(model_->parameters().front().device()),
         meter_(device_) {
     name_modules(*model_);
+    if (config_.training.optimizer_in_backward) {
+      in_backward_.emplace(optimizer_, [this](const torch::Tensor& parameter) {
+        require_finite(parameter.grad().norm().template item<double>(), "gradient norm");
+      });
+    }
   }
 
   /// Trains until the end that `options` names, or until it is told to stop. Checkpoints: last.pt every
@@ -216,7 +226,8 @@ class Trainer {
                          .loss = state_.unfinished_loss / static_cast<double>(epoch_step),
                          .learning_rate = learning_rate,
                          .live_bytes = meter_.live(),
-                         .peak_bytes = meter_.peak()});
+                         .peak_bytes = meter_.peak(),
+                         .microbatch = microbatch()});
       }
       if (epoch_step == training.steps_per_epoch) {
         finish_epoch(options, summary);
@@ -244,31 +255,41 @@ class Trainer {
   /// One optimizer step: the mean loss of its examples.
   double step(double learning_rate) {
     const TrainingConfig& training = config_.training;
-    const int64_t passes = training.gradient_accumulation_steps;
-    const int64_t first = state_.step * passes * training.batch_size;
-    model_->train();
-    optimizer_.zero_grad();
-    double mean_loss = 0;
-    for (int64_t pass = 0; pass < passes; ++pass) {
-      const auto example = source_(first + pass * training.batch_size, training.batch_size);
-      const torch::Tensor estimate = forward(example.mixture.to(device_));         // [B,N,C,S]
-      const auto type = at::promote_types(estimate.scalar_type(), torch::kFloat);  // not in bfloat16
-      const torch::Tensor loss = loss_(estimate.to(type), example.stems.to(device_)) / passes;
-      mean_loss += loss.template item<double>();
-      require_finite(mean_loss, "loss", first);
-      loss.backward();
-    }
-    const Phase phase("optimizer");
-    const double limit =
-        training.clip_grad_norm > 0 ? training.clip_grad_norm : std::numeric_limits<double>::infinity();
-    require_finite(torch::nn::utils::clip_grad_norm_(model_->parameters(), limit), "gradient norm", first);
     for (auto& group : optimizer_.param_groups()) {
       group.options().set_lr(learning_rate);
     }
-    optimizer_.step();
+    model_->train();
+    optimizer_.zero_grad();
+    double mean_loss = 0;
+    if (training.split_on_out_of_memory) {
+      state_.microbatch = run_within({.device = device_}, *model_, halvings(microbatch()),
+                                     [&](int64_t most) { mean_loss = accumulate(most); });
+      if (state_.microbatch == training.batch_size) state_.microbatch = 0;
+    } else {
+      mean_loss = accumulate(microbatch());
+    }
+    if (!in_backward_) {
+      const Phase phase("optimizer");
+      const double limit =
+          training.clip_grad_norm > 0 ? training.clip_grad_norm : std::numeric_limits<double>::infinity();
+      repeatable([&](bool) {
+        require_finite(torch::nn::utils::clip_grad_norm_(model_->parameters(), limit), "gradient norm");
+      });
+      repeatable([&](bool again) { again ? optimizer_.continue_step() : static_cast<void>(optimizer_.step()); });
+    }
     ++state_.step;
     return mean_loss;
   }
+
+  /// Examples in one forward pass: the configuration's, or less since memory ran out.
+  int64_t microbatch() const {
+    const int64_t batch = config_.training.batch_size;
+    const bool split = config_.training.split_on_out_of_memory && state_.microbatch > 0;
+    return split ? std::min(state_.microbatch, batch) : batch;
+  }
+
+  /// Highest sum of all tensors since run() began.
+  int64_t peak_bytes() const { return meter_.peak(); }
 
   /// Everything needed to go on later; its tensors share memory with the model and the optimizer.
   TrainingState state() {
@@ -296,6 +317,33 @@ class Trainer {
     return {config_.training.learning_rate, config_.training.warmup_steps, config_.training.min_learning_rate_ratio};
   }
 
+  /// Forward and backward passes over the examples of a step, at most `most` of a batch at a time, so that the
+  /// gradients are those of the mean loss, which is returned.
+  double accumulate(int64_t most) {
+    const int64_t batch = config_.training.batch_size;
+    const int64_t examples = batch * config_.training.gradient_accumulation_steps;
+    double mean_loss = 0;
+    for (int64_t done = 0, count = 0; done < examples; done += count) {
+      count = std::min(most, batch - done % batch);
+      const auto example = source_(state_.step * examples + done, count);
+      const torch::Tensor estimate = forward(example.mixture.to(device_));         // [B,N,C,S]
+      const auto type = at::promote_types(estimate.scalar_type(), torch::kFloat);  // not in bfloat16
+      const torch::Tensor loss = loss_(estimate.to(type), example.stems.to(device_)) /
+                                 (static_cast<double>(examples) / static_cast<double>(count));
+      mean_loss += loss.template item<double>();
+      require_finite(mean_loss, "loss");
+      loss.backward();
+    }
+    return mean_loss;
+  }
+
+  /// Runs f(false), and f(true) when memory ran out and the configuration wants another attempt.
+  template <std::invocable<bool> F>
+  void repeatable(F&& f) {
+    if (!config_.training.split_on_out_of_memory) return f(false);
+    run_twice_if_out_of_memory(device_, [&, again = false]() mutable { f(std::exchange(again, true)); });
+  }
+
   torch::Tensor forward(const torch::Tensor& mixture) {
     std::optional<detail::Bf16Autocast> autocast;
     if (config_.training.bf16) {
@@ -304,8 +352,9 @@ class Trainer {
     return model_->forward(mixture);
   }
 
-  void require_finite(double value, const char* what, int64_t first) const {
+  void require_finite(double value, const char* what) const {
     const int64_t count = config_.training.gradient_accumulation_steps * config_.training.batch_size;
+    const int64_t first = state_.step * count;
     require(
         std::isfinite(value), "headroom.training.non_finite", "the ", what, " is ", value, " at step ", state_.step + 1,
         ", examples ", first, " to ", first + count - 1,
@@ -354,7 +403,8 @@ class Trainer {
   Config config_;
   Source source_;
   Loss loss_;
-  torch::optim::AdamW optimizer_;
+  optim::AdamW optimizer_;
+  std::optional<optim::InBackward> in_backward_;
   c10::Device device_;
   MemoryMeter meter_;
   TrainingState state_;

@@ -1,0 +1,5 @@
+#pragma once
+
+#include "headroom/optim/adamw.hpp"
+#include "headroom/optim/in_backward.hpp"
+#include "headroom/optim/moment.hpp"

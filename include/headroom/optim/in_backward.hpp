@@ -1,0 +1,78 @@
+#pragma once
+
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/types.h>
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <utility>
+
+#include "headroom/core/error.hpp"
+#include "headroom/dry_run/phase.hpp"
+#include "headroom/optim/adamw.hpp"
+
+namespace headroom::inline v0::optim {
+
+/// While it lives, backward passes step an AdamW: as soon as the gradient of a parameter is complete the parameter is
+/// updated and the gradient freed, so that they are never all there at once. The parameters after backward are those
+/// after backward and step(), bit for bit. Learning rates must be set before backward. All parameters are on one
+/// device.
+///
+/// What needs all gradients together cannot be had: clipping to a global norm, and accumulation over several backward
+/// passes, each of which is a step here. Gradients that are there already are refused (headroom.optim.in_backward).
+///
+///     optim::AdamW optimizer(model->parameters());
+///     const optim::InBackward in_backward(optimizer);
+///     loss(model(x)).backward();  // that is all
+///
+/// Source: Lv et al. 2023 (LOMO), arXiv:2306.09782.
+class InBackward {
+ public:
+  /// `inspect` sees each parameter, with its gradient, before it is updated; it may throw.
+  explicit InBackward(AdamW& optimizer, std::function<void(const torch::Tensor&)> inspect = {})
+      : optimizer_(optimizer), inspect_(std::move(inspect)) {
+    for (const auto& group : optimizer_.param_groups()) {
+      for (const torch::Tensor& parameter : group.params()) {
+        require(
+            !parameter.grad().defined(), "headroom.optim.in_backward", "a parameter ", parameter.sizes(),
+            " has a gradient already, expected none; call zero_grad() first. A step in the backward pass cannot add "
+            "to the gradients of another pass");
+      }
+    }
+    for (size_t group = 0; group < optimizer_.param_groups().size(); ++group) {
+      for (const torch::Tensor& parameter : optimizer_.param_groups()[group].params()) {
+        torch::autograd::impl::set_post_acc_grad_hooks(parameter, std::make_unique<Hook>(*this, group));
+      }
+    }
+  }
+  ~InBackward() {
+    for (const auto& group : optimizer_.param_groups()) {
+      for (const torch::Tensor& parameter : group.params()) {
+        torch::autograd::impl::set_post_acc_grad_hooks(parameter, nullptr);
+      }
+    }
+  }
+  InBackward(const InBackward&) = delete;
+  InBackward& operator=(const InBackward&) = delete;
+
+ private:
+  struct Hook final : torch::autograd::PostAccumulateGradHook {
+    InBackward& owner;
+    size_t group;
+    Hook(InBackward& o, size_t g) : owner(o), group(g) {}
+
+    void operator()(const torch::autograd::Variable& parameter) override {
+      const Phase phase("optimizer");
+      if (owner.inspect_) owner.inspect_(parameter);
+      owner.optimizer_.update(group, parameter);
+      parameter.mutable_grad().reset();
+    }
+  };
+
+  AdamW& optimizer_;
+  std::function<void(const torch::Tensor&)> inspect_;
+};
+
+}  // namespace headroom::inline v0::optim

@@ -15,18 +15,12 @@ struct TwoThreads {
   ~TwoThreads() { torch::set_num_threads(before); }
 };
 
-/// What docs/020_attention.md says about sums in float: the gradient of q, where it is narrower or rotated, for each
-/// thread (and the family of heads that two threads split) and each head that shares keys; that of a narrower bias.
+/// What docs/020_attention.md says about sums in float: half of them for the gradient of q, where it is stored in 16
+/// bits, for each thread (and the family of heads that two threads split) and each head that shares keys.
 int64_t sum_bytes(const AttentionStep& step) {
-  int64_t bytes = 0;
-  if (step.q.element_size() < 4 || step.options.rotary().has_value()) {
-    const int64_t families = step.q.numel() / (step.q.size(-3) * step.q.size(-2) * step.q.size(-1)) * step.k.size(-3);
-    bytes += (2 + families % 2) * (step.q.size(-3) / step.k.size(-3)) * step.q.size(-2) * step.q.size(-1) * 4;
-  }
-  if (const auto& bias = step.options.bias(); bias && bias->requires_grad() && bias->element_size() < 4) {
-    bytes += bias->numel() * 4;
-  }
-  return bytes;
+  if (step.q.element_size() >= 4) return 0;
+  const int64_t families = step.q.numel() / (step.q.size(-3) * step.q.size(-2) * step.q.size(-1)) * step.k.size(-3);
+  return (2 + families % 2) * (step.q.size(-3) / step.k.size(-3)) * step.q.size(-2) * step.q.size(-1) * 2;
 }
 
 }  // namespace

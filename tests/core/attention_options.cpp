@@ -312,6 +312,32 @@ TEST_CASE("bfloat16: NaN that no query may see reaches none, one that some may s
   check_bfloat16({.heads = 4, .queries = 150, .keys = 170}, {}, CausalMask{}, spoil);
 }
 
+TEST_CASE("the gradient of a bias that is stored in 16 bits is the sum in float, rounded once") {
+  const auto check = [](auto type, const Extents& extents, Index kv_heads) {
+    using T = decltype(type);
+    Problem p{.batch = 3, .heads = 4, .queries = 130, .keys = 520, .kv_heads = kv_heads};
+    p.bias = extents;
+    CAPTURE(extents[0], extents[1], extents[2], extents[3], kv_heads);
+    Run<float> run(p);
+    run.tiled({}, CausalMask{300});
+    std::vector<T> rounded, narrow(run.bias.size(), T(0));
+    for (const float e : run.grad_bias) rounded.push_back(static_cast<T>(e));
+    AttentionParamGradients grads;
+    grads.bias = run.broadcast(narrow.data(), extents, {3, 4, 130, 520});
+    attention_backward<float>(run.of(run.grad, 130, 16), run.of(run.q, 130, 16), run.of_kv(run.k, 16),
+                              run.of_kv(run.v, 16), run.of(run.output, 130, 16), run.of(run.lse, 130, 1),
+                              run.of(run.grad_q, 130, 16), run.of_kv(run.grad_k, 16), run.of_kv(run.grad_v, 16),
+                              run.with_tensors({}), CausalMask{300}, DefaultExecutor{}, grads);
+    CHECK((narrow == rounded));
+  };
+  for (const Extents extents :
+       {Extents{3, 4, 130, 520}, Extents{1, 4, 130, 520}, Extents{3, 1, 130, 520}, Extents{1, 1, 130, 520},
+        Extents{1, 4, 1, 520}, Extents{3, 4, 130, 1}, Extents{1, 1, 1, 520}}) {
+    check(Eigen::bfloat16(), extents, 4);
+    check(Eigen::half(), extents, 2);
+  }
+}
+
 #ifdef _OPENMP
 TEST_CASE("gradients of what is added to scores are bit-equal for any number of workers") {
   Problem p = kProblem;

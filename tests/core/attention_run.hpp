@@ -131,8 +131,8 @@ struct Run {
     }
     return params;
   }
-  AttentionParamGradients<Scalar> param_grads() {
-    AttentionParamGradients<Scalar> grads;
+  AttentionParamGradients param_grads() {
+    AttentionParamGradients grads;
     if (p.bias[0] > 0) grads.bias = broadcast(grad_bias.data(), p.bias, {p.batch, p.heads, p.queries, p.keys});
     if (p.slopes[0] > 0) grads.slopes = broadcast(grad_slopes.data(), p.slopes, {p.batch, p.heads, p.queries, 1});
     if (p.relative_reach > 0) grads.relative_bias = per_distance(grad_relative);

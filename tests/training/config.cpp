@@ -69,7 +69,7 @@ TEST_CASE("every member is read, and written back as it was read") {
   // Each member differs from its default, so one that is described twice or not at all shows
   const std::string text = R"({
     "model": {"n_fft": 2048, "hop_length": 512, "n_layers": 3, "emb_dim": 64, "n_heads": 4, "ffn_hidden_dim": [128, 96],
-              "gradient_checkpointing": true, "attention": "tiled"},
+              "gradient_checkpointing": true, "reversible": false, "attention": "tiled"},
     "audio": {"sample_rate": 48000, "channels": 1, "stems": ["vocals", "rest"]},
     "data": {"path": "music \"1\"", "draw": "by_length", "remix": 0.5, "gain": [0.5, 0.75], "swap_channels": false, "flip_polarity": false},
     "training": {"segment_length": 30000, "batch_size": 2, "gradient_accumulation_steps": 3, "steps_per_epoch": 7,
@@ -89,10 +89,32 @@ TEST_CASE("every member is read, and written back as it was read") {
   const nlohmann::json defaults = write_described(Config{});
   for (const auto& [section, members] : defaults.items()) {
     for (const auto& [key, value] : members.items()) {
+      if (key == "reversible") continue;  // not together with gradient_checkpointing
       INFO(section << "." << key);
       if (key != "optimizer_in_backward") CHECK(given[section][key] != value);  // it excludes others, see below
     }
   }
+}
+
+TEST_CASE("gradient_checkpointing is true, false or a checkpoint policy") {
+  const auto read = [](const std::string& value) {
+    return parse_config(with(R"({"model": {"gradient_checkpointing": )" + value + "}}"), "a.json");
+  };
+  CHECK(read("true").model.gradient_checkpointing == headroom::CheckpointPolicy("full"));
+  CHECK(read("false").model.gradient_checkpointing == headroom::CheckpointPolicy("none"));
+  CHECK(read("\"full\"").model.gradient_checkpointing == headroom::CheckpointPolicy(true));
+  const Config tiled = read("\"tiled+offload\"");
+  CHECK(tiled.model.gradient_checkpointing == headroom::CheckpointPolicy("tiled+offload"));
+  CHECK(parse_config(to_json(tiled), "again").model.gradient_checkpointing == tiled.model.gradient_checkpointing);
+  const Lines problems = problems_of(with(R"({"model": {"gradient_checkpointing": "tield"}})"));
+  REQUIRE(problems.size() == 1);
+  CHECK(contains(problems[0], "model.gradient_checkpointing: got \"tield\", expected true, false or one of none, full"));
+  CHECK(problems_of(with(R"({"model": {"gradient_checkpointing": 3}})")).size() == 1);
+
+  CHECK(parse_config(with(R"({"model": {"reversible": true}})"), "a.json").model.reversible);
+  const Lines both = problems_of(with(R"({"model": {"reversible": true, "gradient_checkpointing": true}})"));
+  REQUIRE(both.size() == 1);
+  CHECK(contains(both[0], "model.reversible: got true, expected false or no model.gradient_checkpointing"));
 }
 
 TEST_CASE("all problems of a configuration are told at once, each with its path and what to write") {

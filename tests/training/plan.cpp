@@ -1,6 +1,9 @@
 #include "headroom/training/plan.hpp"
 
 #include <nlohmann/json.hpp>
+#include <set>
+#include <string>
+#include <vector>
 
 #include "headroom/memory/report.hpp"
 #include "headroom/training/out_of_memory.hpp"
@@ -50,18 +53,20 @@ void train_really(const Config& config) {
 
 }  // namespace
 
-TEST_CASE("the planned peak of training is the measured one, byte for byte, in every checkpoint setting") {
-  for (const bool checkpointing : {false, true}) {
+TEST_CASE("the planned peak of training is the measured one, byte for byte, under every checkpoint policy") {
+  for (const char* policy : {"none", "full", "selective", "every-3", "nested", "tiled", "full+offload", "full+bf16",
+                             "reversible"}) {
     for (const char* attention : {"automatic", "reference"}) {
       Config config = small();
-      config.model.gradient_checkpointing = checkpointing;
+      config.model.reversible = policy == std::string("reversible");
+      if (!config.model.reversible) config.model.gradient_checkpointing = policy;
       config.model.attention = attention;
-      CAPTURE(checkpointing, attention);
+      CAPTURE(policy, attention);
       train_really(config);
       const int64_t measured = MemoryMeter().measure([&] { train_really(config); }).added_peak();
       const Plan planned = training::plan_training(config, this_machine());
       CHECK(planned.peak_bytes == measured);
-      CHECK(planned.by_phase.contains("recomputation") == checkpointing);
+      CHECK(planned.by_phase.contains("recomputation") == (policy != std::string("none")));
     }
   }
 }
@@ -177,6 +182,52 @@ TEST_CASE("recommendations fit, the same training first, and never get worse wit
     previous_same = found->same_training;
   }
   CHECK(previous_same);
+}
+
+TEST_CASE("recommended policies come in the order of their operations, and smaller budgets have smaller peaks") {
+  Config config = small();
+  config.model.n_layers = 4;
+  config.training.batch_size = 1;
+  double flops = 0;
+  for (const CheckpointPolicy& policy : training::detail::policies_by_cost()) {
+    config.model.gradient_checkpointing = policy;
+    const double now = training::plan_training(config, this_machine()).flops;
+    CAPTURE(policy.text());
+    CHECK(now >= flops);
+    flops = now;
+  }
+  config.model.gradient_checkpointing = false;
+  const int64_t whole = training::plan_training(config, this_machine()).peak_bytes;
+  int64_t least = whole;
+  std::set<std::string> chosen;
+  for (int share = 100; share > 0; share -= 10) {
+    const auto found = training::recommend(config, this_machine(), {.budget = whole * share / 100});
+    if (!found || !found->same_training) break;
+    CAPTURE(share, found->config.model.gradient_checkpointing.text());
+    CHECK(found->plan.peak_bytes <= least);
+    least = found->plan.peak_bytes;
+    chosen.insert(found->config.model.gradient_checkpointing.text());
+  }
+  CHECK(chosen.contains("none"));
+  CHECK(chosen.contains("selective"));
+  CHECK(least < whole * 6 / 10);
+  // What was asked for stays where nothing cheaper in memory is needed
+  config.model.gradient_checkpointing = "full+bf16";
+  CHECK(training::recommend(config, this_machine(), {.budget = whole})->changes.empty());
+}
+
+TEST_CASE("the guide's first memory-optimized configuration fits 8 GiB, its largest 16") {
+  Config config = guide("memory_optimized_first");
+  config.training.gradient_accumulation_steps = 1;
+  const auto found = training::recommend(config, this_machine(), {.budget = int64_t{15} << 29});
+  REQUIRE(found);
+  CHECK(found->same_training);
+  CHECK(found->config.model.gradient_checkpointing == CheckpointPolicy("tiled+offload"));
+  CHECK(found->changes == std::vector<std::string>{"model.gradient_checkpointing: tiled+offload"});
+  Config largest = guide("xlarge");
+  largest.training.batch_size = 1;
+  largest.model.gradient_checkpointing = "tiled+offload";
+  CHECK(training::plan_training(largest, this_machine(), {.budget = int64_t{16} << 30}).fits);
 }
 
 TEST_CASE("training that cannot be planned says why") {

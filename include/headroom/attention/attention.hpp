@@ -9,6 +9,7 @@
 #include "headroom/attention/merge.hpp"
 #include "headroom/attention/reference.hpp"
 #include "headroom/attention/tiled.hpp"
+#include "headroom/dry_run/operator.hpp"
 
 namespace headroom::inline v0 {
 
@@ -134,6 +135,18 @@ inline torch::autograd::variable_list first_derivatives(
   return grads;
 }
 
+/// The result of an attention kernel: compute()'s, or what a selective checkpoint has kept of it.
+template <class Compute>
+AttentionForward attention_result(Compute&& compute) {
+  auto results = OperatorResults::of("headroom::attention", [&] {
+    AttentionForward computed = compute();
+    std::vector<torch::Tensor> list{std::move(computed.output), std::move(computed.lse)};
+    list.insert(list.end(), computed.extra.begin(), computed.extra.end());
+    return list;
+  });
+  return {results[0], results[1], {results.begin() + 2, results.end()}};
+}
+
 /// Attention of a backend with a backward pass of its own:
 ///   AttentionForward   forward(q, k, v, request)
 ///   AttentionGradients backward(grad_output, grad_lse or undefined, q, k, v, forward, request, wanted)
@@ -146,7 +159,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction<Backend>>
                                                 const torch::Tensor& k, const torch::Tensor& v, const Optional&,
                                                 const Optional&, const Optional&, const Optional&,
                                                 AttentionRequest request) {
-    const AttentionForward result = Backend::forward(q, k, v, request);
+    const AttentionForward result = attention_result([&] { return Backend::forward(q, k, v, request); });
     torch::autograd::variable_list saved{q, k, v};
     for (const torch::Tensor* x : request.tensors()) saved.push_back(*x);
     saved.insert(saved.end(), {result.output, result.lse});

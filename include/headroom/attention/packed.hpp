@@ -30,7 +30,8 @@ struct PackedAttention : torch::autograd::Function<PackedAttention> {
                                int64_t axis, AttentionRequest request) {
     if (rotation.has_value()) rotate_packed(packed, *rotation);
     const auto [q, k, v] = unpack_views(packed, axis);
-    const AttentionForward result = tiled_attention(q, k, v, request);
+    const AttentionForward result =
+        attention_result([&, q = q, k = k, v = v] { return tiled_attention(q, k, v, request); });
     torch::autograd::variable_list saved{packed, result.output, result.lse, rotation.value_or(torch::Tensor())};
     for (const torch::Tensor* x : request.tensors()) saved.push_back(*x);
     ctx->save_for_backward(std::move(saved));

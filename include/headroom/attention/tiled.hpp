@@ -212,7 +212,8 @@ class TiledRequest {
   torch::Tensor rotary_;  // [1,1,rows,2·pairs]
 };
 
-/// Gradients of what is added to scores, summed up in what is computed in.
+/// Gradients of what is added to scores. That of a narrow bias is summed up tile by tile and rounded once; only where
+/// several calls of the kernel add to it, in what is computed in.
 struct TiledParamGradients {
   torch::Tensor bias, relative_bias, slopes, sink;  // of the shapes of the request's; undefined: not wanted
 
@@ -221,7 +222,9 @@ struct TiledParamGradients {
     const auto zeros = [](bool is_wanted, const torch::Tensor& x, torch::ScalarType dtype) {
       return is_wanted && x.defined() ? torch::zeros(x.sizes(), x.options().dtype(dtype)) : torch::Tensor();
     };
-    bias = zeros(wanted[3], request.bias, compute_type(q));
+    const bool one_call = q.dim() <= 4,
+               narrow = request.bias.defined() && request.bias.element_size() < elementSize(compute_type(q));
+    bias = zeros(wanted[3], request.bias, one_call && narrow ? request.bias.scalar_type() : compute_type(q));
     relative_bias = zeros(wanted[4], request.relative_bias, torch::kDouble);
     slopes = zeros(wanted[5], request.alibi_slopes, torch::kDouble);
     sink = zeros(wanted[6], request.sink, torch::kDouble);
@@ -304,7 +307,7 @@ HEADROOM_KERNEL void tiled_attention_backward(const torch::Tensor& grad_output, 
   for_each_4d(tensors, 0, [&](at::TensorList x, int64_t batch) {
     with_element_type(q, [&](auto zero) {
       using T = decltype(zero);
-      core::AttentionParamGradients<T> params{view_of<core::ComputeType<T>>(x[10]), {}, view_of<double>(x[11]), {}};
+      core::AttentionParamGradients params{stored(x[10]), {}, view_of<double>(x[11]), {}};
       if (param_grads.relative_bias.defined()) {
         params.relative_bias =
             view_of<double>(param_grads.relative_bias.expand({request.heads(), -1}).unsqueeze(0).unsqueeze(2));

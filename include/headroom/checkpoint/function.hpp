@@ -3,17 +3,23 @@
 #include <ATen/DimVector.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/util/Type.h>
+#include <torch/csrc/autograd/function.h>
 
 #include <cstddef>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <string>
 #include <tuple>
 #include <type_traits>
+#include <typeinfo>
 #include <utility>
 #include <vector>
 
 #include "headroom/checkpoint/ambient_state.hpp"
+#include "headroom/checkpoint/kept_results.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/dry_run/phase.hpp"
@@ -24,19 +30,38 @@ namespace detail {
 
 /// The place of a saved tensor: empty after forward, filled by recomputation, emptied by the backward that uses it.
 struct Slot {
-  explicit Slot(const at::Tensor& x) : sizes(x.sizes()), dtype(x.scalar_type()), device(x.device()) {}
+  explicit Slot(const at::Tensor& x)
+      : sizes(x.sizes()), dtype(x.scalar_type()), device(x.device()), made_by(operator_of(x)) {}
 
   void fill(const at::Tensor& x) {
     require(x.sizes().equals(sizes) && x.scalar_type() == dtype && x.device() == device, "headroom.checkpoint.mismatch",
-            "recomputation saved a tensor ", x.sizes(), " ", x.scalar_type(), " on ", x.device(), ", expected ",
-            at::IntArrayRef(sizes), " ", dtype, " on ", device,
+            "recomputation saved ", described(operator_of(x)), " ", x.sizes(), " ", x.scalar_type(), " on ", x.device(),
+            ", expected ", described(made_by), " ", at::IntArrayRef(sizes), " ", dtype, " on ", device,
             " as in forward; forward must not depend on anything that changes in between");
     value = Snapshot(x);
+  }
+
+  /// The node of the graph that made `x`; nullptr for an input, and for a result of the operator that saves it.
+  static const std::type_info* operator_of(const at::Tensor& x) {
+    const auto& node = x.grad_fn();
+    if (node == nullptr) return nullptr;
+    const torch::autograd::Node& made = *node;
+    return &typeid(made);
+  }
+  static std::string described(const std::type_info* made_by) {
+    if (made_by == nullptr) return "a tensor";
+    // torch::autograd::generated::MulBackward0
+    std::string name = c10::demangle(made_by->name());
+    if (const std::size_t end = name.find('<'); end != std::string::npos && name.ends_with('>')) {
+      name = name.substr(end + 1, name.size() - end - 2);  // CppNode<Function>
+    }
+    return "the result of " + name.substr(name.rfind(':') + 1);
   }
 
   at::DimVector sizes;
   c10::ScalarType dtype;
   c10::Device device;
+  const std::type_info* made_by;
   Snapshot value;
 };
 
@@ -44,6 +69,7 @@ struct Slot {
 /// remembered. The first one that backward asks for runs forward again, which saves the same tensors in the same order.
 class Recomputation : public std::enable_shared_from_this<Recomputation> {
  public:
+  explicit Recomputation(std::optional<KeptResults> kept = {}) : kept_(std::move(kept)) {}
   virtual ~Recomputation() = default;
 
   /// Packs what autograd saves in forward.
@@ -57,6 +83,9 @@ class Recomputation : public std::enable_shared_from_this<Recomputation> {
     slots_.push_back(slot);
     return [self = shared_from_this(), slot = std::move(slot)] { return self->take(*slot); };
   }
+
+  /// Where this call's operators store their results in forward; nullptr: nowhere.
+  KeptResults* kept() { return kept_ ? &*kept_ : nullptr; }
 
   /// Ends forward.
   void close() { state_.random.forget_unused(); }
@@ -90,16 +119,19 @@ class Recomputation : public std::enable_shared_from_this<Recomputation> {
     }
     const AmbientStateGuard state(state_);
     const Phase phase("recomputation");
-    std::size_t next = 0;
-    const SavedTensorHooks hooks([&](const at::Tensor& x) -> Unpack {
-      if (const auto slot = slots_[next].lock()) {
-        slot->fill(x);
-      }
-      if (++next == last) {
-        throw Done{};  // what follows the last tensor that is still wanted need not be computed
-      }
-      return keep(x);  // for a forward that differentiates inside
-    });
+    const KeptResultsScope kept_results(kept(), KeptResultsScope::Mode::take);
+    std::size_t remaining = last;
+    const SavedTensorHooks hooks(
+        [&](const at::Tensor& x) -> Unpack {
+          if (const auto slot = slots_[last - remaining].lock()) {
+            slot->fill(x);
+          }
+          if (--remaining == 0) {
+            throw Done{};  // what follows the last tensor that is still wanted need not be computed
+          }
+          return keep(x);  // for a forward that differentiates inside
+        },
+        &remaining);
     try {
       run();
     } catch (const Done&) {
@@ -114,6 +146,7 @@ class Recomputation : public std::enable_shared_from_this<Recomputation> {
   }
 
   AmbientState state_;
+  std::optional<KeptResults> kept_;
   std::vector<std::weak_ptr<Slot>> slots_;  // in the order of saving; a slot lives as long as the graph wants it
   std::vector<Snapshot> parameters_;
   std::recursive_mutex mutex_;
@@ -145,10 +178,27 @@ class StoredInput<at::Tensor> {
   Unpack unpack_;
 };
 
+/// A random generator: the recomputation draws from a copy of what it was before the call, and leaves it alone.
+template <>
+class StoredInput<at::Generator> {
+ public:
+  explicit StoredInput(const at::Generator& generator) : before_(copy(generator)) {}
+  at::Generator restore() const { return copy(before_); }
+
+ private:
+  static at::Generator copy(at::Generator generator) {
+    if (!generator.defined()) return generator;
+    const std::scoped_lock lock(generator.mutex());
+    return generator.clone();
+  }
+  at::Generator before_;
+};
+
 template <class F, class... Inputs>
 class RecomputedCall final : public Recomputation {
  public:
-  RecomputedCall(F forward, const Inputs&... inputs) : forward_(std::move(forward)), inputs_(inputs...) {}
+  RecomputedCall(std::optional<KeptResults> kept, F forward, const Inputs&... inputs)
+      : Recomputation(std::move(kept)), forward_(std::move(forward)), inputs_(inputs...) {}
 
   template <class... Arguments>
   auto operator()(Arguments&&... arguments) {
@@ -164,6 +214,21 @@ class RecomputedCall final : public Recomputation {
   std::tuple<StoredInput<Inputs>...> inputs_;
 };
 
+/// A call of forward that is recomputed in backward, where gradients are enabled.
+template <class F, class... Inputs>
+auto recomputed_call(std::optional<KeptResults> kept, F&& forward, Inputs&&... inputs) {
+  if (!at::GradMode::is_enabled()) {
+    return std::invoke(std::forward<F>(forward), std::forward<Inputs>(inputs)...);
+  }
+  using Call = RecomputedCall<std::decay_t<F>, std::decay_t<Inputs>...>;
+  const auto call = std::make_shared<Call>(std::move(kept), std::forward<F>(forward), inputs...);
+  const SavedTensorHooks hooks([&](const at::Tensor& x) { return call->pack(x); });
+  const KeptResultsScope kept_results(call->kept(), KeptResultsScope::Mode::store);
+  auto output = (*call)(std::forward<Inputs>(inputs)...);
+  call->close();
+  return output;
+}
+
 }  // namespace detail
 
 /// Calls `forward(inputs...)` and returns what it returns, but stores only the inputs for backward, which calls
@@ -173,22 +238,28 @@ class RecomputedCall final : public Recomputation {
 /// `forward` may take and return anything; tensors inside other types (vectors, optionals) are held as they are. It is
 /// copied, as is what it captures by value; what it captures by reference must live until backward. It must do the same
 /// thing twice (headroom.checkpoint.mismatch) and neither it nor anybody else may change its inputs or parameters in
-/// place before backward (headroom.checkpoint.modified). Checkpoints nest. Without gradients it is a plain call.
+/// place before backward (headroom.checkpoint.modified). A random generator of your own is replayed when it is an
+/// input. Checkpoints nest. Without gradients it is a plain call.
 ///
 /// Memory: the inputs until backward, then everything that `forward` saves, until its backward is through.
 /// Time: one more forward, without what follows its last saved tensor.
 /// Source: Chen et al. 2016, arXiv:1604.06174; saved-tensor hooks as in torch.utils.checkpoint(use_reentrant=False).
 template <class F, class... Inputs>
 auto checkpoint(F&& forward, Inputs&&... inputs) {
-  if (!at::GradMode::is_enabled()) {
-    return std::invoke(std::forward<F>(forward), std::forward<Inputs>(inputs)...);
-  }
-  using Call = detail::RecomputedCall<std::decay_t<F>, std::decay_t<Inputs>...>;
-  const auto call = std::make_shared<Call>(std::forward<F>(forward), inputs...);
-  const SavedTensorHooks hooks([&](const at::Tensor& x) { return call->pack(x); });
-  auto output = (*call)(std::forward<Inputs>(inputs)...);
-  call->close();
-  return output;
+  return detail::recomputed_call(std::nullopt, std::forward<F>(forward), std::forward<Inputs>(inputs)...);
+}
+
+/// checkpoint() that holds the results of the operators named in `keep` as well and does not run these again:
+/// "headroom::attention" (its output and log-sum-exp, while its time grows with the square of the length), or any of
+/// LibTorch's, such as "aten::mm". Results that are changed in place, views and random numbers are computed again. The
+/// gradients are those of the plain call, bit for bit.
+///
+/// Memory: that of checkpoint() and the kept results. Time: one more forward without them.
+/// Source: Korthikanti et al. 2022, arXiv:2205.05198 (selective activation recomputation).
+template <class F, class... Inputs>
+auto selective_checkpoint(KeptOperators keep, F&& forward, Inputs&&... inputs) {
+  return detail::recomputed_call(std::optional<detail::KeptResults>(std::in_place, std::move(keep)),
+                                 std::forward<F>(forward), std::forward<Inputs>(inputs)...);
 }
 
 }  // namespace headroom::inline v0

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/saved_variable_hooks.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -43,7 +44,9 @@ using Pack = std::function<Unpack(const at::Tensor&)>;
 /// process, has brought its own.
 class SavedTensorHooks {
  public:
-  explicit SavedTensorHooks(Pack pack) : pack_(std::move(pack)), outer_(std::exchange(current_, this)) {
+  /// `remaining`: how many more tensors `pack` takes before it throws, if it does; it must outlive the scope.
+  explicit SavedTensorHooks(Pack pack, const std::size_t* remaining = nullptr)
+      : pack_(std::move(pack)), remaining_(remaining), outer_(std::exchange(current_, this)) {
     try {
       Engine::install();
     } catch (...) {
@@ -57,6 +60,12 @@ class SavedTensorHooks {
 
   /// The innermost scope of this thread, or nullptr.
   static const SavedTensorHooks* current() { return current_; }
+
+  /// Whether anything goes on after the next `count` tensors. Where not, a recomputation ends there, and an operator
+  /// that saves as many need not compute its result.
+  static bool go_on_after(std::size_t count) {
+    return current_ == nullptr || current_->remaining_ == nullptr || *current_->remaining_ > count;
+  }
 
   /// Hands `x` over as autograd would.
   Unpack pack(const at::Tensor& x) const {
@@ -95,6 +104,7 @@ class SavedTensorHooks {
   static inline thread_local const SavedTensorHooks* current_ = nullptr;
 
   Pack pack_;
+  const std::size_t* remaining_;
   const SavedTensorHooks* outer_;
 };
 
@@ -103,13 +113,16 @@ namespace detail {
 /// Grows with every in-place change of `x`; inference tensors do not count.
 inline std::uint32_t version_of(const at::Tensor& x) { return x.is_inference() ? 0 : x._version(); }
 
-/// A tensor without its graph, and its version: LibTorch skips the version check of tensors that go through hooks.
+/// A tensor without its graph, and its version, which counts changes of the original too: LibTorch skips the version
+/// check of tensors that go through hooks.
 class Snapshot {
  public:
   Snapshot() = default;
-  explicit Snapshot(const at::Tensor& x) : tensor_(x.detach()), version_(version_of(tensor_)) {}
+  explicit Snapshot(const at::Tensor& x) : tensor_(x.tensor_data()), version_(version_of(tensor_)) {}
 
   bool holds_tensor() const { return tensor_.defined(); }
+  /// As it is now, modified or not.
+  const at::Tensor& unchecked() const { return tensor_; }
 
   void check_unmodified() const {
     require(!holds_tensor() || version_of(tensor_) == version_, "headroom.checkpoint.modified", "a tensor of shape ",
@@ -132,10 +145,33 @@ inline Unpack keep(const at::Tensor& x) {
   return [kept = Snapshot(x)] { return kept.tensor(); };
 }
 
-/// Saves `x` the way autograd would at this place: through the enclosing hooks, where there are any.
+/// Where checkpoints of this thread keep their inputs while it lives: through `pack`. Scopes nest, the innermost
+/// counts. Inputs of a checkpoint inside another one are not kept at all, here neither.
+class CheckpointStorageScope {
+ public:
+  explicit CheckpointStorageScope(Pack pack) : pack_(std::move(pack)), outer_(std::exchange(current_, this)) {}
+  ~CheckpointStorageScope() { current_ = outer_; }
+  CheckpointStorageScope(const CheckpointStorageScope&) = delete;
+  CheckpointStorageScope& operator=(const CheckpointStorageScope&) = delete;
+
+  /// Keeps `x`, an input of a checkpoint.
+  static Unpack keep(const at::Tensor& x) {
+    if (current_ == nullptr || (x.is_leaf() && x.requires_grad())) return detail::keep(x);
+    const at::NoGradGuard no_grad;
+    return current_->pack_(x);
+  }
+
+ private:
+  static inline thread_local const CheckpointStorageScope* current_ = nullptr;
+
+  Pack pack_;
+  const CheckpointStorageScope* outer_;
+};
+
+/// Saves an input of a checkpoint: through the enclosing hooks, where there are any, else where inputs are kept.
 inline Unpack save(const at::Tensor& x) {
   const SavedTensorHooks* hooks = SavedTensorHooks::current();
-  return hooks != nullptr ? hooks->pack(x) : keep(x);
+  return hooks != nullptr ? hooks->pack(x) : CheckpointStorageScope::keep(x);
 }
 
 }  // namespace detail

@@ -11,9 +11,8 @@ namespace headroom::inline v0::core {
 
 /// Gradients of what AttentionParams adds to scores; one without data is not wanted. They are added to what is there.
 /// `bias` has the shape [B,H,Lq,Lk] and stride 0 in dimensions where the bias is broadcast, whose sum it receives.
-template <Storable T>
 struct AttentionParamGradients {
-  TensorView<ComputeType<T>> bias = {};
+  StoredTensor bias = {};
   TensorView<double> relative_bias = {};  // [1,H,1,2R-1], stride 0 between heads that share it
   TensorView<double> slopes = {};         // [B,H,Lq,1], stride 0 where broadcast
   TensorView<double> sink = {};           // [1,H,1,1]
@@ -27,7 +26,7 @@ struct BackwardTensors : AttentionTensors {
   StoredTensor grad_output;
   TensorView<const double> grad_lse;
   StoredTensor grad_q, grad_k, grad_v;
-  TensorView<Scalar> grad_bias;
+  StoredTensor grad_bias;
 };
 
 /// Heads of q that one task has to see together, because they share keys or add to the same gradient of a bias.
@@ -49,19 +48,21 @@ template <class Scalar>
 class BackwardGroup {
  public:
   static constexpr Index kWidth = LaneTiling<Scalar>::kWidth;
-  static constexpr Index kQueries = 16 * kTileRows;  // queries in a block: its weights stay in L1
+  static constexpr Index kQueries = 16 * kTileRows;                       // queries in a block: its weights stay in L1
+  static constexpr Index kMostKeys = LaneGroups<Scalar>::kMost * kWidth;  // of a group
 
   /// What the groups of one head share.
   struct Head {
     Index b, h;
     Scalar* delta;            // [Lq], written by the first group
-    Scalar* grad_q;           // [Lq][D] where grad_q can't be summed as it lies
+    std::uint16_t* grad_q;    // [Lq][D]: lower halves of the sums where grad_q is stored in 16 bits, else null
     std::atomic<int>* turns;  // [blocks of queries]: groups that are done with the block; null when groups run in order
+    StoredMatrix grad_bias;   // [Lq, keys from the group's first one on], without data when not wanted
     double *bias_rows, *relative, *slopes, *sink;  // this worker's sums, null when not wanted
   };
 
   BackwardGroup(std::byte* workspace, Index dim, Index value_dim, bool cap)
-      : padded_dim_(padded(dim, N)), scratch_(workspace) {
+      : padded_dim_(padded(dim, N)), scratch_(workspace), dim_(dim), value_dim_(value_dim) {
     weights_ = scratch_.take<Scalar>(kQueries * kWidth);
     grad_scores_ = scratch_.take<Scalar>(kQueries * kWidth);
     cap_slope_ = scratch_.take<Scalar>(cap ? kQueries * kWidth : 0);
@@ -87,6 +88,14 @@ class BackwardGroup {
   }
   static Index workspace_bytes(Index dim, Index value_dim, bool cap) {
     return BackwardGroup(nullptr, dim, value_dim, cap).scratch_.bytes();
+  }
+  /// The keys of a group.
+  static KeyRange keys(const BackwardTensors<Scalar>& x, Index group) {
+    const LaneTiling<Scalar> tiling(x.k.length());
+    const Index first = key_groups(x).first_tile(group), count = key_groups(x).tiles(group);
+    if (count == 0) return {};
+    const auto last = tiling[first + count - 1];
+    return {tiling[first].begin, std::min(last.begin + last.width(), x.k.length())};
   }
   /// One group even without keys: it clears grad_q.
   static Index groups(const BackwardTensors<Scalar>& x) { return std::max<Index>(key_groups(x).count(), 1); }
@@ -129,6 +138,14 @@ class BackwardGroup {
     Pair* row_pairs() const { return reinterpret_cast<Pair*>(scaled_key); }
   };
 
+  /// Queries of a block that see keys of a tile.
+  struct Queries {
+    MatrixView<const Scalar> q, g;
+    const Scalar *delta, *lse, *lse_rest;
+    Scalar* grad;  // [rows][padded D]: sums for grad_q
+    Index rows() const { return q.rows; }
+  };
+
   // In pairs the memory of rows and weights is used like this:
   Eigen::bfloat16* query_rows() const { return reinterpret_cast<Eigen::bfloat16*>(queries_); }  // [queries][padded D]
   Eigen::bfloat16* query_columns() const { return query_rows() + kQueries * pair_dim_; }        // the transpose
@@ -148,7 +165,7 @@ class BackwardGroup {
     const auto turn = Rotation<Scalar>::of_keys(rules.params());
     const StoredMatrix keys = x.k.head(b0, h0, x.heads()), values = x.v.head(b0, h0, x.heads());
     const KeyRange seen = seen_keys(x, rules, members);
-    in_pairs_ = kPairs && PairUnit::available() && !turn && x.q.type == kStoredType<Eigen::bfloat16>;
+    in_pairs_ = kPairs && multiplies_pairs(x, rules.params());
     std::optional<PairUnit> unit;
     if (in_pairs_) unit.emplace();
     for (Index t = 0; t < count; ++t) open(tiles_[t], tiling[first_tile + t], x, keys, values, seen, rules);
@@ -162,28 +179,25 @@ class BackwardGroup {
   /// All queries of one head against the open tiles.
   void add_head(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules, const Head& head, Index group,
                 Index count) {
-    const auto [b, h, delta, accumulator, turns, bias_rows, relative, slopes, sink] = head;
-    const KeyRange keys = count == 0 ? KeyRange{} : KeyRange{tiles_[0].keys.begin, tiles_[count - 1].keys.end};
+    const auto [b, h, delta, grad_q_halves, turns, grad_bias, bias_rows, relative, slopes, sink] = head;
+    const KeyRange keys = BackwardGroup::keys(x, group);
     const AttentionParams& params = rules.params();
     const auto turn = Rotation<Scalar>::of_queries(params);
-    const Index queries = x.q.length(), dim = x.q.dim();
+    const Index queries = x.q.length();
     const RowReader<Scalar> q(x.q.head(b, h, x.heads()), turn), g(x.grad_output.head(b, h, x.heads())),
         o(x.output.head(b, h, x.heads()));
-    const RowWriter<Scalar> grad_q(x.grad_q.head(b, h, x.heads()), turn);
-    const MatrixView<Scalar> sums =
-        grad_q.sums_in_place() ? grad_q.view() : MatrixView<Scalar>{accumulator, queries, dim, dim, 1};
+    const RowSums<Scalar> grad_q(x.grad_q.head(b, h, x.heads()), turn, grad_q_halves);
     const bool last_group = group + 1 == groups(x);
 
     for (Index block = 0; block < blocks(queries); ++block) {
       const Index first = block * kQueries, rows = std::min(kQueries, queries - first);
-      const MatrixView<Scalar> sum = sums.middle_rows(first, rows);
       if (turns != nullptr) {
         while (turns[block].load(std::memory_order_acquire) != group) std::this_thread::yield();
       }
       if (group == 0) {
         write_delta(delta + first, g, o, first, rows);
+        grad_q.clear(first, rows);
         for (Index i = 0; i < rows; ++i) {
-          clear_strided(&sum(i, 0), sum.col_stride, dim);
           if (x.grad_lse.data != nullptr) delta[first + i] -= static_cast<Scalar>(x.grad_lse(b, h, first + i, 0));
           if (sink != nullptr) {
             const double weight = std::exp2(*rules.sink(h) - x.lse(b, h, first + i, 0) * std::numbers::log2e);
@@ -191,59 +205,69 @@ class BackwardGroup {
           }
         }
       }
-      run_ = Run(rules.mask(), params, b, h, {first, first + rows}, x.k.length());
-      if (run_.touches(keys) && (!rules.hides_elements() || rules.sees_any(b, h, run_.queries, keys))) {
+      const Run run(rules.mask(), params, b, h, {first, first + rows}, x.k.length());
+      if (run.touches(keys) && (!rules.hides_elements() || rules.sees_any(b, h, run.queries, keys))) {
         split_lse(x.lse, b, h, first, rows, static_cast<double>(rules.factor()));
         MatrixView<const Scalar> q_block{nullptr, rows}, g_block{nullptr, rows};
         if (in_pairs_) {
-          copy_pair_rows(query_rows(), kQueries, pair_dim_, x.q.head(b, h, x.heads()), first, rows, 1);
-          copy_pair_rows(grad_rows(), kQueries, pair_value_dim_, x.grad_output.head(b, h, x.heads()), first, rows, 1);
-          transpose_pairs(query_columns(), kQueries, query_rows(), kQueries, pair_dim_, words());
-          transpose_pairs(grad_columns(), kQueries, grad_rows(), kQueries, pair_value_dim_, words());
+          const Index depth = padded(rows, kPairDepth);
+          copy_pair_rows(query_rows(), depth, pair_dim_, x.q.head(b, h, x.heads()), first, rows, 1);
+          copy_pair_rows(grad_rows(), depth, pair_value_dim_, x.grad_output.head(b, h, x.heads()), first, rows, 1);
+          transpose_pairs(query_columns(), kQueries, query_rows(), depth, pair_dim_, words());
+          transpose_pairs(grad_columns(), kQueries, grad_rows(), depth, pair_value_dim_, words());
         } else {
           q_block = q.rows(first, rows, queries_), g_block = g.rows(first, rows, grads_);
         }
         std::fill_n(grad_queries_, padded(rows, kPairRows) * padded_dim_, Scalar(0));
         for (Index t = 0; t < count; ++t) {
           const Tile& tile = tiles_[t];
-          if (!run_.touches(tile.keys)) continue;
+          if (!run.touches(tile.keys)) continue;
+          // in pairs, a sum over queries is padded with those that follow
+          run_ = in_pairs_ ? run : run.that_see(tile.keys);
+          const Index skip = run_.queries.begin - first, seen = run_.queries.end - run_.queries.begin;
+          const Queries part{q_block.middle_rows(skip, seen),
+                             g_block.middle_rows(skip, seen),
+                             delta + first + skip,
+                             lse_ + skip,
+                             lse_rest_ + skip,
+                             grad_queries_ + skip * padded_dim_};
           const ScoreTile<Scalar> weights{weights_, tile.width(), b, h, tile.keys};
           switch (tile.vectors) {
             case 1:
-              weigh<1>(tile, weights, q_block, g_block, delta + first, rules);
+              weigh<1>(tile, weights, part, rules);
               break;
             case 2:
-              weigh<2>(tile, weights, q_block, g_block, delta + first, rules);
+              weigh<2>(tile, weights, part, rules);
               break;
             default:
-              weigh<kTileVectors>(tile, weights, q_block, g_block, delta + first, rules);
+              weigh<kTileVectors>(tile, weights, part, rules);
           }
-          if (x.grad_bias.data != nullptr || bias_rows != nullptr || relative != nullptr || slopes != nullptr) {
+          if (grad_bias.data != nullptr || bias_rows != nullptr || relative != nullptr || slopes != nullptr) {
             const ScoreTile<Scalar> grad{grad_scores_, tile.width(), b, h, tile.keys};
-            rules.add_gradients(grad, run_, x.grad_bias, bias_rows, relative, slopes, buffer_);
+            rules.add_gradients(grad, run_, grad_bias, tile.keys.begin - keys.begin, bias_rows, relative, slopes,
+                                buffer_);
           }
           if (cap_slope_ != nullptr) {
-            for (Index i = 0; i < rows * tile.width(); ++i) grad_scores_[i] *= cap_slope_[i];
+            for (Index i = 0; i < seen * tile.width(); ++i) grad_scores_[i] *= cap_slope_[i];
           }
           switch (tile.vectors) {
             case 1:
-              accumulate<1>(tile, q_block, g_block);
+              accumulate<1>(tile, part);
               break;
             case 2:
-              accumulate<2>(tile, q_block, g_block);
+              accumulate<2>(tile, part);
               break;
             default:
-              accumulate<kTileVectors>(tile, q_block, g_block);
+              accumulate<kTileVectors>(tile, part);
           }
         }
         if (in_pairs_) {
           const Scalar scale = static_cast<Scalar>(rules.scale());
           for (Index i = 0; i < rows * padded_dim_; ++i) grad_queries_[i] *= scale;
         }
-        for (Index i = 0; i < rows; ++i) add_strided(&sum(i, 0), sum.col_stride, grad_queries_ + i * padded_dim_, dim);
+        grad_q.add(first, rows, grad_queries_, padded_dim_);
       }
-      if (last_group && grad_q.sums_in_place()) grad_q.turn_back(first, rows);
-      if (last_group && !grad_q.sums_in_place()) grad_q.write(first, rows, &sum(0, 0));
+      if (last_group) grad_q.finish(first, rows, buffer_);
       if (turns != nullptr) turns[block].store(static_cast<int>(group) + 1, std::memory_order_release);
     }
   }
@@ -366,6 +390,7 @@ class BackwardGroup {
       lse_rest_[i] = static_cast<Scalar>(whole - static_cast<double>(lse_[i]) * unit);
     }
   }
+
   /// forward did: weight = exp2((score - maximum)·factor) / sum
   EIGEN_ALWAYS_INLINE static Packet weight(Packet score, Packet factor, Packet lse, Packet rest) {
     if constexpr (simd::kFusedMultiplyAdd) {
@@ -377,10 +402,12 @@ class BackwardGroup {
 
   /// Weights of a block of queries and a tile of keys, and gradients of their scores.
   template <int Vectors>
-  EIGEN_DONT_INLINE void weigh(const Tile& tile, const ScoreTile<Scalar>& tile_scores, MatrixView<const Scalar> q,
-                               MatrixView<const Scalar> g, const Scalar* delta, const ScoreRules<Scalar>& rules) {
+  EIGEN_DONT_INLINE void weigh(const Tile& tile, const ScoreTile<Scalar>& tile_scores, const Queries& queries,
+                               const ScoreRules<Scalar>& rules) {
     constexpr Index width = Vectors * N;
-    const Index rows = q.rows;
+    const MatrixView<const Scalar> q = queries.q, g = queries.g;
+    const Scalar* const delta = queries.delta;
+    const Index rows = queries.rows();
     Scalar *const weights = weights_, *const grad_scores = grad_scores_;  // [rows][width]
     const Packet factor = simd::broadcast(rules.factor());
     // also hidden: the lanes past the last key
@@ -402,7 +429,7 @@ class BackwardGroup {
         });
     if (rules.scaled() || hides) rules.template apply<false>(tile_scores, run_, cap_slope_, buffer_);
     for (Index row = 0; row < rows; ++row) {
-      const Packet lse = simd::broadcast(lse_[row]), rest = simd::broadcast(lse_rest_[row]);
+      const Packet lse = simd::broadcast(queries.lse[row]), rest = simd::broadcast(queries.lse_rest[row]);
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
         Scalar* const s = weights + row * width + v * N;
@@ -437,22 +464,22 @@ class BackwardGroup {
 
   /// Adds what a block of queries and a tile of keys contribute to the three gradients.
   template <int Vectors>
-  EIGEN_DONT_INLINE void accumulate(const Tile& tile, MatrixView<const Scalar> q, MatrixView<const Scalar> g) {
+  EIGEN_DONT_INLINE void accumulate(const Tile& tile, const Queries& queries) {
     constexpr Index width = Vectors * N;
     // forward did: score(i,j) = sum_d q(i,d)·k(j,d) and output(i,d) = sum_j weight(i,j)·v(j,d)
     if constexpr (kPairs) {
-      if (in_pairs_) return accumulate_pairs<Vectors>(tile, q.rows);
+      if (in_pairs_) return accumulate_pairs<Vectors>(tile, queries);
     }
-    add_transposed<Vectors>(tile.grad_value, g, weights_);
-    add_transposed<Vectors>(tile.grad_key, q, grad_scores_);
+    add_transposed<Vectors>(tile.grad_value, queries.g, weights_);
+    add_transposed<Vectors>(tile.grad_key, queries.q, grad_scores_);
     for_row_tiles<kTileVectors>(
         padded_dim_ / N, [&]<int V>(Index vector) __attribute__((always_inline)) {
           for_row_tiles<kTileRows>(
-              q.rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
+              queries.rows(), [&]<int Rows>(Index row) __attribute__((always_inline)) {
                 RegisterTile<Scalar, Rows, V> grad(grad_scores_ + row * width, width, 1, tile.scaled_key + vector * N,
                                                    padded_dim_, width);
                 grad.for_each([&](int r, int v, Packet x) __attribute__((always_inline)) {
-                  Scalar* const to = grad_queries_ + (row + r) * padded_dim_ + (vector + v) * N;
+                  Scalar* const to = queries.grad + (row + r) * padded_dim_ + (vector + v) * N;
                   simd::store(to, simd::padd(simd::load(to), x));
                 });
               });
@@ -461,16 +488,16 @@ class BackwardGroup {
 
   /// The same in pairs.
   template <int Vectors>
-  void accumulate_pairs(const Tile& tile, Index rows) {
+  void accumulate_pairs(const Tile& tile, const Queries& queries) {
     constexpr Index width = Vectors * N, depth = padded(width, kPairDepth);
-    const Index row_depth = padded(rows, kPairDepth);
+    const Index rows = queries.rows(), row_depth = padded(rows, kPairDepth);
     round_rows<Vectors>(grad_score_rows_, depth, grad_scores_, rows);
     pair_rows<Vectors>(weight_pairs(), weights_, 0, rows, row_depth);
     pair_rows<Vectors>(grad_score_pairs(), grad_scores_, 0, rows, row_depth);
-    multiply_pairs<Vectors, true>(grad_columns(), kQueries, weight_pairs(), width, pair_value_dim_, row_depth / 2,
-                                  tile.grad_value, width);
-    multiply_pairs<Vectors, true>(query_columns(), kQueries, grad_score_pairs(), width, pair_dim_, row_depth / 2,
-                                  tile.grad_key, width);
+    multiply_pairs<Vectors, true>(grad_columns(), kQueries, weight_pairs(), width, padded(value_dim_, kPairRows),
+                                  row_depth / 2, tile.grad_value, width);
+    multiply_pairs<Vectors, true>(query_columns(), kQueries, grad_score_pairs(), width, padded(dim_, kPairRows),
+                                  row_depth / 2, tile.grad_key, width);
     for_row_tiles<kTileVectors>(padded_dim_ / N, [&]<int V>(Index vector) {
       multiply_pairs<V, true>(grad_score_rows_, depth, tile.row_pairs() + vector * N, padded_dim_,
                               padded(rows, kPairRows), depth / 2, grad_queries_ + vector * N, padded_dim_);
@@ -499,8 +526,8 @@ class BackwardGroup {
   Scalar *queries_, *grads_;        // [queries][D], [queries][Dv]: where they can't be read as they lie
   Scalar* buffer_;
   bool in_pairs_ = false;
-  Index pair_dim_ = 0, pair_value_dim_ = 0;  // padded
-  Eigen::bfloat16* grad_score_rows_;         // [queries][padded width]
+  Index dim_, value_dim_, pair_dim_ = 0, pair_value_dim_ = 0;  // the latter padded
+  Eigen::bfloat16* grad_score_rows_;                           // [queries][padded width]
   Tile tiles_[LaneGroups<Scalar>::kMost];
   Run run_;
   alignas(64) Scalar lse_[kQueries], lse_rest_[kQueries];
@@ -517,10 +544,11 @@ class BackwardPass {
                const TensorView<double>& relative_bias, const TensorView<double>& slopes,
                const TensorView<double>& sink)
       : x_(x), rules_(rules), relative_bias_(relative_bias), slopes_(slopes), sink_(sink) {
-    const bool bias = x.grad_bias.data != nullptr, by_rows = bias && x.grad_bias.strides[3] == 0;
+    const StoredTensor& bias_grad = x.grad_bias;
+    const bool bias(bias_grad), by_rows = bias && bias_grad.strides[3] == 0;
     const Index batch = x.batch(), heads = x.heads(), share = heads / std::max<Index>(x.k.shape[1], 1);
-    const bool one_batch = (x.k.shape[0] == 1 || (bias && !by_rows && x.grad_bias.strides[0] == 0));
-    const bool one_head = bias && !by_rows && x.grad_bias.strides[1] == 0;
+    const bool one_batch = x.k.shape[0] == 1 || (bias && !by_rows && bias_grad.strides[0] == 0);
+    const bool one_head = bias && !by_rows && bias_grad.strides[1] == 0;
     batches_ = one_batch ? batch : 1;
     heads_ = one_head ? heads : share;
     families_ = batch * heads == 0 ? 0 : batch * heads / (batches_ * heads_);
@@ -528,9 +556,15 @@ class BackwardPass {
     groups_ = Group::groups(x);
     blocks_ = Group::blocks(x.q.length());
     bias_rows_ = by_rows ? x.q.length() : 0;
-    own_sums_ =
-        x.grad_q.length() > 0 &&
-        !RowWriter<Scalar>(x.grad_q.head(0, 0, heads), Rotation<Scalar>::of_queries(rules.params())).sums_in_place();
+    if (bias && !by_rows && bias_grad.type != kStoredType<Scalar>) {
+      const std::array<Index, 3> extents{batches_, heads_, x.q.length()};
+      bool shared = false;
+      for (int d = 0; d < 3; ++d) {
+        shared |= bias_grad.strides[d] == 0 && extents[d] > 1;
+        bias_sums_shape_[d] = bias_grad.strides[d] == 0 ? 1 : extents[d];
+      }
+      if (shared) bias_sums_shape_[3] = Group::kMostKeys;
+    }
   }
 
   void run(const E& executor) {
@@ -539,9 +573,12 @@ class BackwardPass {
     const bool cap = rules_.params().softcap > 0;
     const Index group_bytes = Group::workspace_bytes(x_.q.dim(), x_.v.dim(), cap);
     const Index head_bytes = HeadPart(nullptr, *this).bytes(), sum_bytes = SumPart(nullptr, *this).bytes();
+    const Index bias_bytes = BiasSums(nullptr, *this).bytes();
     const Index head_parts = ((whole > 0 ? workers : 0) + split) * members_;
-    const auto workspace = executor.allocate(workers * (group_bytes + members_ * sum_bytes) + head_parts * head_bytes);
-    std::byte* const sums = workspace.data() + workers * group_bytes;
+    const auto workspace =
+        executor.allocate(workers * (group_bytes + bias_bytes + members_ * sum_bytes) + head_parts * head_bytes);
+    std::byte* const bias_start = workspace.data() + workers * group_bytes;
+    std::byte* const sums = bias_start + workers * bias_bytes;
     std::byte* const head_start = sums + workers * members_ * sum_bytes;
     for (Index i = 0; i < head_parts; ++i) {
       const HeadPart part(head_start + i * head_bytes, *this);
@@ -564,12 +601,20 @@ class BackwardPass {
       const auto head_index = [&](Index b, Index h) {
         return (is_whole ? worker : head_parts / members_ - split + s) * members_ + slot(b, h);
       };
-      const auto head = [&](Index b, Index h) {
+      const BiasSums bias_sums(bias_start + worker * bias_bytes, *this);
+      const auto head = [&](Index b, Index h, KeyRange keys) {
         const HeadPart part(head_start + head_index(b, h) * head_bytes, *this);
         const SumPart sum = sum_part(slot(b, h));
-        return typename Group::Head{
-            b,          h,       part.delta, part.grad_q, is_whole ? nullptr : part.turns, sum.bias_rows, sum.relative,
-            sum.slopes, sum.sink};
+        return typename Group::Head{b,
+                                    h,
+                                    part.delta,
+                                    part.grad_q,
+                                    is_whole ? nullptr : part.turns,
+                                    bias_gradient(bias_sums, family, b, h, keys),
+                                    sum.bias_rows,
+                                    sum.relative,
+                                    sum.slopes,
+                                    sum.sink};
       };
       const auto each_member = [&](auto&& f) {
         if (sum_bytes == 0) return;
@@ -580,8 +625,11 @@ class BackwardPass {
         }
       };
       const auto run_group = [&](Index g) {
+        const KeyRange keys = Group::keys(x_, g);
         each_member([](const SumPart& sum, const SumPart&, Index, Index) { sum.clear(); });
-        group.run(x_, rules_, family, g, head);
+        bias_sums.clear();
+        group.run(x_, rules_, family, g, [&](Index b, Index h) { return head(b, h, keys); });
+        if (bias_sums) add_bias(bias_sums, family, keys);
       };
       const auto add_group = [&](Index g) {
         each_member([&](const SumPart& sum, const SumPart& total, Index b, Index h) {
@@ -634,7 +682,8 @@ class BackwardPass {
   };
   /// What the groups of a head share.
   struct HeadPart {
-    Scalar *delta, *grad_q;
+    Scalar* delta;
+    std::uint16_t* grad_q;
     std::atomic<int>* turns;
     Scratch scratch;
     SumPart totals;
@@ -643,10 +692,50 @@ class BackwardPass {
       scratch.take<std::byte>(totals.bytes());
       delta = scratch.take<Scalar>(pass.x_.q.length());
       turns = scratch.take<std::atomic<int>>(pass.blocks_);
-      grad_q = pass.own_sums_ ? scratch.take<Scalar>(pass.x_.q.length() * pass.x_.q.dim()) : nullptr;
+      const bool splits = RowSums<Scalar>::splits(pass.x_.grad_q.type);
+      grad_q = splits ? scratch.take<std::uint16_t>(pass.x_.q.length() * pass.x_.q.dim()) : nullptr;
     }
     Index bytes() const { return scratch.bytes(); }
   };
+  /// Sums of one group of keys for the gradient of a bias that several heads or queries share and that is stored in
+  /// fewer bits than it is computed in, so that it is rounded once: [B or 1,H or 1,Lq or 1,keys] of a family.
+  struct BiasSums {
+    Scalar* data;
+    std::array<Index, 4> shape;
+
+    BiasSums(std::byte* at, const BackwardPass& pass)
+        : data(reinterpret_cast<Scalar*>(at)), shape(pass.bias_sums_shape_) {}
+    Index size() const { return shape[0] * shape[1] * shape[2] * shape[3]; }
+    Index bytes() const {
+      Scratch scratch(nullptr);
+      scratch.take<Scalar>(size());
+      return scratch.bytes();
+    }
+    explicit operator bool() const { return size() > 0; }
+    void clear() const { std::fill_n(data, size(), Scalar(0)); }
+    StoredMatrix head(Index b, Index h) const {
+      const Index at = (std::min(b, shape[0] - 1) * shape[1] + std::min(h, shape[1] - 1)) * shape[2] * shape[3];
+      return {data + at, kStoredType<Scalar>, shape[2], shape[3], shape[2] == 1 ? 0 : shape[3], 1};
+    }
+  };
+  /// Where head (b,h) adds the gradient of its bias, from the first of `keys` on.
+  StoredMatrix bias_gradient(const BiasSums& sums, const HeadFamily& family, Index b, Index h, KeyRange keys) const {
+    if (!x_.grad_bias || bias_rows_ > 0) return {};
+    if (sums) return sums.head(b - family.first_batch, h - family.first_head);
+    return x_.grad_bias.head(b, h, x_.heads()).block(0, keys.begin, x_.q.length(), keys.end - keys.begin);
+  }
+  void add_bias(const BiasSums& sums, const HeadFamily& family, KeyRange keys) const {
+    for (Index b = 0; b < sums.shape[0]; ++b) {
+      for (Index h = 0; h < sums.shape[1]; ++h) {
+        const auto from = sums.head(b, h).template as<Scalar>();
+        x_.grad_bias.head(family.first_batch + b, family.first_head + h, x_.heads()).visit([&](auto to) {
+          for (Index i = 0; i < sums.shape[2]; ++i) {
+            add_strided(&to(i, keys.begin), to.col_stride, &from(i, 0), keys.end - keys.begin);
+          }
+        });
+      }
+    }
+  }
   void commit(const SumPart& sum, Index b, Index h) const {
     if (sum.relative != nullptr) {
       for (Index r = 0; r < relative_bias_.dim(); ++r) relative_bias_(0, h, 0, r) += sum.relative[r];
@@ -654,15 +743,18 @@ class BackwardPass {
     if (sum.sink != nullptr) sink_(0, h, 0, 0) += *sum.sink;
     for (Index i = 0; i < x_.q.length(); ++i) {
       if (sum.slopes != nullptr) slopes_(b, h, i, 0) += sum.slopes[i];
-      if (sum.bias_rows != nullptr) x_.grad_bias(b, h, i, 0) += static_cast<Scalar>(sum.bias_rows[i]);
     }
+    if (sum.bias_rows == nullptr) return;
+    x_.grad_bias.head(b, h, x_.heads()).visit([&](auto bias) {
+      add_strided(bias.data, bias.row_stride, sum.bias_rows, x_.q.length());
+    });
   }
 
   const BackwardTensors<Scalar>& x_;
   const ScoreRules<Scalar>& rules_;
   TensorView<double> relative_bias_, slopes_, sink_;
   Index batches_, heads_, families_, members_, groups_, blocks_, bias_rows_;
-  bool own_sums_;
+  std::array<Index, 4> bias_sums_shape_{};  // no elements: they are added up where they belong
 };
 
 }  // namespace detail
@@ -672,17 +764,17 @@ class BackwardPass {
 /// forward pass wrote; weights are recomputed tile by tile. grad_q, grad_k and grad_v are overwritten and have the
 /// shapes of q, k and v, any strides, and must not overlap with each other or with the inputs. Queries without keys and
 /// keys without queries get gradient 0.
-/// Workspace: BackwardGroup::workspace_bytes(D, Dv) and delta [Lq] a worker; where grad_q is narrower than float also
-/// [Lq][D]; for gradients of relative bias, slopes and of a bias that is broadcast along the keys
-/// also their length. Results are bit-equal for any number of workers.
-/// Throws headroom.core.attention.{shape,scale,dropout,length,output}.
+/// Workspace: BackwardGroup::workspace_bytes(D, Dv) and delta [Lq] a worker; where grad_q is stored in 16 bits also
+/// [Lq][D] of those; for gradients of relative bias, slopes and of a bias that is broadcast along the keys also their
+/// length, of a bias that is stored in 16 bits and broadcast otherwise [Lq][192]. Results are bit-equal for any number
+/// of workers. Throws headroom.core.attention.{shape,scale,dropout,length,output}.
 template <Storable T, Mask M = NoMask, Executor E = DefaultExecutor>
 void attention_backward(std::type_identity_t<TensorView<const T>> grad_output,
                         std::type_identity_t<TensorView<const T>> q, std::type_identity_t<TensorView<const T>> k,
                         std::type_identity_t<TensorView<const T>> v, std::type_identity_t<TensorView<const T>> output,
                         TensorView<const double> lse, TensorView<T> grad_q, TensorView<T> grad_k, TensorView<T> grad_v,
                         const AttentionParams& params = {}, const M& mask = {}, const E& executor = {},
-                        const AttentionParamGradients<T>& param_grads = {}, TensorView<const double> grad_lse = {}) {
+                        const AttentionParamGradients& param_grads = {}, TensorView<const double> grad_lse = {}) {
   using Scalar = ComputeType<T>;
   const TensorView<double> saved_lse{const_cast<double*>(lse.data), lse.shape, lse.strides};
   const detail::BackwardTensors<Scalar> x{

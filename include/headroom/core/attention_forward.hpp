@@ -54,11 +54,11 @@ class ForwardGroup {
                        v_head = x.v.head(b, h, x.heads());
     const RowReader<Scalar> queries(q_head, Rotation<Scalar>::of_queries(params)),
         keys(k_head, Rotation<Scalar>::of_keys(params)), values(v_head);
-    in_pairs_ = kPairs && PairUnit::available() && !params.rotary && x.q.type == kStoredType<Eigen::bfloat16>;
+    in_pairs_ = kPairs && multiplies_pairs(x, params);
     std::optional<PairUnit> unit;
     if (in_pairs_) unit.emplace();
     pair_dim_ = padded(x.q.dim(), kPairDepth), pair_value_dim_ = padded(x.v.dim(), kPairDepth);
-    const Index output_rows = in_pairs_ ? pair_value_dim_ : x.v.dim();
+    output_rows_ = in_pairs_ ? padded(x.v.dim(), kPairRows) : x.v.dim();
 
     KeyRange needed{length, 0};
     for (Index t = 0; t < count; ++t) {
@@ -74,7 +74,7 @@ class ForwardGroup {
         if (rows < width) std::fill_n(tile.query, x.q.dim() * width, Scalar(0));
         queries.pack(tile.query, width, 0, lanes.begin, rows, Times<Scalar>{rules.sign()}, buffer_);
       }
-      std::fill_n(tile.output, output_rows * width, Scalar(0));
+      std::fill_n(tile.output, output_rows_ * width, Scalar(0));
       std::fill_n(tile.sum, width, Scalar(0));
       std::fill_n(tile.maximum, width, kHidden<Scalar> / 2);  // above every hidden score, below every other
       needed = {std::min(needed.begin, tile.run.any.begin), std::max(needed.end, tile.run.any.end)};
@@ -123,10 +123,11 @@ class ForwardGroup {
 
   /// Brings a block of keys and values into the form in which pairs are multiplied.
   void load_pairs(const StoredMatrix& keys, const StoredMatrix& values, Index first, Index count) {
-    copy_pair_rows(key_rows_, kKeyRows, pair_dim_, keys, first, count, 1);
-    copy_pair_rows(value_rows_, kValueRows, pair_value_dim_, values, first, count, 1);
+    const Index value_rows = padded(count, kPairRows) + kPairDepth;
+    copy_pair_rows(key_rows_, count + kPairRows, pair_dim_, keys, first, count, 1);
+    copy_pair_rows(value_rows_, value_rows, pair_value_dim_, values, first, count, 1);
     values_in_pairs_ = pairs_are_finite(value_rows_, count * pair_value_dim_);
-    if (values_in_pairs_) transpose_pairs(value_columns_, kValueRows, value_rows_, kValueRows, pair_value_dim_, words_);
+    if (values_in_pairs_) transpose_pairs(value_columns_, kValueRows, value_rows_, value_rows, pair_value_dim_, words_);
   }
 
   void attend(const Tile& tile, const ScoreTile<Scalar>& scores, MatrixView<const Scalar> keys,
@@ -152,7 +153,9 @@ class ForwardGroup {
     const Index value_dim = HeadDim == Eigen::Dynamic ? values.cols : HeadDim;
     const Index count = scores.keys.end - scores.keys.begin;
     const bool in_pairs = kPairs && HeadDim == Eigen::Dynamic && in_pairs_;
-    Scalar* const weights = scores.scores;  // [keys][width]
+    const bool hides = rules.hides_elements() || !tile.run.covers(scores.keys);
+    const bool by_tile = rules.scaled() || rules.hides_elements() || (in_pairs && hides);  // scores change afterwards
+    Scalar* const weights = scores.scores;                                                 // [keys][width]
 
     Packet before[Vectors], maximum[Vectors];
     for (int v = 0; v < Vectors; ++v) before[v] = maximum[v] = simd::load(tile.maximum + v * N);
@@ -162,20 +165,29 @@ class ForwardGroup {
                                        padded(count, kPairRows), pair_dim_ / 2, weights, width);
       }
     }
-    for_row_tiles<kTileRows>(
-        in_pairs ? 0 : count, [&]<int Rows>(Index key) __attribute__((always_inline)) {
-          rules.prefetch(scores, tile.run, key);
-          RegisterTile<Scalar, Rows, Vectors> score(&keys(key, 0), keys.row_stride, 1, tile.query, width, dim);
-          score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
-            maximum[v] = simd::pmax(s, maximum[v]);
-            simd::store(weights + (key + r) * width + v * N, s);
+    const auto score_keys = [&]<bool Hides>(KeyRange part) __attribute__((always_inline)) {
+      for_row_tiles<kTileRows>(
+          part.end - part.begin, [&]<int Rows>(Index row) __attribute__((always_inline)) {
+            const Index key = part.begin + row;
+            rules.prefetch(scores, tile.run, key);
+            RegisterTile<Scalar, Rows, Vectors> score(&keys(key, 0), keys.row_stride, 1, tile.query, width, dim);
+            score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
+              if constexpr (Hides) s = tile.run.hide_outside(scores.keys.begin + key + r, v * N, s);
+              maximum[v] = simd::pmax(s, maximum[v]);
+              simd::store(weights + (key + r) * width + v * N, s);
+            });
           });
-        });
-    const bool hides = rules.hides_elements() || !tile.run.covers(scores.keys);
-    if (rules.scaled() || hides) [[unlikely]] {
-      rules.template apply<true>(scores, tile.run, nullptr, buffer_);
+    };
+    if (!in_pairs) {
+      const KeyRange all{0, count}, plain = by_tile ? all : tile.run.inside(scores.keys);
+      score_keys.template operator()<false>(plain);
+      for (const KeyRange part : {KeyRange{0, plain.begin}, KeyRange{plain.end, count}}) {
+        if (!part.empty()) score_keys.template operator()<true>(part);
+      }
     }
-    if (rules.scaled() || hides || in_pairs) {
+    if (by_tile) [[unlikely]]
+      rules.template apply<true>(scores, tile.run, nullptr, buffer_);
+    if (by_tile || in_pairs) {
       for (int v = 0; v < Vectors; ++v) maximum[v] = before[v];
       for (Index key = 0; key < count; ++key) {
 #pragma GCC unroll 4
@@ -244,12 +256,12 @@ class ForwardGroup {
     constexpr Index width = Vectors * N;
     for (int v = 0; v < Vectors; ++v) {
       if (Eigen::internal::predux_min(decay[v]) == 1) continue;
-      for (Index d = 0; d < pair_value_dim_; ++d) {
+      for (Index d = 0; d < output_rows_; ++d) {
         Scalar* const o = tile.output + d * width + v * N;
         simd::store(o, simd::pmul(simd::load(o), decay[v]));
       }
     }
-    multiply_pairs<Vectors, true>(value_columns_ + first_key_, kValueRows, weight_pairs_, width, pair_value_dim_,
+    multiply_pairs<Vectors, true>(value_columns_ + first_key_, kValueRows, weight_pairs_, width, output_rows_,
                                   padded(count, kPairDepth) / 2, tile.output, width);
   }
 
@@ -311,9 +323,9 @@ class ForwardGroup {
   Scalar* buffer_;
   // In pairs:
   Eigen::bfloat16 *key_rows_, *value_rows_,
-      *value_columns_;                           // [key rows][padded D], [value rows][padded Dv], transposed
-  Pair *words_, *weight_pairs_;                  // scratch, [keys/2][width]
-  Index pair_dim_, pair_value_dim_, first_key_;  // padded; the first key of a tile in its block
+      *value_columns_;           // [key rows][padded D], [value rows][padded Dv], transposed
+  Pair *words_, *weight_pairs_;  // scratch, [keys/2][width]
+  Index pair_dim_, pair_value_dim_, output_rows_, first_key_;  // padded; the first key of a tile in its block
   bool in_pairs_, values_in_pairs_;
   Tile tiles_[LaneGroups<Scalar>::kMost];
 };

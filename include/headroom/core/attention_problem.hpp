@@ -142,14 +142,15 @@ class MaskRef {
 };
 
 /// The smallest range that holds all ranges [begin[i], end[i]).
-inline KeyRange hull(const Index* begin, const Index* end, Index count, Index keys) {
-  KeyRange range{keys, 0};
+template <class T>
+KeyRange hull(const T* begin, const T* end, Index count, Index keys) {
+  T first = static_cast<T>(keys), last = 0;
   for (Index i = 0; i < count; ++i) {
     const bool empty = begin[i] >= end[i];
-    range.begin = std::min(range.begin, empty ? keys : begin[i]);
-    range.end = std::max(range.end, empty ? 0 : end[i]);
+    first = !empty && begin[i] < first ? begin[i] : first;
+    last = !empty && end[i] > last ? end[i] : last;
   }
-  return range;
+  return {static_cast<Index>(first), static_cast<Index>(last)};
 }
 
 /// Hands out pieces of a workspace, each aligned to a cache line. With a null start it only measures.

@@ -141,14 +141,11 @@ void attention_forward_reference(std::type_identity_t<TensorView<const Scalar>> 
 
 /// Gradients by the chain rule through stored weights. Shapes and meaning as in attention_backward.
 template <class Scalar, Mask M = NoMask>
-void attention_backward_reference(std::type_identity_t<TensorView<const Scalar>> grad_output,
-                                  std::type_identity_t<TensorView<const Scalar>> q,
-                                  std::type_identity_t<TensorView<const Scalar>> k,
-                                  std::type_identity_t<TensorView<const Scalar>> v, TensorView<Scalar> grad_q,
-                                  TensorView<Scalar> grad_k, TensorView<Scalar> grad_v,
-                                  const AttentionParams& params = {}, const M& mask = {},
-                                  const AttentionParamGradients<Scalar>& param_grads = {},
-                                  TensorView<const double> grad_lse = {}) {
+void attention_backward_reference(
+    std::type_identity_t<TensorView<const Scalar>> grad_output, std::type_identity_t<TensorView<const Scalar>> q,
+    std::type_identity_t<TensorView<const Scalar>> k, std::type_identity_t<TensorView<const Scalar>> v,
+    TensorView<Scalar> grad_q, TensorView<Scalar> grad_k, TensorView<Scalar> grad_v, const AttentionParams& params = {},
+    const M& mask = {}, const AttentionParamGradients& param_grads = {}, TensorView<const double> grad_lse = {}) {
   using Row = detail::ReferenceRow<Scalar>;
   const Scalar scale = static_cast<Scalar>(params.scale_for(q.dim()));
   const auto clear = [](const TensorView<Scalar>& x) {
@@ -184,7 +181,7 @@ void attention_backward_reference(std::type_identity_t<TensorView<const Scalar>>
         for (Index j = 0; j < k.length(); ++j) {
           if (!row.visible[j]) continue;
           const Scalar grad = row.weight[j] * (grad_weight[j] - delta);
-          if (param_grads.bias.data != nullptr) param_grads.bias(b, h, i, j) += grad;
+          if (param_grads.bias) param_grads.bias.head(b, h, q.heads()).template as<Scalar>()(i, j) += grad;
           if (param_grads.relative_bias.data != nullptr) {
             param_grads.relative_bias(0, h, 0, reach + std::clamp(p - j, -reach, reach)) += static_cast<double>(grad);
           }

@@ -13,6 +13,7 @@ struct KeyRange {
 
   bool empty() const { return begin >= end; }
   bool contains(Index key) const { return begin <= key && key < end; }
+  bool contains(KeyRange keys) const { return begin <= keys.begin && keys.end <= end; }
   friend KeyRange operator&(KeyRange a, KeyRange b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
 };
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "headroom/core/attention_problem.hpp"
 #include "headroom/core/register_tile.hpp"
 #include "headroom/core/stored.hpp"
 
@@ -191,23 +192,34 @@ void multiply_pairs(const Eigen::bfloat16*, Index, const Pair*, Index, Index, In
 #undef HEADROOM_PAIRS_BY_TILE_UNIT
 #undef HEADROOM_PAIRS_BY_LANES
 
-/// Rows [first, first + count) of x to [count padded to `rows`][dim], 0 where x ends; negated where `sign` is negative.
+/// Whether attention multiplies in pairs. For a few keys that would take longer than to widen them.
+inline bool multiplies_pairs(const AttentionTensors& x, const AttentionParams& params) {
+  return kHasPairProducts && PairUnit::available() && !params.rotary && x.q.type == kStoredType<Eigen::bfloat16> &&
+         x.k.length() >= 48;
+}
+
+/// Rows [first, first + count) of x to [count padded to `rows`][dim], dim a multiple of kPairDepth; 0 where x ends;
+/// negated where `sign` is negative.
 inline void copy_pair_rows(Eigen::bfloat16* to, Index rows, Index dim, const StoredMatrix& x, Index first, Index count,
                            float sign) {
   const auto view = x.as<Eigen::bfloat16>();
-  for (Index i = 0; i < rows; ++i) {
+  for (Index i = 0; i < count; ++i) {
     Eigen::bfloat16* const row = to + i * dim;
-    const Index filled = i < count ? x.cols : 0;
-    if (filled > 0 && x.col_stride == 1) {
-      std::memcpy(row, &view(first + i, 0), static_cast<std::size_t>(filled) * sizeof(*row));
-    } else {
-      for (Index d = 0; d < filled; ++d) row[d] = view(first + i, d);
+    const auto copy = [&](Index d) { row[d] = sign < 0 ? -view(first + i, d) : view(first + i, d); };
+    Index d = 0;
+#ifdef __AVX512BF16__
+    const __m512i flip = _mm512_set1_epi16(sign < 0 ? static_cast<short>(0x8000) : 0);
+    for (; x.col_stride == 1 && d < dim; d += kPairDepth) {
+      const Index left = std::clamp<Index>(x.cols - d, 0, kPairDepth);
+      const auto part = _mm512_maskz_loadu_epi16(static_cast<__mmask32>((std::uint64_t(1) << left) - 1),
+                                                 view.data + (first + i) * view.row_stride + d);
+      _mm512_storeu_si512(row + d, _mm512_xor_si512(part, flip));
     }
-    if (sign < 0) {
-      for (Index d = 0; d < filled; ++d) row[d] = -row[d];
-    }
-    std::fill(row + filled, row + dim, Eigen::bfloat16(0));
+#endif
+    for (; d < x.cols; ++d) copy(d);
+    for (; d < dim; ++d) row[d] = Eigen::bfloat16(0);
   }
+  std::fill(to + count * dim, to + rows * dim, Eigen::bfloat16(0));
 }
 
 /// Leaves what comes as it is, bit for bit.

@@ -43,6 +43,54 @@ class Rotation {
   Index (AttentionParams::*row_of_)(Index) const = nullptr;
 };
 
+/// to[l·stride] = x[l], rounded.
+template <class T, class Scalar>
+void round_row(T* to, Index stride, const Scalar* x, Index count) {
+  if constexpr (std::is_same_v<T, Eigen::bfloat16> && std::is_same_v<Scalar, float>) {
+    if (stride == 1) {  // to the nearest, ties to even, said so that the compiler does many at a time
+      const auto* const bits = reinterpret_cast<const std::uint32_t*>(x);
+      auto* const halves = reinterpret_cast<std::uint16_t*>(to);
+      for (Index l = 0; l < count; ++l) {
+        const std::uint32_t nearest = bits[l] + 0x7fffU + (bits[l] >> 16 & 1U), quiet_nan = bits[l] | 0x400000U;
+        halves[l] = static_cast<std::uint16_t>(((bits[l] & 0x7fffffffU) > 0x7f800000U ? quiet_nan : nearest) >> 16);
+      }
+      return;
+    }
+  }
+  for (Index l = 0; l < count; ++l) to[l * stride] = static_cast<T>(x[l]);
+}
+/// to[l·stride] += x[l], added up in the type of x.
+template <class T, class Scalar>
+void add_strided(T* to, Index stride, const Scalar* x, Index count) {
+  const auto add = [&](Index step) __attribute__((always_inline)) {
+    for (Index l = 0; l < count; ++l) to[l * step] = static_cast<T>(static_cast<Scalar>(to[l * step]) + x[l]);
+  };
+  if (stride == 1) {
+    add(1);
+  } else {
+    add(stride);
+  }
+}
+/// to += rows [rows][stride], along the direction in which `to` is contiguous.
+template <class T, class Scalar>
+void add_rows(MatrixView<T> to, const Scalar* rows, Index stride) {
+  if constexpr (std::is_same_v<T, Scalar>) {
+    if (to.row_stride == 1 && to.col_stride != 1) {
+      return pack_lanes(to.data, to.col_stride, MatrixView<const Scalar>{rows, to.rows, to.cols, stride, 1},
+                        TimesPlus<Scalar>{1});
+    }
+  }
+  for (Index i = 0; i < to.rows; ++i) add_strided(&to(i, 0), to.col_stride, rows + i * stride, to.cols);
+}
+template <class Scalar>
+void clear_rows(MatrixView<Scalar> x) {
+  const bool by_columns = x.row_stride == 1;
+  if (by_columns) x = {x.data, x.cols, x.rows, x.col_stride, x.row_stride};
+  for (Index i = 0; i < x.rows; ++i) {
+    for (Index d = 0; d < x.cols; ++d) x(i, d) = 0;
+  }
+}
+
 /// to [rows][cols] = x, dense.
 template <class Scalar, class T>
 void copy_rows(Scalar* to, MatrixView<T> x) {
@@ -123,17 +171,6 @@ class RowWriter {
   RowWriter(const StoredMatrix& y, const Rotation<Scalar>& rotation = {})
       : y_(y), rotation_(rotation), plain_(y.holds<Scalar>() && !rotation) {}
 
-  /// Whether rows can be summed where they lie.
-  bool sums_in_place() const { return plain_ || (y_.holds<Scalar>() && y_.col_stride == 1); }
-  /// Turns rows back that were summed where they lie.
-  void turn_back(Index first, Index count) const {
-    for (Index i = first; i < first + count && rotation_; ++i) {
-      Scalar* const row = &view()(i, 0);
-      rotation_.apply(row, row, y_.cols, i, /*back=*/true);
-    }
-  }
-  MatrixView<Scalar> view() const { return y_.as<Scalar>(); }
-
   /// Writes dense rows [count][cols], turned back; they are spoiled.
   void write(Index first, Index count, Scalar* rows) const {
     if (rotation_) {
@@ -143,15 +180,12 @@ class RowWriter {
       }
     }
     y_.middle_rows(first, count).visit([&](auto view) {
-      using T = std::remove_pointer_t<decltype(view.data)>;
-      for (Index i = 0; i < count; ++i) {
-        for (Index d = 0; d < view.cols; ++d) view(i, d) = static_cast<T>(rows[i * view.cols + d]);
-      }
+      for (Index i = 0; i < count; ++i) round_row(&view(i, 0), view.col_stride, rows + i * view.cols, view.cols);
     });
   }
   /// Writes lanes [0, count) of from [cols][width], each times its factor. `buffer` holds [kLanes][cols].
   void unpack(Index first, Index count, const Scalar* from, Index width, const Scalar* factor, Scalar* buffer) const {
-    if (plain_) return unpack_lanes(view().middle_rows(first, count), from, width, factor);
+    if (plain_) return unpack_lanes(y_.as<Scalar>().middle_rows(first, count), from, width, factor);
     constexpr Index N = simd::kLanes<Scalar>;
     for (Index i = 0; i < count; i += N) {
       const Index rows = std::min(N, count - i);
@@ -164,6 +198,73 @@ class RowWriter {
   StoredMatrix y_;
   Rotation<Scalar> rotation_;
   bool plain_;
+};
+
+/// Sums rows of a gradient up in what is computed in, in the gradient's own memory. Where that is 16 bits an element,
+/// it holds the upper half of each sum until the end and `lower` [rows][cols] the other half.
+template <class Scalar>
+class RowSums {
+ public:
+  using Half = std::uint16_t;
+
+  RowSums(const StoredMatrix& y, const Rotation<Scalar>& rotation, Half* lower)
+      : y_(y), rotation_(rotation), lower_(lower) {}
+
+  static bool splits(StoredType type) { return type != kStoredType<Scalar>; }
+
+  void clear(Index first, Index count) const {
+    if (lower_ == nullptr) return clear_rows(y_.as<Scalar>().middle_rows(first, count));
+    clear_rows(upper().middle_rows(first, count));
+    std::fill_n(lower_ + first * y_.cols, count * y_.cols, Half(0));
+  }
+  /// Adds rows [count][stride].
+  void add(Index first, Index count, const Scalar* rows, Index stride) const {
+    if (lower_ == nullptr) return add_rows(y_.as<Scalar>().middle_rows(first, count), rows, stride);
+    for (Index i = 0; i < count; ++i) {
+      each_sum(first + i, [&](Index d, Scalar sum) { return sum + rows[i * stride + d]; });
+    }
+  }
+  /// Turns the sums back and rounds them. `buffer` holds [cols].
+  void finish(Index first, Index count, Scalar* buffer) const {
+    if (lower_ == nullptr && !rotation_) return;
+    for (Index i = first; i < first + count; ++i) {
+      if (lower_ == nullptr) {
+        const auto row = y_.as<Scalar>().middle_rows(i, 1);
+        for (Index d = 0; d < y_.cols; ++d) buffer[d] = row(0, d);
+      } else {
+        each_sum(i, [&](Index d, Scalar sum) { return buffer[d] = sum; });
+      }
+      RowWriter<Scalar>(y_, rotation_).write(i, 1, buffer);
+    }
+  }
+
+ private:
+  MatrixView<Half> upper() const {
+    return {static_cast<Half*>(y_.data), y_.rows, y_.cols, y_.row_stride, y_.col_stride};
+  }
+  /// sum = f(column, sum) along a row.
+  template <class F>
+  EIGEN_ALWAYS_INLINE void each_sum(Index row, F&& f) const {
+    if constexpr (std::is_same_v<Scalar, float>) {
+      Half *const high = &upper()(row, 0), *const low = lower_ + row * y_.cols;
+      const auto run = [&](Index step) __attribute__((always_inline)) {
+        for (Index d = 0; d < y_.cols; ++d) {
+          const std::uint32_t before = static_cast<std::uint32_t>(high[d * step]) << 16 | low[d];
+          const auto bits = std::bit_cast<std::uint32_t>(f(d, std::bit_cast<float>(before)));
+          high[d * step] = static_cast<Half>(bits >> 16), low[d] = static_cast<Half>(bits);
+        }
+      };
+      if (y_.col_stride == 1) {
+        run(1);
+      } else {
+        run(y_.col_stride);
+      }
+    }
+  }
+
+  StoredMatrix y_;
+  Rotation<Scalar> rotation_;
+  Half* lower_;
 };
 
 /// Whether x is neither infinite nor NaN; not optimised away under -ffast-math.

@@ -9,25 +9,6 @@ namespace headroom::inline v0::core::detail {
 template <class Scalar>
 inline constexpr Scalar kHidden = std::numeric_limits<Scalar>::lowest();
 
-/// to[l·stride] = 0
-template <class Scalar>
-void clear_strided(Scalar* to, Index stride, Index count) {
-  if (stride == 1) {
-    std::fill_n(to, count, Scalar(0));
-  } else {
-    for (Index l = 0; l < count; ++l) to[l * stride] = 0;
-  }
-}
-/// to[l·stride] += x[l]
-template <class Scalar>
-void add_strided(Scalar* to, Index stride, const Scalar* x, Index count) {
-  if (stride == 1) {
-    for (Index l = 0; l < count; ++l) to[l] += x[l];
-  } else {
-    for (Index l = 0; l < count; ++l) to[l * stride] += x[l];
-  }
-}
-
 /// A run of queries of one head: which keys each one sees, where it stands, and its slope.
 template <class Scalar, Index Capacity>
 struct QueryRun {
@@ -42,16 +23,13 @@ struct QueryRun {
   QueryRun() = default;
   /// Places past the last query repeat it.
   QueryRun(const MaskRef& mask, const AttentionParams& params, Index b, Index h, KeyRange run, Index keys)
-      : queries(run), all{0, keys} {
+      : queries(run) {
     const Index count = run.end - run.begin;
     Index begin[Capacity], end[Capacity];
     mask.ranges(b, h, run, keys, begin, end);
-    any = hull(begin, end, count, keys);
-    for (Index i = 0; i < count; ++i) {
-      first[i] = static_cast<Scalar>(begin[i]);
-      last[i] = static_cast<Scalar>(end[i]);
-      all = {std::max(all.begin, begin[i]), std::min(all.end, end[i])};
-    }
+    std::copy_n(begin, count, first);
+    std::copy_n(end, count, last);
+    summarise(keys);
     std::fill(first + count, first + Capacity, first[count - 1]);
     std::fill(last + count, last + Capacity, last[count - 1]);
     if (!params.slopes) return;
@@ -61,13 +39,48 @@ struct QueryRun {
       slope[i] = static_cast<Scalar>(params.slopes.at(b, h, query, 0));
     }
   }
+  /// The queries from the first to the last one that see any of `keys`.
+  QueryRun that_see(KeyRange keys) const {
+    const auto sees = [&](Index query) {
+      const Index i = query - queries.begin;
+      return std::max<Index>(first[i], keys.begin) < std::min<Index>(last[i], keys.end);
+    };
+    KeyRange part = queries;
+    while (part.begin < part.end && !sees(part.begin)) ++part.begin;
+    while (part.begin < part.end && !sees(part.end - 1)) --part.end;
+    const Index skip = part.begin - queries.begin, count = part.end - part.begin;
+    if (count == queries.end - queries.begin) return *this;
+    QueryRun run;
+    run.queries = part;
+    std::copy_n(first + skip, count, run.first);
+    std::copy_n(last + skip, count, run.last);
+    std::copy_n(position + skip, count, run.position);
+    std::copy_n(slope + skip, count, run.slope);
+    run.summarise(any.end);
+    return run;
+  }
   /// Places within `keys` that every query sees.
   KeyRange inside(KeyRange keys) const {
     const Index length = keys.end - keys.begin, begin = std::clamp<Index>(all.begin - keys.begin, 0, length);
     return {begin, std::clamp<Index>(all.end - keys.begin, begin, length)};
   }
+  /// Scores of `key` for the queries from `place` on, hidden where a query does not see it.
+  EIGEN_ALWAYS_INLINE simd::Packet<Scalar> hide_outside(Index key, Index place, simd::Packet<Scalar> scores) const {
+    const auto position = simd::broadcast(static_cast<Scalar>(key));
+    const auto seen = simd::pand(simd::pcmp_le(simd::load(first + place), position),
+                                 simd::pcmp_lt(position, simd::load(last + place)));
+    return simd::pselect(seen, scores, simd::broadcast(kHidden<Scalar>));
+  }
   bool touches(KeyRange keys) const { return !(any & keys).empty(); }
-  bool covers(KeyRange keys) const { return all.begin <= keys.begin && keys.end <= all.end; }
+  bool covers(KeyRange keys) const { return all.contains(keys); }
+
+ private:
+  void summarise(Index keys) {
+    using Places = Eigen::Map<const Eigen::Array<Scalar, Eigen::Dynamic, 1>>;
+    const Index count = queries.end - queries.begin;
+    any = hull(first, last, count, keys);
+    all = {static_cast<Index>(Places(first, count).maxCoeff()), static_cast<Index>(Places(last, count).minCoeff())};
+  }
 };
 
 /// A tile of scores [rows][width] of head (b,h). In the forward pass queries fill the lanes and rows are keys, in the
@@ -209,25 +222,22 @@ class ScoreRules {
     }
   }
 
-  /// Adds the gradients of scores [queries][keys] of a tile to those of bias, relative bias and slopes. `rows`,
-  /// `relative` and `slopes` are sums of one head and worker, for parts that several tiles add to: over the keys for a
-  /// bias that is broadcast along them [Lq], by distance [2R-1], by query [Lq].
+  /// Adds the gradients of scores [queries][keys] of a tile to those of bias, relative bias and slopes. `bias` holds
+  /// all queries of the head, and the tile's keys from column `first_key` on. `rows`, `relative` and `slopes` are sums
+  /// of one head and worker, for parts that several tiles add to: over the keys for a bias that is broadcast along them
+  /// [Lq], by distance [2R-1], by query [Lq].
   template <Index Capacity>
-  void add_gradients(const ScoreTile<Scalar>& grad, const QueryRun<Scalar, Capacity>& run,
-                     const TensorView<Scalar>& bias, double* rows, double* relative, double* slopes,
-                     Scalar* buffer) const {
+  void add_gradients(const ScoreTile<Scalar>& grad, const QueryRun<Scalar, Capacity>& run, const StoredMatrix& bias,
+                     Index first_key, double* rows, double* relative, double* slopes, Scalar* buffer) const {
     const Index queries = run.queries.end - run.queries.begin, keys = grad.keys.end - grad.keys.begin;
-    if (bias.data != nullptr && bias.strides[3] != 0) {
-      if (bias.strides[2] == 0) std::fill_n(buffer, keys, Scalar(0));
-      for (Index i = 0; i < queries; ++i) {
-        const Scalar* const g = grad.scores + i * grad.width;
-        if (bias.strides[2] == 0) {
-          for (Index l = 0; l < keys; ++l) buffer[l] += g[l];
-        } else {
-          add_strided(&bias(grad.b, grad.h, run.queries.begin + i, grad.keys.begin), bias.strides[3], g, keys);
-        }
-      }
-      if (bias.strides[2] == 0) add_strided(&bias(grad.b, grad.h, 0, grad.keys.begin), bias.strides[3], buffer, keys);
+    if (bias.data != nullptr) {
+      const MatrixView<const Scalar> tile{grad.scores, queries, keys, grad.width, 1};
+      bias.block(run.queries.begin, first_key, queries, keys).visit([&](auto to) {
+        if (to.row_stride != 0) return add_rows(to, tile.data, tile.row_stride);
+        std::fill_n(buffer, keys, Scalar(0));
+        for (Index i = 0; i < queries; ++i) add_strided(buffer, 1, &tile(i, 0), keys);
+        add_strided(to.data, to.col_stride, buffer, keys);
+      });
     }
     if (rows == nullptr && slopes == nullptr && relative == nullptr) return;
     // Sums along a row of gradients nearly cancel, so they are taken in double.
@@ -335,9 +345,8 @@ class ScoreRules {
       Scalar* const s = tile.scores + r * tile.width;
       if constexpr (QueriesInLanes) {
         if (inside.contains(r)) continue;
-        const Scalar key = static_cast<Scalar>(tile.keys.begin + r);
-        for (Index l = 0; l < tile.width; ++l) {
-          s[l] = (run.first[l] <= key) & (key < run.last[l]) ? s[l] : kHidden<Scalar>;
+        for (Index l = 0; l < tile.width; l += N) {
+          simd::store(s + l, run.hide_outside(tile.keys.begin + r, l, simd::load(s + l)));
         }
       } else {
         const auto lane = [&](Scalar key) {

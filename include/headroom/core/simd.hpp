@@ -43,9 +43,13 @@ inline constexpr bool kFusedMultiplyAdd = false;
 #endif
 
 using Eigen::internal::padd;
+using Eigen::internal::pand;
+using Eigen::internal::pcmp_le;
+using Eigen::internal::pcmp_lt;
 using Eigen::internal::pmadd;  // a * b + c
 using Eigen::internal::pmax;   // a NaN in the first operand wins
 using Eigen::internal::pmul;
+using Eigen::internal::pselect;
 using Eigen::internal::psub;
 
 /// Hides from the optimiser where `x` came from.

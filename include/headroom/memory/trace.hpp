@@ -20,6 +20,7 @@
 #include "headroom/core/error.hpp"
 #include "headroom/dry_run/device.hpp"
 #include "headroom/dry_run/phase.hpp"
+#include "headroom/dry_run/repetition.hpp"
 #include "headroom/memory/flops.hpp"
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/operator_memory.hpp"
@@ -193,7 +194,7 @@ class TraceRecorder : private detail::AllocationListener {
       for (const c10::IValue& input : inputs) find_uses(input, uses);
       const bool counted = op.parent >= 0 && own_flops_[static_cast<size_t>(op.parent)];
       const auto flops = counted ? std::nullopt : flops_of(name, inputs);
-      op.flops = flops.value_or(0);
+      op.flops = flops.value_or(0) * Repetition::current();
       call->op = static_cast<int32_t>(trace_.operators.size());
       stack_.push_back(call->op);
       trace_.operators.push_back(op);

@@ -19,8 +19,10 @@ struct TimeFrequencyTransformerOptions {
   /// Channels of the mixture and of each stem.
   TORCH_ARG(int64_t, channels) = 2;
   TORCH_ARG(int64_t, stems) = 4;
-  /// Recompute each block in the backward pass instead of storing its activations.
-  TORCH_ARG(bool, gradient_checkpointing) = false;
+  /// What of the blocks is kept for the backward pass; true: the input of each block, the rest is computed again.
+  TORCH_ARG(CheckpointPolicy, gradient_checkpointing) = {};
+  /// Two streams through the encoder, from which backward computes all activations back: see nn::EncoderOptions.
+  TORCH_ARG(bool, reversible) = false;
   TORCH_ARG(AttentionBackend, attention) = AttentionBackend::automatic;
 
  public:
@@ -58,7 +60,7 @@ class TimeFrequencyTransformerImpl : public torch::nn::Cloneable<TimeFrequencyTr
     frequency_embedding = register_parameter("frequency_embedding", torch::randn({options.bins(), dim}) * 0.1);
     nn::EncoderOptions encoder_options(dim, options.n_heads(), options.ffn_hidden_dim(), options.n_layers());
     encoder_options.attention().backend(options.attention());
-    encoder_options.gradient_checkpointing(options.gradient_checkpointing());
+    encoder_options.gradient_checkpointing(options.gradient_checkpointing()).reversible(options.reversible());
     encoder = register_module(
         "encoder", nn::AxialEncoder(encoder_options, nn::AxialLayerImpl::Axes{{"frequency", 2}, {"time", 1}}));
     final_norm = register_module("final_norm", nn::RMSNorm(dim));

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,8 +16,12 @@ struct EncoderOptions {
   TORCH_ARG(AttentionOptions, attention);
   TORCH_ARG(FeedForwardOptions, feed_forward);
   TORCH_ARG(int64_t, layers);
-  /// Store only the input of each block and recompute the rest in the backward pass.
-  TORCH_ARG(bool, gradient_checkpointing) = false;
+  /// What of the blocks is kept for the backward pass; true: the input of each block, the rest is computed again.
+  TORCH_ARG(CheckpointPolicy, gradient_checkpointing) = {};
+  /// Two streams, y1 = x1 + attention(x2), y2 = x2 + feed_forward(y1), from which backward computes all activations
+  /// back: another model than without, with the same parameters. Both streams start as the input, the output is their
+  /// mean.
+  TORCH_ARG(bool, reversible) = false;
 
  public:
   EncoderBlock block() const {
@@ -26,12 +31,56 @@ struct EncoderOptions {
 
 namespace detail {
 
-/// Runs a block along an axis, checkpointed or not; gradients are the same bit for bit.
-inline torch::Tensor run_block(EncoderBlock& block, const torch::Tensor& x, int64_t axis, bool gradient_checkpointing) {
-  const auto forward = [module = block.ptr(), axis](const torch::Tensor& input) {
-    return module->forward(input, axis);
+/// A block and the dimension of the tokens that it attends along.
+struct BlockAlong {
+  EncoderBlock block;
+  int64_t axis;
+};
+
+/// The largest of the other token dimensions of x, which a block along `axis` treats as batch.
+inline std::optional<int64_t> independent_axis(const torch::Tensor& x, int64_t axis) {
+  std::optional<int64_t> largest;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) {
+    if (d != (axis < 0 ? axis + x.dim() : axis) && (!largest || x.size(d) > x.size(*largest))) largest = d;
+  }
+  return largest;
+}
+
+inline ReversibleLayer reversible_layer(const BlockAlong& along) {
+  const auto block = along.block.ptr();
+  const auto parameters = [](const auto& norm, const auto& branch) {
+    std::vector<torch::Tensor> all = branch->parameters();
+    all.push_back(norm->weight);
+    return all;
   };
-  return gradient_checkpointing ? checkpoint(forward, x) : forward(x);
+  return {
+      {[block, axis = along.axis](const torch::Tensor& x) {
+         return block->attention->forward(block->attention_norm->forward(x), axis);
+       },
+       parameters(block->attention_norm, block->attention)},
+      {[block](const torch::Tensor& x) { return block->feed_forward->forward(block->feed_forward_norm->forward(x)); },
+       parameters(block->feed_forward_norm, block->feed_forward)}};
+}
+
+/// Blocks one after the other, as the options say. The only place where an encoder runs its blocks.
+inline torch::Tensor run_encoder(const std::vector<BlockAlong>& blocks, const torch::Tensor& x,
+                                 const EncoderOptions& options) {
+  const CheckpointPolicy& policy = options.gradient_checkpointing();
+  if (options.reversible()) {
+    require(policy == CheckpointPolicy(), "headroom.nn.encoder.reversible",
+            "reversible is true and the checkpoint policy \"", policy.text(),
+            "\"; a reversible encoder stores nothing that a checkpoint could save, leave the policy out");
+    std::vector<ReversibleLayer> layers;
+    for (const BlockAlong& along : blocks) layers.push_back(reversible_layer(along));
+    const auto [first, second] = run_reversible(layers, x, x);
+    return (first + second) * 0.5;
+  }
+  std::vector<StackBlock> stack;
+  for (const auto& [block, axis] : blocks) {
+    stack.push_back({[block = block.ptr(), axis = axis](const torch::Tensor& t) { return block->forward(t, axis); },
+                     block->parameters(), independent_axis(x, axis)});
+  }
+  return run_stack(stack, x, policy);
 }
 
 }  // namespace detail
@@ -44,12 +93,12 @@ class EncoderImpl : public torch::nn::Module {
     for (int64_t i = 0; i < options.layers(); ++i) layers->push_back(options.block());
   }
 
-  torch::Tensor forward(torch::Tensor x, int64_t axis = -2) {
+  torch::Tensor forward(const torch::Tensor& x, int64_t axis = -2) {
+    std::vector<detail::BlockAlong> blocks;
     for (const auto& layer : *layers) {
-      EncoderBlock block(std::dynamic_pointer_cast<EncoderBlock::ContainedType>(layer));
-      x = detail::run_block(block, x, axis, options.gradient_checkpointing());
+      blocks.push_back({EncoderBlock(std::dynamic_pointer_cast<EncoderBlock::ContainedType>(layer)), axis});
     }
-    return x;
+    return detail::run_encoder(blocks, x, options);
   }
 
   EncoderOptions options;
@@ -66,11 +115,12 @@ class AxialLayerImpl : public torch::nn::Module {
     for (const auto& [name, axis] : axes_) blocks_.push_back(register_module(name, options.block()));
   }
 
-  torch::Tensor forward(torch::Tensor x) {
-    for (size_t i = 0; i < axes_.size(); ++i) {
-      x = detail::run_block(blocks_[i], x, axes_[i].second, options_.gradient_checkpointing());
-    }
-    return x;
+  torch::Tensor forward(const torch::Tensor& x) { return detail::run_encoder(blocks(), x, options_); }
+
+  std::vector<detail::BlockAlong> blocks() const {
+    std::vector<detail::BlockAlong> all;
+    for (size_t i = 0; i < axes_.size(); ++i) all.push_back({blocks_[i], axes_[i].second});
+    return all;
   }
 
  private:
@@ -92,9 +142,12 @@ class AxialEncoderImpl : public torch::nn::Module {
   }
 
   /// x [..., dim] -> same shape
-  torch::Tensor forward(torch::Tensor x) {
-    for (const auto& layer : *layers) x = layer->as<AxialLayer>()->forward(x);
-    return x;
+  torch::Tensor forward(const torch::Tensor& x) {
+    std::vector<detail::BlockAlong> blocks;
+    for (const auto& layer : *layers) {
+      for (const auto& along : layer->as<AxialLayer>()->blocks()) blocks.push_back(along);
+    }
+    return detail::run_encoder(blocks, x, options);
   }
 
   EncoderOptions options;

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/nn/matrix_product.hpp"
 #include "headroom/nn/rms_norm.hpp"
 
@@ -110,10 +111,11 @@ struct TokenChainFunction : torch::autograd::Function<TokenChainFunction> {
     all.insert(all.end(), chain.weights.begin(), chain.weights.end());
     return all;
   }
-  /// The start of the chunk after `first`. A dry run only sees the first and the last: those between need no more.
+  /// The start of the chunk after `first`. A dry run only sees the first two and the last: the first one lays out
+  /// copies of weights that stay, so that the second needs most, and those between no more.
   static int64_t next_chunk(const TokenChain& chain, int64_t first, int64_t chunk) {
-    const int64_t rows = chain.x.size(0), last = (rows - 1) / chunk * chunk;
-    return is_dry(chain.x) ? (first < last ? last : rows) : first + chunk;
+    const int64_t last = (chain.x.size(0) - 1) / chunk * chunk;
+    return is_dry(chain.x) && first == chunk && first < last ? last : first + chunk;
   }
   static int64_t widest_hidden(const TokenChain& chain) {
     int64_t widest = 0;
@@ -137,6 +139,9 @@ struct TokenChainFunction : torch::autograd::Function<TokenChainFunction> {
       }
     }
     const torch::Tensor out = torch::empty({rows, chain.weights.back().size(0)}, chain.x.options());
+    // A recomputation that ends with what is saved here has no use for the result: the last layer is left out
+    const size_t saves = tensors.size() - (layout.has_residual ? 1 : 0) + inputs_of_gelu.size();
+    const bool output_wanted = !records || SavedTensorHooks::go_on_after(saves);
     const ChunkScratch normed(chain.norm_weight.defined() ? chunk : 0, in, out);
     const ChunkScratch activation(chunk, widest_hidden(chain), out);
     for (int64_t first = 0; first < rows; first = next_chunk(chain, first, chunk)) {
@@ -151,10 +156,12 @@ struct TokenChainFunction : torch::autograd::Function<TokenChainFunction> {
         if (i + 1 < layers) {
           const torch::Tensor before = inputs_of_gelu[i].narrow(0, records ? first : 0, count);
           multiply(x, weights[i], before, bias.defined() ? Start::bias : Start::zero, bias);
+          if (i + 2 == layers && !output_wanted) break;
           x = activation(count, before.size(1));
           at::gelu_out(x, before);
           continue;
         }
+        if (!output_wanted) break;
         torch::Tensor y = out.narrow(0, first, count);
         if (chain.residual.defined()) {
           const torch::Tensor residual = chain.residual.narrow(0, first, count);

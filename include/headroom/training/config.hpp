@@ -12,10 +12,25 @@
 #include <string_view>
 #include <vector>
 
+#include "headroom/checkpoint/policy.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/training/json.hpp"
 
-namespace headroom::inline v0::training {
+namespace headroom::inline v0 {
+
+/// true, false or text; false for none and true for full.
+inline void to_json(auto& json, const CheckpointPolicy& policy) {
+  if (policy == CheckpointPolicy(true) || policy == CheckpointPolicy()) {
+    json = policy == CheckpointPolicy(true);
+  } else {
+    json = policy.text();
+  }
+}
+inline void from_json(const nlohmann::json& json, CheckpointPolicy& policy) {
+  policy = json.is_boolean() ? CheckpointPolicy(json.get<bool>()) : CheckpointPolicy(json.get<std::string>());
+}
+
+namespace training {
 
 /// `model`: the time-frequency transformer.
 struct ModelConfig {
@@ -25,7 +40,8 @@ struct ModelConfig {
   int64_t emb_dim = 0;
   int64_t n_heads = 0;
   std::vector<int64_t> ffn_hidden_dim;
-  bool gradient_checkpointing = false;
+  CheckpointPolicy gradient_checkpointing = {};
+  bool reversible = false;
   std::string attention = "automatic";
 
   static void describe(auto& self, auto&& field) {
@@ -39,7 +55,10 @@ struct ModelConfig {
     field("ffn_hidden_dim", self.ffn_hidden_dim, {.required = true, .at_least = 1, .at_most = kWidest},
           "widths of the feed-forward's hidden layers");
     field("gradient_checkpointing", self.gradient_checkpointing, {},
-          "recompute each layer in the backward pass instead of storing it");
+          "what of each layer is kept for the backward pass; `true` is `full`, docs/040_recomputation.md has a table");
+    field("reversible", self.reversible, {},
+          "two streams, from which the backward pass computes all activations back: another model, for which "
+          "gradient_checkpointing is false");
     field("attention", self.attention, {.choices = {"automatic", "tiled", "reference"}},
           "who computes attention; `reference` stores the scores");
   }
@@ -199,6 +218,10 @@ inline void check_together(const Config& config, std::vector<Problem>& problems)
       model.n_heads, ", expected an even head dimension for the rotary embedding, emb_dim ", model.emb_dim, " / ",
       model.n_heads, " heads is odd");
   rule(
+      {"model.reversible", "model.gradient_checkpointing"},
+      [&] { return !model.reversible || model.gradient_checkpointing == CheckpointPolicy(); },
+      "got true, expected false or no model.gradient_checkpointing, which has nothing to store there");
+  rule(
       {"model.n_fft"}, [&] { return model.n_fft % 2 == 0; }, "got ", model.n_fft, ", expected an even number");
   rule(
       {"model.hop_length", "model.n_fft"}, [&] { return model.hop_length <= model.n_fft / 2; }, "got ",
@@ -308,4 +331,5 @@ inline std::string config_table() {
   return "| key | default | accepted | meaning |\n|---|---|---|---|\n" + describe_markdown(Config{});
 }
 
-}  // namespace headroom::inline v0::training
+}  // namespace training
+}  // namespace headroom::inline v0

@@ -21,7 +21,8 @@
 
 namespace headroom::inline v0::training {
 
-/// What a JSON member may hold. The bounds of a list hold for each of its elements.
+/// What a JSON member may hold. A type of its own has from_json and to_json for true, false and text, and says what
+/// text may be in T::kExpected. The bounds of a list hold for each of its elements.
 struct Accepted {
   bool required = false;
   double at_least = -std::numeric_limits<double>::infinity();
@@ -155,6 +156,8 @@ std::string expected_text(const Accepted& accepted) {
     return "an integer" + bounds_text(accepted);
   } else if constexpr (std::floating_point<T>) {
     return "a number" + bounds_text(accepted);
+  } else if constexpr (requires { T::kExpected; }) {
+    return std::string("true, false or one of ") + T::kExpected;
   } else {
     static_assert(std::same_as<T, std::string>, "no JSON counterpart for this member type");
     return accepted.choices.empty() ? (accepted.may_be_empty ? "a string" : "a string that is not empty")
@@ -184,6 +187,14 @@ bool read_value(const nlohmann::json& json, T& value, const Accepted& accepted) 
     if (!json.is_number()) return false;
     value = json.get<T>();
     return within(value, accepted);
+  } else if constexpr (requires { T::kExpected; }) {
+    if (!json.is_boolean() && !json.is_string()) return false;
+    try {
+      value = json.get<T>();
+      return true;
+    } catch (const Error&) {
+      return false;
+    }
   } else {
     if (!json.is_string()) return false;
     value = json.get<std::string>();

@@ -309,6 +309,7 @@ inline models::TimeFrequencyTransformerOptions model_options(const Config& confi
       .channels(config.audio.channels)
       .stems(static_cast<int64_t>(config.audio.stems.size()))
       .gradient_checkpointing(config.model.gradient_checkpointing)
+      .reversible(config.model.reversible)
       .attention(attention_backend(config.model.attention));
 }
 

@@ -1,0 +1,183 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/op_registration/adaption.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "headroom/checkpoint/saved_tensors.hpp"
+#include "headroom/core/error.hpp"
+#include "headroom/dry_run/operator.hpp"
+
+namespace headroom::inline v0 {
+
+/// Names of operators whose results a selective checkpoint keeps: "headroom::attention", "aten::mm".
+using KeptOperators = std::vector<std::string>;
+
+namespace detail {
+
+/// Results of operators of one checkpointed call, in the order of their calls.
+class KeptResults {
+ public:
+  explicit KeptResults(KeptOperators names) : names_(std::move(names)) {}
+
+  bool keeps(std::string_view name) const { return std::find(names_.begin(), names_.end(), name) != names_.end(); }
+  /// Whether any of them is not headroom's own.
+  bool keeps_foreign() const {
+    return std::any_of(names_.begin(), names_.end(), [](const auto& name) { return !name.starts_with("headroom::"); });
+  }
+
+  /// In forward: stores results.
+  void store(std::string_view name, at::TensorList results) {
+    Entry& entry = entries_.emplace_back(Entry{std::string(name), {}});
+    entry.results.emplace();
+    for (const at::Tensor& x : results) entry.results->push_back(x.defined() ? Snapshot(x) : Snapshot());
+  }
+
+  /// In forward: `x` is about to be changed in place. What shares its memory is computed again, as the product that
+  /// LibTorch's linear adds the bias to, behind a view that shares no version with it.
+  void forget(const at::Tensor& x) {
+    if (!x.defined() || !x.has_storage()) return;
+    for (Entry& entry : entries_) {
+      if (!entry.results) continue;
+      for (const Snapshot& kept : *entry.results) {
+        if (!kept.holds_tensor() || !kept.unchecked().is_alias_of(x)) continue;
+        entry.results.reset();
+        break;
+      }
+    }
+  }
+
+  void rewind() { next_ = 0; }
+
+  /// In recomputation: the results of the next call; none where they have to be computed.
+  std::optional<std::vector<at::Tensor>> next(std::string_view name) {
+    require(next_ < entries_.size() && entries_[next_].name == name, "headroom.checkpoint.mismatch",
+            "recomputation calls ", name, ", forward ",
+            next_ < entries_.size() ? "called " + entries_[next_].name : std::string("was through"),
+            "; forward must not depend on anything that changes in between");
+    const Entry& entry = entries_[next_++];
+    if (!entry.results) return std::nullopt;
+    std::vector<at::Tensor> results;
+    for (const Snapshot& x : *entry.results) {
+      // a tensor of its own: autograd writes the new graph into it
+      results.push_back(x.holds_tensor() ? x.tensor().detach() : at::Tensor());
+    }
+    return results;
+  }
+
+ private:
+  struct Entry {
+    std::string name;
+    std::optional<std::vector<Snapshot>> results;  // none: not kept after all
+  };
+  KeptOperators names_;
+  std::vector<Entry> entries_;
+  std::size_t next_ = 0;
+};
+
+/// While it lives, operators on this thread that `kept` names store their results there, or take them from there.
+/// nullptr: none do, whatever an enclosing scope says.
+class KeptResultsScope final : private OperatorResults {
+ public:
+  enum class Mode { store, take };
+
+  KeptResultsScope(KeptResults* kept, Mode mode) : kept_(kept), mode_(mode), outer_(std::exchange(current_, this)) {
+    if (kept_ == nullptr) return;
+    if (mode_ == Mode::take) kept_->rewind();
+    if (!kept_->keeps_foreign()) return;
+    intercept_operators();
+    intercepting_.emplace(c10::DispatchKeySet(c10::DispatchKey::Fake));
+  }
+  ~KeptResultsScope() override { current_ = outer_; }
+
+ private:
+  Results call(std::string_view name, const std::function<Results()>& compute) override {
+    if (kept_ == nullptr || !kept_->keeps(name)) return compute();
+    if (mode_ == Mode::take) {
+      if (auto results = kept_->next(name)) return *std::move(results);
+    }
+    const KeptResultsScope within(nullptr, mode_);  // what it calls belongs to it
+    Results results = compute();
+    if (mode_ == Mode::store) kept_->store(name, results);
+    return results;
+  }
+
+  /// LibTorch's operators pass through the dispatch key Fake, below autograd, where a scope includes it.
+  static void intercept_operators() {
+    static const auto* const library = [] {
+      auto* made = new torch::Library(torch::Library::IMPL, "_", c10::DispatchKey::Fake, __FILE__, __LINE__);
+      made->fallback(torch::CppFunction::makeFromBoxedFunction<&intercept>());
+      return made;
+    }();
+    static_cast<void>(library);
+  }
+
+  /// An operator whose results can be handed out again: it returns new tensors, and draws no random numbers, which its
+  /// second call would have to skip.
+  static bool is_repeatable(const c10::OperatorHandle& op) {
+    const auto is_fresh = [](const c10::Argument& x) {
+      return x.alias_info() == nullptr && x.type()->kind() == c10::TypeKind::TensorType;
+    };
+    const auto& schema = op.schema();
+    return !schema.returns().empty() && std::all_of(schema.returns().begin(), schema.returns().end(), is_fresh) &&
+           !schema.is_mutable() && !op.hasTag(at::Tag::nondeterministic_seeded);
+  }
+
+  static void forget_changed(KeptResults& kept, const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+    const auto& arguments = op.schema().arguments();
+    for (std::size_t i = 0; i < arguments.size(); ++i) {
+      if (arguments[i].alias_info() == nullptr || !arguments[i].alias_info()->isWrite()) continue;
+      const c10::IValue& value = stack[stack.size() - arguments.size() + i];
+      if (value.isTensor()) kept.forget(value.toTensor());
+      if (value.isTensorList()) {
+        for (const at::Tensor& x : value.toTensorVector()) kept.forget(x);
+      }
+    }
+  }
+
+  static void intercept(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    const c10::impl::ExcludeDispatchKeyGuard once{c10::DispatchKeySet(c10::DispatchKey::Fake)};
+    const auto redispatch = [&] {
+      op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::Fake), stack);
+    };
+    const std::string& name = op.operator_name().name;
+    KeptResults* const kept = current_ != nullptr ? current_->kept_ : nullptr;
+    if (kept != nullptr && current_->mode_ == Mode::store && op.schema().is_mutable())
+      forget_changed(*kept, op, *stack);
+    if (kept == nullptr || !is_repeatable(op) || !kept->keeps(name)) return redispatch();
+    if (current_->mode_ == Mode::take) {
+      if (const auto results = kept->next(name)) {
+        torch::jit::drop(*stack, op.schema().arguments().size());
+        stack->insert(stack->end(), results->begin(), results->end());
+        return;
+      }
+    }
+    const Mode mode = current_->mode_;
+    const KeptResultsScope within(nullptr, mode);  // what it calls belongs to it
+    redispatch();
+    if (mode == Mode::take) return;
+    std::vector<at::Tensor> results;
+    for (std::size_t i = op.schema().returns().size(); i > 0; --i) results.push_back(stack->end()[-i].toTensor());
+    kept->store(name, results);
+  }
+
+  static inline thread_local KeptResultsScope* current_ = nullptr;
+
+  KeptResults* kept_;
+  Mode mode_;
+  KeptResultsScope* outer_;
+  std::optional<c10::impl::IncludeDispatchKeyGuard> intercepting_;
+};
+
+}  // namespace detail
+}  // namespace headroom::inline v0

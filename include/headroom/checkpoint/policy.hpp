@@ -1,0 +1,137 @@
+#pragma once
+
+#include <array>
+#include <charconv>
+#include <concepts>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "headroom/checkpoint/kept_results.hpp"
+#include "headroom/checkpoint/storage.hpp"
+#include "headroom/core/error.hpp"
+
+namespace headroom::inline v0 {
+
+/// What of a stack of blocks is kept for backward, and where: a value for options and configuration files.
+///
+/// | text | held after forward | computed again |
+/// | `none` | everything that autograd saves | nothing |
+/// | `full` | the input of each block | each block |
+/// | `every-K` | the input of every K-th block | each block, K at a time |
+/// | `selective` | the inputs, output and log-sum-exp of attention | each block but for its attention |
+/// | `tiled` | the input of each block | each block, slice by slice along an axis that it treats as batch |
+/// | `nested`, `nested-L` | the inputs of groups of blocks (L levels, 2 unless given) | each block L times |
+///
+/// Parts are joined by `+`: `selective+every-2`, `tiled+nested`, and where inputs are kept: `full+bf16`,
+/// `tiled+offload` (CheckpointStorage).
+struct CheckpointPolicy {
+  enum class Block { none, full, selective, tiled };
+
+  Block block = Block::none;
+  int64_t every = 1;   ///< blocks that share a checkpoint
+  int64_t levels = 1;  ///< of checkpoints around checkpoints; n blocks are grouped by the levels-th root of n
+  CheckpointStorage storage = CheckpointStorage::memory;
+  KeptOperators keep = {"headroom::attention"};  ///< whose results `selective` keeps
+
+  CheckpointPolicy() = default;
+  /// true: full, the "gradient checkpointing" of trainers; false: none.
+  CheckpointPolicy(std::same_as<bool> auto recompute) : block(recompute ? Block::full : Block::none) {}  // NOLINT
+  /// From text as above. Throws headroom.checkpoint.policy.
+  CheckpointPolicy(const std::convertible_to<std::string_view> auto& text) { read(text); }  // NOLINT
+
+  /// As text; what `keep` names is left out.
+  std::string text() const;
+  bool operator==(const CheckpointPolicy&) const = default;
+
+  /// What text may be, for messages.
+  static constexpr const char* kExpected =
+      "none, full, every-K, selective, tiled or nested, parts joined by + as in tiled+offload, selective+every-2 or "
+      "full+nested-3+bf16";
+
+ private:
+  void read(std::string_view text);
+};
+
+namespace detail {
+
+inline constexpr std::array<std::pair<std::string_view, CheckpointPolicy::Block>, 4> kBlockNames = {{
+    {"none", CheckpointPolicy::Block::none},
+    {"full", CheckpointPolicy::Block::full},
+    {"selective", CheckpointPolicy::Block::selective},
+    {"tiled", CheckpointPolicy::Block::tiled},
+}};
+inline constexpr std::array<std::pair<std::string_view, CheckpointStorage>, 3> kStorageNames = {{
+    {"memory", CheckpointStorage::memory},
+    {"bf16", CheckpointStorage::bf16},
+    {"offload", CheckpointStorage::offload},
+}};
+
+/// Throws headroom.checkpoint.policy.
+inline void check_policy(const CheckpointPolicy& policy, std::string_view text) {
+  using Block = CheckpointPolicy::Block;
+  const auto rule = [&](bool holds, const char* why) {
+    require(holds, "headroom.checkpoint.policy", "the checkpoint policy is \"", text, "\": ", why, "; expected ",
+            CheckpointPolicy::kExpected);
+  };
+  rule(policy.every >= 1 && policy.levels >= 1, "K and levels are positive numbers");
+  rule(policy.block != Block::none || (policy.every == 1 && policy.levels == 1), "none has no checkpoints to arrange");
+  rule(policy.block != Block::none || policy.storage == CheckpointStorage::memory, "none has no checkpoints to keep");
+  rule(policy.every == 1 || policy.block != Block::tiled, "blocks that are tiled along their own axes share none");
+  rule(policy.every == 1 || policy.levels == 1, "nested groups blocks by itself");
+  rule(policy.levels == 1 || policy.block != Block::selective,
+       "within another checkpoint attention is computed again, there is nothing to keep");
+}
+
+}  // namespace detail
+
+inline void CheckpointPolicy::read(std::string_view given) {
+  bool named_block = false;
+  for (std::string_view rest = given;;) {
+    const std::size_t end = std::min(rest.find('+'), rest.size());
+    const std::string_view part = rest.substr(0, end);
+    const auto number_after = [&](std::string_view prefix, int64_t& number) {
+      if (!part.starts_with(prefix)) return false;
+      const char* const last = part.data() + part.size();
+      const auto [stop, error] = std::from_chars(part.data() + prefix.size(), last, number);
+      return error == std::errc() && stop == last && number >= 1;
+    };
+    bool known = false;
+    for (const auto& [name, value] : detail::kBlockNames) {
+      if (part != name) continue;
+      known = !named_block;
+      named_block = true;
+      block = value;
+    }
+    for (const auto& [name, value] : detail::kStorageNames) {
+      if (part != name) continue;
+      known = true;
+      storage = value;
+    }
+    if (part == "nested") levels = 2, known = true;
+    known = known || number_after("every-", every) || number_after("nested-", levels);
+    require(known, "headroom.checkpoint.policy", "the checkpoint policy is \"", given, "\", of which \"", part,
+            "\" is unknown or there already; expected ", kExpected);
+    if (end == rest.size()) break;
+    rest.remove_prefix(end + 1);
+  }
+  if (!named_block) block = Block::full;  // every-K, nested
+  detail::check_policy(*this, given);
+}
+
+inline std::string CheckpointPolicy::text() const {
+  std::string text;
+  const auto add = [&](const std::string& part) { text += (text.empty() ? "" : "+") + part; };
+  const bool arranged = every > 1 || levels > 1;
+  for (const auto& [name, value] : detail::kBlockNames) {
+    if (value == block && !(value == Block::full && arranged)) add(std::string(name));
+  }
+  if (every > 1) add("every-" + std::to_string(every));
+  if (levels > 1) add(levels == 2 ? "nested" : "nested-" + std::to_string(levels));
+  for (const auto& [name, value] : detail::kStorageNames) {
+    if (value == storage && value != CheckpointStorage::memory) add(std::string(name));
+  }
+  return text;
+}
+
+}  // namespace headroom::inline v0

@@ -54,8 +54,8 @@ void train_really(const Config& config) {
 }  // namespace
 
 TEST_CASE("the planned peak of training is the measured one, byte for byte, under every checkpoint policy") {
-  for (const char* policy : {"none", "full", "selective", "every-3", "nested", "tiled", "full+offload", "full+bf16",
-                             "reversible"}) {
+  for (const char* policy :
+       {"none", "full", "selective", "every-3", "nested", "tiled", "full+offload", "full+bf16", "reversible"}) {
     for (const char* attention : {"automatic", "reference"}) {
       Config config = small();
       config.model.reversible = policy == std::string("reversible");

@@ -108,7 +108,8 @@ TEST_CASE("gradient_checkpointing is true, false or a checkpoint policy") {
   CHECK(parse_config(to_json(tiled), "again").model.gradient_checkpointing == tiled.model.gradient_checkpointing);
   const Lines problems = problems_of(with(R"({"model": {"gradient_checkpointing": "tield"}})"));
   REQUIRE(problems.size() == 1);
-  CHECK(contains(problems[0], "model.gradient_checkpointing: got \"tield\", expected true, false or one of none, full"));
+  CHECK(
+      contains(problems[0], "model.gradient_checkpointing: got \"tield\", expected true, false or one of none, full"));
   CHECK(problems_of(with(R"({"model": {"gradient_checkpointing": 3}})")).size() == 1);
 
   CHECK(parse_config(with(R"({"model": {"reversible": true}})"), "a.json").model.reversible);

@@ -5,8 +5,8 @@
 #include <csignal>
 #include <cstring>
 
-#include "support/audio_files.hpp"
 #include "support/catch.hpp"
+#include "support/files.hpp"
 
 using namespace headroom;
 using audio::AudioReader;

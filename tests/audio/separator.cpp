@@ -4,8 +4,8 @@
 #include <malloc.h>
 #endif
 
-#include "support/audio_files.hpp"
 #include "support/catch.hpp"
+#include "support/files.hpp"
 
 using namespace headroom;
 using audio::SeparatorOptions;

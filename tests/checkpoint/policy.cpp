@@ -3,7 +3,6 @@
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
@@ -12,6 +11,7 @@
 #include "headroom/memory.hpp"
 #include "headroom/nn.hpp"
 #include "support/catch.hpp"
+#include "support/files.hpp"
 
 using namespace headroom;
 using torch::Tensor;
@@ -331,14 +331,8 @@ TEST_CASE("offloaded checkpoints are no memory of the process and leave no file"
   torch::manual_seed(6);
   const Tensor x = torch::randn({64, 1 << 18});  // 64 MiB
   const auto storage = checkpoint_pack(CheckpointStorage::offload);
-  const auto files = [] {
-    int count = 0;
-    for (const auto& entry : std::filesystem::directory_iterator(std::filesystem::temp_directory_path())) {
-      count += testing::contains(entry.path().string(), "headroom_checkpoint_");
-    }
-    return count;
-  };
-  const int before = files();
+  const testing::TemporaryFolder folder;
+  const testing::TemporaryFilesIn there(folder.path());
   const int64_t held = MemoryMeter()
                            .measure([&] {
                              Tensor t = x * 2;
@@ -352,7 +346,7 @@ TEST_CASE("offloaded checkpoints are no memory of the process and leave no file"
                            })
                            .held();
   CHECK(held == 0);
-  CHECK(files() == before);
+  CHECK(folder.names().empty());
   const Tensor permuted = torch::randn({5, 6, 7}).permute({2, 0, 1});
   const Tensor back = storage(permuted)();
   CHECK(back.equal(permuted));

@@ -13,6 +13,7 @@
 #include "headroom/memory.hpp"
 #include "headroom/nn.hpp"
 #include "support/catch.hpp"
+#include "support/files.hpp"
 
 using namespace headroom;
 using torch::Tensor;
@@ -237,11 +238,10 @@ TEST_CASE("a mismatch names the operators whose results differ") {
 TEST_CASE("checkpoints that no disk has room for are errors, not signals") {
   const auto storage = checkpoint_pack(CheckpointStorage::offload);
   const Tensor x = torch::randn({1 << 16});
-  const char* const before = std::getenv("TMPDIR");
-  const std::string folder = before != nullptr ? before : "";
-  ::setenv("TMPDIR", "/proc", 1);
-  const Error nowhere = testing::error_of([&] { storage(x); });
-  before != nullptr ? ::setenv("TMPDIR", folder.c_str(), 1) : ::unsetenv("TMPDIR");
+  const Error nowhere = testing::error_of([&] {
+    const testing::TemporaryFilesIn there("/proc");
+    storage(x);
+  });
   CHECK(nowhere.id() == "headroom.checkpoint.offload");
   CHECK(testing::contains(nowhere.what(), "TMPDIR"));
 

@@ -4,13 +4,13 @@
 
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <sstream>
 #include <string>
 
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/summary.hpp"
 #include "support/catch.hpp"
+#include "support/files.hpp"
 
 using namespace headroom;
 using testing::contains;
@@ -34,8 +34,9 @@ struct Totals {
   std::string text;
 };
 Totals read_by_pytorch(const std::string& snapshot) {
-  const std::filesystem::path file = std::filesystem::temp_directory_path() / "headroom_snapshot.pickle";
-  std::ofstream(file, std::ios::binary) << snapshot;
+  const testing::TemporaryFolder folder;
+  const std::filesystem::path file = folder / "snapshot.pickle";
+  testing::write_bytes(file, snapshot);
   const std::string command = HEADROOM_SNAPSHOT_READER " " + file.string() + " 2>&1";
   FILE* const pipe = popen(command.c_str(), "r");
   REQUIRE(pipe != nullptr);

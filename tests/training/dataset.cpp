@@ -5,8 +5,8 @@
 #include <map>
 #include <set>
 
-#include "support/audio_files.hpp"
 #include "support/catch.hpp"
+#include "support/files.hpp"
 
 using namespace headroom;
 using testing::error_of;

@@ -10,6 +10,7 @@
 #include "headroom/training/recommend.hpp"
 #include "headroom/training/sweep.hpp"
 #include "support/catch.hpp"
+#include "support/files.hpp"
 
 using namespace headroom;
 using training::Config;
@@ -272,8 +273,9 @@ TEST_CASE("a sweep plans what each configuration would need by itself") {
 }
 
 TEST_CASE("device profiles from files") {
-  const std::filesystem::path path = std::filesystem::temp_directory_path() / "headroom_device_profile.json";
-  const auto write = [&](const std::string& text) { std::ofstream(path) << text; };
+  const testing::TemporaryFolder folder;
+  const std::filesystem::path path = folder / "profile.json";
+  const auto write = [&](const std::string& text) { testing::write_bytes(path, text); };
   write(R"({"name": "card", "total_bytes": 1000000, "total_bytes_source": "data sheet", "context_bytes": 1000,
             "context_bytes_source": "assumption", "workspace_bytes": 0, "workspace_bytes_source": "assumption"})");
   CHECK(training::find_device_profile(path.string()).usable_bytes() == 999000);

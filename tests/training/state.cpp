@@ -8,8 +8,8 @@
 #include <sstream>
 #include <thread>
 
-#include "support/audio_files.hpp"
 #include "support/catch.hpp"
+#include "support/files.hpp"
 #include "support/tiny_separator.hpp"
 
 using namespace headroom;

@@ -15,8 +15,8 @@
 #include "headroom/audio/file.hpp"
 #include "headroom/training/plan.hpp"
 #include "headroom/training/state.hpp"
-#include "support/audio_files.hpp"
 #include "support/catch.hpp"
+#include "support/files.hpp"
 #include "support/tiny_separator.hpp"
 
 using namespace headroom;

@@ -3,8 +3,8 @@
 #include <filesystem>
 #include <map>
 
-#include "support/audio_files.hpp"
 #include "support/catch.hpp"
+#include "support/files.hpp"
 #include "support/one_thread.hpp"
 #include "support/tiny_separator.hpp"
 

@@ -33,6 +33,13 @@ struct BackwardTensors : AttentionTensors {
 struct HeadFamily {
   Index first_batch, batches, first_head, heads;
   Index size() const { return batches * heads; }
+  /// Calls f(b, h) for each, in order.
+  template <class F>
+  void for_each(F&& f) const {
+    for (Index b = first_batch; b < first_batch + batches; ++b) {
+      for (Index h = first_head; h < first_head + heads; ++h) f(b, h);
+    }
+  }
 };
 
 /// Backward of a few tiles of keys against all queries, one block of queries at a time. Keys fill the lanes; queries
@@ -54,6 +61,7 @@ class BackwardGroup {
   /// What the groups of one head share.
   struct Head {
     Index b, h;
+    const KeyRange* seen;     // [blocks of queries]: no key outside is seen by any query of the block
     Scalar* delta;            // [Lq], written by the first group
     std::uint16_t* grad_q;    // [Lq][D]: lower halves of the sums where grad_q is stored in 16 bits, else null
     std::atomic<int>* turns;  // [blocks of queries]: groups that are done with the block; null when groups run in order
@@ -100,6 +108,16 @@ class BackwardGroup {
   /// One group even without keys: it clears grad_q.
   static Index groups(const BackwardTensors<Scalar>& x) { return std::max<Index>(key_groups(x).count(), 1); }
   static Index blocks(Index queries) { return (queries + kQueries - 1) / kQueries; }
+  /// Writes Head::seen of head (b,h).
+  static void find_seen(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules, Index b, Index h,
+                        KeyRange* seen) {
+    Index begin[kQueries], end[kQueries];
+    for (Index first = 0; first < x.q.length(); first += kQueries) {
+      const Index count = std::min(kQueries, x.q.length() - first);
+      rules.mask().ranges(b, h, {first, first + count}, x.k.length(), begin, end);
+      *seen++ = hull(begin, end, count, x.k.length());
+    }
+  }
 
   /// Group `group` of the keys that the heads of a family use; `head(b, h)` gives their Head.
   template <class HeadOf>
@@ -164,14 +182,16 @@ class BackwardGroup {
     const Index b0 = members.first_batch, h0 = members.first_head;
     const auto turn = Rotation<Scalar>::of_keys(rules.params());
     const StoredMatrix keys = x.k.head(b0, h0, x.heads()), values = x.v.head(b0, h0, x.heads());
-    const KeyRange seen = seen_keys(x, rules, members);
+    KeyRange seen{x.k.length(), 0};
+    members.for_each([&](Index b, Index h) {
+      const KeyRange* const of_block = head(b, h).seen;
+      for (Index block = 0; block < blocks(x.q.length()); ++block) seen = hull(seen, of_block[block]);
+    });
     in_pairs_ = kPairs && multiplies_pairs(x, rules.params());
     std::optional<PairUnit> unit;
     if (in_pairs_) unit.emplace();
     for (Index t = 0; t < count; ++t) open(tiles_[t], tiling[first_tile + t], x, keys, values, seen, rules);
-    for (Index b = b0; b < b0 + members.batches; ++b) {
-      for (Index h = h0; h < h0 + members.heads; ++h) add_head(x, rules, head(b, h), group, count);
-    }
+    members.for_each([&](Index b, Index h) { add_head(x, rules, head(b, h), group, count); });
     const RowWriter<Scalar> grad_k(x.grad_k.head(b0, h0, x.heads()), turn), grad_v(x.grad_v.head(b0, h0, x.heads()));
     for (Index t = 0; t < count; ++t) close(tiles_[t], grad_k, grad_v, rules.scale());
   }
@@ -179,7 +199,7 @@ class BackwardGroup {
   /// All queries of one head against the open tiles.
   void add_head(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules, const Head& head, Index group,
                 Index count) {
-    const auto [b, h, delta, grad_q_halves, turns, grad_bias, bias_rows, relative, slopes, sink] = head;
+    const auto [b, h, seen, delta, grad_q_halves, turns, grad_bias, bias_rows, relative, slopes, sink] = head;
     const KeyRange keys = BackwardGroup::keys(x, group);
     const AttentionParams& params = rules.params();
     const auto turn = Rotation<Scalar>::of_queries(params);
@@ -205,8 +225,9 @@ class BackwardGroup {
           }
         }
       }
-      const Run run(rules.mask(), params, b, h, {first, first + rows}, x.k.length());
-      if (run.touches(keys) && (!rules.hides_elements() || rules.sees_any(b, h, run.queries, keys))) {
+      const KeyRange block_queries{first, first + rows};
+      if (!(seen[block] & keys).empty() && (!rules.hides_elements() || rules.sees_any(b, h, block_queries, keys))) {
+        const Run run(rules.mask(), params, b, h, block_queries, x.k.length());
         split_lse(x.lse, b, h, first, rows, static_cast<double>(rules.factor()));
         MatrixView<const Scalar> q_block{nullptr, rows}, g_block{nullptr, rows};
         if (in_pairs_) {
@@ -270,25 +291,6 @@ class BackwardGroup {
       if (last_group) grad_q.finish(first, rows, buffer_);
       if (turns != nullptr) turns[block].store(static_cast<int>(group) + 1, std::memory_order_release);
     }
-  }
-
-  /// The range outside which no query of any member sees a key.
-  static KeyRange seen_keys(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules,
-                            const HeadFamily& members) {
-    const Index keys = x.k.length();
-    KeyRange seen{keys, 0};
-    Index begin[kQueries], end[kQueries];
-    for (Index b = members.first_batch; b < members.first_batch + members.batches; ++b) {
-      for (Index h = members.first_head; h < members.first_head + members.heads; ++h) {
-        for (Index first = 0; first < x.q.length(); first += kQueries) {
-          const Index count = std::min(kQueries, x.q.length() - first);
-          rules.mask().ranges(b, h, {first, first + count}, keys, begin, end);
-          const KeyRange part = hull(begin, end, count, keys);
-          seen = {std::min(seen.begin, part.begin), std::max(seen.end, part.end)};
-        }
-      }
-    }
-    return seen;
   }
 
   /// Keys that nobody sees are not read: whatever they hold, NaN included, stays out of every product.
@@ -587,26 +589,37 @@ class BackwardPass {
     }
     std::atomic<Index> committed{0};
 
+    const auto family_at = [&](Index index) {
+      const Index per_batch = x_.heads() / heads_;  // families in one batch
+      return HeadFamily{index / per_batch * batches_, batches_, index % per_batch * heads_, heads_};
+    };
+    // Whole families use the parts of their worker, split ones their own
+    const auto split_owner = [&](Index s) { return (whole > 0 ? workers : 0) + s; };
+    const auto head_part = [&](Index owner, Index member) {
+      return HeadPart(head_start + (owner * members_ + member) * head_bytes, *this);
+    };
+    const auto find_seen = [&](const HeadFamily& family, Index owner) {
+      Index member = 0;
+      family.for_each([&](Index b, Index h) { Group::find_seen(x_, rules_, b, h, head_part(owner, member++).seen); });
+    };
+    executor.run(split, [&](Index s, int) { find_seen(family_at(whole + s), split_owner(s)); });
     executor.run(whole + split * groups_, [&](Index task, int worker) {
       Group group(workspace.data() + worker * group_bytes, x_.q.dim(), x_.v.dim(), cap);
       const bool is_whole = task < whole;
       const Index s = (task - whole) % std::max<Index>(split, 1);
-      const Index family_index = is_whole ? task : whole + s;
-      const Index per_batch = x_.heads() / heads_;  // families in one batch
-      const HeadFamily family{family_index / per_batch * batches_, batches_, family_index % per_batch * heads_, heads_};
+      const HeadFamily family = family_at(is_whole ? task : whole + s);
+      const Index owner = is_whole ? worker : split_owner(s);
       const auto slot = [&](Index b, Index h) { return (b - family.first_batch) * heads_ + h - family.first_head; };
       const auto sum_part = [&](Index member) {
         return SumPart(sums + (worker * members_ + member) * sum_bytes, *this);
       };
-      const auto head_index = [&](Index b, Index h) {
-        return (is_whole ? worker : head_parts / members_ - split + s) * members_ + slot(b, h);
-      };
       const BiasSums bias_sums(bias_start + worker * bias_bytes, *this);
       const auto head = [&](Index b, Index h, KeyRange keys) {
-        const HeadPart part(head_start + head_index(b, h) * head_bytes, *this);
+        const HeadPart part = head_part(owner, slot(b, h));
         const SumPart sum = sum_part(slot(b, h));
         return typename Group::Head{b,
                                     h,
+                                    part.seen,
                                     part.delta,
                                     part.grad_q,
                                     is_whole ? nullptr : part.turns,
@@ -618,11 +631,7 @@ class BackwardPass {
       };
       const auto each_member = [&](auto&& f) {
         if (sum_bytes == 0) return;
-        for (Index b = family.first_batch; b < family.first_batch + batches_; ++b) {
-          for (Index h = family.first_head; h < family.first_head + heads_; ++h) {
-            f(sum_part(slot(b, h)), HeadPart(head_start + head_index(b, h) * head_bytes, *this).totals, b, h);
-          }
-        }
+        family.for_each([&](Index b, Index h) { f(sum_part(slot(b, h)), head_part(owner, slot(b, h)).totals, b, h); });
       };
       const auto run_group = [&](Index g) {
         const KeyRange keys = Group::keys(x_, g);
@@ -647,6 +656,7 @@ class BackwardPass {
         committed.store(task + 1, std::memory_order_release);
       };
       if (is_whole) {
+        find_seen(family, owner);
         for (Index g = 0; g < groups_; ++g) {
           run_group(g);
           if (g + 1 < groups_) add_group(g);
@@ -682,6 +692,7 @@ class BackwardPass {
   };
   /// What the groups of a head share.
   struct HeadPart {
+    KeyRange* seen;
     Scalar* delta;
     std::uint16_t* grad_q;
     std::atomic<int>* turns;
@@ -690,6 +701,7 @@ class BackwardPass {
 
     HeadPart(std::byte* start, const BackwardPass& pass) : scratch(start), totals(start, pass) {
       scratch.take<std::byte>(totals.bytes());
+      seen = scratch.take<KeyRange>(pass.blocks_);
       delta = scratch.take<Scalar>(pass.x_.q.length());
       turns = scratch.take<std::atomic<int>>(pass.blocks_);
       const bool splits = RowSums<Scalar>::splits(pass.x_.grad_q.type);

@@ -77,7 +77,7 @@ class ForwardGroup {
       std::fill_n(tile.output, output_rows_ * width, Scalar(0));
       std::fill_n(tile.sum, width, Scalar(0));
       std::fill_n(tile.maximum, width, kHidden<Scalar> / 2);  // above every hidden score, below every other
-      needed = {std::min(needed.begin, tile.run.any.begin), std::max(needed.end, tile.run.any.end)};
+      needed = hull(needed, tile.run.any);
     }
     for (Index key = needed.begin; key < needed.end; key += kKeys) {
       const KeyRange block{key, std::min(key + kKeys, needed.end)};

@@ -153,6 +153,9 @@ KeyRange hull(const T* begin, const T* end, Index count, Index keys) {
   return {static_cast<Index>(first), static_cast<Index>(last)};
 }
 
+/// The smallest range that holds both, of which {keys, 0} is none.
+inline KeyRange hull(KeyRange a, KeyRange b) { return {std::min(a.begin, b.begin), std::max(a.end, b.end)}; }
+
 /// Hands out pieces of a workspace, each aligned to a cache line. With a null start it only measures.
 class Scratch {
  public:

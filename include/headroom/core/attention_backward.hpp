@@ -158,6 +158,7 @@ class BackwardGroup {
 
   /// Queries of a block that see keys of a tile.
   struct Queries {
+    const Run& run;
     MatrixView<const Scalar> q, g;
     const Scalar *delta, *lse, *lse_rest;
     Scalar* grad;  // [rows][padded D]: sums for grad_q
@@ -244,43 +245,28 @@ class BackwardGroup {
           const Tile& tile = tiles_[t];
           if (!run.touches(tile.keys)) continue;
           // in pairs, a sum over queries is padded with those that follow
-          run_ = in_pairs_ ? run : run.that_see(tile.keys);
-          const Index skip = run_.queries.begin - first, seen = run_.queries.end - run_.queries.begin;
-          const Queries part{q_block.middle_rows(skip, seen),
-                             g_block.middle_rows(skip, seen),
+          const KeyRange seeing = in_pairs_ ? run.queries : run.that_see(tile.keys);
+          const bool all = seeing == run.queries;
+          if (!all) part_ = run.part(seeing);
+          const Index skip = seeing.begin - first, seen_by = seeing.end - seeing.begin;
+          const Queries part{all ? run : part_,
+                             q_block.middle_rows(skip, seen_by),
+                             g_block.middle_rows(skip, seen_by),
                              delta + first + skip,
                              lse_ + skip,
                              lse_rest_ + skip,
                              grad_queries_ + skip * padded_dim_};
           const ScoreTile<Scalar> weights{weights_, tile.width(), b, h, tile.keys};
-          switch (tile.vectors) {
-            case 1:
-              weigh<1>(tile, weights, part, rules);
-              break;
-            case 2:
-              weigh<2>(tile, weights, part, rules);
-              break;
-            default:
-              weigh<kTileVectors>(tile, weights, part, rules);
-          }
+          with_vectors(tile.vectors, [&]<int Vectors> { weigh<Vectors>(tile, weights, part, rules); });
           if (grad_bias.data != nullptr || bias_rows != nullptr || relative != nullptr || slopes != nullptr) {
             const ScoreTile<Scalar> grad{grad_scores_, tile.width(), b, h, tile.keys};
-            rules.add_gradients(grad, run_, grad_bias, tile.keys.begin - keys.begin, bias_rows, relative, slopes,
+            rules.add_gradients(grad, part.run, grad_bias, tile.keys.begin - keys.begin, bias_rows, relative, slopes,
                                 buffer_);
           }
           if (cap_slope_ != nullptr) {
-            for (Index i = 0; i < seen * tile.width(); ++i) grad_scores_[i] *= cap_slope_[i];
+            for (Index i = 0; i < seen_by * tile.width(); ++i) grad_scores_[i] *= cap_slope_[i];
           }
-          switch (tile.vectors) {
-            case 1:
-              accumulate<1>(tile, part);
-              break;
-            case 2:
-              accumulate<2>(tile, part);
-              break;
-            default:
-              accumulate<kTileVectors>(tile, part);
-          }
+          with_vectors(tile.vectors, [&]<int Vectors> { accumulate<Vectors>(tile, part); });
         }
         if (in_pairs_) {
           const Scalar scale = static_cast<Scalar>(rules.scale());
@@ -413,7 +399,7 @@ class BackwardGroup {
     Scalar *const weights = weights_, *const grad_scores = grad_scores_;  // [rows][width]
     const Packet factor = simd::broadcast(rules.factor());
     // also hidden: the lanes past the last key
-    const bool hides = rules.hides_elements() || !run_.covers({tile.keys.begin, tile.keys.begin + width});
+    const bool hides = rules.hides_elements() || !queries.run.covers({tile.keys.begin, tile.keys.begin + width});
     if constexpr (kPairs) {
       if (in_pairs_) {
         multiply_pairs<Vectors, false>(query_rows(), pair_dim_, tile.key_pairs(), width, padded(rows, kPairRows),
@@ -429,7 +415,7 @@ class BackwardGroup {
           score.for_each([&](int r, int v, Packet s)
                              __attribute__((always_inline)) { simd::store(weights + (row + r) * width + v * N, s); });
         });
-    if (rules.scaled() || hides) rules.template apply<false>(tile_scores, run_, cap_slope_, buffer_);
+    if (rules.scaled() || hides) rules.template apply<false>(tile_scores, queries.run, cap_slope_, buffer_);
     for (Index row = 0; row < rows; ++row) {
       const Packet lse = simd::broadcast(queries.lse[row]), rest = simd::broadcast(queries.lse_rest[row]);
 #pragma GCC unroll 4
@@ -458,7 +444,7 @@ class BackwardGroup {
     }
     // 0·NaN is NaN: what is hidden has no gradient, whatever its key and value hold
     if (drops) {
-      rules.drop_backward(tile_scores, run_.queries, grad_scores, delta);
+      rules.drop_backward(tile_scores, queries.run.queries, grad_scores, delta);
     } else if (hides) {
       for (Index i = 0; i < rows * width; ++i) grad_scores[i] = weights[i] == 0 ? Scalar(0) : grad_scores[i];
     }
@@ -531,7 +517,7 @@ class BackwardGroup {
   Index dim_, value_dim_, pair_dim_ = 0, pair_value_dim_ = 0;  // the latter padded
   Eigen::bfloat16* grad_score_rows_;                           // [queries][padded width]
   Tile tiles_[LaneGroups<Scalar>::kMost];
-  Run run_;
+  Run part_;  // of a block's queries, where some see no key of a tile
   alignas(64) Scalar lse_[kQueries], lse_rest_[kQueries];
 };
 

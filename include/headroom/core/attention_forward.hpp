@@ -137,10 +137,9 @@ class ForwardGroup {
     } else if (tile.vectors == kTileVectors) {
       with_head_dim<Scalar>(keys.cols, values.cols,
                             [&]<int HeadDim> { attend<kTileVectors, HeadDim>(tile, scores, keys, values, rules); });
-    } else if (tile.vectors == 2) {
-      attend<2, Eigen::Dynamic>(tile, scores, keys, values, rules);
     } else {
-      attend<1, Eigen::Dynamic>(tile, scores, keys, values, rules);
+      with_vectors<kTileVectors - 1>(
+          tile.vectors, [&]<int Vectors> { attend<Vectors, Eigen::Dynamic>(tile, scores, keys, values, rules); });
     }
   }
 

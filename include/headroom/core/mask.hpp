@@ -14,6 +14,7 @@ struct KeyRange {
   bool empty() const { return begin >= end; }
   bool contains(Index key) const { return begin <= key && key < end; }
   bool contains(KeyRange keys) const { return begin <= keys.begin && keys.end <= end; }
+  bool operator==(const KeyRange&) const = default;
   friend KeyRange operator&(KeyRange a, KeyRange b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
 };
 

@@ -205,7 +205,6 @@ inline void copy_pair_rows(Eigen::bfloat16* to, Index rows, Index dim, const Sto
   const auto view = x.as<Eigen::bfloat16>();
   for (Index i = 0; i < count; ++i) {
     Eigen::bfloat16* const row = to + i * dim;
-    const auto copy = [&](Index d) { row[d] = sign < 0 ? -view(first + i, d) : view(first + i, d); };
     Index d = 0;
 #ifdef __AVX512BF16__
     const __m512i flip = _mm512_set1_epi16(sign < 0 ? static_cast<short>(0x8000) : 0);
@@ -216,7 +215,7 @@ inline void copy_pair_rows(Eigen::bfloat16* to, Index rows, Index dim, const Sto
       _mm512_storeu_si512(row + d, _mm512_xor_si512(part, flip));
     }
 #endif
-    for (; d < x.cols; ++d) copy(d);
+    for (; d < x.cols; ++d) row[d] = sign < 0 ? -view(first + i, d) : view(first + i, d);
     for (; d < dim; ++d) row[d] = Eigen::bfloat16(0);
   }
   std::fill(to + count * dim, to + rows * dim, Eigen::bfloat16(0));

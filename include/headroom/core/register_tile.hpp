@@ -68,6 +68,15 @@ EIGEN_ALWAYS_INLINE void for_row_tiles(Index count, F&& f) {
   }
 }
 
+/// f<Vectors>() for a tile of that many packets, from 1 to Most.
+template <int Most = kTileVectors, class F>
+EIGEN_ALWAYS_INLINE void with_vectors(int vectors, F&& f) {
+  [&]<int... V>(std::integer_sequence<int, V...>) __attribute__((always_inline)) {
+    ((vectors == V + 1 ? f.template operator()<V + 1>() : void()), ...);
+  }
+  (std::make_integer_sequence<int, Most>());
+}
+
 /// Lane tiles over `length` positions: as few tiles of at most kTileVectors packets as possible, the last ones smaller.
 template <class Scalar>
 struct LaneTiling {

@@ -229,8 +229,7 @@ class RowSums {
     if (lower_ == nullptr && !rotation_) return;
     for (Index i = first; i < first + count; ++i) {
       if (lower_ == nullptr) {
-        const auto row = y_.as<Scalar>().middle_rows(i, 1);
-        for (Index d = 0; d < y_.cols; ++d) buffer[d] = row(0, d);
+        copy_rows(buffer, y_.as<Scalar>().middle_rows(i, 1));
       } else {
         each_sum(i, [&](Index d, Scalar sum) { return buffer[d] = sum; });
       }

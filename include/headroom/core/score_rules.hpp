@@ -39,8 +39,8 @@ struct QueryRun {
       slope[i] = static_cast<Scalar>(params.slopes.at(b, h, query, 0));
     }
   }
-  /// The queries from the first to the last one that see any of `keys`.
-  QueryRun that_see(KeyRange keys) const {
+  /// From the first to the last query that sees any of `keys`.
+  KeyRange that_see(KeyRange keys) const {
     const auto sees = [&](Index query) {
       const Index i = query - queries.begin;
       return std::max<Index>(first[i], keys.begin) < std::min<Index>(last[i], keys.end);
@@ -48,8 +48,11 @@ struct QueryRun {
     KeyRange part = queries;
     while (part.begin < part.end && !sees(part.begin)) ++part.begin;
     while (part.begin < part.end && !sees(part.end - 1)) --part.end;
+    return part;
+  }
+  /// The run of some of these queries.
+  QueryRun part(KeyRange part) const {
     const Index skip = part.begin - queries.begin, count = part.end - part.begin;
-    if (count == queries.end - queries.begin) return *this;
     QueryRun run;
     run.queries = part;
     std::copy_n(first + skip, count, run.first);

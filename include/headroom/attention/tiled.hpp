@@ -223,7 +223,7 @@ struct TiledParamGradients {
       return is_wanted && x.defined() ? torch::zeros(x.sizes(), x.options().dtype(dtype)) : torch::Tensor();
     };
     const bool one_call = q.dim() <= 4,
-               narrow = request.bias.defined() && request.bias.element_size() < elementSize(compute_type(q));
+               narrow = request.bias.defined() && request.bias.itemsize() < elementSize(compute_type(q));
     bias = zeros(wanted[3], request.bias, one_call && narrow ? request.bias.scalar_type() : compute_type(q));
     relative_bias = zeros(wanted[4], request.relative_bias, torch::kDouble);
     slopes = zeros(wanted[5], request.alibi_slopes, torch::kDouble);

@@ -370,8 +370,7 @@ class TraceRecorder : private detail::AllocationListener {
       }
       op.module = known->second;
     }
-    const int32_t workspace = name_("headroom::workspace"), optimizer = name_("optimizer"), forward = name_("forward"),
-                  recomputation = name_("recomputation");
+    const int32_t workspace = name_("headroom::workspace"), optimizer = name_("optimizer"), backward = name_("backward");
     for (Block& block : trace_.blocks) {
       if (block.shape.empty()) block.shape = {block.bytes};
       if (block.module < 0) block.module = block.op >= 0 ? operators[static_cast<size_t>(block.op)].module : name_("");
@@ -383,7 +382,7 @@ class TraceRecorder : private detail::AllocationListener {
         block.use = MemoryUse::workspace;
       } else if (block.phase == optimizer && block.end_phase != block.phase) {
         block.use = MemoryUse::optimizer;
-      } else if ((block.phase == forward || block.phase == recomputation) && block.end_phase != block.phase) {
+      } else if (block.phase != backward && block.end_phase != block.phase) {
         block.use = MemoryUse::activation;
       }
     }

@@ -326,9 +326,8 @@ class Trainer {
     for (int64_t done = 0, count = 0; done < examples; done += count) {
       count = std::min(most, batch - done % batch);
       const auto example = source_(state_.step * examples + done, count);
-      const torch::Tensor estimate = forward(example.mixture.to(device_));         // [B,N,C,S]
-      const auto type = at::promote_types(estimate.scalar_type(), torch::kFloat);  // not in bfloat16
-      const torch::Tensor loss = loss_(estimate.to(type), example.stems.to(device_)) /
+      const torch::Tensor estimate = forward(example.mixture.to(device_));  // [B,N,C,S]
+      const torch::Tensor loss = this->loss(estimate, example.stems.to(device_)) /
                                  (static_cast<double>(examples) / static_cast<double>(count));
       mean_loss += loss.template item<double>();
       require_finite(mean_loss, "loss");
@@ -350,6 +349,12 @@ class Trainer {
       autocast.emplace(device_.type());
     }
     return model_->forward(mixture);
+  }
+
+  torch::Tensor loss(const torch::Tensor& estimate, const torch::Tensor& stems) {
+    const Phase phase("loss");
+    const auto type = at::promote_types(estimate.scalar_type(), torch::kFloat);  // not in bfloat16
+    return loss_(estimate.to(type), stems);
   }
 
   void require_finite(double value, const char* what) const {

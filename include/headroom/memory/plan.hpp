@@ -57,6 +57,9 @@ struct Plan {
   std::optional<size_t> first_over = {};    ///< the allocation that the budget has no room for; none: all have
   std::vector<std::string> estimated = {};  ///< operators of the step whose memory is not known exactly here
 
+  /// What the system's own tools will show at the peak, top or nvidia-smi: with what the process and its libraries
+  /// take.
+  int64_t occupied_bytes() const { return device.context_bytes + device.workspace_bytes + reserved_bytes; }
   const Block* largest_block() const { return trace.blocks.empty() ? nullptr : &trace.blocks[largest]; }
   /// "encoder.layers.0.frequency.attention"; empty outside of all modules.
   const std::string& module_of(const Block& block) const { return trace.names[static_cast<size_t>(block.module)]; }

@@ -107,6 +107,7 @@ inline void print_plan(std::ostream& out, const Plan& plan) {
   if (plan.fits) {
     out << ", headroom " << format_bytes(plan.budget - plan.reserved_bytes);
   }
+  out << "\nwith libraries and context about " << format_bytes(plan.occupied_bytes());
   out << "\n" << detail::scaled_flops(plan.flops);
   if (plan.device.flops_per_second > 0) {
     out << ", at least " << std::setprecision(3) << plan.flops / plan.device.flops_per_second << " s";
@@ -167,8 +168,8 @@ inline std::string plan_json(const Plan& plan) {
   };
   out << "{\n  \"device\": " << detail::json_string(plan.device.name) << ",\n  \"budget_bytes\": " << plan.budget
       << ",\n  \"fits\": " << (plan.fits ? "true" : "false") << ",\n  \"peak_bytes\": " << plan.peak_bytes
-      << ",\n  \"reserved_bytes\": " << plan.reserved_bytes << ",\n  \"flops\": " << std::setprecision(17) << plan.flops
-      << ",\n";
+      << ",\n  \"reserved_bytes\": " << plan.reserved_bytes << ",\n  \"occupied_bytes\": " << plan.occupied_bytes()
+      << ",\n  \"flops\": " << std::setprecision(17) << plan.flops << ",\n";
   std::vector<std::pair<std::string, int64_t>> parts;
   for (size_t use = 0; use < plan.parts.size(); ++use) parts.emplace_back(kMemoryUseNames[use], plan.parts[use]);
   out << "  \"estimated\": [";

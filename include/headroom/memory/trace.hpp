@@ -370,7 +370,8 @@ class TraceRecorder : private detail::AllocationListener {
       }
       op.module = known->second;
     }
-    const int32_t workspace = name_("headroom::workspace"), optimizer = name_("optimizer"), backward = name_("backward");
+    const int32_t workspace = name_("headroom::workspace"), optimizer = name_("optimizer"),
+                  backward = name_("backward");
     for (Block& block : trace_.blocks) {
       if (block.shape.empty()) block.shape = {block.bytes};
       if (block.module < 0) block.module = block.op >= 0 ? operators[static_cast<size_t>(block.op)].module : name_("");

@@ -158,6 +158,12 @@ TEST_CASE("a reentrant checkpoint takes and returns several tensors") {
     CHECK(torch::equal(std::get<1>(same), a.t()));
     check_equal(grad({(std::get<0>(same) * std::get<1>(same).t()).sum()}, {a}), grad({a.square().sum()}, {a}));
   }
+  SECTION("a captured constant, which stays one") {
+    const auto [product, constant] = reentrant_checkpoint(
+        {}, [&](const Tensor& t) { return std::tuple(t * without, without); }, a);
+    CHECK(torch::equal(grad({(product * constant).sum()}, {a})[0], without * without));
+    CHECK_FALSE(without.requires_grad());
+  }
   SECTION("nothing needs a gradient: a plain call") {
     int calls = 0;
     const auto counted = [&](const Tensor& t) {
@@ -215,6 +221,17 @@ TEST_CASE("a reentrant checkpoint needs no engine of ours") {
   const Installed installed;
   check_equal(results([&](const Tensor& t) { return reentrant_checkpoint(parameters, network, t); }, x, parameters),
               expected);
+}
+
+TEST_CASE("a forward that goes another way to the same values is no error in a reentrant checkpoint") {
+  const Tensor x = torch::randn({4, 3}, with_gradient);
+  int calls = 0;
+  const auto forward = [&](const Tensor& t) { return ++calls == 1 ? t.exp() : t.unsqueeze(0).exp().squeeze(0); };
+  const Tensor y = reentrant_checkpoint({}, forward, x);
+  CHECK(torch::equal(grad({y.sum()}, {x})[0], x.exp()));
+  calls = 0;
+  const Tensor z = checkpoint(forward, x);
+  CHECK(testing::error_of([&] { z.sum().backward(); }).id() == "headroom.checkpoint.mismatch");
 }
 
 TEST_CASE("bad use of reentrant checkpoints") {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -55,6 +56,22 @@ class Parameters {
   std::vector<std::uint32_t> versions_;
 };
 
+/// The root of a piece's graph: brings the gradients of its outputs in and lets go of them, where the caller of
+/// torch::autograd::grad would hold outputs and gradients until all is through.
+struct GradientSource : torch::autograd::Function<GradientSource> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, at::TensorList outputs, const c10::IValue& grads) {
+    ctx->saved_data["grads"] = grads;
+    return at::empty({}, outputs[0].options());
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list&) {
+    auto grads = ctx->saved_data["grads"].toTensorVector();
+    ctx->saved_data.clear();
+    grads.emplace_back();  // of the gradients
+    return grads;
+  }
+};
+
 /// Gradients of a network that a node of the graph differentiates piece by piece inside its own backward. Those of the
 /// parameters are added up here, to be returned once: hooks of a parameter see the sum, as they would without pieces.
 class PieceGradients {
@@ -63,16 +80,16 @@ class PieceGradients {
       : parameters_(std::move(parameters)), sums_(parameters_.size()) {}
 
   /// Gradients of `inputs`, leaves made for this piece, given those of `outputs`; undefined where nothing depends on
-  /// one, or none is wanted. Adds those of the parameters.
+  /// one, or none is wanted. Adds those of the parameters. Neither outputs nor their gradients live longer than needed.
   /// Throws headroom.checkpoint.captured when the piece depends on a leaf that is neither.
-  torch::autograd::variable_list differentiate(const torch::autograd::variable_list& outputs,
+  torch::autograd::variable_list differentiate(torch::autograd::variable_list outputs,
                                                const torch::autograd::variable_list& inputs,
-                                               const torch::autograd::variable_list& grad_outputs) {
+                                               torch::autograd::variable_list grad_outputs) {
     torch::autograd::variable_list roots, grad_roots, leaves;
     for (std::size_t i = 0; i < outputs.size(); ++i) {
       if (!grad_outputs[i].defined() || !outputs[i].requires_grad()) continue;
-      roots.push_back(outputs[i]);
-      grad_roots.push_back(grad_outputs[i]);
+      roots.push_back(std::move(outputs[i]));
+      grad_roots.push_back(std::move(grad_outputs[i]));
     }
     std::vector<at::Tensor*> places;  // of the gradients of the leaves
     torch::autograd::variable_list of_inputs(inputs.size()), of_parameters(parameters_.size());
@@ -85,9 +102,11 @@ class PieceGradients {
     for (std::size_t i = 0; i < parameters_.size(); ++i) add_leaf(parameters_[i], of_parameters[i]);
     if (roots.empty() || leaves.empty()) return of_inputs;
     check_leaves(roots, leaves);
+    const at::Tensor source = GradientSource::apply(at::TensorList(roots), c10::IValue(std::move(grad_roots)));
+    roots.clear();
     {
       const HooksAside aside(parameters_);
-      auto grads = torch::autograd::grad(roots, leaves, grad_roots, /*retain_graph=*/false, /*create_graph=*/false,
+      auto grads = torch::autograd::grad({source}, leaves, {}, /*retain_graph=*/false, /*create_graph=*/false,
                                          /*allow_unused=*/true);
       for (std::size_t i = 0; i < places.size(); ++i) *places[i] = std::move(grads[i]);
     }

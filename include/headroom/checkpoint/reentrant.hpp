@@ -67,10 +67,10 @@ struct ReentrantFunction : torch::autograd::Function<ReentrantFunction> {
       return all;
     };
     const auto before = versions();
-    variable_list detached;  // what is a view of an input is none for autograd
-    for (const at::Tensor& x : inputs) detached.push_back(x.detach());
-    variable_list outputs = work->run(detached);
+    variable_list outputs = work->run(inputs.vec());
     check_defined(outputs, "a result");
+    // inputs, views of them and captured tensors are results like any other
+    for (at::Tensor& x : outputs) x = x.detach();
     require(versions() == before, "headroom.checkpoint.modified",
             "forward changed an input in place, so that backward would compute with other values; let it work on a "
             "clone");

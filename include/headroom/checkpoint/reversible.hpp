@@ -68,9 +68,9 @@ struct ReversibleFunction : torch::autograd::Function<ReversibleFunction> {
       PieceGradients pieces(parameters.checked());
       const AmbientStateGuard replay(state);
       const at::Tensor input = y[read].detach().requires_grad_();
-      const at::Tensor change = branch.forward(input);
-      y[changed] = y[changed].detach() - change.detach();
-      const auto of_input = pieces.differentiate({change}, {input}, {grad[changed]});
+      torch::autograd::variable_list change{branch.forward(input)};
+      y[changed] = y[changed].detach() - change[0].detach();
+      const auto of_input = pieces.differentiate(std::move(change), {input}, {grad[changed]});
       if (of_input[0].defined()) grad[read].add_(of_input[0]);
       sums[i] = pieces.sums();
     }

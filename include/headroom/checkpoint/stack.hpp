@@ -65,15 +65,21 @@ inline Slices slices_of(const StackBlock::Stage& stage, const at::Tensor& x) {
   return slices;
 }
 
-/// Whether slices save more memory than the second copy of gradients of weights that they add up takes.
+/// Whether slices lower the peak of a block's backward by more than they add: a second copy of gradients of weights,
+/// and the gradient of x, which is put together.
 inline bool slices_pay(const StackBlock& block, const at::Tensor& x) {
-  double saved = 0, parameters = 0;
+  double whole = 0, sliced = 0, whole_peak = 0, sliced_peak = 0, parameters = 0;
   for (const StackBlock::Stage& stage : block.stages) {
     const StageSize size(stage, x);
-    saved += size.activations - size.activations / static_cast<double>(slices_of(stage, x).count);
+    const double slice = size.activations / static_cast<double>(slices_of(stage, x).count);
+    whole += size.activations;
+    sliced += slice;
+    // the stages up to this one, and the gradients of what it computed
+    whole_peak = std::max(whole_peak, whole + size.activations);
+    sliced_peak = std::max(sliced_peak, sliced + slice);
     parameters += size.parameters;
   }
-  return saved > 2 * parameters;
+  return whole_peak - sliced_peak > 2 * parameters + static_cast<double>(x.nbytes());
 }
 
 inline at::Tensor run_tiled(const StackBlock& block, const at::Tensor& x) {

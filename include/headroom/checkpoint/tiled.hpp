@@ -55,10 +55,10 @@ class TiledWork final : public ReentrantWork {
     if (stage == stages_.size()) return grad;
     return in_slices(stage, x, [&](auto&& slice) {
       const at::Tensor part = slice(x).detach().requires_grad_(x.requires_grad());
-      const at::Tensor result = call(stage, part);
-      const at::Tensor grad_result =
-          differentiate_from(stage + 1, result.detach().requires_grad_(result.requires_grad()), slice(grad), pieces);
-      const at::Tensor grad_part = pieces.differentiate({result}, {part}, {grad_result})[0];
+      variable_list result{call(stage, part)};
+      variable_list grad_result{differentiate_from(
+          stage + 1, result[0].detach().requires_grad_(result[0].requires_grad()), slice(grad), pieces)};
+      const at::Tensor grad_part = pieces.differentiate(std::move(result), {part}, std::move(grad_result))[0];
       return part.requires_grad() && !grad_part.defined() ? at::zeros_like(part) : grad_part;
     });
   }

@@ -7,6 +7,7 @@
 #include "headroom/checkpoint/module.hpp"
 #include "headroom/checkpoint/piece_gradients.hpp"
 #include "headroom/checkpoint/policy.hpp"
+#include "headroom/checkpoint/reentrant.hpp"
 #include "headroom/checkpoint/reversible.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/checkpoint/stack.hpp"

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -60,20 +61,19 @@ nn::EncoderOptions options_with(nn::EncoderOptions options, const CheckpointPoli
 
 const nn::AxialLayerImpl::Axes kAxes = {{"frequency", 2}, {"time", 1}};
 
-/// Weights that make a block worth tiling at a size that tests can run.
-struct Grid {
-  nn::EncoderOptions options{24, 2, {400}, 1};
-  Tensor x, weights;
-  nn::AxialEncoder encoder{nullptr};
-
-  Grid() {
-    torch::manual_seed(3);
-    x = torch::randn({1, 100, 160, 24});
-    weights = torch::randn_like(x);
-    encoder = nn::AxialEncoder(options, kAxes);
-  }
-  void use(const CheckpointPolicy& policy) { encoder->options.gradient_checkpointing(policy); }
-};
+/// Calls f(make, shape), where make(options of a policy) is an encoder whose blocks are worth tiling at a size that
+/// tests can run: on a grid, where attention has many sequences; on two long sequences, of which attention takes one at
+/// a time and the feed-forward network half of one.
+template <class F>
+void for_each_worth_tiling(F&& f) {
+  f([](const auto& with) { return nn::AxialEncoder(with(nn::EncoderOptions(24, 2, {400}, 1)), kAxes); },
+    std::vector<int64_t>{1, 100, 160, 24});
+  f(
+      [](const auto& with) {
+        return nn::Encoder(with(nn::EncoderOptions(64, 2, {500, 300}, 2)));
+      },
+      std::vector<int64_t>{2, 3500, 64});
+}
 
 std::string id_of(const std::string& text) {
   return testing::error_of([&] { CheckpointPolicy policy(text); }).id();
@@ -146,13 +146,14 @@ TEST_CASE("dropout and autocast are replayed under every policy") {
   for (int i = 0; i < 4; ++i) {
     layers.emplace_back(16, 16);
     torch::nn::Linear layer = layers.back();
-    stack.push_back({[layer](const Tensor& t) mutable {
-                       const Tensor attended = attention(t.unsqueeze(1), t.unsqueeze(1), t.unsqueeze(1),
-                                                         headroom::AttentionOptions().dropout(0.2))
-                                                   .squeeze(1);
-                       return t + torch::dropout(torch::gelu(layer(attended)), 0.3, true).to(t.scalar_type());
-                     },
-                     layer->parameters(), 0});
+    stack.push_back({{{[layer](const Tensor& t) mutable {
+                         const Tensor attended = attention(t.unsqueeze(1), t.unsqueeze(1), t.unsqueeze(1),
+                                                           headroom::AttentionOptions().dropout(0.2))
+                                                     .squeeze(1);
+                         return t + torch::dropout(torch::gelu(layer(attended)), 0.3, true).to(t.scalar_type());
+                       },
+                       layer->parameters(),
+                       {0}}}});
     for (const Tensor& p : layer->parameters()) parameters.push_back(p);
   }
   const Tensor x = torch::randn({6, 11, 16});
@@ -182,18 +183,70 @@ TEST_CASE("dropout and autocast are replayed under every policy") {
   }
 }
 
-TEST_CASE("tiled blocks give the plain gradients up to rounding") {
-  Grid grid;
-  const Step plain = step(grid.encoder, grid.x, grid.weights);
-  grid.encoder->to(torch::kDouble);
-  const Step exact = step(grid.encoder, grid.x.to(torch::kDouble), grid.weights.to(torch::kDouble));
-  grid.encoder->to(torch::kFloat);
-  const double of_plain = error_of(plain, exact);
-  for (const char* text : {"tiled", "tiled+nested", "tiled+offload"}) {
-    CAPTURE(text);
-    grid.use(text);
-    const double of_tiled = error_of(step(grid.encoder, grid.x, grid.weights), exact);
-    CHECK(of_tiled < 2 * of_plain);
+TEST_CASE("tiled blocks give the plain gradients up to rounding, and hooks of their parameters fire once") {
+  for_each_worth_tiling([](const auto& make, const std::vector<int64_t>& shape) {
+    torch::manual_seed(3);
+    auto encoder = make([](const auto& options) { return options; });
+    const Tensor x = torch::randn(shape), weights = torch::randn_like(x);
+    const Step plain = step(encoder, x, weights);
+    encoder->to(torch::kDouble);
+    const Step exact = step(encoder, x.to(torch::kDouble), weights.to(torch::kDouble));
+    encoder->to(torch::kFloat);
+    const double of_plain = error_of(plain, exact);
+    int fired = 0;
+    for (const Tensor& p : encoder->parameters()) p.register_hook([&](const Tensor&) { ++fired; });
+    for (const char* text : {"tiled", "tiled+nested", "tiled+offload"}) {
+      CAPTURE(text, shape);
+      encoder->options.gradient_checkpointing(text);
+      fired = 0;
+      const double of_tiled = error_of(step(encoder, x, weights), exact);
+      CHECK(of_tiled < 2 * of_plain);
+      CHECK(fired == static_cast<int>(encoder->parameters().size()));
+    }
+  });
+}
+
+TEST_CASE("a stack of blocks that are composed of other modules is tiled, too") {
+  struct MeanImpl : torch::nn::Module {
+    torch::nn::Linear project = register_module("project", torch::nn::Linear(16, 16));
+    Tensor forward(const Tensor& x, int64_t axis) { return project(x).mean(axis, true).expand_as(x); }
+  };
+  struct Mean : torch::nn::ModuleHolder<MeanImpl> {
+    using torch::nn::ModuleHolder<MeanImpl>::ModuleHolder;
+  };
+  struct TokensImpl : torch::nn::Module {
+    torch::nn::Linear up = register_module("up", torch::nn::Linear(16, 700));
+    torch::nn::Linear down = register_module("down", torch::nn::Linear(700, 16));
+    int64_t most = 0;  // tokens at once
+    Tensor forward(const Tensor& x) {
+      most = std::max(most, x.numel() / 16);
+      return down(up(x).relu());
+    }
+  };
+  struct Tokens : torch::nn::ModuleHolder<TokensImpl> {
+    using torch::nn::ModuleHolder<TokensImpl>::ModuleHolder;
+  };
+  torch::manual_seed(4);
+  nn::BasicEncoderBlock<Mean, Tokens> block(16, Mean(), Tokens());
+  block->to(torch::kDouble);
+  const Tensor x = torch::randn({2, 60, 100, 16}, torch::kDouble), weights = torch::randn_like(x);
+  for (const int64_t axis : {1, 2, -2}) {
+    CAPTURE(axis);
+    const std::vector<StackBlock> stack{nn::stack_block(block, axis, x.dim())};
+    const auto gradients = [&](const std::string& policy) {
+      const Tensor input = x.detach().requires_grad_();
+      std::vector<Tensor> all{input};
+      for (const Tensor& p : block->parameters()) all.push_back(p);
+      const Tensor y = run_stack(stack, input, policy);
+      auto results = torch::autograd::grad({(y * weights).sum()}, all);
+      results.push_back(y);
+      return results;
+    };
+    const auto expected = gradients("none");
+    block->feed_forward->most = 0;
+    const auto actual = gradients("tiled");
+    CHECK(block->feed_forward->most < 2 * 60 * 100 / 4);
+    for (size_t i = 0; i < expected.size(); ++i) CHECK(torch::allclose(actual[i], expected[i], 1e-10, 1e-12));
   }
 }
 
@@ -202,14 +255,11 @@ TEST_CASE("the planned peak is the measured one, byte for byte, under every poli
   policies.insert(policies.end(), {"none", "tiled", "tiled+nested", "tiled+offload", "full+bf16", "reversible"});
   for (const std::string& text : policies) {
     CAPTURE(text);
-    const auto run = [&text](nn::EncoderOptions options, auto&& make, std::vector<int64_t> shape) {
-      if (text == "reversible") {
-        options.reversible(true);
-      } else {
-        options.gradient_checkpointing(text);
-      }
+    const auto run = [&text](const auto& make, const std::vector<int64_t>& shape) {
       const auto really = [&] {
-        auto encoder = make(options);
+        auto encoder = make([&](nn::EncoderOptions options) {
+          return text == "reversible" ? options.reversible(true) : options.gradient_checkpointing(text);
+        });
         const Tensor x = torch::randn(shape).requires_grad_();
         encoder->forward(x).square().mean().backward();
       };
@@ -217,12 +267,29 @@ TEST_CASE("the planned peak is the measured one, byte for byte, under every poli
       const int64_t measured = MemoryMeter().measure(really).added_peak();
       CHECK(plan(really, this_machine()).peak_bytes == measured);
     };
-    run(nn::EncoderOptions(32, 2, {64}, 5), [](const auto& o) { return nn::Encoder(o); }, {3, 50, 32});
-    if (text.starts_with("tiled")) {
-      run(nn::EncoderOptions(24, 2, {400}, 1), [](const auto& o) { return nn::AxialEncoder(o, kAxes); },
-          {1, 100, 160, 24});
-    }
+    run([](const auto& with) { return nn::Encoder(with(nn::EncoderOptions(32, 2, {64}, 5))); }, {3, 50, 32});
+    if (text.starts_with("tiled")) for_each_worth_tiling(run);
   }
+}
+
+TEST_CASE("with few sequences, too, the peak of tiled blocks does not grow with their feed-forward networks") {
+  const auto activations = [&](const std::string& policy, int64_t hidden) {
+    nn::EncoderOptions options(64, 2, {hidden}, 2);
+    nn::Encoder encoder(options.gradient_checkpointing(policy));
+    int64_t gradients = 0;
+    for (const Tensor& p : encoder->parameters()) gradients += static_cast<int64_t>(p.nbytes());
+    const Tensor x = torch::randn({2, 2049, 64}).requires_grad_();
+    const auto run = [&] { encoder->forward(x).square().mean().backward(); };
+    run();  // measures products
+    encoder->zero_grad();
+    x.mutable_grad() = Tensor();
+    return MemoryMeter().measure(run).added_peak() - gradients;
+  };
+  const int64_t narrow = activations("tiled", 768), wide = activations("tiled", 3072);
+  const int64_t wider = 3072 - 768, added_weights = (64 + 1 + 64) * wider * 4, hidden = 2 * 2049 * wider * 4;
+  // A second copy of the gradients of a block's weights, and what rounding to whole slices changes
+  CHECK(wide - narrow < added_weights + (1 << 20));
+  CHECK(activations("full", 3072) - activations("full", 768) > hidden);
 }
 
 TEST_CASE("no policy needs more memory than none, however few the tokens") {

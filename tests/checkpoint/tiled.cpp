@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <vector>
 
@@ -105,6 +106,91 @@ TEST_CASE("random numbers of slices are replayed, and what follows is as if noth
   const Tensor gradient = grad({y.sum()}, {x})[0];
   CHECK(torch::equal(torch::rand({3}), next));
   CHECK(torch::equal(gradient != 0, y != 0));
+}
+
+TEST_CASE("stages are tiled within each other, each along its own axis") {
+  struct Autocast {
+    Autocast() { at::autocast::set_autocast_enabled(at::kCPU, true); }
+    ~Autocast() {
+      at::autocast::clear_cache();
+      at::autocast::set_autocast_enabled(at::kCPU, false);
+    }
+  };
+  torch::manual_seed(5);
+  torch::nn::Linear first(6, 6), second(6, 6);
+  int fired = 0;
+  for (const auto& layer : {first, second}) layer->weight.register_hook([&](const Tensor&) { ++fired; });
+  const auto stage = [](torch::nn::Linear layer) {
+    return [layer](const Tensor& t) mutable {
+      return t + torch::dropout(torch::gelu(layer(t)), 0.3, true).to(t.scalar_type());
+    };
+  };
+  const auto along = [](int64_t axis, int64_t count) {
+    return [axis, count](const Tensor&) { return headroom::detail::Slices{axis, count}; };
+  };
+  // [4,7,6] in slices of 2 and 2 along the first dimension, and of these slices of 2, 2, 2 and 1 along the second
+  const auto work = std::make_shared<const headroom::detail::TiledWork>(
+      std::vector<headroom::detail::TiledStage>{{stage(first), along(0, 2)}, {stage(second), along(1, 4)}});
+  std::vector<Tensor> parameters = first->parameters();
+  for (const Tensor& p : second->parameters()) parameters.push_back(p);
+  const Tensor x = torch::randn({4, 7, 6}, with_gradient), weights = torch::randn_like(x);
+  for (const bool autocast : {false, true}) {
+    CAPTURE(autocast);
+    const auto run = [&](auto&& forward) {
+      for (Tensor p : parameters) p.mutable_grad() = Tensor();
+      x.mutable_grad() = Tensor();
+      torch::manual_seed(6);
+      Tensor y;
+      {
+        std::optional<Autocast> on;
+        if (autocast) on.emplace();
+        y = forward();
+      }
+      std::vector<Tensor> results{y.detach(), torch::rand({2})};
+      (y * weights).sum().backward();
+      results.push_back(torch::rand({2}));
+      results.push_back(x.grad());
+      for (const Tensor& p : parameters) results.push_back(p.grad());
+      return results;
+    };
+    const auto expected = run([&] {
+      std::vector<Tensor> slices;
+      for (const Tensor& slice : x.split(2)) {
+        const Tensor middle = stage(first)(slice);
+        std::vector<Tensor> pieces;
+        for (const Tensor& piece : middle.split(2, 1)) pieces.push_back(stage(second)(piece));
+        slices.push_back(torch::cat(pieces, 1));
+      }
+      return torch::cat(slices);
+    });
+    fired = 0;
+    const auto actual = run([&] { return headroom::detail::reentrant_call(work, {x}, parameters)[0]; });
+    CHECK(fired == 2);
+    for (size_t i = 0; i < 4; ++i) CHECK(torch::equal(actual[i], expected[i]));
+    for (size_t i = 4; i < expected.size(); ++i) CHECK(torch::allclose(actual[i], expected[i], 1e-5, 1e-5));
+  }
+  SECTION("a leaf of the second stage that is not named") {
+    parameters.pop_back();
+    const Tensor y = headroom::detail::reentrant_call(work, {x}, parameters)[0];
+    CHECK(testing::error_of([&] { y.sum().backward(); }).id() == "headroom.checkpoint.captured");
+  }
+  SECTION("an input without gradient, and a frozen stage") {
+    for (const Tensor& p : first->parameters()) p.set_requires_grad(false);
+    torch::manual_seed(6);
+    const Tensor input = x.detach();
+    const Tensor y = headroom::detail::reentrant_call(work, {input}, parameters)[0];
+    const auto actual = grad({y.sum()}, second->parameters());
+    torch::manual_seed(6);
+    std::vector<Tensor> sums(2);
+    for (const Tensor& slice : input.split(2)) {
+      const Tensor middle = stage(first)(slice);
+      for (const Tensor& piece : middle.split(2, 1)) {
+        const auto of_piece = grad({stage(second)(piece).sum()}, second->parameters());
+        for (size_t i = 0; i < 2; ++i) sums[i] = sums[i].defined() ? sums[i] + of_piece[i] : of_piece[i];
+      }
+    }
+    for (size_t i = 0; i < 2; ++i) CHECK(torch::allclose(actual[i], sums[i], 1e-5, 1e-6));
+  }
 }
 
 TEST_CASE("bad input of tiled checkpoints") {
@@ -265,7 +351,7 @@ TEST_CASE("checkpoints that no disk has room for are errors, not signals") {
   const MemoryMeter meter;
   const MemoryReport report = meter.measure([&] {
     const Limit limit;
-    const std::vector<StackBlock> stack{{[](const Tensor& t) { return t.exp(); }, {}, {}}};
+    const std::vector<StackBlock> stack{{{{[](const Tensor& t) { return t.exp(); }, {}, {}}}}};
     const Error full = testing::error_of([&] { run_stack(stack, leaf * 1, "full+offload"); });
     CHECK(full.id() == "headroom.checkpoint.offload");
     CHECK(testing::contains(full.what(), "262144 bytes"));

@@ -10,11 +10,7 @@
 #include <vector>
 
 #include "headroom/checkpoint/ambient_state.hpp"
-#include "headroom/checkpoint/kept_results.hpp"
 #include "headroom/checkpoint/piece_gradients.hpp"
-#include "headroom/checkpoint/saved_tensors.hpp"
-#include "headroom/core/error.hpp"
-#include "headroom/dry_run/phase.hpp"
 
 namespace headroom::inline v0 {
 
@@ -60,27 +56,21 @@ struct ReversibleFunction : torch::autograd::Function<ReversibleFunction> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
-    require(
-        !at::GradMode::is_enabled(), "headroom.checkpoint.second_derivative",
-        "a reversible stack was differentiated with create_graph=true, but its gradients have no graph behind them; "
-        "use a plain stack under checkpoint()");
+    const RecomputationScope scope("a reversible stack");
     const auto holder = ctx->saved_data["call"].toCapsule();
     const auto& halves = static_cast<const ReversibleCall&>(*holder).halves;
     auto y = ctx->get_saved_variables();
     at::Tensor grad[2] = {grads[0].clone(), grads[1].clone()};
     std::vector<std::vector<at::Tensor>> sums(halves.size());
-    const Phase phase("recomputation");
-    const SavedTensorHooks plain([](const at::Tensor& t) { return keep(t); });  // whatever scope backward runs in
-    const KeptResultsScope none(nullptr, KeptResultsScope::Mode::store);
     for (std::size_t i = halves.size(); i-- > 0;) {
       const auto& [branch, parameters, state] = halves[i];
       const std::size_t changed = i % 2, read = 1 - changed;
       PieceGradients pieces(parameters.checked());
       const AmbientStateGuard replay(state);
       const at::Tensor input = y[read].detach().requires_grad_();
-      const at::Tensor change = branch.forward(input);
-      y[changed] = y[changed].detach() - change.detach();
-      const auto of_input = pieces.differentiate(change, {input}, grad[changed]);
+      torch::autograd::variable_list change{branch.forward(input)};
+      y[changed] = y[changed].detach() - change[0].detach();
+      const auto of_input = pieces.differentiate(std::move(change), {input}, {grad[changed]});
       if (of_input[0].defined()) grad[read].add_(of_input[0]);
       sums[i] = pieces.sums();
     }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -16,24 +17,32 @@
 
 namespace headroom::inline v0 {
 
-/// One of a stack of blocks that keep the shape of their tokens [..., features].
+/// One of a stack of blocks that keep the shape of their tokens [..., features]: stages one after the other.
 struct StackBlock {
-  std::function<at::Tensor(const at::Tensor&)> forward;
-  std::vector<at::Tensor> parameters;       ///< all that forward uses
-  std::optional<int64_t> independent_axis;  ///< a dimension that forward treats as batch, for `tiled`
+  struct Stage {
+    std::function<at::Tensor(const at::Tensor&)> forward;
+    std::vector<at::Tensor> parameters;     ///< all that forward uses
+    std::vector<int64_t> independent_axes;  ///< dimensions of tokens that forward treats as batch, for `tiled`
+  };
+  std::vector<Stage> stages;
+
+  at::Tensor forward(at::Tensor x) const {
+    for (const Stage& stage : stages) x = stage.forward(x);
+    return x;
+  }
 };
 
 namespace detail {
 
-/// What the layers of a block compute for all tokens of x, and what its parameters take, in bytes: enough to tell
-/// whether there are so few tokens that gradients of weights decide.
-struct BlockSize {
+/// What the layers of a stage or block compute for all tokens of x, and what its parameters take, in bytes: enough to
+/// tell whether there are so few tokens that gradients of weights decide.
+struct StageSize {
   double activations = 0, parameters = 0;
 
-  BlockSize(const StackBlock& block, const at::Tensor& x) {
+  StageSize(const StackBlock::Stage& stage, const at::Tensor& x) {
     if (x.numel() == 0) return;
     int64_t features = x.size(-1);  // of a token: its input, and a row for each row of a weight
-    for (const at::Tensor& p : block.parameters) {
+    for (const at::Tensor& p : stage.parameters) {
       if (p.dim() == 2) features += p.size(0);
       parameters += static_cast<double>(p.nbytes());
     }
@@ -41,23 +50,58 @@ struct BlockSize {
   }
 };
 
-/// How many slices a block is tiled into: so many that what its layers compute for one of them is about 32 MiB, which
-/// keeps all threads busy, whatever the widths. 1 where slices would not pay: each adds gradients of all weights.
-inline int64_t slices_of(const StackBlock& block, const at::Tensor& x) {
-  constexpr double kSliceBytes = 32 << 20;
-  if (!block.independent_axis || x.numel() == 0) return 1;
-  const BlockSize size(block, x);
-  const double slices =
-      std::clamp(std::ceil(size.activations / kSliceBytes), 1.0, static_cast<double>(x.size(*block.independent_axis)));
-  const bool pays = size.activations - size.activations / slices > 2 * size.parameters;
-  return pays ? static_cast<int64_t>(slices) : 1;
+/// The largest of the axes that a stage is independent along, in so many slices that what its layers compute for one is
+/// about 8 MiB, which keeps all threads busy, whatever the widths; or as much as its parameters take, whose gradients
+/// each slice adds.
+inline Slices slices_of(const StackBlock::Stage& stage, const at::Tensor& x) {
+  constexpr double kSliceBytes = 8 << 20;
+  Slices slices;  // as many as there can be
+  for (const int64_t axis : stage.independent_axes) {
+    if (x.size(axis) > slices.count) slices = {axis, x.size(axis)};
+  }
+  const StageSize size(stage, x);
+  const double count = std::ceil(size.activations / std::max(kSliceBytes, size.parameters));
+  slices.count = std::clamp<int64_t>(static_cast<int64_t>(count), 1, slices.count);
+  return slices;
+}
+
+/// Whether slices lower the peak of a block's backward by more than they add: a second copy of gradients of weights,
+/// and the gradient of x, which is put together.
+inline bool slices_pay(const StackBlock& block, const at::Tensor& x) {
+  double whole = 0, sliced = 0, whole_peak = 0, sliced_peak = 0, parameters = 0;
+  for (const StackBlock::Stage& stage : block.stages) {
+    const StageSize size(stage, x);
+    const double slice = size.activations / static_cast<double>(slices_of(stage, x).count);
+    whole += size.activations;
+    sliced += slice;
+    // the stages up to this one, and the gradients of what it computed
+    whole_peak = std::max(whole_peak, whole + size.activations);
+    sliced_peak = std::max(sliced_peak, sliced + slice);
+    parameters += size.parameters;
+  }
+  return whole_peak - sliced_peak > 2 * parameters + static_cast<double>(x.nbytes());
+}
+
+inline at::Tensor run_tiled(const StackBlock& block, const at::Tensor& x) {
+  std::vector<TiledStage> stages;
+  std::vector<at::Tensor> parameters;
+  for (const StackBlock::Stage& stage : block.stages) {
+    stages.push_back({stage.forward, [stage](const at::Tensor& t) { return slices_of(stage, t); }});
+    parameters.insert(parameters.end(), stage.parameters.begin(), stage.parameters.end());
+  }
+  return reentrant_call(std::make_shared<const TiledWork>(std::move(stages)), {x}, parameters)[0];
 }
 
 /// Whether a block has so many tokens that keeping results of its operators is worth it: gradients of weights, which
 /// grow while they are still kept, are smaller.
 inline bool keeps_results(const StackBlock& block, const at::Tensor& x) {
-  const BlockSize size(block, x);
-  return size.activations > size.parameters;
+  double activations = 0, parameters = 0;
+  for (const StackBlock::Stage& stage : block.stages) {
+    const StageSize size(stage, x);
+    activations += size.activations;
+    parameters += size.parameters;
+  }
+  return activations > parameters;
 }
 
 /// Runs blocks[first, last) under `levels` levels of checkpoints.
@@ -85,8 +129,8 @@ inline at::Tensor run_blocks(const std::vector<StackBlock>& blocks, at::Tensor x
       x = forward(x);
     } else if (policy.block == Block::selective && keeps_results(group.front(), x)) {
       x = selective_checkpoint(policy.keep, forward, x);
-    } else if (const int64_t slices = policy.block == Block::tiled ? slices_of(group.front(), x) : 1; slices > 1) {
-      x = tiled_checkpoint(group.front().forward, x, *group.front().independent_axis, slices, group.front().parameters);
+    } else if (policy.block == Block::tiled && slices_pay(group.front(), x)) {
+      x = run_tiled(group.front(), x);
     } else {
       x = checkpoint(forward, x);
     }
@@ -97,8 +141,8 @@ inline at::Tensor run_blocks(const std::vector<StackBlock>& blocks, at::Tensor x
 }  // namespace detail
 
 /// Blocks one after the other, with what `policy` says kept for backward. Gradients are those without checkpoints: bit
-/// for bit, up to rounding with `tiled`, as of rounded inputs with `bf16`. `tiled` is `full` for a block without an
-/// independent axis, and `tiled` and `selective` are `full` for so few tokens that they would need more memory. Throws
+/// for bit, up to rounding with `tiled`, as of rounded inputs with `bf16`. `tiled` is `full` for a block without
+/// independent axes, and `tiled` and `selective` are `full` for so few tokens that they would need more memory. Throws
 /// headroom.checkpoint.policy.
 inline at::Tensor run_stack(const std::vector<StackBlock>& blocks, const at::Tensor& x,
                             const CheckpointPolicy& policy) {

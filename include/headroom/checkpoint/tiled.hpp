@@ -1,120 +1,110 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <utility>
 #include <vector>
 
-#include "headroom/checkpoint/ambient_state.hpp"
-#include "headroom/checkpoint/kept_results.hpp"
-#include "headroom/checkpoint/piece_gradients.hpp"
-#include "headroom/checkpoint/saved_tensors.hpp"
+#include "headroom/checkpoint/reentrant.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/dry_run/device.hpp"
-#include "headroom/dry_run/phase.hpp"
 #include "headroom/dry_run/repetition.hpp"
 
 namespace headroom::inline v0 {
 
 namespace detail {
 
-/// A forward pass along slices of its input.
-struct Tiling {
-  std::function<at::Tensor(const at::Tensor&)> forward;
+/// Equal parts of a tensor along one of its dimensions.
+struct Slices {
   int64_t axis = 0;
-  int64_t slices = 1;
+  int64_t count = 1;
+};
 
-  /// Calls f(first, count) for every slice of x, in order. In a dry run the second one stands for those up to the last.
-  template <class F>
-  void for_each(const at::Tensor& x, F&& f) const {
-    const int64_t size = x.size(axis), step = (size + slices - 1) / slices, last = (size - 1) / step * step;
-    for (int64_t first = 0; first < size; first += step) {
-      const bool stands_for_all = is_dry(x) && first == step && first < last;
-      const Repetition repetition(stands_for_all ? static_cast<double>(last / step - 1) : 1);
-      f(first, std::min(step, size - first));
-      if (stands_for_all) first = last - step;
-    }
+/// A step that x goes through slice by slice.
+struct TiledStage {
+  std::function<at::Tensor(const at::Tensor&)> forward;
+  std::function<Slices(const at::Tensor& x)> slices;
+};
+
+/// Stages one after the other. Each slice of the first goes through all others, in slices of theirs, before the next
+/// slice of the first: nothing but slices is alive besides what comes in and goes out.
+class TiledWork final : public ReentrantWork {
+ public:
+  explicit TiledWork(std::vector<TiledStage> stages) : stages_(std::move(stages)) {}
+
+  variable_list run(const variable_list& inputs) const override { return {run_from(0, inputs[0])}; }
+  variable_list differentiate(const variable_list& inputs, const variable_list& grads,
+                              PieceGradients& pieces) const override {
+    return {differentiate_from(0, inputs[0], grads[0], pieces)};
   }
-  at::Tensor checked(const at::Tensor& part, at::Tensor result) const {
+
+ private:
+  at::Tensor run_from(std::size_t stage, const at::Tensor& x) const {
+    if (stage == stages_.size()) return x;
+    return in_slices(stage, x, [&](auto&& slice) { return run_from(stage + 1, call(stage, slice(x))); });
+  }
+
+  /// Gradient of x, undefined where x wants none, given that of what the stages from this one on make of it.
+  at::Tensor differentiate_from(std::size_t stage, const at::Tensor& x, const at::Tensor& grad,
+                                PieceGradients& pieces) const {
+    if (stage == stages_.size()) return grad;
+    return in_slices(stage, x, [&](auto&& slice) {
+      const at::Tensor part = slice(x).detach().requires_grad_(x.requires_grad());
+      variable_list result{call(stage, part)};
+      variable_list grad_result{differentiate_from(
+          stage + 1, result[0].detach().requires_grad_(result[0].requires_grad()), slice(grad), pieces)};
+      const at::Tensor grad_part = pieces.differentiate(std::move(result), {part}, std::move(grad_result))[0];
+      return part.requires_grad() && !grad_part.defined() ? at::zeros_like(part) : grad_part;
+    });
+  }
+
+  at::Tensor call(std::size_t stage, const at::Tensor& part) const {
+    const at::Tensor result = stages_[stage].forward(part);
     require(result.defined() && result.sizes() == part.sizes() && result.scalar_type() == part.scalar_type(),
             "headroom.checkpoint.tiled.shape", "forward gave ", result.defined() ? result.sizes() : at::IntArrayRef(),
             " for a slice ", part.sizes(), " ", part.scalar_type(), "; expected the same shape and dtype");
     return result;
   }
-  at::Tensor run(const at::Tensor& x) const {
-    const at::Tensor output = at::empty(x.sizes(), x.options().requires_grad(false));
-    const std::uint32_t version = version_of(x);
-    for_each(x, [&](int64_t first, int64_t count) {
-      const at::Tensor part = x.narrow(axis, first, count);
-      output.narrow(axis, first, count).copy_(checked(part, forward(part)));
-    });
-    require(version_of(x) == version, "headroom.checkpoint.modified", "forward changed its input ", x.sizes(),
-            " in place, so that backward would compute with other values; let it work on a clone");
-    return output;
-  }
-};
 
-/// What the backward of a tiled call needs, beside its input.
-struct TiledCall : torch::CustomClassHolder {
-  TiledCall(Tiling t, at::TensorList p) : tiling(std::move(t)), parameters(p) {}
-  Tiling tiling;
-  Parameters parameters;
-  AmbientState state;
-};
-
-struct TiledFunction : torch::autograd::Function<TiledFunction> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, at::TensorList parameters,
-                            const Tiling& tiling) {
-    auto call = c10::make_intrusive<TiledCall>(tiling, parameters);
-    const at::Tensor output = tiling.run(x);
-    call->state.random.forget_unused();
-    ctx->save_for_backward({x});
-    ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
-    return output;
-  }
-
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list grads) {
-    require(!at::GradMode::is_enabled(), "headroom.checkpoint.second_derivative",
-            "a tiled checkpoint was differentiated with create_graph=true, but its gradients have no graph behind "
-            "them; use checkpoint()");
-    const at::Tensor x = ctx->get_saved_variables()[0];
-    const auto holder = ctx->saved_data["call"].toCapsule();
-    const auto& call = static_cast<const TiledCall&>(*holder);
-    const Tiling& tiling = call.tiling;
-    PieceGradients pieces(call.parameters.checked());
-    const bool wants_x = ctx->needs_input_grad(0);
-    const at::Tensor grad_x = wants_x ? at::empty(x.sizes(), x.options().requires_grad(false)) : at::Tensor();
-    {
-      const AmbientStateGuard state(call.state);
-      const Phase phase("recomputation");
-      const SavedTensorHooks plain([](const at::Tensor& t) { return keep(t); });  // whatever scope backward runs in
-      const KeptResultsScope none(nullptr, KeptResultsScope::Mode::store);
-      tiling.for_each(x, [&](int64_t first, int64_t count) {
-        const at::Tensor part = x.narrow(tiling.axis, first, count).detach().requires_grad_(wants_x);
-        at::Tensor result = tiling.checked(part, tiling.forward(part));
-        const auto of_part = pieces.differentiate(result, {part}, grads[0].narrow(tiling.axis, first, count));
-        if (wants_x && of_part[0].defined()) grad_x.narrow(tiling.axis, first, count).copy_(of_part[0]);
-        if (wants_x && !of_part[0].defined()) grad_x.narrow(tiling.axis, first, count).zero_();
-      });
+  /// The results of f(slice) for all slices of x, in order, side by side; undefined where f gives none. slice(t) is the
+  /// part of t, shaped as x, that the slice covers. In a dry run the second slice stands for those up to the last.
+  template <class F>
+  at::Tensor in_slices(std::size_t stage, const at::Tensor& x, F&& f) const {
+    const Slices slices = stages_[stage].slices(x);
+    const int64_t size = x.size(slices.axis), step = (size + slices.count - 1) / slices.count;
+    if (step == size) return f([](const at::Tensor& t) { return t; });
+    const int64_t last = (size - 1) / step * step;
+    at::Tensor all;
+    for (int64_t first = 0; first < size; first += step) {
+      const bool stands_for_all = is_dry(x) && first == step && first < last;
+      const Repetition repetition(stands_for_all ? static_cast<double>(last / step - 1) : 1);
+      const auto slice = [&](const at::Tensor& t) {
+        return t.narrow(slices.axis, first, std::min(step, size - first));
+      };
+      const at::Tensor result = f(slice);
+      if (result.defined()) {
+        if (!all.defined()) all = at::empty(x.sizes(), result.options().requires_grad(false));
+        slice(all).copy_(result);
+      }
+      if (stands_for_all) first = last - step;
     }
-    torch::autograd::variable_list result{grad_x};
-    result.insert(result.end(), pieces.sums().begin(), pieces.sums().end());
-    result.emplace_back();  // the tiling
-    return result;
+    return all;
   }
+
+  std::vector<TiledStage> stages_;
 };
 
 }  // namespace detail
 
 /// Calls `forward(slice)` for `slices` slices of x along dimension `axis` and returns the results side by side, where
 /// all that forward does is independent along that dimension: the batch, the other axis of an axial block, tokens of a
-/// feed-forward network. Nothing is stored but x; backward computes and differentiates one slice after the other.
+/// feed-forward network. Nothing is stored but x: it is a reentrant_checkpoint() whose backward computes and
+/// differentiates one slice after the other.
 ///
 /// forward keeps shape and dtype (headroom.checkpoint.tiled.shape). Every leaf that it uses and that needs a gradient
 /// is among `parameters` (headroom.checkpoint.captured); their gradients are summed up inside and arrive once, as do
@@ -129,13 +119,10 @@ at::Tensor tiled_checkpoint(F&& forward, const at::Tensor& x, int64_t axis, int6
                             const std::vector<at::Tensor>& parameters) {
   require(axis >= -x.dim() && axis < x.dim() && slices >= 1, "headroom.checkpoint.tiled.slices", "got ", slices,
           " slices along dimension ", axis, " of x ", x.sizes(), "; expected one slice or more along a dimension of x");
-  const detail::Tiling tiling{std::forward<F>(forward), axis < 0 ? axis + x.dim() : axis, slices};
-  if (!at::GradMode::is_enabled()) return tiling.run(x);
-  const auto* const outer = SavedTensorHooks::current();
-  const SavedTensorHooks hooks([&](const at::Tensor& saved) {  // x is kept as any input of a checkpoint
-    return outer != nullptr ? outer->pack(saved) : detail::CheckpointStorageScope::keep(saved);
-  });
-  return detail::TiledFunction::apply(x, at::TensorList(parameters), tiling);
+  const detail::Slices along{axis < 0 ? axis + x.dim() : axis, slices};
+  const std::vector<detail::TiledStage> stages{
+      {std::forward<F>(forward), [along](const at::Tensor&) { return along; }}};
+  return detail::reentrant_call(std::make_shared<const detail::TiledWork>(stages), {x}, parameters)[0];
 }
 
 }  // namespace headroom::inline v0

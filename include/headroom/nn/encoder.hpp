@@ -1,6 +1,5 @@
 #pragma once
 
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -31,35 +30,48 @@ struct EncoderOptions {
 
 namespace detail {
 
+/// The parameters of one half of a block.
+inline std::vector<torch::Tensor> parameters_of(const RMSNorm& norm, const torch::nn::Module& branch) {
+  std::vector<torch::Tensor> all = branch.parameters();
+  all.push_back(norm->weight);
+  return all;
+}
+
+}  // namespace detail
+
+/// A block of a stack for run_stack(), over tokens of `dims` dimensions: attention along `axis`, with the others as
+/// batch, and the feed-forward network, with all as batch.
+template <TokenMixer Attention, TokenWise FeedForward>
+StackBlock stack_block(const BasicEncoderBlock<Attention, FeedForward>& block, int64_t axis, int64_t dims) {
+  std::vector<int64_t> others, all;
+  for (int64_t d = 0; d + 1 < dims; ++d) {
+    all.push_back(d);
+    if (d != (axis < 0 ? axis + dims : axis)) others.push_back(d);
+  }
+  const auto module = block.ptr();
+  return {{{[module, axis](const torch::Tensor& x) { return module->attend(x, axis); },
+            detail::parameters_of(module->attention_norm, *module->attention), others},
+           {[module](const torch::Tensor& x) { return module->feed(x); },
+            detail::parameters_of(module->feed_forward_norm, *module->feed_forward), all}}};
+}
+
+namespace detail {
+
 /// A block and the dimension of the tokens that it attends along.
 struct BlockAlong {
   EncoderBlock block;
   int64_t axis;
 };
 
-/// The largest of the other token dimensions of x, which a block along `axis` treats as batch.
-inline std::optional<int64_t> independent_axis(const torch::Tensor& x, int64_t axis) {
-  std::optional<int64_t> largest;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) {
-    if (d != (axis < 0 ? axis + x.dim() : axis) && (!largest || x.size(d) > x.size(*largest))) largest = d;
-  }
-  return largest;
-}
-
 inline ReversibleLayer reversible_layer(const BlockAlong& along) {
   const auto block = along.block.ptr();
-  const auto parameters = [](const auto& norm, const auto& branch) {
-    std::vector<torch::Tensor> all = branch->parameters();
-    all.push_back(norm->weight);
-    return all;
-  };
   return {
       {[block, axis = along.axis](const torch::Tensor& x) {
          return block->attention->forward(block->attention_norm->forward(x), axis);
        },
-       parameters(block->attention_norm, block->attention)},
+       parameters_of(block->attention_norm, *block->attention)},
       {[block](const torch::Tensor& x) { return block->feed_forward->forward(block->feed_forward_norm->forward(x)); },
-       parameters(block->feed_forward_norm, block->feed_forward)}};
+       parameters_of(block->feed_forward_norm, *block->feed_forward)}};
 }
 
 /// Blocks one after the other, as the options say. The only place where an encoder runs its blocks.
@@ -77,8 +89,7 @@ inline torch::Tensor run_encoder(const std::vector<BlockAlong>& blocks, const to
   }
   std::vector<StackBlock> stack;
   for (const auto& [block, axis] : blocks) {
-    stack.push_back({[block = block.ptr(), axis = axis](const torch::Tensor& t) { return block->forward(t, axis); },
-                     block->parameters(), independent_axis(x, axis)});
+    stack.push_back(stack_block(block, axis, x.dim()));
   }
   return run_stack(stack, x, policy);
 }

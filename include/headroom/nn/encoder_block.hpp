@@ -32,12 +32,19 @@ class BasicEncoderBlockImpl : public torch::nn::Module {
         feed_forward(register_module("feed_forward", std::move(feed_forward))) {}
 
   /// x [..., dim] -> same shape, attending along dimension `axis`.
-  torch::Tensor forward(torch::Tensor x, int64_t axis = -2) {
+  torch::Tensor forward(const torch::Tensor& x, int64_t axis = -2) { return feed(attend(x, axis)); }
+
+  /// The first half, which mixes tokens along dimension `axis`: x + attention(norm(x)).
+  torch::Tensor attend(const torch::Tensor& x, int64_t axis = -2) {
     if constexpr (requires { attention->forward_residual(x, attention_norm, axis); }) {
-      x = attention->forward_residual(x, attention_norm, axis);
+      return attention->forward_residual(x, attention_norm, axis);
     } else {
-      x = x + attention->forward(attention_norm->forward(x), axis);
+      return x + attention->forward(attention_norm->forward(x), axis);
     }
+  }
+
+  /// The second half, which treats every token alone: x + feed_forward(norm(x)).
+  torch::Tensor feed(const torch::Tensor& x) {
     if constexpr (requires { feed_forward->forward_residual(x, feed_forward_norm); }) {
       return feed_forward->forward_residual(x, feed_forward_norm);
     } else {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <concepts>
 #include <cstdint>
+#include <iterator>
 #include <numeric>
 #include <type_traits>
 #include <utility>
@@ -19,7 +20,7 @@ inline std::vector<CheckpointPolicy> policies_by_cost() {
   return {"none", "selective", "full", "tiled", "tiled+offload"};
 }
 
-/// A stack of `blocks` blocks of which `count` have the leaner of two neighbours by cost, the others the cheaper one.
+/// A stack of `blocks` blocks of which `count`, at least one and not all, have the leaner of two neighbours by cost.
 ///
 /// Backward takes the last block first and frees what it held, so what early blocks hold is there longest: they get the
 /// leaner policy, and when they are computed again, what late blocks held is gone. Only from full to tiled it is the
@@ -49,8 +50,8 @@ inline CheckpointPolicy cheapest_part(const StackPolicy& policy) {
 /// attempt(policy) is an optional, empty where memory does not suffice. Tried are `given`, policies_by_cost() from the
 /// first that is part of it, and between two of these as few blocks as possible under the leaner one.
 ///
-/// The number of blocks is found by bisection: peaks fall with every block. So an attempt that accepts what another one
-/// accepts, and more, never gets a costlier policy, and the other one never a higher peak.
+/// The number of blocks is found by bisection: peaks fall with every block. So where memory is the larger, the policy
+/// is never costlier, and where it is the smaller, its peak is never higher.
 template <std::invocable<StackPolicy> Attempt>
 std::invoke_result_t<Attempt&, StackPolicy> cheapest_policy(Attempt&& attempt, int64_t blocks,
                                                             const StackPolicy& given = {}) {

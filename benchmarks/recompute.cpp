@@ -171,7 +171,7 @@ int main(int argc, char** argv) {
   app.add_option("--budget", budget_gib, "GiB that tensors of the headline may take")->capture_default_str();
   app.add_option("--configs", folder, "Folder of the guide's configurations")->capture_default_str();
   app.add_flag("--no-guide", no_guide, "Leave out the plans of the guide's configurations");
-  app.add_option("--policies", policies, "Policies to measure on the encoder")->delimiter(',')->capture_default_str();
+  app.add_option("--policies", policies, "Policies to measure on the encoder")->capture_default_str();
   app.add_option("--layers", encoder.layers, "Blocks of the encoder")->capture_default_str();
   app.add_option("--batch", encoder.batch, "Sequences that it works on")->capture_default_str();
   app.add_option("--length", encoder.length, "Their length")->capture_default_str();

@@ -1,5 +1,5 @@
 // One encoder under checkpoint policies: what each holds for backward, that gradients are the same, and which one a
-// budget asks for.
+// budget asks for, block by block.
 
 #include <headroom/checkpoint.hpp>
 #include <headroom/memory.hpp>
@@ -20,31 +20,27 @@ int main() {
   };
   const torch::Tensor plain = gradient();
 
-  // Peaks are planned: nothing runs
-  const auto planned_peak = [&](const CheckpointPolicy& policy) {
-    return plan(
-               [&] {
-                 nn::EncoderOptions candidate = options;
-                 candidate.gradient_checkpointing(policy);
-                 nn::Encoder copy(candidate);
-                 copy->forward(torch::randn(x.sizes())).square().mean().backward();
-               },
-               this_machine())
-        .peak_bytes;
+  // A step under a policy, to be planned: nothing runs
+  const auto step = [&](const StackPolicy& policy) {
+    nn::EncoderOptions candidate = options;
+    candidate.gradient_checkpointing(policy);
+    nn::Encoder copy(candidate);
+    copy->forward(torch::randn(x.sizes())).square().mean().backward();
   };
 
-  for (const char* policy : {"none", "selective", "every-2", "full", "nested", "full+offload", "full+bf16"}) {
+  for (const char* policy : {"none", "selective", "every-2", "full", "4*full,none", "nested", "full+bf16"}) {
     encoder->options.gradient_checkpointing(policy);
+    const int64_t peak = plan([&] { step(policy); }, this_machine()).peak_bytes;
     const bool equal = torch::equal(gradient(), plain);
-    std::cout << policy << ": " << format_bytes(planned_peak(policy)) << ", gradients "
+    std::cout << policy << ": " << format_bytes(peak) << ", gradients "
               << (equal ? "equal bit for bit" : "of rounded inputs") << '\n';
   }
 
-  // From little to much recomputation: the first that fits
-  const int64_t budget = 20 << 20;
-  for (const char* policy : {"none", "selective", "full", "nested"}) {
-    if (planned_peak(policy) > budget) continue;
-    std::cout << "for " << format_bytes(budget) << ": " << policy << '\n';
-    break;
+  // The least recomputation that fits
+  for (const int64_t mebibytes : {24, 16, 8}) {
+    const auto choice = fit_policy(step, options.layers(), this_machine(), {.budget = mebibytes << 20});
+    std::cout << "for " << mebibytes << " MiB: "
+              << (choice ? choice->policy.text() + ", " + format_bytes(choice->plan.peak_bytes) : "nothing fits")
+              << '\n';
   }
 }

@@ -29,6 +29,7 @@ struct Arguments {
   std::vector<fs::path> configs;
   fs::path json, trace, html, snapshot;
   std::string device = "cpu", attention, budget, sweep;
+  std::vector<std::string> buckets;
   bool recommend = false;
 };
 
@@ -78,11 +79,18 @@ int run(const Arguments& arguments) {
     config.model.attention = "automatic";
   }
   const headroom::PlanOptions options = plan_options(arguments);
-  const headroom::Plan plan = training::plan_training(config, device, options);
+  std::vector<training::Bucket> buckets;
+  for (const std::string& text : arguments.buckets) {
+    buckets.push_back(training::parse_bucket(text, config.audio.sample_rate));
+  }
+  const training::BucketPlan all = training::plan_buckets(
+      config, buckets.empty() ? std::vector{training::bucket_of(config)} : buckets, device, options);
+  const headroom::Plan& plan = all.plan;
   headroom::print_plan(std::cout, plan);
+  if (!buckets.empty()) training::print_buckets(std::cout, all);
   std::cout << headroom::explain(plan);
-  if (arguments.recommend) std::cout << training::describe(training::recommend(config, device, options));
-  write(arguments.json, headroom::plan_json(plan));
+  if (arguments.recommend) std::cout << training::describe(training::recommend(config, device, options, buckets));
+  write(arguments.json, training::plan_json(all));
   write(arguments.trace, headroom::plan_trace(plan));
   if (!arguments.snapshot.empty()) write(arguments.snapshot, headroom::plan_snapshot(plan));
   write(arguments.html, headroom::plan_html(plan, path.filename().string() + " on " + device.name));
@@ -103,9 +111,13 @@ int main(int argc, char** argv) {
   app.add_option("--budget", arguments.budget, "what tensors may take, e.g. 24GiB; default: what the device has");
   app.add_option("--attention", arguments.attention, "instead of the configuration's")
       ->check(CLI::IsMember({"automatic", "tiled", "reference"}));
+  app.add_option("--bucket", arguments.buckets,
+                 "batches of this shape instead of the configuration's, e.g. 8x3s; several, as in --bucket 8x3s 4x6s, "
+                 "follow each other in any order")
+      ->excludes(app.add_option("--sweep", arguments.sweep,
+                                "a table over values of a number, e.g. segment_length=3s..15s or batch_size=1,2,4; "
+                                "takes --json"));
   app.add_flag("--recommend", arguments.recommend, "name the smallest change that fits");
-  app.add_option("--sweep", arguments.sweep,
-                 "a table over values of a number, e.g. segment_length=3s..15s or batch_size=1,2,4; takes --json");
   app.add_option("--json", arguments.json, "write the plan as JSON");
   app.add_option("--trace", arguments.trace, "write a trace for ui.perfetto.dev");
   app.add_option("--snapshot", arguments.snapshot, "write a memory snapshot for pytorch.org/memory_viz");

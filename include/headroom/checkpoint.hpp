@@ -1,6 +1,7 @@
 #pragma once
 
 #include "headroom/checkpoint/ambient_state.hpp"
+#include "headroom/checkpoint/cheapest_policy.hpp"
 #include "headroom/checkpoint/function.hpp"
 #include "headroom/checkpoint/host_copies.hpp"
 #include "headroom/checkpoint/kept_results.hpp"

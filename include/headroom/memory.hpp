@@ -2,6 +2,7 @@
 
 #include "headroom/memory/allocator_model.hpp"
 #include "headroom/memory/device_profile.hpp"
+#include "headroom/memory/fit.hpp"
 #include "headroom/memory/flops.hpp"
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/meta_kernels.hpp"

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "headroom/training/bucket.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/dataset.hpp"
 #include "headroom/training/json.hpp"

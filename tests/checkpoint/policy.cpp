@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -19,8 +20,10 @@ using torch::Tensor;
 
 namespace {
 
-const std::vector<std::string> kExact = {"full",   "every-2",  "every-3",      "selective",         "selective+every-2",
-                                         "nested", "nested-3", "full+offload", "selective+offload", "nested+offload"};
+const std::vector<std::string> kExact = {"full",           "every-2",           "every-3",
+                                         "selective",      "selective+every-2", "nested",
+                                         "nested-3",       "full+offload",      "selective+offload",
+                                         "nested+offload", "2*full,none",       "1*every-3+offload,2*nested,selective"};
 
 struct Step {
   Tensor output;
@@ -55,7 +58,7 @@ double error_of(const Step& actual, const Step& exact) {
   return worst;
 }
 
-nn::EncoderOptions options_with(nn::EncoderOptions options, const CheckpointPolicy& policy) {
+nn::EncoderOptions options_with(nn::EncoderOptions options, const StackPolicy& policy) {
   return options.gradient_checkpointing(policy);
 }
 
@@ -104,6 +107,98 @@ TEST_CASE("a checkpoint policy is read from text and written as text") {
   const Error error = testing::error_of([] { CheckpointPolicy("tilde+offload"); });
   CHECK(testing::contains(error.what(), "\"tilde+offload\", of which \"tilde\" is unknown"));
   CHECK(testing::contains(error.what(), "tiled+offload"));
+}
+
+TEST_CASE("a stack's policy has parts for the first blocks and one for the rest") {
+  const StackPolicy mixed("6*full+offload,2*none,selective");
+  CHECK(mixed == StackPolicy({{6, "full+offload"}, {2, "none"}}, "selective"));
+  CHECK(mixed.named_blocks() == 8);
+  CHECK(StackPolicy("full") == StackPolicy(CheckpointPolicy("full")));
+  CHECK(StackPolicy(true) == StackPolicy("full"));
+  CHECK(StackPolicy() == StackPolicy("none"));
+  CHECK(StackPolicy("1*full,none") != StackPolicy("2*full,none"));
+  for (const char* text : {"none", "tiled+offload", "6*full,none", "1*selective+every-2,3*nested-3+bf16,tiled"}) {
+    CHECK(StackPolicy(text).text() == text);
+  }
+  for (const char* text : {"", ",", "6*full,", ",none", "full,none", "6*full", "6*full,2*none", "0*full,none",
+                           "-1*full,none", "x*full,none", "6*ful,none", "6*,none", "*full,none", "6 full,none",
+                           "99999999999999999999*full,none", "6*full,,none", "6*full;none"}) {
+    CAPTURE(text);
+    const Error error = testing::error_of([&] { StackPolicy policy(text); });
+    CHECK(error.id() == "headroom.checkpoint.policy");
+    CHECK(testing::contains(error.what(), "expected none, full"));
+  }
+  const auto what = [](const char* text) {
+    return std::string(testing::error_of([&] { StackPolicy policy(text); }).what());
+  };
+  CHECK(testing::contains(what("full,none"), "\"full,none\": \"full\" does not start with a number of blocks"));
+  CHECK(testing::contains(what("6*full"), "\"6*full\" comes last and is for all blocks that are left"));
+  nn::Encoder encoder(options_with(nn::EncoderOptions(8, 1, {8}, 3), "4*full,none"));
+  const Error error = testing::error_of([&] { encoder->forward(torch::randn({1, 5, 8})); });
+  CHECK(error.id() == "headroom.checkpoint.policy");
+  CHECK(testing::contains(error.what(), "\"4*full,none\", which names 4 blocks; this stack has 3"));
+  encoder->options.gradient_checkpointing("3*full,none");
+  CHECK(encoder->forward(torch::randn({1, 5, 8})).defined());
+}
+
+TEST_CASE("each block is kept as its part of the policy says") {
+  const auto recomputed = [](const std::string& text) {  // which blocks' weights recomputation uses
+    const Plan planned = plan(
+        [&] {
+          nn::Encoder encoder(options_with(nn::EncoderOptions(16, 2, {24}, 4), text));
+          name_modules(*encoder);
+          encoder->forward(torch::randn({2, 30, 16}).requires_grad_()).sum().backward();
+        },
+        this_machine());
+    std::set<char> blocks;
+    for (const auto& op : planned.trace.operators) {
+      const std::string& module = planned.trace.names[op.module];
+      if (planned.trace.names[op.phase] == "recomputation" && module.starts_with("layers.")) blocks.insert(module[7]);
+    }
+    return std::string(blocks.begin(), blocks.end());
+  };
+  CHECK(recomputed("none") == "");
+  CHECK(recomputed("full") == "0123");
+  CHECK(recomputed("1*full,none") == "0");
+  CHECK(recomputed("2*none,full") == "23");
+  CHECK(recomputed("1*none,2*full,none") == "12");
+}
+
+TEST_CASE("the cheapest policy is the first one by cost that an attempt accepts") {
+  const int64_t blocks = 7;
+  // All candidates in the order of their cost, and an attempt that accepts those from a place on
+  std::vector<StackPolicy> order{"none"};
+  const std::vector<CheckpointPolicy> policies = policies_by_cost();
+  for (size_t i = 1; i < policies.size(); ++i) {
+    for (int64_t count = 1; count < blocks; ++count) {
+      order.push_back(mixed_policy(policies[i - 1], policies[i], count, blocks));
+    }
+    order.emplace_back(policies[i]);
+  }
+  CHECK(order[1] == StackPolicy("1*selective,none"));
+  CHECK(order[2 * blocks + 1] == StackPolicy("6*full,tiled"));  // late blocks first
+  const auto search = [&](size_t first, const StackPolicy& given, int64_t size = 7) {
+    const auto attempt = [&](const StackPolicy& policy) -> std::optional<StackPolicy> {
+      const auto place = std::ranges::find(order, policy) - order.begin();
+      return place >= static_cast<int64_t>(first) ? std::optional(policy) : std::nullopt;
+    };
+    return cheapest_policy(attempt, size, given);
+  };
+  for (size_t first = 0; first < order.size(); ++first) {
+    CAPTURE(first, order[first].text());
+    CHECK(search(first, {}) == order[first]);
+    // From what was asked for on; a mix starts at the cheapest policy in it
+    CHECK(search(first, "full") == order[std::max<size_t>(first, 2 * blocks)]);
+    const size_t given = 2 * blocks - 3;
+    CHECK(search(first, order[given]) == order[first > given ? first : given]);
+  }
+  CHECK_FALSE(search(order.size() + 1, {}).has_value());
+  CHECK(search(3, "nested") == StackPolicy("nested"));  // accepted, as it stands in no order
+  CHECK(search(1, {}, 1) == StackPolicy("selective"));  // one block has no mix
+  const auto fussy = [](const StackPolicy& policy) -> std::optional<StackPolicy> {
+    return policy == StackPolicy("nested") || policy == StackPolicy("none") ? std::nullopt : std::optional(policy);
+  };
+  CHECK(cheapest_policy(fussy, blocks, "nested") == StackPolicy("full"));
 }
 
 TEST_CASE("every policy that computes the same arithmetic gives the plain gradients, bit for bit") {
@@ -195,7 +290,7 @@ TEST_CASE("tiled blocks give the plain gradients up to rounding, and hooks of th
     const double of_plain = error_of(plain, exact);
     int fired = 0;
     for (const Tensor& p : encoder->parameters()) p.register_hook([&](const Tensor&) { ++fired; });
-    for (const char* text : {"tiled", "tiled+nested", "tiled+offload"}) {
+    for (const char* text : {"tiled", "tiled+nested", "tiled+offload", "1*full,tiled", "1*tiled+offload,tiled"}) {
       CAPTURE(text, shape);
       encoder->options.gradient_checkpointing(text);
       fired = 0;
@@ -252,7 +347,8 @@ TEST_CASE("a stack of blocks that are composed of other modules is tiled, too") 
 
 TEST_CASE("the planned peak is the measured one, byte for byte, under every policy") {
   std::vector<std::string> policies = kExact;
-  policies.insert(policies.end(), {"none", "tiled", "tiled+nested", "tiled+offload", "full+bf16", "reversible"});
+  policies.insert(policies.end(), {"none", "tiled", "tiled+nested", "tiled+offload", "1*full,tiled",
+                                   "1*tiled+offload,tiled", "full+bf16", "reversible"});
   for (const std::string& text : policies) {
     CAPTURE(text);
     const auto run = [&text](const auto& make, const std::vector<int64_t>& shape) {
@@ -268,7 +364,7 @@ TEST_CASE("the planned peak is the measured one, byte for byte, under every poli
       CHECK(plan(really, this_machine()).peak_bytes == measured);
     };
     run([](const auto& with) { return nn::Encoder(with(nn::EncoderOptions(32, 2, {64}, 5))); }, {3, 50, 32});
-    if (text.starts_with("tiled")) for_each_worth_tiling(run);
+    if (testing::contains(text, "tiled")) for_each_worth_tiling(run);
   }
 }
 

@@ -167,6 +167,17 @@ class Tools(unittest.TestCase):
         full = run("plan", "--config", config, "--budget", "100KB", "--recommend")
         self.assertEqual(full.returncode, 3, full.stderr)
         self.assertIn("out of memory:", full.stdout)
+        length = CONFIG["training"]["segment_length"]
+        table = self.root / "buckets.json"
+        buckets = run("plan", "--config", config, "--bucket", f"3x{2 * length}", "1x0.1s", "--json", table)
+        self.assertEqual(buckets.returncode, 0, buckets.stderr)
+        self.assertRegex(buckets.stdout, rf"3x{2 * length} .*makes the peak\n +1x4410 ")
+        rows = json.loads(table.read_text())
+        self.assertEqual([row["segment_length"] for row in rows["buckets"]], [2 * length, 4410])
+        self.assertEqual(rows["buckets"][0]["peak_bytes"], rows["peak_bytes"])
+        self.assertGreater(rows["peak_bytes"], plan["peak_bytes"])
+        self.fails(run("plan", "--config", config, "--bucket", "3 of 1s"), "headroom.training.bucket", "8x3s")
+        self.fails(run("plan", "--config", config, "--bucket", "1x1s", "--sweep", "batch_size=1,2"), code=2)
         self.fails(run("plan", "--config", config, "--device", "rtx"), "headroom.memory.device_name")
         self.fails(run("plan", "--config", config, "--budget", "much"), "headroom.tools.bytes")
         self.fails(run("plan", "--config", config, "--budget", "1B"), "headroom.memory.plan.budget")

@@ -106,6 +106,12 @@ TEST_CASE("gradient_checkpointing is true, false or a checkpoint policy") {
   const Config tiled = read("\"tiled+offload\"");
   CHECK(tiled.model.gradient_checkpointing == headroom::CheckpointPolicy("tiled+offload"));
   CHECK(parse_config(to_json(tiled), "again").model.gradient_checkpointing == tiled.model.gradient_checkpointing);
+  const Config mixed = read("\"2*full,none\"");
+  CHECK(mixed.model.gradient_checkpointing == headroom::StackPolicy("2*full,none"));
+  CHECK(parse_config(to_json(mixed), "again").model.gradient_checkpointing == mixed.model.gradient_checkpointing);
+  const Lines many = problems_of(with(R"({"model": {"gradient_checkpointing": "2000*full,none"}})"));
+  REQUIRE(many.size() == 1);
+  CHECK(contains(many[0], "model.gradient_checkpointing: got \"2000*full,none\", which names 2000 blocks, expected"));
   const Lines problems = problems_of(with(R"({"model": {"gradient_checkpointing": "tield"}})"));
   REQUIRE(problems.size() == 1);
   CHECK(

@@ -1,11 +1,14 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <concepts>
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "headroom/checkpoint/kept_results.hpp"
 #include "headroom/checkpoint/storage.hpp"
@@ -13,7 +16,7 @@
 
 namespace headroom::inline v0 {
 
-/// What of a stack of blocks is kept for backward, and where: a value for options and configuration files.
+/// What of blocks one after the other is kept for backward, and where: a value for options and configuration files.
 ///
 /// | text | held after forward | computed again |
 /// | `none` | everything that autograd saves | nothing |
@@ -48,6 +51,47 @@ struct CheckpointPolicy {
   static constexpr const char* kExpected =
       "none, full, every-K, selective, tiled or nested, parts joined by + as in tiled+offload, selective+every-2 or "
       "full+nested-3+bf16";
+
+ private:
+  void read(std::string_view text);
+};
+
+/// The checkpoint policies of a stack: one for all blocks, or others for the first ones of them.
+///
+/// As text, `6*full,none`: six blocks `full`, the rest `none`. Every part but the last says how many blocks it is for.
+struct StackPolicy {
+  struct Part {
+    int64_t blocks;
+    CheckpointPolicy policy;
+    bool operator==(const Part&) const = default;
+  };
+
+  std::vector<Part> first;  ///< of the first blocks, in their order
+  CheckpointPolicy rest;    ///< of all others
+
+  StackPolicy() = default;
+  StackPolicy(CheckpointPolicy all) : rest(std::move(all)) {}          // NOLINT
+  StackPolicy(std::same_as<bool> auto recompute) : rest(recompute) {}  // NOLINT
+  StackPolicy(std::vector<Part> first, CheckpointPolicy rest) : first(std::move(first)), rest(std::move(rest)) {}
+  /// From text as above. Throws headroom.checkpoint.policy.
+  StackPolicy(const std::convertible_to<std::string_view> auto& text) { read(text); }  // NOLINT
+
+  /// How many blocks a stack has at least.
+  int64_t named_blocks() const {
+    int64_t blocks = 0;
+    for (const Part& part : first) blocks += part.blocks;
+    return blocks;
+  }
+  std::string text() const {
+    std::string text;
+    for (const Part& part : first) text += std::to_string(part.blocks) + "*" + part.policy.text() + ",";
+    return text + rest.text();
+  }
+  bool operator==(const StackPolicy&) const = default;
+
+  /// What text may be, for messages.
+  static inline const std::string kExpected =
+      std::string(CheckpointPolicy::kExpected) + ", or others for the first blocks as in 6*full,none";
 
  private:
   void read(std::string_view text);
@@ -117,6 +161,26 @@ inline void CheckpointPolicy::read(std::string_view given) {
   }
   if (!named_block) block = Block::full;  // every-K, nested
   detail::check_policy(*this, given);
+}
+
+inline void StackPolicy::read(std::string_view given) {
+  const auto rule = [&](bool holds, const auto&... why) {
+    require(holds, "headroom.checkpoint.policy", "the checkpoint policy is \"", given, "\": ", why..., "; expected ",
+            kExpected);
+  };
+  std::string_view left = given;
+  for (size_t comma; (comma = left.find(',')) != std::string_view::npos; left.remove_prefix(comma + 1)) {
+    const std::string_view part = left.substr(0, comma);
+    const size_t star = std::min(part.find('*'), part.size());
+    int64_t blocks = 0;
+    const auto [stop, error] = std::from_chars(part.data(), part.data() + star, blocks);
+    rule(star < part.size() && error == std::errc() && stop == part.data() + star && blocks >= 1, "\"", part,
+         "\" does not start with a number of blocks, as in 6*full");
+    first.push_back({blocks, part.substr(star + 1)});
+  }
+  rule(left.find('*') == std::string_view::npos, "\"", left,
+       "\" comes last and is for all blocks that are left, so it takes no number");
+  rest = left;
 }
 
 inline std::string CheckpointPolicy::text() const {

@@ -143,13 +143,22 @@ inline at::Tensor run_blocks(const std::vector<StackBlock>& blocks, at::Tensor x
 /// Blocks one after the other, with what `policy` says kept for backward. Gradients are those without checkpoints: bit
 /// for bit, up to rounding with `tiled`, as of rounded inputs with `bf16`. `tiled` is `full` for a block without
 /// independent axes, and `tiled` and `selective` are `full` for so few tokens that they would need more memory. Throws
-/// headroom.checkpoint.policy.
-inline at::Tensor run_stack(const std::vector<StackBlock>& blocks, const at::Tensor& x,
-                            const CheckpointPolicy& policy) {
-  detail::check_policy(policy, policy.text());
-  std::optional<detail::CheckpointStorageScope> storage;
-  if (policy.storage != CheckpointStorage::memory) storage.emplace(checkpoint_pack(policy.storage));
-  return detail::run_blocks(blocks, x, policy, policy.levels);
+/// headroom.checkpoint.policy, also for a policy that names more blocks than there are.
+inline at::Tensor run_stack(const std::vector<StackBlock>& blocks, at::Tensor x, const StackPolicy& policy) {
+  const auto count = static_cast<int64_t>(blocks.size());
+  require(policy.named_blocks() <= count, "headroom.checkpoint.policy", "the checkpoint policy is \"", policy.text(),
+          "\", which names ", policy.named_blocks(), " blocks; this stack has ", count);
+  auto next = blocks.begin();
+  const auto run = [&](const CheckpointPolicy& part, int64_t size) {
+    detail::check_policy(part, part.text());
+    std::optional<detail::CheckpointStorageScope> storage;
+    if (part.storage != CheckpointStorage::memory) storage.emplace(checkpoint_pack(part.storage));
+    x = detail::run_blocks({next, next + size}, x, part, part.levels);
+    next += size;
+  };
+  for (const auto& [size, part] : policy.first) run(part, size);
+  run(policy.rest, blocks.end() - next);
+  return x;
 }
 
 }  // namespace headroom::inline v0

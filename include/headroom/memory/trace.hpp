@@ -123,6 +123,12 @@ class TraceRecorder : private detail::AllocationListener {
   TraceRecorder(const TraceRecorder&) = delete;
   TraceRecorder& operator=(const TraceRecorder&) = delete;
 
+  /// Events until now: the time of what comes next.
+  int64_t now() const {
+    const std::scoped_lock lock(mutex_);
+    return trace_.events;
+  }
+
   /// The recorder of this thread, or nullptr.
   static TraceRecorder* current() { return current_; }
 
@@ -399,7 +405,7 @@ class TraceRecorder : private detail::AllocationListener {
   bool recording_ = true;
   bool was_backward_ = false;
 
-  std::recursive_mutex mutex_;
+  mutable std::recursive_mutex mutex_;
   std::vector<int32_t> stack_;   // operators that are running
   std::vector<Uses> uses_;       // of each operator
   std::vector<bool> own_flops_;  // of each operator: its FLOPs and those of its callees are known

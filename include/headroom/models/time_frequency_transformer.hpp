@@ -20,7 +20,7 @@ struct TimeFrequencyTransformerOptions {
   TORCH_ARG(int64_t, channels) = 2;
   TORCH_ARG(int64_t, stems) = 4;
   /// What of the blocks is kept for the backward pass; true: the input of each block, the rest is computed again.
-  TORCH_ARG(CheckpointPolicy, gradient_checkpointing) = {};
+  TORCH_ARG(StackPolicy, gradient_checkpointing) = {};
   /// Two streams through the encoder, from which backward computes all activations back: see nn::EncoderOptions.
   TORCH_ARG(bool, reversible) = false;
   TORCH_ARG(AttentionBackend, attention) = AttentionBackend::automatic;

@@ -16,7 +16,7 @@ struct EncoderOptions {
   TORCH_ARG(FeedForwardOptions, feed_forward);
   TORCH_ARG(int64_t, layers);
   /// What of the blocks is kept for the backward pass; true: the input of each block, the rest is computed again.
-  TORCH_ARG(CheckpointPolicy, gradient_checkpointing) = {};
+  TORCH_ARG(StackPolicy, gradient_checkpointing) = {};
   /// Two streams, y1 = x1 + attention(x2), y2 = x2 + feed_forward(y1), from which backward computes all activations
   /// back: another model than without, with the same parameters. Both streams start as the input, the output is their
   /// mean.
@@ -77,9 +77,9 @@ inline ReversibleLayer reversible_layer(const BlockAlong& along) {
 /// Blocks one after the other, as the options say. The only place where an encoder runs its blocks.
 inline torch::Tensor run_encoder(const std::vector<BlockAlong>& blocks, const torch::Tensor& x,
                                  const EncoderOptions& options) {
-  const CheckpointPolicy& policy = options.gradient_checkpointing();
+  const StackPolicy& policy = options.gradient_checkpointing();
   if (options.reversible()) {
-    require(policy == CheckpointPolicy(), "headroom.nn.encoder.reversible",
+    require(policy == StackPolicy(), "headroom.nn.encoder.reversible",
             "reversible is true and the checkpoint policy \"", policy.text(),
             "\"; a reversible encoder stores nothing that a checkpoint could save, leave the policy out");
     std::vector<ReversibleLayer> layers;

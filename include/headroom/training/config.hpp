@@ -19,15 +19,15 @@
 namespace headroom::inline v0 {
 
 /// true, false or text; false for none and true for full.
-inline void to_json(auto& json, const CheckpointPolicy& policy) {
-  if (policy == CheckpointPolicy(true) || policy == CheckpointPolicy()) {
-    json = policy == CheckpointPolicy(true);
+inline void to_json(auto& json, const StackPolicy& policy) {
+  if (policy == StackPolicy(true) || policy == StackPolicy()) {
+    json = policy == StackPolicy(true);
   } else {
     json = policy.text();
   }
 }
-inline void from_json(const nlohmann::json& json, CheckpointPolicy& policy) {
-  policy = json.is_boolean() ? CheckpointPolicy(json.get<bool>()) : CheckpointPolicy(json.get<std::string>());
+inline void from_json(const nlohmann::json& json, StackPolicy& policy) {
+  policy = json.is_boolean() ? StackPolicy(json.get<bool>()) : StackPolicy(json.get<std::string>());
 }
 
 namespace training {
@@ -40,9 +40,12 @@ struct ModelConfig {
   int64_t emb_dim = 0;
   int64_t n_heads = 0;
   std::vector<int64_t> ffn_hidden_dim;
-  CheckpointPolicy gradient_checkpointing = {};
+  StackPolicy gradient_checkpointing = {};
   bool reversible = false;
   std::string attention = "automatic";
+
+  /// Encoder blocks: each layer has one along frequency and one along time.
+  int64_t blocks() const { return 2 * n_layers; }
 
   static void describe(auto& self, auto&& field) {
     constexpr double kWidest = 1 << 20;
@@ -219,8 +222,13 @@ inline void check_together(const Config& config, std::vector<Problem>& problems)
       model.n_heads, " heads is odd");
   rule(
       {"model.reversible", "model.gradient_checkpointing"},
-      [&] { return !model.reversible || model.gradient_checkpointing == CheckpointPolicy(); },
+      [&] { return !model.reversible || model.gradient_checkpointing == StackPolicy(); },
       "got true, expected false or no model.gradient_checkpointing, which has nothing to store there");
+  rule(
+      {"model.gradient_checkpointing", "model.n_layers"},
+      [&] { return model.gradient_checkpointing.named_blocks() <= model.blocks(); }, "got \"",
+      model.gradient_checkpointing.text(), "\", which names ", model.gradient_checkpointing.named_blocks(),
+      " blocks, expected at most two for each of the model.n_layers = ", model.n_layers, " layers");
   rule(
       {"model.n_fft"}, [&] { return model.n_fft % 2 == 0; }, "got ", model.n_fft, ", expected an even number");
   rule(

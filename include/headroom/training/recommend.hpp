@@ -2,10 +2,15 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
+#include "headroom/checkpoint/cheapest_policy.hpp"
+#include "headroom/training/bucket.hpp"
 #include "headroom/training/plan.hpp"
 
 namespace headroom::inline v0::training {
@@ -13,6 +18,7 @@ namespace headroom::inline v0::training {
 /// A configuration that fits, and how it differs from the one that was asked for.
 struct Recommendation {
   Config config;
+  std::vector<Bucket> buckets;       ///< in the place of the configuration's batches, where they were given
   std::vector<std::string> changes;  ///< in words; empty: the configuration fits as it is
   bool same_training = true;         ///< the same gradients up to rounding
   Plan plan;
@@ -20,77 +26,94 @@ struct Recommendation {
 
 namespace detail {
 
-/// Checkpoint policies in the order in which they are tried, by the operations that they add, then by what they need
-/// beside the memory. All give the same gradients up to rounding: bf16 does not. The others need more of both than one
-/// of these.
-inline std::vector<CheckpointPolicy> policies_by_cost() {
-  return {"none", "selective", "full", "tiled", "full+offload", "tiled+offload"};
-}
-
-/// A policy and those that come after it.
-inline std::vector<CheckpointPolicy> policies_from(const CheckpointPolicy& first) {
-  const std::vector<CheckpointPolicy> all = policies_by_cost();
-  const auto place = std::find(all.begin(), all.end(), first);
-  if (place != all.end()) return {place, all.end()};
-  std::vector<CheckpointPolicy> from{first};
-  from.insert(from.end(), std::find(all.begin(), all.end(), CheckpointPolicy(true)), all.end());
-  return from;
+/// How a recommendation differs from the configuration that was asked for, in words.
+inline std::vector<std::string> changes(const Config& from, const Recommendation& to) {
+  const auto& [model, training] = std::tie(to.config.model, to.config.training);
+  std::vector<std::string> changes;
+  if (model.attention != from.model.attention) changes.push_back("model.attention: " + model.attention);
+  if (training.segment_length != from.training.segment_length && to.buckets.empty()) {
+    changes.push_back("training.segment_length: " + std::to_string(training.segment_length));
+  }
+  if (model.gradient_checkpointing != from.model.gradient_checkpointing) {
+    changes.push_back("model.gradient_checkpointing: " + model.gradient_checkpointing.text());
+  }
+  const bool split = training.gradient_accumulation_steps != from.training.gradient_accumulation_steps;
+  if (split || !(to.same_training || to.buckets.empty())) {
+    std::string shapes = "training.batch_size: " + std::to_string(training.batch_size);
+    if (!to.buckets.empty()) {
+      shapes = "buckets:";
+      for (const Bucket& bucket : to.buckets) shapes += " " + to_string(bucket);
+    }
+    changes.push_back(shapes +
+                      " with gradient_accumulation_steps: " + std::to_string(training.gradient_accumulation_steps));
+  }
+  return changes;
 }
 
 }  // namespace detail
 
 /// The first of these that fits a device: the configuration as it is; attention that stores no scores; smaller batches
-/// with more accumulation, which cost no operations; checkpoint policies, which cost a forward pass at most, in
-/// slices and with inputs on the host where that is needed; and only then shorter segments, which train something else.
-/// Each is judged by replaying it. The order does not depend on the budget, so that a larger one never gets a worse
-/// answer, and a smaller one never a higher peak. Throws as plan_training does; none: nothing fits.
+/// with more accumulation, which cost no operations; checkpoint policies, block by block (cheapest_policy), which cost
+/// a forward pass at most, in slices and with inputs on the host where that is needed; and only then shorter segments,
+/// which train something else. With `buckets`, batches have their shapes instead of the configuration's, and what is
+/// recommended fits with all of them. Each is judged by replaying it. The order does not depend on the budget, so that
+/// a larger one never gets a worse answer, and a smaller one never a higher peak. Throws as plan_training and
+/// plan_buckets do; none: nothing fits.
 inline std::optional<Recommendation> recommend(const Config& config, const DeviceProfile& device,
-                                               const PlanOptions& options = {}) {
-  const auto attempt = [&](Config candidate, std::vector<std::string> changes, bool same) {
-    Plan plan = plan_training(candidate, device, options);
-    return plan.fits ? std::optional(Recommendation{std::move(candidate), std::move(changes), same, std::move(plan)})
-                     : std::nullopt;
+                                               const PlanOptions& options = {},
+                                               const std::vector<Bucket>& buckets = {}) {
+  if (!buckets.empty()) detail::check_buckets(config, buckets);
+  const std::vector<Bucket> wanted = buckets.empty() ? std::vector{bucket_of(config)} : buckets;
+  int64_t batch = 0, shortest = wanted.front().segment_length;  // batch: what can be split alike in all buckets
+  for (const Bucket& bucket : wanted) {
+    batch = std::gcd(batch, bucket.batch_size);
+    shortest = std::min(shortest, bucket.segment_length);
+  }
+  if (config.training.optimizer_in_backward) batch = 1;  // which cannot add to gradients
+  // Batches are split into as many parts, segments are shortened to one of as many
+  const auto attempt = [&](Config candidate, int64_t split, int64_t part) -> std::optional<Recommendation> {
+    Recommendation result;
+    result.buckets = wanted;
+    result.same_training = part == 1;
+    for (Bucket& bucket : result.buckets) {
+      bucket.batch_size /= split;
+      bucket.segment_length /= part;
+    }
+    result.config = with_bucket(std::move(candidate), result.buckets.front());
+    result.config.training.gradient_accumulation_steps *= split;
+    result.plan = detail::plan_steps(result.config, result.buckets, device, options).plan;
+    if (!result.plan.fits) return std::nullopt;
+    if (buckets.empty()) result.buckets.clear();
+    result.changes = detail::changes(config, result);
+    return result;
   };
-  if (auto fits = attempt(config, {}, true)) return fits;
-  const std::vector<CheckpointPolicy> policies = config.model.reversible
-                                                     ? std::vector{config.model.gradient_checkpointing}
-                                                     : detail::policies_from(config.model.gradient_checkpointing);
+  if (auto fits = attempt(config, 1, 1)) return fits;
+  Config candidate = config;
+  if (config.model.attention == "reference") candidate.model.attention = "automatic";
+  const auto with = [&](const StackPolicy& policy) {
+    candidate.model.gradient_checkpointing = policy;
+    return candidate;
+  };
+  const int64_t longest_window =
+      std::max({config.model.n_fft, config.loss.min_n_fft, std::ranges::max(config.loss.windows)});
   // Divided by the denominators of shorter segments; the shortest is what the STFT and its loss still take
   for (const int64_t part : {1, 2, 3, 4, 6, 8, 12, 16}) {
-    Config shorter = config;
-    std::vector<std::string> changes;
-    if (config.model.attention == "reference") {
-      shorter.model.attention = "automatic";
-      changes.emplace_back("model.attention: automatic");
-    }
-    shorter.training.segment_length = config.training.segment_length / part;
-    if (shorter.training.segment_length <= std::max(config.model.n_fft, config.loss.min_n_fft)) break;
-    if (part > 1) changes.push_back("training.segment_length: " + std::to_string(shorter.training.segment_length));
-    const auto candidate_with = [&](const CheckpointPolicy& policy, int64_t split) {
-      Config candidate = shorter;
-      candidate.model.gradient_checkpointing = policy;
-      candidate.training.batch_size /= split;
-      candidate.training.gradient_accumulation_steps *= split;
-      return candidate;
+    if (shortest / part < longest_window) break;
+    const auto in_least = [&](const StackPolicy& policy) {
+      auto fits = attempt(with(policy), batch, part);
+      // Gradients that are added to are there during a pass: few tokens may need less memory in one pass
+      const bool adds = config.training.gradient_accumulation_steps > 1;
+      return fits || adds || batch == 1 ? fits : attempt(with(policy), 1, part);
     };
-    // Where the least of all does not fit, none does
-    if (!attempt(candidate_with(policies.back(), config.training.batch_size), {}, true)) continue;
-    for (const CheckpointPolicy& policy : policies) {
-      for (int64_t split = 1; split <= config.training.batch_size; ++split) {
-        if (config.training.batch_size % split != 0) continue;
-        Config candidate = candidate_with(policy, split);
-        std::vector<std::string> all = changes;
-        if (policy != config.model.gradient_checkpointing) {
-          all.push_back("model.gradient_checkpointing: " + policy.text());
-        }
-        if (split > 1) {
-          all.push_back(
-              "training.batch_size: " + std::to_string(candidate.training.batch_size) +
-              " with gradient_accumulation_steps: " + std::to_string(candidate.training.gradient_accumulation_steps));
-        }
-        if (all.empty()) continue;  // as it is
-        if (auto fits = attempt(std::move(candidate), std::move(all), part == 1)) return fits;
-      }
+    const StackPolicy& given = config.model.gradient_checkpointing;
+    const StackPolicy leanest = config.model.reversible ? given : policies_by_cost().back();
+    if (!in_least(leanest)) continue;  // where the least of all does not fit, none does
+    const auto chosen =
+        config.model.reversible ? in_least(given) : cheapest_policy(in_least, config.model.blocks(), given);
+    if (!chosen) continue;
+    for (int64_t split = 1; split <= batch; ++split) {
+      if (batch % split != 0) continue;
+      if (auto fits = attempt(with(chosen->config.model.gradient_checkpointing), split, part)) return fits;
     }
   }
   return std::nullopt;

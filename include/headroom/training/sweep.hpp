@@ -13,6 +13,7 @@
 
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/report.hpp"
+#include "headroom/training/bucket.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/plan.hpp"
 
@@ -50,16 +51,9 @@ inline Sweep parse_sweep(const std::string& text, int64_t sample_rate) {
   }
   check(found, "no number of the configuration is called ", name);
   const auto number = [&](const std::string& value) {
-    size_t end = 0;
-    double parsed = 0;
-    try {
-      parsed = std::stod(value, &end);
-    } catch (const std::exception&) {
-      end = 0;
-    }
-    const std::string unit = value.substr(end);
-    check(end > 0 && (unit.empty() || unit == "s"), "\"", value, "\" is no number");
-    return unit == "s" ? parsed * static_cast<double>(sample_rate) : parsed;
+    const auto parsed = detail::number_or_seconds(value, sample_rate);
+    check(parsed.has_value(), "\"", value, "\" is no number");
+    return *parsed;
   };
   if (const size_t dots = rest.find(".."); dots != std::string::npos) {
     const size_t colon = rest.find(':', dots);

@@ -79,10 +79,8 @@ inline void dry_training(Config config) {
 }  // namespace detail
 
 /// What training by a configuration will need on a device, the first step and validation included; `flops` are those of
-/// one optimizer step. Throws headroom.memory.plan.budget and headroom.training.plan.bf16.
+/// one optimizer step. Throws headroom.memory.plan.budget.
 inline Plan plan_training(const Config& config, const DeviceProfile& device, PlanOptions options = {}) {
-  require(!config.training.bf16, "headroom.training.plan.bf16",
-          "training.bf16 is true, and what autocast casts is not known without running it; plan with bf16 false");
   options.value = 1;  // losses and norms, which the trainer checks and reports
   Plan result = plan([&] { detail::dry_training(config); }, device, options);
   const double passes = static_cast<double>(config.training.gradient_accumulation_steps) /

@@ -1,0 +1,153 @@
+#pragma once
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+#include <ATen/record_function.h>
+#include <c10/core/TensorImpl.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <optional>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "headroom/dry_run/device.hpp"
+
+namespace headroom::inline v0::detail {
+
+/// While it lives, autocast casts the tensors of this thread's dry run as it would cast those of the device that the
+/// run stands for.
+///
+/// LibTorch's autocast kernels leave tensors of another device type alone, and those of a dry run are on the meta
+/// device. So each operator that autocast knows has one more kernel, under a dispatch key that nobody includes but this
+/// scope. It hands the tensors to LibTorch's kernel in disguise: on the right device and without memory. What that
+/// kernel calls, the casts and then the operator, comes through a second key, where the disguises are taken off. So
+/// what is cast, the cache of cast weights and its life time, and the errors are LibTorch's own.
+class MetaAutocast {
+ public:
+  MetaAutocast() {
+    register_kernels();
+    const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
+    guard_.emplace(keys.included_.add(kDisguise), keys.excluded_.remove(kDisguise));
+  }
+  MetaAutocast(const MetaAutocast&) = delete;
+  MetaAutocast& operator=(const MetaAutocast&) = delete;
+
+ private:
+  using Keys = c10::DispatchKeySet;
+
+  // Keys of backends that LibTorch no longer has
+  static constexpr c10::DispatchKey kDisguise = c10::DispatchKey::AutocastIPU;  // above autograd, as all of autocast
+  static constexpr c10::DispatchKey kUndisguise = c10::DispatchKey::DeferredInit;
+
+  /// Stands for a tensor of a dry run while an autocast kernel looks at it.
+  struct Disguise final : c10::TensorImpl {
+    explicit Disguise(const at::Tensor& x)
+        : TensorImpl(Keys(kUndisguise), x.dtype(), compute_device(x)), original(x.unsafeGetTensorImpl()) {
+      // A weight, whose cast is cached
+      if (x.requires_grad() && x.is_leaf() && !x.is_view()) set_requires_grad(true);
+    }
+    c10::TensorImpl* original;  // which outlives the call
+  };
+  /// The disguise of a weight stays with it: the cache knows it by its address.
+  struct Wardrobe final : c10::BackendMeta {
+    explicit Wardrobe(at::Tensor d) : disguise(std::move(d)) {}
+    c10::intrusive_ptr<c10::BackendMeta> clone(const c10::intrusive_ptr<c10::BackendMeta>&) const override {
+      return {};  // a copy of the weight is another tensor
+    }
+    at::Tensor disguise;
+  };
+
+  static at::Tensor disguised(const at::Tensor& x) {
+    if (!x.defined()) return x;
+    c10::TensorImpl& original = *x.unsafeGetTensorImpl();
+    if (const auto* known = dynamic_cast<const Wardrobe*>(original.get_backend_meta())) return known->disguise;
+    const auto made = at::detail::make_tensor<Disguise>(x);
+    if (made.requires_grad()) original.set_backend_meta(c10::make_intrusive<Wardrobe>(made));
+    return made;
+  }
+  static at::Tensor undisguised(const at::Tensor& x) {
+    const auto* disguise = dynamic_cast<const Disguise*>(x.unsafeGetTensorImpl());
+    return disguise != nullptr
+               ? at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::unsafe_reclaim_from_nonowning(disguise->original))
+               : x;
+  }
+  template <class F>
+  static void replace_tensors(at::ArrayRef<c10::IValue> values, F&& f) {
+    for (const c10::IValue& value : values) {
+      auto& target = const_cast<c10::IValue&>(value);
+      if (value.isTensor()) {
+        target = f(value.toTensor());
+      } else if (value.isTensorList()) {
+        c10::List<at::Tensor> list;
+        for (const at::Tensor& x : value.toTensorVector()) list.push_back(f(x));
+        target = std::move(list);
+      }
+    }
+  }
+
+  /// What held where an operator was called.
+  struct Caller {
+    c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
+    bool recorded = at::isRecordFunctionEnabled();
+    const Caller* outer = std::exchange(caller_, this);
+    ~Caller() { caller_ = outer; }
+  };
+
+  /// In the place of an autocast kernel.
+  static void disguise(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* stack) {
+    const c10::DeviceType device = DryRun::device()->type();
+    const bool on = at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
+    const c10::DispatchKey key = on ? at::autocast::get_autocast_dispatch_key_from_device_type(device) : kDisguise;
+    if (!on || !op.hasKernelForDispatchKey(key)) {
+      return op.redispatchBoxed(keys & Keys(Keys::FULL_AFTER, kDisguise), stack);
+    }
+    const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
+    const std::vector<c10::IValue> originals = arguments.vec();
+    replace_tensors(arguments, &disguised);
+    Caller caller;
+    caller.keys.excluded_ = caller.keys.excluded_.add(key);
+    const c10::impl::ForceDispatchKeyGuard only(Keys(kUndisguise), Keys(Keys::FULL).remove(kUndisguise));
+    const at::RecordFunctionGuard unrecorded(false);
+    op.callBoxedForDispatchKey(key, *stack);
+  }
+  /// For what an autocast kernel calls.
+  static void undisguise(const c10::OperatorHandle& op, Keys, torch::jit::Stack* stack) {
+    const c10::impl::ForceDispatchKeyGuard keys(caller_->keys);
+    const at::RecordFunctionGuard recorded(caller_->recorded);
+    replace_tensors(torch::jit::last(*stack, op.schema().arguments().size()), &undisguised);
+    op.callBoxed(*stack);
+  }
+
+  /// Once and for good: no other code includes the keys.
+  static void register_kernels() {
+    static const auto* const registered = [] {
+      auto& dispatcher = c10::Dispatcher::singleton();
+      auto* kernels = new std::vector<c10::RegistrationHandleRAII>;
+      kernels->push_back(dispatcher.registerFallback(kDisguise, c10::KernelFunction::makeFallthrough(), __FILE__));
+      kernels->push_back(dispatcher.registerFallback(
+          kUndisguise, c10::KernelFunction::makeFromBoxedFunction<&undisguise>(), __FILE__));
+      std::unordered_set<c10::OperatorName> names;
+      for (const c10::DeviceType device : at::autocast::_AUTOCAST_SUPPORTED_DEVICES) {
+        const auto of_device = dispatcher.getRegistrationsForDispatchKey(
+            at::autocast::get_autocast_dispatch_key_from_device_type(device));
+        names.insert(of_device.begin(), of_device.end());
+      }
+      for (const c10::OperatorName& name : names) {
+        kernels->push_back(dispatcher.registerImpl(name, kDisguise,
+                                                   c10::KernelFunction::makeFromBoxedFunction<&disguise>(),
+                                                   std::nullopt, nullptr, __FILE__));
+      }
+      return kernels;
+    }();
+    static_cast<void>(registered);
+  }
+
+  static inline thread_local const Caller* caller_ = nullptr;
+
+  std::optional<c10::impl::ForceDispatchKeyGuard> guard_;
+};
+
+}  // namespace headroom::inline v0::detail

@@ -6,9 +6,11 @@
 #include <ATen/core/stack.h>
 #include <ATen/record_function.h>
 #include <c10/core/TensorImpl.h>
+#include <c10/core/UndefinedTensorImpl.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -27,52 +29,52 @@ namespace headroom::inline v0::detail {
 /// what is cast, the cache of cast weights and its life time, and the errors are LibTorch's own.
 class MetaAutocast {
  public:
-  MetaAutocast() {
+  MetaAutocast() : outer_(std::exchange(current_, this)) {
     register_kernels();
     const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
-    guard_.emplace(keys.included_.add(kDisguise), keys.excluded_.remove(kDisguise));
+    included_.emplace(keys.included_.add(kDisguise), keys.excluded_.remove(kDisguise));
   }
+  ~MetaAutocast() { current_ = outer_; }
   MetaAutocast(const MetaAutocast&) = delete;
   MetaAutocast& operator=(const MetaAutocast&) = delete;
 
  private:
   using Keys = c10::DispatchKeySet;
 
-  // Keys of backends that LibTorch no longer has
-  static constexpr c10::DispatchKey kDisguise = c10::DispatchKey::AutocastIPU;  // above autograd, as all of autocast
+  // Keys of what no longer exists, and above autograd as all of autocast
+  static constexpr c10::DispatchKey kDisguise = c10::DispatchKey::AutocastIPU;
   static constexpr c10::DispatchKey kUndisguise = c10::DispatchKey::DeferredInit;
 
   /// Stands for a tensor of a dry run while an autocast kernel looks at it.
   struct Disguise final : c10::TensorImpl {
     explicit Disguise(const at::Tensor& x)
-        : TensorImpl(Keys(kUndisguise), x.dtype(), compute_device(x)), original(x.unsafeGetTensorImpl()) {
-      // A weight, whose cast is cached
-      if (x.requires_grad() && x.is_leaf() && !x.is_view()) set_requires_grad(true);
-    }
+        : TensorImpl(Keys(kUndisguise), x.dtype(), compute_device(x)), original(x.unsafeGetTensorImpl()) {}
     c10::TensorImpl* original;  // which outlives the call
   };
-  /// The disguise of a weight stays with it: the cache knows it by its address.
-  struct Wardrobe final : c10::BackendMeta {
-    explicit Wardrobe(at::Tensor d) : disguise(std::move(d)) {}
-    c10::intrusive_ptr<c10::BackendMeta> clone(const c10::intrusive_ptr<c10::BackendMeta>&) const override {
-      return {};  // a copy of the weight is another tensor
-    }
+  using Pointer = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+  using WeakPointer = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+  struct Weight {
+    WeakPointer original;  // so that its address stays taken
     at::Tensor disguise;
   };
 
-  static at::Tensor disguised(const at::Tensor& x) {
+  at::Tensor disguised(const at::Tensor& x) {
     if (!x.defined()) return x;
-    c10::TensorImpl& original = *x.unsafeGetTensorImpl();
-    if (const auto* known = dynamic_cast<const Wardrobe*>(original.get_backend_meta())) return known->disguise;
-    const auto made = at::detail::make_tensor<Disguise>(x);
-    if (made.requires_grad()) original.set_backend_meta(c10::make_intrusive<Wardrobe>(made));
-    return made;
+    const bool is_weight = x.requires_grad() && x.is_leaf() && !x.is_view();
+    if (!is_weight) return at::detail::make_tensor<Disguise>(x);
+    // LibTorch caches the cast of a weight, which it knows by its address
+    const auto known = weights_.find(x.unsafeGetTensorImpl());
+    if (known != weights_.end() && known->second.disguise.scalar_type() == x.scalar_type()) {
+      return known->second.disguise;
+    }
+    at::Tensor disguise = at::detail::make_tensor<Disguise>(x);
+    disguise.requires_grad_();
+    weights_.insert_or_assign(x.unsafeGetTensorImpl(), Weight{WeakPointer(x.getIntrusivePtr()), disguise});
+    return disguise;
   }
   static at::Tensor undisguised(const at::Tensor& x) {
     const auto* disguise = dynamic_cast<const Disguise*>(x.unsafeGetTensorImpl());
-    return disguise != nullptr
-               ? at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::unsafe_reclaim_from_nonowning(disguise->original))
-               : x;
+    return disguise == nullptr ? x : at::Tensor(Pointer::unsafe_reclaim_from_nonowning(disguise->original));
   }
   template <class F>
   static void replace_tensors(at::ArrayRef<c10::IValue> values, F&& f) {
@@ -96,17 +98,23 @@ class MetaAutocast {
     ~Caller() { caller_ = outer; }
   };
 
+  /// The key of autocast for the device that the dry run stands for; Undefined: it is off, or there is none.
+  static c10::DispatchKey enabled_key() {
+    const auto device = DryRun::device();
+    const bool on = current_ != nullptr && device.has_value() && at::autocast::is_autocast_available(device->type()) &&
+                    at::autocast::is_autocast_enabled(device->type());
+    return on ? at::autocast::get_autocast_dispatch_key_from_device_type(device->type()) : c10::DispatchKey::Undefined;
+  }
+
   /// In the place of an autocast kernel.
   static void disguise(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* stack) {
-    const c10::DeviceType device = DryRun::device()->type();
-    const bool on = at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
-    const c10::DispatchKey key = on ? at::autocast::get_autocast_dispatch_key_from_device_type(device) : kDisguise;
-    if (!on || !op.hasKernelForDispatchKey(key)) {
+    const c10::DispatchKey key = enabled_key();
+    if (key == c10::DispatchKey::Undefined || !op.hasKernelForDispatchKey(key)) {
       return op.redispatchBoxed(keys & Keys(Keys::FULL_AFTER, kDisguise), stack);
     }
     const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
     const std::vector<c10::IValue> originals = arguments.vec();
-    replace_tensors(arguments, &disguised);
+    replace_tensors(arguments, [](const at::Tensor& x) { return current_->disguised(x); });
     Caller caller;
     caller.keys.excluded_ = caller.keys.excluded_.add(key);
     const c10::impl::ForceDispatchKeyGuard only(Keys(kUndisguise), Keys(Keys::FULL).remove(kUndisguise));
@@ -131,23 +139,25 @@ class MetaAutocast {
           kUndisguise, c10::KernelFunction::makeFromBoxedFunction<&undisguise>(), __FILE__));
       std::unordered_set<c10::OperatorName> names;
       for (const c10::DeviceType device : at::autocast::_AUTOCAST_SUPPORTED_DEVICES) {
-        const auto of_device = dispatcher.getRegistrationsForDispatchKey(
-            at::autocast::get_autocast_dispatch_key_from_device_type(device));
+        const auto of_device =
+            dispatcher.getRegistrationsForDispatchKey(at::autocast::get_autocast_dispatch_key_from_device_type(device));
         names.insert(of_device.begin(), of_device.end());
       }
       for (const c10::OperatorName& name : names) {
-        kernels->push_back(dispatcher.registerImpl(name, kDisguise,
-                                                   c10::KernelFunction::makeFromBoxedFunction<&disguise>(),
-                                                   std::nullopt, nullptr, __FILE__));
+        kernels->push_back(dispatcher.registerImpl(
+            name, kDisguise, c10::KernelFunction::makeFromBoxedFunction<&disguise>(), std::nullopt, nullptr, __FILE__));
       }
       return kernels;
     }();
     static_cast<void>(registered);
   }
 
+  static inline thread_local MetaAutocast* current_ = nullptr;
   static inline thread_local const Caller* caller_ = nullptr;
 
-  std::optional<c10::impl::ForceDispatchKeyGuard> guard_;
+  MetaAutocast* outer_;
+  std::unordered_map<const c10::TensorImpl*, Weight> weights_;
+  std::optional<c10::impl::ForceDispatchKeyGuard> included_;
 };
 
 }  // namespace headroom::inline v0::detail

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
@@ -64,8 +65,8 @@ inline Tensor reduced(const Tensor& x, at::OptionalIntArrayRef dims, bool keepdi
 
 /// Uninitialised statistics of a norm: float for narrow x, on the CPU only where the weight is float.
 inline Tensor statistics(const Tensor& x, const OptionalTensor& weight, IntArrayRef sizes) {
-  const bool wide = !compute_device(x).is_cpu() ||
-                    (weight.has_value() && weight->defined() && weight->scalar_type() == at::kFloat);
+  const bool wide =
+      !compute_device(x).is_cpu() || (weight.has_value() && weight->defined() && weight->scalar_type() == at::kFloat);
   const bool widened = wide && c10::isReducedFloatingType(x.scalar_type());
   return at::empty(sizes, x.options().dtype(widened ? at::kFloat : x.scalar_type()));
 }

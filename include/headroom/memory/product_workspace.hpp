@@ -6,7 +6,6 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <sys/mman.h>
 
-#include <array>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -33,10 +32,16 @@ class ProductWorkspace {
   /// `name`: aten::mm, aten::addmm, aten::bmm or aten::baddbmm; the right factor follows the left one.
   static int64_t bytes(std::string_view name, const at::Tensor& left, const at::Tensor& right) {
     // Where a product of this size asks for nothing, another library computes it, and asking would be computing
-    static const bool asks = ask("aten::mm", at::kBFloat16, {{64, 64}, {64, 1}}, {{64, 64}, {64, 1}}) > 0;
-    if (!asks || left.numel() == 0 || right.numel() == 0) return 0;
+    const auto asks = [](c10::ScalarType type) {
+      const MatrixLayout square{{64, 64}, {64, 1}};
+      return ask("aten::mm", type, square, square) > 0;
+    };
+    static const bool for_bfloat16 = asks(at::kBFloat16), for_half = asks(at::kHalf);
+    const bool is_asked = left.scalar_type() == at::kHalf ? for_half : for_bfloat16;
+    if (!is_asked || left.dim() < 2 || right.dim() < 2 || left.numel() == 0 || right.numel() == 0) return 0;
     static std::mutex mutex;
-    static auto& known = *new std::map<std::tuple<std::string, c10::ScalarType, MatrixLayout, MatrixLayout, int>, int64_t>;
+    static auto& known =
+        *new std::map<std::tuple<std::string, c10::ScalarType, MatrixLayout, MatrixLayout, int>, int64_t>;
     const MatrixLayout a{left.sizes().vec(), left.strides().vec()}, b{right.sizes().vec(), right.strides().vec()};
     const std::scoped_lock lock(mutex);
     const auto [entry, is_new] =
@@ -93,6 +98,7 @@ class ProductWorkspace {
       if (name == "aten::bmm") at::bmm_out(out, x, y);
       if (name == "aten::baddbmm") out.baddbmm_(x, y);
     } catch (const AllocationRefusal::Refused&) {
+    } catch (const c10::Error&) {  // factors that do not fit: the step will be told
     }
     return refusal.bytes();
   }

@@ -46,7 +46,8 @@ inline std::string memory_summary(const c10::CachingDeviceAllocator::DeviceStats
   using c10::CachingAllocator::Stat;
   using c10::CachingAllocator::StatArray;
   using c10::CachingAllocator::StatType;
-  const detail::SummaryFigure size{1024, 6, {"B  ", "KiB", "MiB", "GiB", "TiB", "PiB"}}, count{1000, 7, {"  ", "K ", "M "}};
+  const detail::SummaryFigure size{1024, 6, {"B  ", "KiB", "MiB", "GiB", "TiB", "PiB"}},
+      count{1000, 7, {"  ", "K ", "M "}};
   std::ostringstream out;
   const auto line = [&](const std::string& text) { out << "|" << text << std::string(75 - text.size(), ' ') << "|\n"; };
   const auto rule = [&](char c) { out << "|" << std::string(75, c) << "|\n"; };

@@ -107,13 +107,13 @@ class MetaAutocast {
   }
 
   /// In the place of an autocast kernel.
-  static void disguise(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* stack) {
+  static void cast_in_disguise(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* stack) {
     const c10::DispatchKey key = enabled_key();
     if (key == c10::DispatchKey::Undefined || !op.hasKernelForDispatchKey(key)) {
       return op.redispatchBoxed(keys & Keys(Keys::FULL_AFTER, kDisguise), stack);
     }
     const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
-    const std::vector<c10::IValue> originals = arguments.vec();
+    const std::vector<c10::IValue> originals = arguments.vec();  // disguises do not own them
     replace_tensors(arguments, [](const at::Tensor& x) { return current_->disguised(x); });
     Caller caller;
     caller.keys.excluded_ = caller.keys.excluded_.add(key);
@@ -122,7 +122,7 @@ class MetaAutocast {
     op.callBoxedForDispatchKey(key, *stack);
   }
   /// For what an autocast kernel calls.
-  static void undisguise(const c10::OperatorHandle& op, Keys, torch::jit::Stack* stack) {
+  static void call_undisguised(const c10::OperatorHandle& op, Keys, torch::jit::Stack* stack) {
     const c10::impl::ForceDispatchKeyGuard keys(caller_->keys);
     const at::RecordFunctionGuard recorded(caller_->recorded);
     replace_tensors(torch::jit::last(*stack, op.schema().arguments().size()), &undisguised);
@@ -136,7 +136,7 @@ class MetaAutocast {
       auto* kernels = new std::vector<c10::RegistrationHandleRAII>;
       kernels->push_back(dispatcher.registerFallback(kDisguise, c10::KernelFunction::makeFallthrough(), __FILE__));
       kernels->push_back(dispatcher.registerFallback(
-          kUndisguise, c10::KernelFunction::makeFromBoxedFunction<&undisguise>(), __FILE__));
+          kUndisguise, c10::KernelFunction::makeFromBoxedFunction<&call_undisguised>(), __FILE__));
       std::unordered_set<c10::OperatorName> names;
       for (const c10::DeviceType device : at::autocast::_AUTOCAST_SUPPORTED_DEVICES) {
         const auto of_device =
@@ -144,8 +144,9 @@ class MetaAutocast {
         names.insert(of_device.begin(), of_device.end());
       }
       for (const c10::OperatorName& name : names) {
-        kernels->push_back(dispatcher.registerImpl(
-            name, kDisguise, c10::KernelFunction::makeFromBoxedFunction<&disguise>(), std::nullopt, nullptr, __FILE__));
+        kernels->push_back(dispatcher.registerImpl(name, kDisguise,
+                                                   c10::KernelFunction::makeFromBoxedFunction<&cast_in_disguise>(),
+                                                   std::nullopt, nullptr, __FILE__));
       }
       return kernels;
     }();

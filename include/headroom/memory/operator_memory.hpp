@@ -22,8 +22,9 @@ inline int64_t cpu_temporary_bytes(std::string_view name, c10::ArrayRef<const c1
     const at::Tensor& x = inputs[0].toTensor();
     return c10::isIntegralType(x.scalar_type(), true) && x.scalar_type() != at::kLong ? x.numel() * 8 : 0;
   }
-  if (name == "aten::mean" && inputs.size() == 4 && c10::isReducedFloatingType(inputs[0].toTensor().scalar_type())) {
+  if (name == "aten::mean" && inputs.size() == 4) {  // with dimensions: of narrow types in float
     const at::Tensor& x = inputs[0].toTensor();
+    if (!c10::isReducedFloatingType(x.scalar_type()) || x.numel() == 0) return 0;
     const auto dims = inputs[1].toOptional<std::vector<int64_t>>().value_or(std::vector<int64_t>());
     int64_t results = dims.empty() ? 1 : x.numel();
     for (const int64_t d : dims) results /= x.size(d);

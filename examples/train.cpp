@@ -101,15 +101,14 @@ std::optional<int64_t> budget(const Arguments& arguments) {
 }
 
 // The device to plan for; none when it is not known.
-std::optional<headroom::DeviceProfile> planned_device(const training::Config& config, const Arguments& arguments) {
-  const bool known = !arguments.card.empty() || arguments.device == "cpu";
-  if (!known || config.training.bf16) return std::nullopt;
+std::optional<headroom::DeviceProfile> planned_device(const Arguments& arguments) {
+  if (arguments.card.empty() && arguments.device != "cpu") return std::nullopt;
   return training::find_device_profile(arguments.card.empty() ? "cpu" : arguments.card);
 }
 
 // Plans the run before anything is allocated: refuses one that does not fit, or makes it fit where that is asked for.
 void plan_run(training::Config& config, const Arguments& arguments) {
-  const auto device = planned_device(config, arguments);
+  const auto device = planned_device(arguments);
   if (arguments.unplanned || !device) {
     std::cout << "memory:   not planned\n";
     return;
@@ -190,7 +189,7 @@ int run(const Arguments& arguments) {
     summary = trainer.run(options);
   } catch (const std::exception& error) {
     bar.close();
-    const auto card = planned_device(config, arguments);
+    const auto card = planned_device(arguments);
     if (headroom::is_out_of_memory(error) && card) {
       if (config.training.split_on_out_of_memory) {  // single examples were the last attempt
         config.training.gradient_accumulation_steps *= std::exchange(config.training.batch_size, 1);

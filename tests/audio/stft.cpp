@@ -1,8 +1,8 @@
 #include "headroom/audio/stft.hpp"
 
-#include <ATen/autocast_mode.h>
 #include <torch/torch.h>
 
+#include "headroom/checkpoint/ambient_state.hpp"
 #include "support/catch.hpp"
 
 using namespace headroom;
@@ -134,11 +134,12 @@ TEST_CASE("audio stft computes in float for half-precision input and under autoc
   CHECK(stft(waveform).scalar_type() == torch::kComplexFloat);
   CHECK(torch::equal(stft(waveform), expected));
 
-  at::autocast::set_autocast_enabled(at::kCPU, true);
-  const Tensor spectrum = stft(waveform);
-  const Tensor back = stft->inverse(spectrum, 1000);
-  at::autocast::set_autocast_enabled(at::kCPU, false);
-  at::autocast::clear_cache();
+  Tensor spectrum, back;
+  {
+    const headroom::detail::AutocastGuard autocast(at::kCPU, at::kBFloat16);
+    spectrum = stft(waveform);
+    back = stft->inverse(spectrum, 1000);
+  }
   CHECK(torch::equal(spectrum, expected));
   CHECK(back.scalar_type() == torch::kFloat);
   CHECK(largest(back - waveform.to(torch::kFloat)) < 2e-6);

@@ -87,21 +87,6 @@ void check_same(const Run& actual, const Run& expected) {
   }
 }
 
-/// bf16 autocast on the CPU.
-struct Autocast {
-  Autocast() {
-    at::autocast::set_autocast_enabled(at::kCPU, true);
-    at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
-    at::autocast::increment_nesting();
-  }
-  ~Autocast() {
-    if (at::autocast::decrement_nesting() == 0) {
-      at::autocast::clear_cache();
-    }
-    at::autocast::set_autocast_enabled(at::kCPU, false);
-  }
-};
-
 constexpr std::int64_t dim = 16;
 const auto with_gradient = torch::TensorOptions().requires_grad(true);
 
@@ -153,7 +138,7 @@ TEST_CASE("autocast is replayed, its cache does not outlive backward, and what w
   const Tensor x = torch::randn({6, dim}, with_gradient);
   const auto under_autocast = [](Step step) {
     return [step](const Tensor& t) {
-      const Autocast on;
+      const headroom::detail::AutocastGuard on(at::kCPU, at::kBFloat16);
       return step(t).to(torch::kFloat32);
     };
   };
@@ -169,7 +154,7 @@ TEST_CASE("autocast is replayed, its cache does not outlive backward, and what w
     block->zero_grad();
     torch::manual_seed(7);
     const Tensor output = step(x);
-    const Autocast on;
+    const headroom::detail::AutocastGuard on(at::kCPU, at::kBFloat16);
     output.pow(2).sum().backward();
     CHECK(at::autocast::is_autocast_enabled(at::kCPU));
     CHECK(at::autocast::get_autocast_dtype(at::kCPU) == at::kBFloat16);

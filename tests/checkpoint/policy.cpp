@@ -223,17 +223,6 @@ TEST_CASE("every policy that computes the same arithmetic gives the plain gradie
 }
 
 TEST_CASE("dropout and autocast are replayed under every policy") {
-  struct Autocast {
-    Autocast() {
-      at::autocast::set_autocast_enabled(at::kCPU, true);
-      at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
-      at::autocast::increment_nesting();
-    }
-    ~Autocast() {
-      if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
-      at::autocast::set_autocast_enabled(at::kCPU, false);
-    }
-  };
   torch::manual_seed(2);
   std::vector<torch::nn::Linear> layers;
   std::vector<StackBlock> stack;
@@ -258,8 +247,8 @@ TEST_CASE("dropout and autocast are replayed under every policy") {
       const Tensor input = x.detach().requires_grad_();
       Tensor y;
       {
-        std::optional<Autocast> on;
-        if (autocast) on.emplace();
+        std::optional<headroom::detail::AutocastGuard> on;
+        if (autocast) on.emplace(at::kCPU, at::kBFloat16);
         y = run_stack(stack, input, policy);
       }
       std::vector<Tensor> all{input};

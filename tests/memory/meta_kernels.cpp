@@ -4,53 +4,15 @@
 
 #include "headroom/memory/plan.hpp"
 #include "support/catch.hpp"
+#include "support/operators.hpp"
 
 using namespace headroom;
+using testing::OperatorCase;
+using testing::Seen;
+using testing::Tensors;
 using torch::Tensor;
 
 namespace {
-
-using Tensors = std::vector<Tensor>;
-
-/// An operator on some inputs. Those of floating point get gradients.
-struct OperatorCase {
-  std::string name;
-  std::vector<std::vector<int64_t>> shapes;
-  std::function<Tensor(const Tensors&)> run;
-  torch::ScalarType dtype = torch::kFloat;
-  bool at_most = false;  ///< the dry run may need more: LibTorch avoids in-place sums in the backward pass there
-};
-
-/// What an operator returns, what its gradients look like, and what both take at most.
-struct Seen {
-  std::vector<std::string> tensors;
-  int64_t peak = 0;
-};
-
-std::string looks_of(const Tensor& x) {
-  std::ostringstream text;
-  if (!x.defined()) return "undefined";
-  text << x.scalar_type() << " " << x.sizes() << " strides " << x.strides();
-  return text.str();
-}
-
-Seen see(const OperatorCase& c, MemoryMeter& meter) {
-  Seen seen;
-  Tensors inputs;
-  for (const auto& shape : c.shapes) inputs.push_back(torch::rand(shape, c.dtype).requires_grad_());
-  meter.reset_peak();
-  const int64_t before = meter.live();
-  const Tensor y = c.run(inputs);
-  seen.tensors.push_back(looks_of(y));
-  if (y.requires_grad()) {
-    const Tensor grad = torch::ones_like(y);
-    for (const Tensor& g : torch::autograd::grad({y}, inputs, {grad}, {}, false, true)) {
-      seen.tensors.push_back(looks_of(g));
-    }
-  }
-  seen.peak = meter.peak() - before;
-  return seen;
-}
 
 std::vector<OperatorCase> cases() {
   namespace F = torch::nn::functional;
@@ -135,14 +97,7 @@ TEST_CASE(
     CAPTURE(c.name);
     MemoryMeter host;
     const Seen real = see(c, host);
-    Seen dry;
-    int64_t values_read = 0;
-    const MemoryTrace trace = headroom::detail::dry_trace(
-        [&] {
-          MemoryMeter meter(torch::kMeta);
-          dry = see(c, meter);
-        },
-        torch::kCPU, std::nullopt, values_read);
+    const Seen dry = testing::see_dry(c);
     CHECK(dry.tensors == real.tensors);
     if (!c.at_most) CHECK(dry.peak <= real.peak);
     CHECK(dry.peak + 64 >= real.peak);  // numbers such as the 0.3 of dropout are CPU tensors, here as there

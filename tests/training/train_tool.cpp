@@ -171,6 +171,17 @@ TEST_CASE("train keeps a budget: it refuses, explains memory that ran out, and g
   CHECK(training::load_state(std::filesystem::path(setup.out) / "last.pt").microbatch == 2);
 }
 
+TEST_CASE("train plans a run under bfloat16 autocast, too") {
+  const Setup setup;
+  training::Config config = training::load_config(setup.config);
+  config.training.bf16 = true;
+  std::ofstream(setup.config) << training::to_json(config);
+  const Result result = train(setup.arguments() + " --steps 1");
+  INFO(result.output);
+  CHECK(result.code == 0);
+  CHECK(contains(result.output, "memory:   planned peak "));
+}
+
 TEST_CASE("train finishes its step and saves when it is told to stop") {
   for (const int signal : {SIGINT, SIGTERM}) {
     const Setup setup;

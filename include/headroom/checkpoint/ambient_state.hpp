@@ -100,6 +100,30 @@ class AutocastState {
   bool cache_ = true;
 };
 
+/// An autocast region: puts autocast into a state for its lifetime, and what was there back afterwards. The outermost
+/// region clears the cache of cast weights.
+class AutocastGuard {
+ public:
+  explicit AutocastGuard(const AutocastState& state) {
+    state.apply();
+    at::autocast::increment_nesting();
+  }
+  /// As it is, but enabled on one device type.
+  AutocastGuard(c10::DeviceType device, at::ScalarType dtype) : AutocastGuard(AutocastState::capture()) {
+    at::autocast::set_autocast_enabled(device, true);
+    at::autocast::set_autocast_dtype(device, dtype);
+  }
+  ~AutocastGuard() {
+    if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
+    before_.apply();
+  }
+  AutocastGuard(const AutocastGuard&) = delete;
+  AutocastGuard& operator=(const AutocastGuard&) = delete;
+
+ private:
+  AutocastState before_ = AutocastState::capture();
+};
+
 /// What a forward pass depends on besides its arguments.
 struct AmbientState {
   RandomState random = RandomState::capture();
@@ -109,24 +133,15 @@ struct AmbientState {
 /// Puts an AmbientState with gradients enabled in place for its lifetime, and what was there back afterwards.
 class AmbientStateGuard {
  public:
-  explicit AmbientStateGuard(const AmbientState& state) : random_(state.random.current()) {
+  explicit AmbientStateGuard(const AmbientState& state) : autocast_(state.autocast), random_(state.random.current()) {
     state.random.apply();
-    state.autocast.apply();
-    at::autocast::increment_nesting();
   }
-  ~AmbientStateGuard() {
-    // The outermost autocast region clears the cache of cast weights; backward usually runs outside of any
-    if (at::autocast::decrement_nesting() == 0) {
-      at::autocast::clear_cache();
-    }
-    autocast_.apply();
-    random_.apply();
-  }
+  ~AmbientStateGuard() { random_.apply(); }
   AmbientStateGuard(const AmbientStateGuard&) = delete;
   AmbientStateGuard& operator=(const AmbientStateGuard&) = delete;
 
  private:
-  AutocastState autocast_ = AutocastState::capture();
+  AutocastGuard autocast_;  // backward usually runs outside of any region: this is the outermost one
   RandomState random_;
   at::AutoGradMode gradients_{true};
 };

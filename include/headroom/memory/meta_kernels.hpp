@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
@@ -62,12 +63,21 @@ inline Tensor reduced(const Tensor& x, at::OptionalIntArrayRef dims, bool keepdi
 
 // ---- norms ----
 
+/// Uninitialised statistics of a norm: float for narrow x, on the CPU only where the weight is float.
+inline Tensor statistics(const Tensor& x, const OptionalTensor& weight, IntArrayRef sizes) {
+  const bool wide =
+      !compute_device(x).is_cpu() || (weight.has_value() && weight->defined() && weight->scalar_type() == at::kFloat);
+  const bool widened = wide && c10::isReducedFloatingType(x.scalar_type());
+  return at::empty(sizes, x.options().dtype(widened ? at::kFloat : x.scalar_type()));
+}
+
 inline std::tuple<Tensor, Tensor, Tensor> native_layer_norm(const Tensor& x, IntArrayRef normalized,
-                                                            const OptionalTensor&, const OptionalTensor&, double) {
+                                                            const OptionalTensor& weight, const OptionalTensor&,
+                                                            double) {
   std::vector<int64_t> stats = x.sizes().vec();
   std::fill(stats.end() - static_cast<int64_t>(normalized.size()), stats.end(), 1);
   const Tensor dense = x.contiguous(), y = like_contiguous(dense);
-  return {y, shaped(x, stats), shaped(x, stats)};
+  return {y, statistics(x, weight, stats), statistics(x, weight, stats)};
 }
 
 /// Partial sums of a thread each, as the CPU kernel makes them.
@@ -90,12 +100,12 @@ inline std::tuple<Tensor, Tensor, Tensor> native_layer_norm_backward(const Tenso
   return {dx, dw, db};
 }
 
-inline std::tuple<Tensor, Tensor, Tensor> native_group_norm(const Tensor& x, const OptionalTensor&,
+inline std::tuple<Tensor, Tensor, Tensor> native_group_norm(const Tensor& x, const OptionalTensor& weight,
                                                             const OptionalTensor&, int64_t n, int64_t, int64_t,
                                                             int64_t groups, double) {
   const Tensor dense = x.contiguous();
   const Tensor y = like_contiguous(dense);
-  return {y, shaped(x, {n, groups}), shaped(x, {n, groups})};
+  return {y, statistics(x, weight, {n, groups}), statistics(x, weight, {n, groups})};
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> native_group_norm_backward(const Tensor& grad, const Tensor& x, const Tensor&,
@@ -109,11 +119,11 @@ inline std::tuple<Tensor, Tensor, Tensor> native_group_norm_backward(const Tenso
   return {dx, dw, db};
 }
 
-inline std::tuple<Tensor, Tensor, Tensor> native_batch_norm(const Tensor& x, const OptionalTensor&,
+inline std::tuple<Tensor, Tensor, Tensor> native_batch_norm(const Tensor& x, const OptionalTensor& weight,
                                                             const OptionalTensor&, const OptionalTensor&,
                                                             const OptionalTensor&, bool training, double, double) {
   const int64_t channels = training ? x.size(1) : 0;
-  const Tensor y = like(x), mean = shaped(x, {channels}), inverse = shaped(x, {channels});
+  const Tensor y = like(x), mean = statistics(x, weight, {channels}), inverse = statistics(x, weight, {channels});
   return {y, mean, inverse};
 }
 

@@ -185,6 +185,32 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
   c10::CachingAllocator::Stat bytes_, blocks_;  // as c10::DeviceAllocator keeps them
 };
 
+/// While it lives, allocations of this thread on the CPU fail, if they are counted: to see what would be asked for.
+class AllocationRefusal {
+ public:
+  struct Refused {};  ///< what is thrown
+
+  AllocationRefusal() : outer_(std::exchange(current_, this)) {}
+  ~AllocationRefusal() { current_ = outer_; }
+  AllocationRefusal(const AllocationRefusal&) = delete;
+  AllocationRefusal& operator=(const AllocationRefusal&) = delete;
+
+  /// Of the first allocation; 0: there was none.
+  std::int64_t bytes() const { return bytes_; }
+
+  static void check(std::int64_t bytes) {
+    if (current_ == nullptr) return;
+    if (current_->bytes_ == 0) current_->bytes_ = bytes;
+    throw Refused();
+  }
+
+ private:
+  static inline thread_local AllocationRefusal* current_ = nullptr;
+
+  AllocationRefusal* outer_;
+  std::int64_t bytes_ = 0;
+};
+
 /// LibTorch's CPU allocator with a ledger around it. The memory itself comes from the allocator that was there before
 /// and goes back to it; sizes live in a table by address. A header in front of the data would be cheaper, but oneDNN
 /// frees raw pointers through whichever allocator is installed at that time, so a pointer must stay valid for both.
@@ -201,6 +227,7 @@ class CountingAllocator final : public CountingLedger {
       return {nullptr, nullptr, &release, c10::Device(c10::kCPU)};
     }
     const auto size = static_cast<std::int64_t>(bytes);
+    AllocationRefusal::check(size);
     const std::scoped_lock lock(mutex_);
     check_limits(size);
     void* data = underlying_->raw_allocate(bytes);

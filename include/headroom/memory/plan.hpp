@@ -18,6 +18,7 @@
 #include "headroom/core/error.hpp"
 #include "headroom/memory/allocator_model.hpp"
 #include "headroom/memory/device_profile.hpp"
+#include "headroom/memory/meta_autocast.hpp"
 #include "headroom/memory/meta_kernels.hpp"
 #include "headroom/memory/trace.hpp"
 
@@ -96,6 +97,7 @@ inline MemoryTrace dry_trace(const std::function<void()>& step, c10::Device devi
   TraceRecorder recorder;
   try {
     const DryRun run(device);
+    const MetaAutocast autocast;
     step();
   } catch (const c10::NotImplementedError& error) {
     const std::string text = error.what_without_backtrace();

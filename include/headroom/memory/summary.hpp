@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "headroom/memory/meter.hpp"
 
@@ -16,29 +17,24 @@ namespace headroom::inline v0 {
 
 namespace detail {
 
-/// One figure as PyTorch prints it: six digits and a unit that is chosen by `reference`.
-inline std::string summary_size(int64_t value, int64_t reference) {
-  constexpr std::array units{"B  ", "KiB", "MiB", "GiB", "TiB", "PiB"};
-  size_t unit = 0;
-  for (auto scale = static_cast<double>(reference); scale >= 768 * 1024 && unit + 1 < units.size(); ++unit) {
-    value /= 1024;
-    scale /= 1024;
+/// Figures as PyTorch prints them: six digits and a unit that is chosen by another figure.
+struct SummaryFigure {
+  int step;  ///< from unit to unit
+  int width;
+  std::vector<const char*> units;
+
+  std::string operator()(int64_t value, int64_t reference) const {
+    auto scale = static_cast<double>(reference);
+    size_t unit = 0;
+    for (; scale >= 0.75 * step * step && unit + 1 < units.size(); ++unit) {
+      value /= step;
+      scale /= step;
+    }
+    std::array<char, 48> text{};
+    std::snprintf(text.data(), text.size(), "%*lld %s", width, static_cast<long long>(value), units[unit]);
+    return text.data();
   }
-  std::array<char, 48> text{};
-  std::snprintf(text.data(), text.size(), "%6lld %s", static_cast<long long>(value), units[unit]);
-  return text.data();
-}
-inline std::string summary_count(int64_t value, int64_t reference) {
-  constexpr std::array units{" ", "K", "M"};
-  size_t unit = 0;
-  for (auto scale = static_cast<double>(reference); scale >= 750 * 1000 && unit + 1 < units.size(); ++unit) {
-    value /= 1000;
-    scale /= 1000;
-  }
-  std::array<char, 48> text{};
-  std::snprintf(text.data(), text.size(), "%7lld %s ", static_cast<long long>(value), units[unit]);
-  return text.data();
-}
+};
 
 }  // namespace detail
 
@@ -50,15 +46,17 @@ inline std::string memory_summary(const c10::CachingDeviceAllocator::DeviceStats
   using c10::CachingAllocator::Stat;
   using c10::CachingAllocator::StatArray;
   using c10::CachingAllocator::StatType;
+  const detail::SummaryFigure size{1024, 6, {"B  ", "KiB", "MiB", "GiB", "TiB", "PiB"}},
+      count{1000, 7, {"  ", "K ", "M "}};
   std::ostringstream out;
   const auto line = [&](const std::string& text) { out << "|" << text << std::string(75 - text.size(), ' ') << "|\n"; };
   const auto rule = [&](char c) { out << "|" << std::string(75, c) << "|\n"; };
-  const auto row = [&](std::string name, const Stat& s, const Stat& reference, const auto& format) {
+  const auto row = [&](std::string name, const Stat& s, const Stat& reference, const detail::SummaryFigure& format) {
     name.resize(21, ' ');
     line(" " + name + " | " + format(s.current, reference.current) + " | " + format(s.peak, reference.peak) + " | " +
          format(s.allocated, reference.allocated) + " | " + format(s.freed, reference.freed) + " ");
   };
-  const auto rows = [&](const char* name, const StatArray& array, const auto& format) {
+  const auto rows = [&](const char* name, const StatArray& array, const detail::SummaryFigure& format) {
     const auto of = [&](StatType type) -> const Stat& { return array[static_cast<size_t>(type)]; };
     rule('-');
     row(name, of(StatType::AGGREGATE), of(StatType::AGGREGATE), format);
@@ -73,19 +71,19 @@ inline std::string memory_summary(const c10::CachingDeviceAllocator::DeviceStats
        "   |   allocations repeated after freeing the cache: " + std::to_string(stats.num_alloc_retries));
   rule('=');
   line("        Metric         | Cur Usage  | Peak Usage | Tot Alloc  | Tot Freed  ");
-  rows("Allocated memory", stats.allocated_bytes, detail::summary_size);
-  rows("Active memory", stats.active_bytes, detail::summary_size);
-  rows("Requested memory", stats.requested_bytes, detail::summary_size);
-  rows("Reserved memory", stats.reserved_bytes, detail::summary_size);
-  rows("Non-releasable memory", stats.inactive_split_bytes, detail::summary_size);
-  rows("Allocations", stats.allocation, detail::summary_count);
-  rows("Active allocs", stats.active, detail::summary_count);
-  rows("Reserved segments", stats.segment, detail::summary_count);
-  rows("Non-releasable allocs", stats.inactive_split, detail::summary_count);
+  rows("Allocated memory", stats.allocated_bytes, size);
+  rows("Active memory", stats.active_bytes, size);
+  rows("Requested memory", stats.requested_bytes, size);
+  rows("Reserved memory", stats.reserved_bytes, size);
+  rows("Non-releasable memory", stats.inactive_split_bytes, size);
+  rows("Allocations", stats.allocation, count);
+  rows("Active allocs", stats.active, count);
+  rows("Reserved segments", stats.segment, count);
+  rows("Non-releasable allocs", stats.inactive_split, count);
   rule('-');
-  row("Oversize allocations", stats.oversize_allocations, stats.oversize_allocations, detail::summary_count);
+  row("Oversize allocations", stats.oversize_allocations, stats.oversize_allocations, count);
   rule('-');
-  row("Oversize segments", stats.oversize_segments, stats.oversize_segments, detail::summary_count);
+  row("Oversize segments", stats.oversize_segments, stats.oversize_segments, count);
   rule('=');
   return out.str();
 }

@@ -117,8 +117,6 @@ inline void check_buckets(const Config& config, const std::vector<Bucket>& bucke
 /// The plan of plan_buckets, without its checks.
 inline BucketPlan plan_steps(const Config& config, const std::vector<Bucket>& buckets, const DeviceProfile& device,
                              PlanOptions options) {
-  require(!config.training.bf16, "headroom.training.plan.bf16",
-          "training.bf16 is true, and what autocast casts is not known without running it; plan with bf16 false");
   options.value = 1;  // losses and norms, which the trainer checks and reports
   // The first step makes the optimizer's state. The largest bucket comes first, so that others find what it left in
   // the allocator's cache, and once more at the end, where it finds what they left
@@ -158,7 +156,7 @@ inline BucketPlan plan_steps(const Config& config, const std::vector<Bucket>& bu
 }  // namespace detail
 
 /// What training by a configuration will need on a device, the first step and validation included; `flops` are those of
-/// one optimizer step. Throws headroom.memory.plan.budget and headroom.training.plan.bf16.
+/// one optimizer step. Throws headroom.memory.plan.budget.
 inline Plan plan_training(const Config& config, const DeviceProfile& device, const PlanOptions& options = {}) {
   return detail::plan_steps(config, {bucket_of(config)}, device, options).plan;
 }

@@ -82,27 +82,6 @@ struct RunOptions {
 
 namespace detail {
 
-/// bfloat16 autocast on one device type while it lives; leaves no cast weights behind.
-class Bf16Autocast {
- public:
-  explicit Bf16Autocast(c10::DeviceType device) {
-    at::autocast::set_autocast_enabled(device, true);
-    at::autocast::set_autocast_dtype(device, at::kBFloat16);
-    at::autocast::increment_nesting();
-  }
-  ~Bf16Autocast() {
-    if (at::autocast::decrement_nesting() == 0) {
-      at::autocast::clear_cache();
-    }
-    before_.apply();
-  }
-  Bf16Autocast(const Bf16Autocast&) = delete;
-  Bf16Autocast& operator=(const Bf16Autocast&) = delete;
-
- private:
-  headroom::detail::AutocastState before_ = headroom::detail::AutocastState::capture();
-};
-
 inline double steady_seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -344,9 +323,9 @@ class Trainer {
   }
 
   torch::Tensor forward(const torch::Tensor& mixture) {
-    std::optional<detail::Bf16Autocast> autocast;
+    std::optional<headroom::detail::AutocastGuard> autocast;
     if (config_.training.bf16) {
-      autocast.emplace(device_.type());
+      autocast.emplace(compute_device(mixture).type(), at::kBFloat16);
     }
     return model_->forward(mixture);
   }

@@ -201,6 +201,12 @@ class CountingAllocator final : public CountingLedger {
       return {nullptr, nullptr, &release, c10::Device(c10::kCPU)};
     }
     const auto size = static_cast<std::int64_t>(bytes);
+    if (aside_ != nullptr) {
+      void* const data = underlying_->raw_allocate(bytes);
+      c10::DataPtr block(data, data, &release, c10::Device(c10::kCPU));
+      aside_->allocated(data, size);
+      return block;
+    }
     const std::scoped_lock lock(mutex_);
     check_limits(size);
     void* data = underlying_->raw_allocate(bytes);
@@ -219,6 +225,10 @@ class CountingAllocator final : public CountingLedger {
     default_copy_data(target, source, bytes);
   }
 
+  /// From now on what this thread allocates while a window is open is told to `listener` alone, without a lock, and not
+  /// counted; nullptr ends that. allocated() may throw: the allocation fails. Returns the listener before.
+  static AllocationListener* set_aside(AllocationListener* listener) { return std::exchange(aside_, listener); }
+
  private:
   CountingAllocator() : CountingLedger(c10::kCPU) {}
 
@@ -228,6 +238,7 @@ class CountingAllocator final : public CountingLedger {
     if (data == nullptr) {
       return;
     }
+    if (aside_ != nullptr) aside_->freed(data);
     {
       // Unlist first: once freed, another thread may get the same address
       const std::scoped_lock lock(mutex_);
@@ -238,6 +249,8 @@ class CountingAllocator final : public CountingLedger {
     }
     underlying_->raw_deallocate(data);
   }
+
+  static inline thread_local AllocationListener* aside_ = nullptr;
 
   std::unordered_map<void*, std::int64_t> sizes_;
 };

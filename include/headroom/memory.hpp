@@ -1,6 +1,7 @@
 #pragma once
 
 #include "headroom/memory/allocator_model.hpp"
+#include "headroom/memory/convolution_kernels.hpp"
 #include "headroom/memory/device_profile.hpp"
 #include "headroom/memory/flops.hpp"
 #include "headroom/memory/format.hpp"
@@ -9,6 +10,7 @@
 #include "headroom/memory/operator_memory.hpp"
 #include "headroom/memory/plan.hpp"
 #include "headroom/memory/recurrent_kernels.hpp"
+#include "headroom/memory/rehearsal.hpp"
 #include "headroom/memory/report.hpp"
 #include "headroom/memory/resident.hpp"
 #include "headroom/memory/run_within.hpp"

@@ -27,8 +27,6 @@ namespace headroom::inline v0::detail::meta {
 ///   batch, and what grows with it is scaled.
 class ConvolutionOnCpu {
  public:
-  enum class Pass { forward, input, weight };
-
   at::Tensor x, weight;
   bool has_bias;
   at::IntArrayRef stride, padding, dilation;
@@ -48,13 +46,19 @@ class ConvolutionOnCpu {
     return out;
   }
 
-  at::Tensor forward() const { return replay(Pass::forward, {})[0]; }
+  at::Tensor forward() const { return replay({{}, {}})[0]; }
   std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad, std::array<bool, 3> wanted) const {
-    at::Tensor dx;
-    std::vector<at::Tensor> parameters(2);
-    if (wanted[0]) dx = replay(Pass::input, grad)[0];
-    if (wanted[1] || wanted[2]) parameters = replay(Pass::weight, grad);
-    return {dx, wanted[1] ? parameters[0] : at::Tensor(), wanted[2] ? parameters[1] : at::Tensor()};
+    std::vector<at::Tensor> made(3);
+    if (script_of({grad, wanted}).has_value()) {
+      made = replay({grad, wanted});
+    } else {  // oneDNN makes gradients of the input before it begins with those of the weight
+      if (wanted[0]) made[0] = replay({grad, {true, false, false}})[0];
+      if (wanted[1] || wanted[2]) {
+        const auto parameters = replay({grad, {false, true, wanted[2]}});
+        std::copy(parameters.begin() + 1, parameters.end(), made.begin() + 1);
+      }
+    }
+    return {made[0], made[1], made[2]};
   }
 
  private:
@@ -66,34 +70,49 @@ class ConvolutionOnCpu {
 
   static int64_t at(at::IntArrayRef list, size_t d) { return list[list.size() == 1 ? 0 : d - 2]; }
 
-  /// [sizes of the results that `pass` has for an input of these sizes]
-  std::vector<Sizes> results(Pass pass, at::IntArrayRef sizes) const {
-    if (pass == Pass::forward) return {output_sizes(sizes)};
-    if (pass == Pass::input) return {sizes.vec()};
-    return {weight.sizes().vec(), {channels()}};
+  /// What is computed: the output or, with a gradient of it, the wanted ones of input, weight and bias.
+  struct Pass {
+    at::Tensor grad;
+    std::array<bool, 3> wanted;
+
+    bool is_forward() const { return !grad.defined(); }
+    bool is_of_weight() const { return !is_forward() && !wanted[0]; }
+    bool is_whole() const { return is_forward() || !(wanted[0] && (wanted[1] || wanted[2])); }
+  };
+
+  /// Sizes of the results of a pass over an input of these sizes.
+  std::vector<Sizes> results(const Pass& pass, at::IntArrayRef sizes) const {
+    if (pass.is_forward()) return {output_sizes(sizes)};
+    return {sizes.vec(), weight.sizes().vec(), {channels()}};
   }
 
-  std::vector<at::Tensor> replay(Pass pass, const at::Tensor& grad) const {
-    const std::string key = c10::str("convolution", static_cast<int>(pass), x.sizes(), x.strides(), weight.sizes(),
-                                     weight.strides(), grad.defined() ? grad.strides() : at::IntArrayRef(), has_bias,
-                                     stride, padding, dilation, transposed, output_padding, groups, x.scalar_type(),
-                                     at::get_num_threads(), at::globalContext().userEnabledMkldnn());
-    const auto script = known_script(key, [&] { return rehearse(pass, grad); });
+  std::optional<AllocationScript> script_of(const Pass& pass) const {
+    const std::string key =
+        c10::str("convolution", x.sizes(), x.strides(), weight.sizes(), weight.strides(), x.scalar_type(), has_bias,
+                 stride, padding, dilation, transposed, output_padding, groups, pass.wanted[0], pass.wanted[1],
+                 pass.wanted[2], pass.is_forward() ? at::IntArrayRef() : pass.grad.strides(), at::get_num_threads(),
+                 at::globalContext().userEnabledMkldnn());
+    return known_script(key, [&] { return rehearse(pass); });
+  }
+  std::vector<at::Tensor> replay(const Pass& pass) const {
+    const auto script = script_of(pass);
     const std::vector<Sizes> sizes = results(pass, x.sizes());
     const auto make = [&](size_t i, at::MemoryFormat format) {
       return at::empty(sizes[i], x.options().requires_grad(false).memory_format(format));
     };
     if (!script.has_value() || script->is_estimate) estimated.insert("aten::convolution");
-    return script.has_value() ? script->replay(make) : estimate(sizes, make);
+    return script.has_value() ? script->replay(make) : estimate(pass, sizes, make);
   }
 
   /// Every window of the input beside the results, which is the most that a kernel needs that is not oneDNN's.
   template <class Make>
-  std::vector<at::Tensor> estimate(const std::vector<Sizes>& sizes, const Make& make) const {
+  std::vector<at::Tensor> estimate(const Pass& pass, const std::vector<Sizes>& sizes, const Make& make) const {
     const auto windows = static_cast<int64_t>(flops(x.sizes()) / 2) / weight.size(0);
     const at::Tensor columns = at::empty({windows}, x.options().requires_grad(false));
-    std::vector<at::Tensor> made;
-    for (size_t i = 0; i < sizes.size(); ++i) made.push_back(make(i, at::MemoryFormat::Contiguous));
+    std::vector<at::Tensor> made(sizes.size());
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      if (pass.is_forward() || pass.wanted[i]) made[i] = make(i, at::MemoryFormat::Contiguous);
+    }
     return made;
   }
 
@@ -144,13 +163,12 @@ class ConvolutionOnCpu {
   /// Real tensors for a convolution like this one, of an input of other sizes.
   class Problem {
    public:
-    Problem(const ConvolutionOnCpu& like, Pass pass, const at::Tensor& grad, at::IntArrayRef sizes, bool zeros)
+    Problem(const ConvolutionOnCpu& like, const Pass& pass, at::IntArrayRef sizes, bool zeros)
         : like_(like),
-          pass_(pass),
           x_(stand_in(like.x, sizes, zeros)),
           weight_(stand_in(like.weight, like.weight.sizes(), zeros)),
           bias_(at::zeros({like.channels()}, x_.options())) {
-      if (pass != Pass::forward) grad_ = stand_in(grad, like.output_sizes(sizes), zeros);
+      if (!pass.is_forward()) grad_ = stand_in(pass.grad, like.output_sizes(sizes), zeros);
     }
 
     Backend backend() const {
@@ -160,43 +178,42 @@ class ConvolutionOnCpu {
                                              like_.groups, std::nullopt);
     }
 
-    AllocationScript record(Rehearsal& rehearsal, bool with_bias, Rehearsal::Stop stop = {}) const {
-      return rehearsal.record([&] { return run(with_bias); }, std::move(stop));
+    /// The output, or the wanted gradients.
+    AllocationScript record(Rehearsal& rehearsal, std::array<bool, 3> wanted, Rehearsal::Stop stop = {}) const {
+      const ConvolutionOnCpu& c = like_;
+      const auto run = [&]() -> std::vector<at::Tensor> {
+        if (!grad_.defined()) {
+          return {at::convolution(x_, weight_, bias(), c.stride, c.padding, c.dilation, c.transposed, c.output_padding,
+                                  c.groups)};
+        }
+        const auto [dx, dw, db] =
+            at::convolution_backward(grad_, x_, weight_, at::OptionalIntArrayRef(c.channels()), c.stride, c.padding,
+                                     c.dilation, c.transposed, c.output_padding, c.groups, wanted);
+        return {dx, dw, db};
+      };
+      return rehearsal.record(run, std::move(stop));
     }
 
    private:
     std::optional<at::Tensor> bias() const { return like_.has_bias ? std::optional(bias_) : std::nullopt; }
 
-    std::vector<at::Tensor> run(bool with_bias) const {
-      const ConvolutionOnCpu& c = like_;
-      if (pass_ == Pass::forward) {
-        return {at::convolution(x_, weight_, bias(), c.stride, c.padding, c.dilation, c.transposed, c.output_padding,
-                                c.groups)};
-      }
-      const bool weights = pass_ == Pass::weight;
-      auto [dx, dw, db] = at::convolution_backward(grad_, x_, weight_, at::OptionalIntArrayRef(c.channels()), c.stride,
-                                                   c.padding, c.dilation, c.transposed, c.output_padding, c.groups,
-                                                   {!weights, weights, weights && with_bias});
-      return weights ? std::vector{dw, db} : std::vector{dx};
-    }
-
     const ConvolutionOnCpu& like_;
-    Pass pass_;
     at::Tensor x_, weight_, bias_, grad_;
   };
 
-  /// None: it is too large to be run, and smaller ones do not tell.
-  std::optional<AllocationScript> rehearse(Pass pass, const at::Tensor& grad) const {
+  /// None: it is too large to be run, and smaller ones or both parts of backward at once do not tell.
+  std::optional<AllocationScript> rehearse(const Pass& pass) const {
     Rehearsal rehearsal;
     const auto record = [&](const Sizes& sizes) {
-      return Problem(*this, pass, grad, sizes, true).record(rehearsal, has_bias);
+      return Problem(*this, pass, sizes, true).record(rehearsal, pass.wanted);
     };
-    const auto backend = [&](const Sizes& sizes) { return Problem(*this, pass, grad, sizes, false).backend(); };
+    const auto backend = [&](const Sizes& sizes) { return Problem(*this, pass, sizes, false).backend(); };
     if (flops(x.sizes()) <= kSmall) return record(x.sizes().vec());
     const Backend real = backend(cut_sizes());
     if (real != Backend::Mkldnn && real != Backend::MkldnnTranspose) return extrapolate(record);
+    if (!pass.is_whole()) return std::nullopt;
     for (const int64_t samples : {2, 16}) {  // few are not always enough for oneDNN to be chosen
-      if (backend(tiny_sizes(samples)) == real) return enlarge(rehearsal, pass, grad, tiny_sizes(samples));
+      if (backend(tiny_sizes(samples)) == real) return enlarge(rehearsal, pass, tiny_sizes(samples));
     }
     return std::nullopt;
   }
@@ -232,19 +249,20 @@ class ConvolutionOnCpu {
 
   /// How many blocks oneDNN has allocated when it computes. Then it frees some; a weight has gradients made before
   /// that.
-  static size_t before_computing(const AllocationScript& script, Pass pass) {
-    return pass == Pass::weight ? std::min(*script.results[0].block, *script.results[1].block)
-                                : script.before_release();
+  static size_t before_computing(const AllocationScript& script, const Pass& pass) {
+    return pass.is_of_weight() ? std::min(*script.results[1].block, *script.results[2].block) : script.before_release();
   }
 
   /// The script of a tiny problem with the bytes of this one.
-  AllocationScript enlarge(Rehearsal& rehearsal, Pass pass, const at::Tensor& grad, const Sizes& tiny) const {
+  AllocationScript enlarge(Rehearsal& rehearsal, const Pass& pass, const Sizes& tiny) const {
     // Gradients of weights are asked for with that of a bias, which oneDNN makes last before it computes
-    const bool with_bias = has_bias || pass == Pass::weight;
-    AllocationScript script = Problem(*this, pass, grad, tiny, true).record(rehearsal, with_bias);
+    std::array<bool, 3> wanted = pass.wanted;
+    wanted[2] = pass.is_of_weight();
+    AllocationScript script = Problem(*this, pass, tiny, true).record(rehearsal, wanted);
     const size_t ahead = before_computing(script, pass);
     const std::vector<Sizes> sizes = results(pass, x.sizes());
     for (size_t i = 0; i < sizes.size(); ++i) {  // the results, and copies of them
+      if (!script.results[i].block.has_value()) continue;
       const int64_t tiny_bytes = script.bytes[*script.results[i].block];
       for (size_t block = ahead; block < script.bytes.size(); ++block) {
         if (script.bytes[block] == tiny_bytes) {
@@ -255,9 +273,9 @@ class ConvolutionOnCpu {
     const auto asked_for = [&](const Sizes& part) {
       // Workspace may come with the size, in front of the gradient of the bias
       const auto is_last = [&](size_t i, int64_t bytes) {
-        return i == ahead || (i + 1 == ahead && (pass != Pass::weight || bytes == script.bytes[i]));
+        return i == ahead || (i + 1 == ahead && (!pass.is_of_weight() || bytes == script.bytes[i]));
       };
-      return Problem(*this, pass, grad, part, false).record(rehearsal, with_bias, is_last).bytes;
+      return Problem(*this, pass, part, false).record(rehearsal, wanted, is_last).bytes;
     };
     const Sizes part = cut_sizes();
     std::vector<int64_t> bytes = asked_for(part);
@@ -278,7 +296,7 @@ class ConvolutionOnCpu {
       for (size_t i = 0; i < bytes.size(); ++i) {
         // A gradient of a weight is summed in as many parts, however many rows there are
         const int64_t growth = std::max<int64_t>(of_part[i] - less[i], 0);
-        const bool grows = pass != Pass::weight || growth * 3 * rows > of_part[i] * 2 * (rows - half);
+        const bool grows = !pass.is_of_weight() || growth * 3 * rows > of_part[i] * 2 * (rows - half);
         if (grows) bytes[i] += growth * (all - rows) / (rows - half);
       }
     }
@@ -289,9 +307,9 @@ class ConvolutionOnCpu {
       }
     }
     std::copy(bytes.begin(), bytes.end(), script.bytes.begin());
-    if (with_bias && !has_bias) {
-      script.bytes[bytes.size() - 1] = script.bytes[*script.results[1].block] = 0;
-      script.results[1].block.reset();
+    if (wanted[2] && !pass.wanted[2]) {
+      script.bytes[bytes.size() - 1] = script.bytes[*script.results[2].block] = 0;
+      script.results[2] = {};
     }
     return script;
   }

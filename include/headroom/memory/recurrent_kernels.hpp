@@ -202,7 +202,8 @@ class RecurrentLayers {
                               batch_first);
     }
     constexpr int64_t kLstm = 2;  // ideep::rnn_kind
-    at::Tensor x = (batch_first ? input.transpose(0, 1) : input).contiguous();
+    const at::Tensor first = (batch_first ? input.transpose(0, 1) : input).contiguous();
+    at::Tensor x = first;
     const at::Tensor hx = hidden[0].contiguous(), cx = hidden[1].contiguous();
     const size_t directions = bidirectional ? 2 : 1, tensors = has_biases ? 4 : 2;
     std::vector<at::Tensor> outputs(directions), last_hx, last_cx;

@@ -32,8 +32,9 @@ struct AllocationScript {
     bool begins;
   };
   struct Result {
-    std::optional<size_t> block;  ///< none: the operator gave no tensor, or an input
-    at::MemoryFormat format;
+    bool is_there = false;             ///< the operator gave a tensor
+    std::optional<size_t> block = {};  ///< none: it is empty
+    at::MemoryFormat format = at::MemoryFormat::Contiguous;
   };
 
   std::vector<int64_t> bytes;  ///< of the blocks, in the order of their allocation
@@ -77,6 +78,9 @@ struct AllocationScript {
         const auto index = static_cast<size_t>(result - results.begin());
         block = made[index] = make(index, result->format);
       }
+    }
+    for (size_t i = 0; i < results.size(); ++i) {
+      if (results[i].is_there && !results[i].block.has_value()) made[i] = make(i, results[i].format);
     }
     return made;
   }
@@ -148,9 +152,13 @@ class Rehearsal : private AllocationListener {
       const std::vector<at::Tensor> results = std::invoke(std::forward<Run>(run));
       recording_ = false;
       for (const at::Tensor& x : results) {
-        const auto block = x.defined() ? live_.find(x.storage().data_ptr().get_context()) : live_.end();
-        script_.results.push_back({block == live_.end() ? std::nullopt : std::optional(block->second),
-                                   x.defined() ? x.suggest_memory_format() : at::MemoryFormat::Contiguous});
+        if (!x.defined()) {
+          script_.results.emplace_back();
+          continue;
+        }
+        const auto block = live_.find(x.storage().data_ptr().get_context());
+        script_.results.push_back(
+            {true, block == live_.end() ? std::nullopt : std::optional(block->second), x.suggest_memory_format()});
       }
     } catch (const Stopped&) {
     }

@@ -148,7 +148,8 @@ class ConvolutionOnCpu {
       return static_cast<int64_t>(x.element_size()) *
              (c10::multiply_integers(some) + c10::multiply_integers(output_sizes(some)));
     };
-    sizes[0] = std::clamp(kRoom * sizes[0] / bytes_of(sizes), std::min(few, sizes[0]), sizes[0]);
+    const int64_t samples = std::max(kRoom * sizes[0] / bytes_of(sizes) / few, int64_t{1}) * few;  // a share for each
+    sizes[0] = std::min(samples, sizes[0]);
     if (const int64_t bytes = bytes_of(sizes); bytes > 2 * kRoom) {
       int64_t& rows = sizes[rows_dim()];
       const int64_t wanted = std::max(2 * kRoom * rows / bytes, std::min(rows, least(rows_dim())));
@@ -253,6 +254,14 @@ class ConvolutionOnCpu {
     return pass.is_of_weight() ? std::min(*script.results[1].block, *script.results[2].block) : script.before_release();
   }
 
+  /// Whether threads share samples, and sum a weight's gradient each, rather than channels: oneDNN does so if input and
+  /// output have about 8 times the elements of the weight.
+  bool sums_in_parts(at::IntArrayRef sizes, int64_t factor) const {
+    int64_t input = c10::multiply_integers(sizes), output = c10::multiply_integers(output_sizes(sizes));
+    for (size_t d = 2; d < sizes.size(); ++d) (transposed ? output : input) /= at(stride, d);
+    return std::min(input, output) > factor * weight.numel();
+  }
+
   /// The script of a tiny problem with the bytes of this one.
   AllocationScript enlarge(Rehearsal& rehearsal, const Pass& pass, const Sizes& tiny) const {
     // Gradients of weights are asked for with that of a bias, which oneDNN makes last before it computes
@@ -281,11 +290,16 @@ class ConvolutionOnCpu {
     std::vector<int64_t> bytes = asked_for(part);
     if (bytes.size() > ahead) script.insert_around(ahead - 1, 0);
     script.is_estimate = part != x.sizes();
+    if (pass.is_of_weight() && sums_in_parts(x.sizes(), 6) && !sums_in_parts(part, 8)) {
+      const int64_t sums = std::min<int64_t>(x.size(0), at::get_num_threads()) - 1;
+      bytes.insert(bytes.end() - 1, sums * weight.numel() * static_cast<int64_t>(x.element_size()));
+      script.insert_around(bytes.size() - 2, 0);
+    }
     const auto asked_for_half = [&](size_t dim, int64_t half) {
       Sizes sizes = part;
       sizes[dim] = half;
       std::vector<int64_t> some = asked_for(sizes);
-      if (some.size() < bytes.size()) some.insert(some.end() - 1, 0);
+      while (some.size() < bytes.size()) some.insert(some.end() - 1, 0);
       return some;
     };
     const std::vector<int64_t> of_part = bytes;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "headroom/memory/allocator_model.hpp"
+#include "headroom/memory/convolution_kernels.hpp"
 #include "headroom/memory/device_profile.hpp"
 #include "headroom/memory/fit.hpp"
 #include "headroom/memory/flops.hpp"
@@ -12,6 +13,7 @@
 #include "headroom/memory/plan.hpp"
 #include "headroom/memory/product_workspace.hpp"
 #include "headroom/memory/recurrent_kernels.hpp"
+#include "headroom/memory/rehearsal.hpp"
 #include "headroom/memory/report.hpp"
 #include "headroom/memory/resident.hpp"
 #include "headroom/memory/run_within.hpp"

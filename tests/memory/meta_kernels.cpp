@@ -121,7 +121,6 @@ TEST_CASE("the kernels are registered while they are wanted, and only where LibT
   CHECK_FALSE(registered("relu"));
 }
 
-// How much oneDNN copies depends on the processor; what a network holds between forward and backward does not.
 TEST_CASE("what networks of convolutions hold for backward is exact") {
   torch::manual_seed(1);
   const auto check = [](const auto& forward) {

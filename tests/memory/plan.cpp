@@ -456,7 +456,7 @@ TEST_CASE("reports") {
 
 TEST_CASE("a plan names the operators whose memory it estimates") {
   const auto recurrent = [] {
-    torch::nn::LSTM net(8, 8);
+    torch::nn::LSTM net(torch::nn::LSTMOptions(8, 8).proj_size(4));
     std::get<0>(net->forward(torch::ones({5, 2, 8}))).sum().backward();
   };
   const Plan on_cpu = plan(recurrent, this_machine());

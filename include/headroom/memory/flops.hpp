@@ -20,18 +20,19 @@ inline double numel_of(const c10::IValue& x) {
   return x.isTensor() && x.toTensor().defined() ? static_cast<double>(x.toTensor().numel()) : 0;
 }
 
-/// 2·output·(inputs of an output): convolution(input, weight, bias, stride, padding, dilation, transposed, …).
-inline double convolution_flops(const at::Tensor& input, const at::Tensor& weight, at::IntArrayRef stride,
+/// 2·output·(inputs of an output): convolution(input, weight, bias, stride, padding, dilation, transposed, …), by the
+/// sizes of input and weight.
+inline double convolution_flops(at::IntArrayRef input, at::IntArrayRef weight, at::IntArrayRef stride,
                                 at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed) {
   // Every element of the weight meets every position of the output, or of the input when transposed
   double positions = 1;
-  for (int64_t d = 2; d < input.dim(); ++d) {
-    const auto at = [&](at::IntArrayRef list) { return list[list.size() == 1 ? 0 : static_cast<size_t>(d - 2)]; };
-    const int64_t size = input.size(d);
-    const int64_t reach = at(dilation) * (weight.size(d) - 1) + 1;
+  for (size_t d = 2; d < input.size(); ++d) {
+    const auto at = [&](at::IntArrayRef list) { return list[list.size() == 1 ? 0 : d - 2]; };
+    const int64_t size = input[d];
+    const int64_t reach = at(dilation) * (weight[d] - 1) + 1;
     positions *= static_cast<double>(transposed ? size : (size + 2 * at(padding) - reach) / at(stride) + 1);
   }
-  return 2 * static_cast<double>(input.size(0)) * positions * static_cast<double>(weight.numel());
+  return 2 * static_cast<double>(input[0]) * positions * static_cast<double>(c10::multiply_integers(weight));
 }
 
 }  // namespace detail
@@ -65,8 +66,12 @@ inline std::optional<double> flops_of(std::string_view name, c10::ArrayRef<const
   };
   static constexpr auto convolution = [](Inputs x, size_t first, size_t lists) {
     const auto input = x[first].toTensor(), weight = x[first + 1].toTensor();
-    return detail::convolution_flops(input, weight, x[lists].toIntVector(), x[lists + 1].toIntVector(),
+    return detail::convolution_flops(input.sizes(), weight.sizes(), x[lists].toIntVector(), x[lists + 1].toIntVector(),
                                      x[lists + 2].toIntVector(), x[lists + 3].toBool());
+  };
+  static constexpr auto recurrent = [](Inputs x) {  // x [steps, batch, in], weights [gates, in], [gates, hidden]
+    const at::Tensor& input = x[0].toTensor();
+    return 2 * static_cast<double>(input.size(0) * input.size(1)) * (detail::numel_of(x[1]) + detail::numel_of(x[2]));
   };
   static const std::map<std::string_view, Formula> formulas = {
       {"aten::mm", [](Inputs x) { return product(x, 0, 1); }},
@@ -75,6 +80,8 @@ inline std::optional<double> flops_of(std::string_view name, c10::ArrayRef<const
       {"aten::baddbmm", [](Inputs x) { return product(x, 1, 2); }},
       {"aten::convolution", [](Inputs x) { return convolution(x, 0, 3); }},
       {"aten::convolution_backward", [](Inputs x) { return 2 * convolution(x, 1, 4); }},
+      {"aten::mkldnn_rnn_layer", [](Inputs x) { return recurrent(x); }},
+      {"aten::mkldnn_rnn_layer_backward", [](Inputs x) { return 2 * recurrent(x); }},
       {"aten::_fft_r2c", [](Inputs x) { return transform(x, 2.5); }},
       {"aten::_fft_c2r", [](Inputs x) { return transform(x, 5); }},
       {"aten::_fft_c2c", [](Inputs x) { return transform(x, 5); }},

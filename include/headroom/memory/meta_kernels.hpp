@@ -19,6 +19,7 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/dry_run/device.hpp"
+#include "headroom/memory/convolution_kernels.hpp"
 #include "headroom/memory/recurrent_kernels.hpp"
 
 namespace headroom::inline v0 {
@@ -141,50 +142,29 @@ inline std::tuple<Tensor, Tensor, Tensor> native_batch_norm_backward(const Tenso
 
 // ---- convolutions ----
 
-/// A copy in the layout that oneDNN computes in, channels in blocks of 16. Which tensors it copies depends on the
-/// kernel that it chooses for the processor and the sizes: this is what the common ones do.
-inline Tensor blocked(const Tensor& x) {
-  const bool by_onednn = compute_device(x).is_cpu() && x.scalar_type() == at::kFloat;
-  std::vector<int64_t> sizes = x.sizes().vec();
-  if (sizes.size() > 1 && sizes[1] > 3) sizes[1] = (sizes[1] + 15) / 16 * 16;
-  return by_onednn ? shaped(x, sizes) : Tensor();
-}
-
 inline int64_t at_dim(IntArrayRef list, int64_t d) { return list[list.size() == 1 ? 0 : static_cast<size_t>(d)]; }
 
-inline Tensor convolution(const Tensor& x, const Tensor& weight, const OptionalTensor&, IntArrayRef stride,
+inline Tensor convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                           IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
                           int64_t groups) {
-  std::vector<int64_t> sizes{x.size(0), transposed ? weight.size(1) * groups : weight.size(0)};
-  for (int64_t d = 0; d < x.dim() - 2; ++d) {
-    const int64_t reach = at_dim(dilation, d) * (weight.size(d + 2) - 1) + 1;
-    const int64_t s = at_dim(stride, d), p = at_dim(padding, d), n = x.size(d + 2);
-    sizes.push_back(transposed ? (n - 1) * s - 2 * p + reach + at_dim(output_padding, d) : (n + 2 * p - reach) / s + 1);
-  }
-  Tensor copies[] = {x.size(1) > 3 ? blocked(x) : Tensor(), blocked(weight)};
-  const Tensor inner = at::empty(sizes, x.options().requires_grad(false));
-  for (Tensor& copy : copies) copy.reset();
-  return compute_device(x).is_cpu() ? shaped(x, sizes) : inner;
+  const bool has_bias = bias.has_value() && bias->defined();
+  const ConvolutionOnCpu on_cpu{x, weight, has_bias, stride, padding, dilation, transposed, output_padding, groups};
+  return compute_device(x).is_cpu() ? on_cpu.forward() : shaped(x, on_cpu.output_sizes(x.sizes()));
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& x,
                                                                const Tensor& weight, at::OptionalIntArrayRef,
-                                                               IntArrayRef, IntArrayRef, IntArrayRef, bool, IntArrayRef,
-                                                               int64_t, std::array<bool, 3> wanted) {
+                                                               IntArrayRef stride, IntArrayRef padding,
+                                                               IntArrayRef dilation, bool transposed,
+                                                               IntArrayRef output_padding, int64_t groups,
+                                                               std::array<bool, 3> wanted) {
+  if (compute_device(x).is_cpu()) {
+    return ConvolutionOnCpu{x, weight, wanted[2], stride, padding, dilation, transposed, output_padding, groups}
+        .backward(grad, wanted);
+  }
   const Tensor dense = grad.contiguous();
-  Tensor dx, dw, db;
-  if (wanted[0]) {
-    Tensor copies[] = {blocked(dense), blocked(weight)};
-    const Tensor inner = blocked(x);
-    for (Tensor& copy : copies) copy.reset();
-    dx = like_contiguous(x);
-  }
-  if (wanted[1] || wanted[2]) {
-    const Tensor copies[] = {blocked(dense), x.size(1) > 3 ? blocked(x) : Tensor(), blocked(weight)};
-    if (wanted[1]) dw = like_contiguous(weight);
-    if (wanted[2]) db = shaped(grad, {grad.size(1)});
-  }
-  return {dx, dw, db};
+  return {wanted[0] ? like_contiguous(x) : Tensor(), wanted[1] ? like_contiguous(weight) : Tensor(),
+          wanted[2] ? shaped(grad, {grad.size(1)}) : Tensor()};
 }
 
 // ---- Fourier transforms, as with MKL ----
@@ -406,6 +386,8 @@ class Registration {
     library("native_batch_norm_backward", &native_batch_norm_backward);
     library("convolution", &convolution);
     library("convolution_backward", &convolution_backward);
+    library("mkldnn_rnn_layer", &LstmLayerOnCpu::forward);
+    library("mkldnn_rnn_layer_backward", &LstmLayerOnCpu::backward);
     library("_fft_c2c", &fft_c2c);
     library("_fft_r2c", &fft_r2c);
     library("_fft_c2r", &fft_c2r);

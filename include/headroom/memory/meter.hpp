@@ -185,32 +185,6 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
   c10::CachingAllocator::Stat bytes_, blocks_;  // as c10::DeviceAllocator keeps them
 };
 
-/// While it lives, allocations of this thread on the CPU fail, if they are counted: to see what would be asked for.
-class AllocationRefusal {
- public:
-  struct Refused {};  ///< what is thrown
-
-  AllocationRefusal() : outer_(std::exchange(current_, this)) {}
-  ~AllocationRefusal() { current_ = outer_; }
-  AllocationRefusal(const AllocationRefusal&) = delete;
-  AllocationRefusal& operator=(const AllocationRefusal&) = delete;
-
-  /// Of the first allocation; 0: there was none.
-  std::int64_t bytes() const { return bytes_; }
-
-  static void check(std::int64_t bytes) {
-    if (current_ == nullptr) return;
-    if (current_->bytes_ == 0) current_->bytes_ = bytes;
-    throw Refused();
-  }
-
- private:
-  static inline thread_local AllocationRefusal* current_ = nullptr;
-
-  AllocationRefusal* outer_;
-  std::int64_t bytes_ = 0;
-};
-
 /// LibTorch's CPU allocator with a ledger around it. The memory itself comes from the allocator that was there before
 /// and goes back to it; sizes live in a table by address. A header in front of the data would be cheaper, but oneDNN
 /// frees raw pointers through whichever allocator is installed at that time, so a pointer must stay valid for both.
@@ -227,7 +201,12 @@ class CountingAllocator final : public CountingLedger {
       return {nullptr, nullptr, &release, c10::Device(c10::kCPU)};
     }
     const auto size = static_cast<std::int64_t>(bytes);
-    AllocationRefusal::check(size);
+    if (aside_ != nullptr) {
+      void* const data = underlying_->raw_allocate(bytes);
+      c10::DataPtr block(data, data, &release, c10::Device(c10::kCPU));
+      aside_->allocated(data, size);
+      return block;
+    }
     const std::scoped_lock lock(mutex_);
     check_limits(size);
     void* data = underlying_->raw_allocate(bytes);
@@ -246,6 +225,10 @@ class CountingAllocator final : public CountingLedger {
     default_copy_data(target, source, bytes);
   }
 
+  /// From now on what this thread allocates while a window is open is told to `listener` alone, without a lock, and not
+  /// counted; nullptr ends that. allocated() may throw: the allocation fails. Returns the listener before.
+  static AllocationListener* set_aside(AllocationListener* listener) { return std::exchange(aside_, listener); }
+
  private:
   CountingAllocator() : CountingLedger(c10::kCPU) {}
 
@@ -255,6 +238,7 @@ class CountingAllocator final : public CountingLedger {
     if (data == nullptr) {
       return;
     }
+    if (aside_ != nullptr) aside_->freed(data);
     {
       // Unlist first: once freed, another thread may get the same address
       const std::scoped_lock lock(mutex_);
@@ -265,6 +249,8 @@ class CountingAllocator final : public CountingLedger {
     }
     underlying_->raw_deallocate(data);
   }
+
+  static inline thread_local AllocationListener* aside_ = nullptr;
 
   std::unordered_map<void*, std::int64_t> sizes_;
 };

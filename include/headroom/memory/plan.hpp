@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -86,9 +87,11 @@ inline MemoryTrace dry_trace(const std::function<void()>& step, c10::Device devi
     RandomState random = RandomState::capture();
     std::optional<double> value = meta::value_read;
     int64_t count = std::exchange(meta::values_read, 0);
+    std::set<std::string> estimated = std::exchange(meta::estimated, {});
     ~Restore() {
       meta::value_read = value;
       meta::values_read = count;
+      meta::estimated = std::move(estimated);
       random.apply();
     }
   } restore;
@@ -123,18 +126,9 @@ inline MemoryTrace dry_trace(const std::function<void()>& step, c10::Device devi
          "; keep what the CPU reads in a HostTensors scope, or take it out of the step");
   }
   values_read = meta::values_read;
-  return recorder.finish();
-}
-
-/// Operators of a trace that run in oneDNN on the CPU, which chooses its layouts and workspaces for the processor.
-inline std::vector<std::string> estimated_operators(const MemoryTrace& trace) {
-  std::vector<std::string> found;
-  for (const char* name : {"aten::convolution", "aten::lstm"}) {
-    const bool used = std::any_of(trace.operators.begin(), trace.operators.end(),
-                                  [&](const auto& op) { return trace.names[static_cast<size_t>(op.name)] == name; });
-    if (used) found.emplace_back(name);
-  }
-  return found;
+  MemoryTrace trace = recorder.finish();
+  trace.estimated.assign(meta::estimated.begin(), meta::estimated.end());
+  return trace;
 }
 
 /// Begin and end of a block as one event each, in the order of time: {time, block, is begin}.
@@ -156,6 +150,7 @@ inline std::vector<BlockEvent> block_events(const MemoryTrace& trace) {
 
 inline Plan analyse(MemoryTrace trace, const DeviceProfile& device, std::optional<int64_t> budget) {
   Plan plan{.device = device, .budget = budget.value_or(device.usable_bytes()), .trace = std::move(trace)};
+  plan.estimated = plan.trace.estimated;
   auto& blocks = plan.trace.blocks;
   if (!device.device().is_cpu()) {
     std::erase_if(blocks, [](const auto& block) { return block.on_host; });
@@ -244,7 +239,6 @@ Plan plan(Step&& step, const DeviceProfile& device, const PlanOptions& options =
   MemoryTrace trace = detail::dry_trace(std::forward<Step>(step), device.device(), options.value, values_read);
   Plan result = detail::analyse(std::move(trace), device, options.budget);
   result.values_read = values_read;
-  if (device.device().is_cpu()) result.estimated = detail::estimated_operators(result.trace);
   int64_t parameters = 0;
   for (const auto& block : result.trace.blocks) {
     if (block.use == MemoryUse::parameter) parameters += block.bytes;

@@ -2,8 +2,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/record_function.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <sys/mman.h>
 
 #include <cstdint>
@@ -14,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "headroom/memory/meter.hpp"
+#include "headroom/memory/rehearsal.hpp"
 
 namespace headroom::inline v0::detail {
 
@@ -26,7 +24,7 @@ struct MatrixLayout {
 
 /// What oneDNN asks for beside the result when it multiplies matrices of bfloat16 or half on this machine's CPU: copies
 /// in blocks, as many as suit the processor, the sizes and the threads. It does not say before it is called. So it is
-/// called, on memory that nobody touches, and refused what it asks for: nothing is computed.
+/// called, on memory that nobody touches, and stopped when it asks: nothing is computed.
 class ProductWorkspace {
  public:
   /// `name`: aten::mm, aten::addmm, aten::bmm or aten::baddbmm; the right factor follows the left one.
@@ -85,22 +83,22 @@ class ProductWorkspace {
                                : MatrixLayout{{a.sizes[0], rows, columns}, {rows * columns, columns, 1}};
     const Untouched left(bytes_of(a)), right(bytes_of(b)), result(bytes_of(c));
     if (!left || !right || !result) return 0;
-    // As on a thread of its own
-    const c10::impl::ForceDispatchKeyGuard keys(c10::default_included_set, c10::default_excluded_set);
-    const at::DisableRecordFunctionGuard unrecorded;
-    const at::NoGradGuard no_grad;
-    at::Tensor out = result.view(c, type);
-    const at::Tensor x = left.view(a, type), y = right.view(b, type);
-    AllocationRefusal refusal;
-    try {
+    Rehearsal rehearsal;
+    const auto multiply = [&] {
+      at::Tensor out = result.view(c, type);
+      const at::Tensor x = left.view(a, type), y = right.view(b, type);
       if (name == "aten::mm") at::mm_out(out, x, y);
       if (name == "aten::addmm") out.addmm_(x, y);
       if (name == "aten::bmm") at::bmm_out(out, x, y);
       if (name == "aten::baddbmm") out.baddbmm_(x, y);
-    } catch (const AllocationRefusal::Refused&) {
+      return std::vector<at::Tensor>();
+    };
+    try {
+      const AllocationScript script = rehearsal.record(multiply, [](size_t, int64_t) { return true; });
+      return script.bytes.empty() ? 0 : script.bytes[0];
     } catch (const c10::Error&) {  // factors that do not fit: the step will be told
+      return 0;
     }
-    return refusal.bytes();
   }
 };
 

@@ -64,6 +64,7 @@ struct MemoryTrace {
   std::vector<Operator> operators;  ///< in the order of their calls
   std::vector<Block> blocks;        ///< in the order of their allocation
   int64_t events = 0;
+  std::vector<std::string> estimated = {};  ///< operators of a dry run whose memory is not known exactly
 
   /// The longest path of modules that both paths start with: "layers.0.norm", "layers.0.linear" -> "layers.0".
   static std::string_view common_path(std::string_view a, std::string_view b) {

@@ -15,7 +15,8 @@ import matplotlib.pyplot as plt
 CONFIGURATIONS = ["small", "ultra_safe", "memory_optimized", "memory_optimized_first", "xlarge"]
 BARS = ["none", "selective", "full", "nested", "tiled", "full+offload", "tiled+nested", "tiled+offload"]
 
-LABELS_BEFORE = ["full+bf16", "full+offload", "selective+offload", "nested", "tiled+nested", "full", "selective"]  # not on top of others
+# Labels to the left of their points, so that they are not on top of others
+LABELS_BEFORE = ["full+bf16", "full+offload", "selective+offload", "nested", "tiled+nested", "full", "selective"]
 
 
 def main(rows_file, figure_file):

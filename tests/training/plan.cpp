@@ -195,10 +195,12 @@ TEST_CASE("recommendations fit, the same training first, and never get worse wit
     CHECK(found->plan.fits);
     CHECK(found->plan.peak_bytes <= whole.peak_bytes * share / 100);
     CHECK(training::plan_training(found->config, this_machine()).peak_bytes == found->plan.peak_bytes);
+    const bool fewer_bits = found->config.training.bf16 || found->config.training.optimizer_state != "full";
     CHECK(found->config.training.segment_length >= previous_length);
     CHECK(found->same_training >= previous_same);
     CHECK(found->config.training.batch_size * found->config.training.gradient_accumulation_steps == 8);
-    CHECK(found->same_training == (found->config.training.segment_length == config.training.segment_length));
+    CHECK(found->same_training ==
+          (found->config.training.segment_length == config.training.segment_length && !fewer_bits));
     previous_length = found->config.training.segment_length;
     previous_same = found->same_training;
   }
@@ -258,6 +260,49 @@ TEST_CASE("the guide's first memory-optimized configuration fits 8 GiB, its larg
   largest.training.batch_size = 1;
   largest.model.gradient_checkpointing = "tiled+offload";
   CHECK(training::plan_training(largest, this_machine(), {.budget = int64_t{16} << 30}).fits);
+}
+
+TEST_CASE("fewer bits are recommended where nothing else lets segments keep their length") {
+  Config config = small();
+  config.training.batch_size = 1;
+  config.training.gradient_accumulation_steps = 1;
+  const auto least = [&](bool bf16, const char* state) {
+    Config leanest = config;
+    leanest.model.gradient_checkpointing = policies_by_cost().back();
+    leanest.training.bf16 = bf16;
+    leanest.training.optimizer_state = state;
+    return training::plan_training(leanest, this_machine()).peak_bytes;
+  };
+  const auto check = [&](int64_t budget, bool bf16, const char* state) {
+    const auto found = training::recommend(config, this_machine(), {.budget = budget});
+    REQUIRE(found);
+    const training::TrainingConfig& training = found->config.training;
+    CHECK(found->plan.peak_bytes <= budget);
+    CHECK(training::plan_training(found->config, this_machine()).peak_bytes == found->plan.peak_bytes);
+    CHECK(training.segment_length == config.training.segment_length);
+    CHECK(training.bf16 == bf16);
+    CHECK(training.optimizer_state == state);
+    const std::string text = training::describe(found);
+    CHECK(found->same_training == (!bf16 && training.optimizer_state == "full"));
+    CHECK(testing::contains(text, found->same_training ? "(the same training)" : "(other training)"));
+    CHECK(testing::contains(text, "training.bf16: true") == bf16);
+    CHECK(testing::contains(text, "training.optimizer_state: 8bit") == (training.optimizer_state == "8bit"));
+  };
+  SECTION("of what autocast casts, where activations decide") {
+    const int64_t full = least(false, "full"), narrow = least(true, "full");
+    REQUIRE(narrow < full);
+    check(full, false, "full");
+    check(full - 1, true, "full");
+    check(narrow, true, "full");
+  }
+  SECTION("of the optimizer's state, where weights do") {
+    config.model.ffn_hidden_dim = {512};
+    const int64_t full = least(false, "full"), narrow = least(false, "8bit");
+    REQUIRE(narrow < full);
+    check(full, false, "full");
+    check(full - 1, false, "8bit");
+    check(narrow, false, "8bit");
+  }
 }
 
 TEST_CASE("recommended mixes of policies run within the budget and need what is planned, byte for byte") {

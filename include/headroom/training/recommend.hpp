@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <numeric>
 #include <optional>
+#include <set>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -26,11 +27,31 @@ struct Recommendation {
 
 namespace detail {
 
+/// The configuration, and with fewer bits where it has float: of the optimizer's state, of what autocast casts, of
+/// both.
+inline std::vector<Config> with_fewer_bits(const Config& config) {
+  std::vector<std::string> states{config.training.optimizer_state};
+  if (states.front() != "8bit") states.emplace_back("8bit");
+  std::vector<Config> all;
+  for (const bool bf16 : std::set{config.training.bf16, true}) {
+    for (const std::string& state : states) {
+      all.push_back(config);
+      all.back().training.bf16 = bf16;
+      all.back().training.optimizer_state = state;
+    }
+  }
+  return all;
+}
+
 /// How a recommendation differs from the configuration that was asked for, in words.
 inline std::vector<std::string> changes(const Config& from, const Recommendation& to) {
   const auto& [model, training] = std::tie(to.config.model, to.config.training);
   std::vector<std::string> changes;
   if (model.attention != from.model.attention) changes.push_back("model.attention: " + model.attention);
+  if (training.optimizer_state != from.training.optimizer_state) {
+    changes.push_back("training.optimizer_state: " + training.optimizer_state);
+  }
+  if (training.bf16 != from.training.bf16) changes.emplace_back("training.bf16: true");
   if (training.segment_length != from.training.segment_length && to.buckets.empty()) {
     changes.push_back("training.segment_length: " + std::to_string(training.segment_length));
   }
@@ -54,11 +75,11 @@ inline std::vector<std::string> changes(const Config& from, const Recommendation
 
 /// The first of these that fits a device: the configuration as it is; attention that stores no scores; smaller batches
 /// with more accumulation, which cost no operations; checkpoint policies, block by block (cheapest_policy), which cost
-/// a forward pass at most, in slices and with inputs on the host where that is needed; and only then shorter segments,
-/// which train something else. With `buckets`, batches have their shapes instead of the configuration's, and what is
-/// recommended fits with all of them. Each is judged by replaying it. The order does not depend on the budget, so that
-/// a larger one never gets a worse answer, and a smaller one never a higher peak. Throws as plan_training and
-/// plan_buckets do; none: nothing fits.
+/// a forward pass at most, in slices and with inputs on the host where that is needed. Then what trains something else:
+/// all of that with fewer bits, of the optimizer's state or by bf16 autocast, and with shorter segments. With
+/// `buckets`, batches have their shapes instead of the configuration's, and what is recommended fits with all of them.
+/// Each is judged by replaying it. The order does not depend on the budget, so that a larger one never gets a worse
+/// answer, and a smaller one never a higher peak. Throws as plan_training and plan_buckets do; none: nothing fits.
 inline std::optional<Recommendation> recommend(const Config& config, const DeviceProfile& device,
                                                const PlanOptions& options = {},
                                                const std::vector<Bucket>& buckets = {}) {
@@ -74,7 +95,8 @@ inline std::optional<Recommendation> recommend(const Config& config, const Devic
   const auto attempt = [&](Config candidate, int64_t split, int64_t part) -> std::optional<Recommendation> {
     Recommendation result;
     result.buckets = wanted;
-    result.same_training = part == 1;
+    result.same_training = part == 1 && candidate.training.bf16 == config.training.bf16 &&
+                           candidate.training.optimizer_state == config.training.optimizer_state;
     for (Bucket& bucket : result.buckets) {
       bucket.batch_size /= split;
       bucket.segment_length /= part;
@@ -88,32 +110,35 @@ inline std::optional<Recommendation> recommend(const Config& config, const Devic
     return result;
   };
   if (auto fits = attempt(config, 1, 1)) return fits;
-  Config candidate = config;
-  if (config.model.attention == "reference") candidate.model.attention = "automatic";
-  const auto with = [&](const StackPolicy& policy) {
-    candidate.model.gradient_checkpointing = policy;
-    return candidate;
-  };
+  Config asked = config;
+  if (config.model.attention == "reference") asked.model.attention = "automatic";
+  const std::vector<Config> candidates = detail::with_fewer_bits(asked);
   const int64_t longest_window =
       std::max({config.model.n_fft, config.loss.min_n_fft, std::ranges::max(config.loss.windows)});
   // Divided by the denominators of shorter segments; the shortest is what the STFT and its loss still take
   for (const int64_t part : {1, 2, 3, 4, 6, 8, 12, 16}) {
     if (shortest / part < longest_window) break;
-    const auto in_least = [&](const StackPolicy& policy) {
-      auto fits = attempt(with(policy), batch, part);
-      // Gradients that are added to are there during a pass: few tokens may need less memory in one pass
-      const bool adds = config.training.gradient_accumulation_steps > 1;
-      return fits || adds || batch == 1 ? fits : attempt(with(policy), 1, part);
-    };
-    const StackPolicy& given = config.model.gradient_checkpointing;
-    const StackPolicy leanest = config.model.reversible ? given : policies_by_cost().back();
-    if (!in_least(leanest)) continue;  // where the least of all does not fit, none does
-    const auto chosen =
-        config.model.reversible ? in_least(given) : cheapest_policy(in_least, config.model.blocks(), given);
-    if (!chosen) continue;
-    for (int64_t split = 1; split <= batch; ++split) {
-      if (batch % split != 0) continue;
-      if (auto fits = attempt(with(chosen->config.model.gradient_checkpointing), split, part)) return fits;
+    for (Config candidate : candidates) {
+      const auto with = [&](const StackPolicy& policy) {
+        candidate.model.gradient_checkpointing = policy;
+        return candidate;
+      };
+      const auto in_least = [&](const StackPolicy& policy) {
+        auto fits = attempt(with(policy), batch, part);
+        // Gradients that are added to are there during a pass: few tokens may need less memory in one pass
+        const bool adds = config.training.gradient_accumulation_steps > 1;
+        return fits || adds || batch == 1 ? fits : attempt(with(policy), 1, part);
+      };
+      const StackPolicy& given = config.model.gradient_checkpointing;
+      const StackPolicy leanest = config.model.reversible ? given : policies_by_cost().back();
+      if (!in_least(leanest)) continue;  // where the least of all does not fit, none does
+      const auto chosen =
+          config.model.reversible ? in_least(given) : cheapest_policy(in_least, config.model.blocks(), given);
+      if (!chosen) continue;
+      for (int64_t split = 1; split <= batch; ++split) {
+        if (batch % split != 0) continue;
+        if (auto fits = attempt(with(chosen->config.model.gradient_checkpointing), split, part)) return fits;
+      }
     }
   }
   return std::nullopt;
@@ -124,7 +149,7 @@ inline std::string describe(const std::optional<Recommendation>& recommendation)
   if (!recommendation) return "nothing fits: choose a smaller model\n";
   if (recommendation->changes.empty()) return "it fits as it is\n";
   std::string text = "this fits (";
-  text += recommendation->same_training ? "the same training" : "other training: shorter segments";
+  text += recommendation->same_training ? "the same training" : "other training";
   text += "), peak " + format_bytes(recommendation->plan.peak_bytes) + ":\n";
   for (const std::string& change : recommendation->changes) text += "  " + change + "\n";
   return text;

@@ -257,7 +257,7 @@ class BackwardGroup {
                              lse_rest_ + skip,
                              grad_queries_ + skip * padded_dim_};
           const ScoreTile<Scalar> weights{weights_, tile.width(), b, h, tile.keys};
-          with_vectors(tile.vectors, [&]<int Vectors> { weigh<Vectors>(tile, weights, part, rules); });
+          with_count<kTileVectors>(tile.vectors, [&]<int Vectors> { weigh<Vectors>(tile, weights, part, rules); });
           if (grad_bias.data != nullptr || bias_rows != nullptr || relative != nullptr || slopes != nullptr) {
             const ScoreTile<Scalar> grad{grad_scores_, tile.width(), b, h, tile.keys};
             rules.add_gradients(grad, part.run, grad_bias, tile.keys.begin - keys.begin, bias_rows, relative, slopes,
@@ -266,7 +266,7 @@ class BackwardGroup {
           if (cap_slope_ != nullptr) {
             for (Index i = 0; i < seen_by * tile.width(); ++i) grad_scores_[i] *= cap_slope_[i];
           }
-          with_vectors(tile.vectors, [&]<int Vectors> { accumulate<Vectors>(tile, part); });
+          with_count<kTileVectors>(tile.vectors, [&]<int Vectors> { accumulate<Vectors>(tile, part); });
         }
         if (in_pairs_) {
           const Scalar scale = static_cast<Scalar>(rules.scale());

@@ -138,7 +138,7 @@ class ForwardGroup {
       with_head_dim<Scalar>(keys.cols, values.cols,
                             [&]<int HeadDim> { attend<kTileVectors, HeadDim>(tile, scores, keys, values, rules); });
     } else {
-      with_vectors<kTileVectors - 1>(
+      with_count<kTileVectors - 1>(
           tile.vectors, [&]<int Vectors> { attend<Vectors, Eigen::Dynamic>(tile, scores, keys, values, rules); });
     }
   }

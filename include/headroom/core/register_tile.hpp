@@ -53,6 +53,15 @@ struct RegisterTile {
   }
 };
 
+/// f<count>(), where count is known to be from 1 to Most.
+template <int Most, class F>
+EIGEN_ALWAYS_INLINE void with_count(Index count, F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    ((count == I + 1 ? f.template operator()<I + 1>() : void()), ...);
+  }
+  (std::make_integer_sequence<int, Most>());
+}
+
 /// Splits `count` rows into tiles of at most Max rows, none much smaller than the others: f<rows>(first row).
 template <int Max, class F>
 EIGEN_ALWAYS_INLINE void for_row_tiles(Index count, F&& f) {
@@ -60,21 +69,10 @@ EIGEN_ALWAYS_INLINE void for_row_tiles(Index count, F&& f) {
   for (; count - row >= 2 * Max || count - row == Max; row += Max) f.template operator()<Max>(row);
   while (row < count) {
     const Index rows = count - row > Max ? (count - row + 1) / 2 : count - row;
-    [&]<int... R>(std::integer_sequence<int, R...>) __attribute__((always_inline)) {
-      ((rows == R + 1 ? f.template operator()<R + 1>(row) : void()), ...);
-    }
-    (std::make_integer_sequence<int, Max>());
+    with_count<Max>(
+        rows, [&]<int Rows>() __attribute__((always_inline)) { f.template operator()<Rows>(row); });
     row += rows;
   }
-}
-
-/// f<Vectors>() for a tile of that many packets, from 1 to Most.
-template <int Most = kTileVectors, class F>
-EIGEN_ALWAYS_INLINE void with_vectors(int vectors, F&& f) {
-  [&]<int... V>(std::integer_sequence<int, V...>) __attribute__((always_inline)) {
-    ((vectors == V + 1 ? f.template operator()<V + 1>() : void()), ...);
-  }
-  (std::make_integer_sequence<int, Most>());
 }
 
 /// Lane tiles over `length` positions: as few tiles of at most kTileVectors packets as possible, the last ones smaller.

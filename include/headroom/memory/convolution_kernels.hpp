@@ -39,9 +39,9 @@ class ConvolutionOnCpu {
   std::vector<int64_t> output_sizes(at::IntArrayRef sizes) const {
     std::vector<int64_t> out{sizes[0], channels()};
     for (size_t d = 2; d < sizes.size(); ++d) {
-      const int64_t reach = at(dilation, d) * (weight.size(static_cast<int64_t>(d)) - 1) + 1;
-      const int64_t step = at(stride, d), margin = 2 * at(padding, d);
-      out.push_back(transposed ? (sizes[d] - 1) * step - margin + reach + at(output_padding, d)
+      const int64_t reach = at_dim(dilation, d - 2) * (weight.size(static_cast<int64_t>(d)) - 1) + 1;
+      const int64_t step = at_dim(stride, d - 2), margin = 2 * at_dim(padding, d - 2);
+      out.push_back(transposed ? (sizes[d] - 1) * step - margin + reach + at_dim(output_padding, d - 2)
                                : (sizes[d] + margin - reach) / step + 1);
     }
     return out;
@@ -68,8 +68,6 @@ class ConvolutionOnCpu {
 
   using Sizes = std::vector<int64_t>;
   using Backend = at::native::ConvBackend;
-
-  static int64_t at(at::IntArrayRef list, size_t d) { return list[list.size() == 1 ? 0 : d - 2]; }
 
   /// What is computed: the output or, with a gradient of it, the wanted ones of input, weight and bias.
   struct Pass {
@@ -123,8 +121,9 @@ class ConvolutionOnCpu {
 
   /// Inputs of a spatial dimension that make four outputs, or the other way round.
   int64_t least(size_t d) const {
-    const int64_t reach = at(dilation, d) * (weight.size(static_cast<int64_t>(d)) - 1) + 1, margin = 2 * at(padding, d);
-    return std::max<int64_t>(transposed ? 4 + margin : reach + 3 * at(stride, d) - margin, 1);
+    const int64_t reach = at_dim(dilation, d - 2) * (weight.size(static_cast<int64_t>(d)) - 1) + 1,
+                  margin = 2 * at_dim(padding, d - 2);
+    return std::max<int64_t>(transposed ? 4 + margin : reach + 3 * at_dim(stride, d - 2) - margin, 1);
   }
   /// Sizes of an input that is soon computed: halved in all directions until it is.
   Sizes tiny_sizes(int64_t samples) const {
@@ -154,7 +153,7 @@ class ConvolutionOnCpu {
     if (const int64_t bytes = bytes_of(sizes); bytes > 2 * kRoom) {
       int64_t& rows = sizes[rows_dim()];
       const int64_t wanted = std::max(2 * kRoom * rows / bytes, std::min(rows, least(rows_dim())));
-      rows -= (rows - wanted) / at(stride, rows_dim()) * at(stride, rows_dim());
+      rows -= (rows - wanted) / at_dim(stride, rows_dim() - 2) * at_dim(stride, rows_dim() - 2);
     }
     return sizes;
   }
@@ -225,7 +224,7 @@ class ConvolutionOnCpu {
   template <class Record>
   std::optional<AllocationScript> extrapolate(const Record& record) const {
     const size_t dim = rows_dim();
-    const int64_t all = x.size(static_cast<int64_t>(dim)), step = at(stride, dim);
+    const int64_t all = x.size(static_cast<int64_t>(dim)), step = at_dim(stride, dim - 2);
     const int64_t few = least(dim) + (all - least(dim)) % step, more = few + 4 * step;
     const auto sizes = [&](int64_t samples, int64_t rows) {
       Sizes some = x.sizes().vec();
@@ -259,7 +258,7 @@ class ConvolutionOnCpu {
   /// output have about 8 times the elements of the weight.
   bool sums_in_parts(at::IntArrayRef sizes, int64_t factor) const {
     int64_t input = c10::multiply_integers(sizes), output = c10::multiply_integers(output_sizes(sizes));
-    for (size_t d = 2; d < sizes.size(); ++d) (transposed ? output : input) /= at(stride, d);
+    for (size_t d = 2; d < sizes.size(); ++d) (transposed ? output : input) /= at_dim(stride, d - 2);
     return std::min(input, output) > factor * weight.numel();
   }
 
@@ -306,7 +305,7 @@ class ConvolutionOnCpu {
     const std::vector<int64_t> of_part = bytes;
     const size_t dim = rows_dim();
     if (const int64_t rows = part[dim], all = x.size(static_cast<int64_t>(dim)); rows < all) {
-      const int64_t half = rows - rows / 2 / at(stride, dim) * at(stride, dim);
+      const int64_t half = rows - rows / 2 / at_dim(stride, dim - 2) * at_dim(stride, dim - 2);
       const std::vector<int64_t> less = asked_for_half(dim, half);
       for (size_t i = 0; i < bytes.size(); ++i) {
         // A gradient of a weight is summed in as many parts, however many rows there are

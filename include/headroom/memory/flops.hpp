@@ -20,6 +20,9 @@ inline double numel_of(const c10::IValue& x) {
   return x.isTensor() && x.toTensor().defined() ? static_cast<double>(x.toTensor().numel()) : 0;
 }
 
+/// Of spatial dimension `d`, in a list of one number for each or one for all.
+inline int64_t at_dim(at::IntArrayRef list, size_t d) { return list[list.size() == 1 ? 0 : d]; }
+
 /// 2·output·(inputs of an output): convolution(input, weight, bias, stride, padding, dilation, transposed, …), by the
 /// sizes of input and weight.
 inline double convolution_flops(at::IntArrayRef input, at::IntArrayRef weight, at::IntArrayRef stride,
@@ -27,7 +30,7 @@ inline double convolution_flops(at::IntArrayRef input, at::IntArrayRef weight, a
   // Every element of the weight meets every position of the output, or of the input when transposed
   double positions = 1;
   for (size_t d = 2; d < input.size(); ++d) {
-    const auto at = [&](at::IntArrayRef list) { return list[list.size() == 1 ? 0 : d - 2]; };
+    const auto at = [&](at::IntArrayRef list) { return at_dim(list, d - 2); };
     const int64_t size = input[d];
     const int64_t reach = at(dilation) * (weight[d] - 1) + 1;
     positions *= static_cast<double>(transposed ? size : (size + 2 * at(padding) - reach) / at(stride) + 1);

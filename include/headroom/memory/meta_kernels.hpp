@@ -142,8 +142,6 @@ inline std::tuple<Tensor, Tensor, Tensor> native_batch_norm_backward(const Tenso
 
 // ---- convolutions ----
 
-inline int64_t at_dim(IntArrayRef list, int64_t d) { return list[list.size() == 1 ? 0 : static_cast<size_t>(d)]; }
-
 inline Tensor convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                           IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
                           int64_t groups) {

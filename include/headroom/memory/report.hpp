@@ -243,17 +243,20 @@ struct Timeline {
     };
     Column now{.sum = 0};
     size_t at = 0;
-    const auto fill = [&](size_t until) {
-      for (; at < until; ++at) columns[at].sum < now.sum ? static_cast<void>(columns[at] = now) : void();
+    const auto raise = [&](size_t column) {
+      if (now.sum > columns[column].sum) columns[column] = now;
+    };
+    const auto fill = [&](size_t end) {
+      for (; at < end; ++at) raise(at);
     };
     for (const BlockEvent& event : block_events(plan.trace)) {
       const auto& block = plan.trace.blocks[event.block];
       const size_t column = column_of(event.time);
-      fill(column);
+      fill(column + 1);
       const int64_t change = event.begins ? block.bytes : -block.bytes;
       now.live[static_cast<size_t>(block.use)] += change;
       now.sum += change;
-      if (now.sum > columns[column].sum) columns[column] = now;
+      raise(column);
     }
     fill(columns.size());
     for (const auto& op : plan.trace.operators) {
@@ -287,16 +290,14 @@ inline void write_timeline(std::ostream& out, const Plan& plan, const std::vecto
   }
   std::vector<int64_t> below(timeline.columns.size());
   for (size_t use = 0; use < static_cast<size_t>(kMemoryUses); ++use) {
-    std::string lower;
+    const std::vector<int64_t> lower = below;
     out << "<path fill=\"" << colours[use] << "\" d=\"";
     for (size_t x = 0; x < below.size(); ++x) {
-      std::ostringstream point;
-      point << std::fixed << std::setprecision(1) << "L" << x << " " << y(below[x]);
-      lower.insert(0, point.str());
       below[x] += timeline.columns[x].live[use];
       out << (x == 0 ? "M" : "L") << x << " " << y(below[x]);
     }
-    out << lower << "Z\"><title>" << kMemoryUseNames[use] << "</title></path>\n";
+    for (size_t x = below.size(); x-- > 0;) out << "L" << x << " " << y(lower[x]);
+    out << "Z\"><title>" << kMemoryUseNames[use] << "</title></path>\n";
   }
   if (y(plan.budget) > 0) {
     out << "<line id=\"budget\" x2=\"" << kWidth << "\" y1=\"" << y(plan.budget) << "\" y2=\"" << y(plan.budget)

@@ -187,8 +187,9 @@ int main(int argc, char** argv) {
                    {"threads", torch::get_num_threads()},
                    {"rows", nlohmann::json::array()}};
     Table table(report.json["rows"]);
-    if (headline)
+    if (headline) {
       return run_headline(table, folder, configuration, static_cast<int64_t>(budget_gib * (int64_t{1} << 30)));
+    }
 
     EncoderStep small = encoder;
     small.layers = 1;

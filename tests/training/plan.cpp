@@ -288,20 +288,17 @@ TEST_CASE("fewer bits are recommended where nothing else lets segments keep thei
     CHECK(testing::contains(text, "training.bf16: true") == bf16);
     CHECK(testing::contains(text, "training.optimizer_state: 8bit") == (training.optimizer_state == "8bit"));
   };
-  SECTION("of what autocast casts, where activations decide") {
-    const int64_t full = least(false, "full"), narrow = least(true, "full");
+  const auto check_need = [&](bool bf16, const char* state) {
+    const int64_t full = least(false, "full"), narrow = least(bf16, state);
     REQUIRE(narrow < full);
     check(full, false, "full");
-    check(full - 1, true, "full");
-    check(narrow, true, "full");
-  }
+    check(full - 1, bf16, state);
+    check(narrow, bf16, state);
+  };
+  SECTION("of what autocast casts, where activations decide") { check_need(true, "full"); }
   SECTION("of the optimizer's state, where weights do") {
     config.model.ffn_hidden_dim = {512};
-    const int64_t full = least(false, "full"), narrow = least(false, "8bit");
-    REQUIRE(narrow < full);
-    check(full, false, "full");
-    check(full - 1, false, "8bit");
-    check(narrow, false, "8bit");
+    check_need(false, "8bit");
   }
 }
 

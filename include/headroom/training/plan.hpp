@@ -110,8 +110,9 @@ inline void dry_training(Config config, const std::vector<Bucket>& steps, const 
 /// cannot have.
 inline void check_buckets(const Config& config, const std::vector<Bucket>& buckets) {
   require(!buckets.empty(), "headroom.training.bucket", "there is no bucket; expected at least one, such as 8x3s");
-  for (const Bucket& bucket : buckets)
+  for (const Bucket& bucket : buckets) {
     parse_config(to_json(with_bucket(config, bucket)), "bucket " + to_string(bucket));
+  }
 }
 
 /// The plan of plan_buckets, without its checks.

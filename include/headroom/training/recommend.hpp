@@ -112,33 +112,37 @@ inline std::optional<Recommendation> recommend(const Config& config, const Devic
   if (auto fits = attempt(config, 1, 1)) return fits;
   Config asked = config;
   if (config.model.attention == "reference") asked.model.attention = "automatic";
-  const std::vector<Config> candidates = detail::with_fewer_bits(asked);
+  const StackPolicy& given = config.model.gradient_checkpointing;
+  const StackPolicy leanest = config.model.reversible ? given : policies_by_cost().back();
+  // The candidate with as little recomputation, then as few splits as fit
+  const auto fit = [&](Config candidate, int64_t part) -> std::optional<Recommendation> {
+    const auto with = [&](const StackPolicy& policy) {
+      candidate.model.gradient_checkpointing = policy;
+      return candidate;
+    };
+    const auto in_least = [&](const StackPolicy& policy) {
+      auto fits = attempt(with(policy), batch, part);
+      // Gradients that are added to are there during a pass: few tokens may need less memory in one pass
+      const bool adds = config.training.gradient_accumulation_steps > 1;
+      return fits || adds || batch == 1 ? fits : attempt(with(policy), 1, part);
+    };
+    auto chosen = in_least(leanest);  // where the least of all does not fit, none does
+    if (chosen && !config.model.reversible) chosen = cheapest_policy(in_least, config.model.blocks(), given);
+    if (!chosen) return std::nullopt;
+    const StackPolicy policy = chosen->config.model.gradient_checkpointing;
+    for (int64_t split = 1; split < batch; ++split) {
+      if (batch % split != 0) continue;
+      if (auto fits = attempt(with(policy), split, part)) return fits;
+    }
+    return chosen;
+  };
   const int64_t longest_window =
       std::max({config.model.n_fft, config.loss.min_n_fft, std::ranges::max(config.loss.windows)});
   // Divided by the denominators of shorter segments; the shortest is what the STFT and its loss still take
   for (const int64_t part : {1, 2, 3, 4, 6, 8, 12, 16}) {
     if (shortest / part < longest_window) break;
-    for (Config candidate : candidates) {
-      const auto with = [&](const StackPolicy& policy) {
-        candidate.model.gradient_checkpointing = policy;
-        return candidate;
-      };
-      const auto in_least = [&](const StackPolicy& policy) {
-        auto fits = attempt(with(policy), batch, part);
-        // Gradients that are added to are there during a pass: few tokens may need less memory in one pass
-        const bool adds = config.training.gradient_accumulation_steps > 1;
-        return fits || adds || batch == 1 ? fits : attempt(with(policy), 1, part);
-      };
-      const StackPolicy& given = config.model.gradient_checkpointing;
-      const StackPolicy leanest = config.model.reversible ? given : policies_by_cost().back();
-      if (!in_least(leanest)) continue;  // where the least of all does not fit, none does
-      const auto chosen =
-          config.model.reversible ? in_least(given) : cheapest_policy(in_least, config.model.blocks(), given);
-      if (!chosen) continue;
-      for (int64_t split = 1; split <= batch; ++split) {
-        if (batch % split != 0) continue;
-        if (auto fits = attempt(with(chosen->config.model.gradient_checkpointing), split, part)) return fits;
-      }
+    for (const Config& candidate : detail::with_fewer_bits(asked)) {
+      if (auto fits = fit(candidate, part)) return fits;
     }
   }
   return std::nullopt;

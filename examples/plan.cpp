@@ -6,8 +6,10 @@
 
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iostream>
 #include <optional>
+#include <ostream>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -33,10 +35,12 @@ struct Arguments {
   bool recommend = false;
 };
 
-void write(const fs::path& path, const std::string& text) {
+// The file at `path`, if one is wanted, with what `writer` puts into a stream.
+void write(const fs::path& path, const std::function<void(std::ostream&)>& writer) {
   if (path.empty()) return;
   std::ofstream file(path, std::ios::binary);
-  file << text << std::flush;
+  writer(file);
+  file.flush();
   headroom::require(file.good(), "headroom.plan.output", "cannot write ", path.string(), "; give another path");
 }
 
@@ -62,7 +66,9 @@ int run_sweep(const Arguments& arguments) {
                                   : text << value;
     return text.str();
   });
-  write(arguments.json, training::sweep_json(rows, sweep, device, options.budget.value_or(device.usable_bytes())));
+  write(arguments.json, [&](std::ostream& out) {
+    out << training::sweep_json(rows, sweep, device, options.budget.value_or(device.usable_bytes()));
+  });
   return 0;
 }
 
@@ -90,10 +96,11 @@ int run(const Arguments& arguments) {
   if (!buckets.empty()) training::print_buckets(std::cout, all);
   std::cout << headroom::explain(plan);
   if (arguments.recommend) std::cout << training::describe(training::recommend(config, device, options, buckets));
-  write(arguments.json, training::plan_json(all));
-  write(arguments.trace, headroom::plan_trace(plan));
-  if (!arguments.snapshot.empty()) write(arguments.snapshot, headroom::plan_snapshot(plan));
-  write(arguments.html, headroom::plan_html(plan, path.filename().string() + " on " + device.name));
+  write(arguments.json, [&](std::ostream& out) { out << training::plan_json(all); });
+  write(arguments.trace, [&](std::ostream& out) { headroom::write_plan_trace(out, plan); });
+  write(arguments.snapshot, [&](std::ostream& out) { out << headroom::plan_snapshot(plan); });
+  write(arguments.html,
+        [&](std::ostream& out) { out << headroom::plan_html(plan, path.filename().string() + " on " + device.name); });
   return plan.fits ? 0 : 3;
 }
 

@@ -17,6 +17,7 @@ import wave
 from pathlib import Path
 
 TOOLS = Path(sys.argv.pop(1))
+CONFIGS = Path(__file__).parents[2] / "examples/configs"
 STEMS = ["vocals", "drums", "bass", "other"]
 RATE = 44100
 CONFIG = {
@@ -29,6 +30,14 @@ CONFIG = {
 
 def run(tool, *arguments):
     return subprocess.run([TOOLS / tool, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def peak_resident_bytes(tool, *arguments, environment=None, code=0):
+    process = subprocess.Popen([TOOLS / tool, *map(str, arguments)], env=environment, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == code, process.returncode
+    return usage.ru_maxrss * 1024
 
 
 def write_wav(path, samples, rate=RATE, channels=2):
@@ -135,14 +144,15 @@ class Tools(unittest.TestCase):
             self.assertEqual(run("plan", "--config", config, "--json", plan).returncode, 0)
             planned = json.loads(plan.read_text())
             self.assertGreater(planned["occupied_bytes"], planned["reserved_bytes"])
-            train = subprocess.Popen([TOOLS / "train", "--config", config, "--data", self.root / "data", "--out",
-                                      self.root / f"resident {policy}", "--steps", "2"], env=environment,
-                                     stdout=subprocess.DEVNULL)
-            _, status, usage = os.wait4(train.pid, 0)
-            train.returncode = os.waitstatus_to_exitcode(status)
-            self.assertEqual(train.returncode, 0)
-            resident = usage.ru_maxrss * 1024
+            resident = peak_resident_bytes("train", "--config", config, "--data", self.root / "data", "--out",
+                                           self.root / f"resident {policy}", "--steps", "2", environment=environment)
             self.assertLess(abs(resident - planned["occupied_bytes"]), 0.05 * planned["occupied_bytes"] + 100e6, policy)
+
+    def test_planning_takes_little_memory(self):
+        largest = CONFIGS / "musdb18_xlarge.json"
+        trace = self.root / "largest.trace"
+        self.assertLess(peak_resident_bytes("plan", "--config", largest, "--trace", trace, code=3), 200e6)
+        self.assertGreater(trace.stat().st_size, 50e6)
 
     def test_plan(self):
         config = self.root / "plan.json"

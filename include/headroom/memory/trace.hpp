@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <limits>
 #include <map>
 #include <memory>
@@ -37,15 +38,15 @@ inline constexpr int kMemoryUses = 6;
 struct MemoryTrace {
   static constexpr int64_t kForever = std::numeric_limits<int64_t>::max();
 
-  /// A call of an operator.
+  /// A call of an operator. A step has up to millions of them: fields are packed.
   struct Operator {
-    int32_t name;         ///< in `names`
-    int32_t module = -1;  ///< in `names`: path of the module it belongs to
-    int32_t phase;        ///< in `names`
-    int32_t parent = -1;  ///< in `operators`: who called it
+    int32_t name;          ///< in `names`
+    int32_t module = -1;   ///< in `names`: path of the module it belongs to
+    int32_t phase : 31;    ///< in `names`
+    bool is_node : 1 = 0;  ///< a node of the graph that backward runs, not an operator
+    int32_t parent = -1;   ///< in `operators`: who called it
     int64_t begin, end = kForever;
-    double flops = 0;      ///< without those of the operators it calls
-    bool is_node = false;  ///< a node of the graph that backward runs, not an operator
+    double flops = 0;  ///< without those of the operators it calls
   };
   struct Block {
     int64_t bytes;
@@ -61,8 +62,8 @@ struct MemoryTrace {
   };
 
   std::vector<std::string> names;
-  std::vector<Operator> operators;  ///< in the order of their calls
-  std::vector<Block> blocks;        ///< in the order of their allocation
+  std::deque<Operator> operators;  ///< in the order of their calls; a deque needs no copy to grow
+  std::deque<Block> blocks;        ///< in the order of their allocation
   int64_t events = 0;
   std::vector<std::string> estimated = {};  ///< operators of a dry run whose memory is not known exactly
 
@@ -194,18 +195,18 @@ class TraceRecorder : private detail::AllocationListener {
       const std::scoped_lock lock(mutex_);
       Operator op{.name = name_(name),
                   .phase = phase(),
+                  .is_node = function.scope() == at::RecordScope::BACKWARD_FUNCTION,
                   .parent = stack_.empty() ? -1 : stack_.back(),
-                  .begin = trace_.events++,
-                  .is_node = function.scope() == at::RecordScope::BACKWARD_FUNCTION};
-      Uses uses;
-      for (const c10::IValue& input : inputs) find_uses(input, uses);
+                  .begin = trace_.events++};
+      User user{static_cast<int32_t>(trace_.operators.size()), {}};
+      for (const c10::IValue& input : inputs) find_uses(input, user.modules);
       const bool counted = op.parent >= 0 && own_flops_[static_cast<size_t>(op.parent)];
       const auto flops = counted ? std::nullopt : flops_of(name, inputs);
       op.flops = flops.value_or(0) * Repetition::current();
-      call->op = static_cast<int32_t>(trace_.operators.size());
+      call->op = user.op;
       stack_.push_back(call->op);
       trace_.operators.push_back(op);
-      uses_.push_back(std::move(uses));
+      if (!user.modules.empty()) users_.push_back(std::move(user));
       own_flops_.push_back(counted || flops.has_value());
       call->resizes = std::string_view(name) == "aten::resize_";
       if (call->resizes && !inputs.empty() && inputs[0].isTensor()) call->resized = inputs[0].toTensor();
@@ -231,8 +232,11 @@ class TraceRecorder : private detail::AllocationListener {
     if (call.resized.defined()) note_shape(call.resized, begin);
   }
 
-  /// Modules by what they hold: index into names of the paths.
-  using Uses = std::vector<int32_t>;
+  /// An operator that uses parameters or buffers.
+  struct User {
+    int32_t op;
+    std::vector<int32_t> modules;  // whose they are: in names
+  };
 
   static const void* block_of(const at::Tensor& x) {
     return x.defined() && x.has_storage() ? x.storage().data_ptr().get_context() : nullptr;
@@ -247,12 +251,12 @@ class TraceRecorder : private detail::AllocationListener {
       for (const c10::IValue& element : value.toListRef()) for_each_tensor(element, f);
     }
   }
-  void find_uses(const c10::IValue& value, Uses& uses) const {
+  void find_uses(const c10::IValue& value, std::vector<int32_t>& modules) const {
     if (owners_.empty()) return;
     for_each_tensor(value, [&](const at::Tensor& x) {
       const auto owner = owners_.find(block_of(x));
-      if (owner != owners_.end() && std::find(uses.begin(), uses.end(), owner->second) == uses.end()) {
-        uses.push_back(owner->second);
+      if (owner != owners_.end() && std::find(modules.begin(), modules.end(), owner->second) == modules.end()) {
+        modules.push_back(owner->second);
       }
     });
   }
@@ -332,50 +336,36 @@ class TraceRecorder : private detail::AllocationListener {
     // or lies between two that do: to the deepest module that has both of these in it.
     auto& operators = trace_.operators;
     const auto path = [&](int32_t name) -> std::string_view { return trace_.names[static_cast<size_t>(name)]; };
-    const auto join = [&](const Uses& uses) {
-      std::string_view common = path(uses.front());
-      for (const int32_t use : uses) common = MemoryTrace::common_path(common, path(use));
-      return std::string(common);
+    const auto join = [&](const std::vector<int32_t>& modules) {
+      std::string_view common = path(modules.front());
+      for (const int32_t module : modules) common = MemoryTrace::common_path(common, path(module));
+      return name_(std::string(common));
     };
-    std::vector<int32_t> next_user(operators.size(), -1);
-    for (int64_t i = static_cast<int64_t>(operators.size()) - 1, next = -1; i >= 0; --i) {
-      next_user[static_cast<size_t>(i)] = static_cast<int32_t>(next);
-      if (!uses_[static_cast<size_t>(i)].empty()) next = i;
-    }
-    std::map<std::pair<int32_t, int32_t>, int32_t> between;
-    for (int32_t i = 0, previous = -1; i < static_cast<int32_t>(operators.size()); ++i) {
-      Operator& op = operators[static_cast<size_t>(i)];
-      const Uses& uses = uses_[static_cast<size_t>(i)];
-      if (!uses.empty()) {
-        op.module = uses.size() == 1 ? uses.front() : name_(join(uses));
-        previous = i;
-        continue;
-      }
-      if (op.parent >= 0) {
-        // Not from a node of the graph: within it a checkpoint may run a whole forward pass
-        const Operator& caller = operators[static_cast<size_t>(op.parent)];
-        if (!caller.is_node && !path(caller.module).empty()) {
-          op.module = caller.module;
-          continue;
+    const auto join_nearest = [&](const std::vector<int32_t>& before, const std::vector<int32_t>& after) {
+      std::string_view best;
+      for (const int32_t a : before) {
+        for (const int32_t b : after) {
+          const std::string_view common = MemoryTrace::common_path(path(a), path(b));
+          if (common.size() > best.size()) best = common;
         }
       }
-      const int32_t next = next_user[static_cast<size_t>(i)];
-      if (previous < 0 || next < 0) {
-        op.module = name_("");
+      return name_(std::string(best));
+    };
+    auto user = users_.begin();   // the next one that uses parameters
+    int32_t between = name_("");  // the module of what lies between the one before and that one
+    for (size_t i = 0; i < operators.size(); ++i) {
+      Operator& op = operators[i];
+      if (user != users_.end() && user->op == static_cast<int32_t>(i)) {
+        op.module = join(user->modules);
+        const auto& before = user->modules;
+        between = ++user == users_.end() ? name_("") : join_nearest(before, user->modules);
         continue;
       }
-      auto [known, is_new] = between.try_emplace({previous, next}, -1);
-      if (is_new) {
-        std::string best;
-        for (const int32_t a : uses_[static_cast<size_t>(previous)]) {
-          for (const int32_t b : uses_[static_cast<size_t>(next)]) {
-            const std::string_view common = MemoryTrace::common_path(path(a), path(b));
-            if (common.size() > best.size()) best = common;
-          }
-        }
-        known->second = name_(best);
-      }
-      op.module = known->second;
+      op.module = between;
+      if (op.parent < 0) continue;
+      // Not from a node of the graph: within it a checkpoint may run a whole forward pass
+      const Operator& caller = operators[static_cast<size_t>(op.parent)];
+      if (!caller.is_node && !path(caller.module).empty()) op.module = caller.module;
     }
     const int32_t workspace = name_("headroom::workspace"), optimizer = name_("optimizer"),
                   backward = name_("backward");
@@ -408,7 +398,7 @@ class TraceRecorder : private detail::AllocationListener {
 
   mutable std::recursive_mutex mutex_;
   std::vector<int32_t> stack_;   // operators that are running
-  std::vector<Uses> uses_;       // of each operator
+  std::deque<User> users_;       // in the order of their calls
   std::vector<bool> own_flops_;  // of each operator: its FLOPs and those of its callees are known
   std::unordered_map<const void*, size_t> live_;
   std::unordered_map<const void*, int32_t> owners_;

@@ -176,6 +176,9 @@ class Trainer {
   Summary run(const RunOptions& options) {
     const TrainingConfig& training = config_.training;
     const std::function<double()> now = options.clock ? options.clock : detail::steady_seconds;
+    // LibTorch's first call of exp, log or sqrt settles how all are computed; threads that make it at once may get half
+    // the digits
+    torch::exp(torch::zeros({1}));
     const double start = now();
     const int64_t first = state_.step;
     const int64_t last = options.steps.value_or(options.seconds ? std::numeric_limits<int64_t>::max()

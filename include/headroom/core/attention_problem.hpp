@@ -17,7 +17,7 @@ namespace headroom::inline v0::core {
 /// Query i stands at position p(i) among the keys; its distance to key j is p(i) - j. Views may have stride 0 wherever
 /// they are broadcast; one without data is not there.
 struct AttentionParams {
-  std::optional<double> scale;             // 1/sqrt(D) unless given
+  std::optional<double> scale = {};        // 1/sqrt(D) unless given
   double softcap = 0;                      // s becomes softcap·tanh(s / softcap); 0: s stays
   Index query_offset = 0;                  // p(i) = i + query_offset
   const Index* query_positions = nullptr;  // [Lq], instead of the offset

@@ -26,13 +26,14 @@ class Rotation {
     const StoredTensor& table = params_->rotary;
     const Scalar* const angle = static_cast<const Scalar*>(table.data) + (params_->*row_of_)(index)*table.strides[2];
     const Scalar sign = back ? Scalar(-1) : Scalar(1);
+    const Index turned = table.dim();
 #pragma GCC ivdep
-    for (Index p = 0; p < table.dim(); p += 2) {
+    for (Index p = 0; p < turned; p += 2) {
       const Scalar x = from[p], y = from[p + 1], cosine = angle[p], sine = sign * angle[p + 1];
       to[p] = x * cosine - y * sine;
       to[p + 1] = x * sine + y * cosine;
     }
-    if (to != from) std::copy(from + table.dim(), from + cols, to + table.dim());
+    if (to != from) std::copy(from + turned, from + cols, to + turned);
   }
 
  private:

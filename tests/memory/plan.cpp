@@ -88,6 +88,23 @@ TEST_CASE("the planned peak of a training step of every nn module is the measure
   }
 }
 
+TEST_CASE("a step in double or bfloat16 is planned byte for byte, with and without recomputation") {
+  torch::manual_seed(2);
+  const auto type = GENERATE(torch::kDouble, torch::kBFloat16);
+  for (const bool checkpointing : {false, true}) {
+    const auto step = [=] {
+      nn::EncoderOptions options(48, 3, {96, 64}, 2);
+      options.gradient_checkpointing(checkpointing);
+      nn::AxialEncoder encoder(options, nn::AxialLayerImpl::Axes{{"frequency", 2}, {"time", 1}});
+      encoder->to(type);
+      encoder->forward(torch::randn({2, 19, 23, 48}, type).requires_grad_()).square().mean().backward();
+    };
+    CAPTURE(type, checkpointing);
+    const int64_t measured = measured_peak(step);
+    CHECK(plan(step, cpu(), {.value = 1}).peak_bytes == measured);
+  }
+}
+
 TEST_CASE("what depends on the moment is planned at its most") {
   const auto fits_within = [](int64_t planned, int64_t measured, int64_t slack) {
     CHECK(planned >= measured);

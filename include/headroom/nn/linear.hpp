@@ -14,8 +14,8 @@ namespace headroom::inline v0::nn {
 /// faster for the shape on this machine, forward and backward. The first product of a shape is measured (about ten
 /// times its time) and the choice is kept, so that within a process equal operands give equal bits; another process may
 /// choose otherwise when both are equally fast.
-/// x [..., in], weight [out, in], bias [out] or none -> [..., out]; saves x. Anything but float on the CPU, autocast and
-/// second derivatives are LibTorch's operators. Throws headroom.nn.linear.shape.
+/// x [..., in], weight [out, in], bias [out] or none -> [..., out]; saves x. Anything but float on the CPU, autocast
+/// and second derivatives are LibTorch's operators. Throws headroom.nn.linear.shape.
 inline torch::Tensor linear(const torch::Tensor& x, const torch::Tensor& weight,
                             const std::optional<torch::Tensor>& bias = {}) {
   return detail::run({.x = x, .weights = {weight}, .biases = detail::bias_list(bias.value_or(torch::Tensor()))});

@@ -3,8 +3,8 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 #include <fcntl.h>
-#include <torch/serialize.h>
 #include <torch/nn/module.h>
+#include <torch/serialize.h>
 #include <torch/types.h>
 #include <unistd.h>
 

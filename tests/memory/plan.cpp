@@ -2,6 +2,11 @@
 
 #include <torch/torch.h>
 
+#include <atomic>
+#include <set>
+#include <thread>
+#include <vector>
+
 #include "headroom/audio.hpp"
 #include "headroom/memory/report.hpp"
 #include "headroom/nn.hpp"
@@ -332,6 +337,43 @@ TEST_CASE("a plan within a measured trace sees its own operators once, and the t
   CHECK(within == alone.flops);
   CHECK(outer.flops == 2 * alone.flops);
   CHECK(outer.peak_bytes >= alone.peak_bytes);
+}
+
+TEST_CASE("threads plan at once, and while another one computes: each sees its own step") {
+  const auto step_of = [](int64_t size) {
+    return [size] {
+      nn::Encoder encoder(nn::EncoderOptions(32, 2, {64}, 1).gradient_checkpointing("full"));
+      encoder->forward(torch::randn({2, size, 32}).requires_grad_()).sum().backward();
+      const HostTensors host;
+      torch::ones({size * 1000});
+    };
+  };
+  const std::vector<int64_t> sizes{50, 60, 70, 80};
+  std::vector<int64_t> alone;
+  for (const int64_t size : sizes) alone.push_back(plan(step_of(size), cpu()).peak_bytes);
+  std::vector<std::set<int64_t>> seen(sizes.size());
+  torch::manual_seed(5);
+  std::atomic<bool> planning = true;
+  std::vector<Tensor> drawn;
+  std::thread computes([&] {
+    while (planning || drawn.size() < 2000) {
+      Tensor x = torch::ones({100'000});
+      for (int i = 0; i < 5; ++i) x = x + x;
+      if (drawn.size() < 2000) drawn.push_back(torch::randn({}));
+    }
+  });
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    threads.emplace_back([&, i] {
+      for (int repeat = 0; repeat < 10; ++repeat) seen[i].insert(plan(step_of(sizes[i]), cpu()).peak_bytes);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  planning = false;
+  computes.join();
+  for (size_t i = 0; i < sizes.size(); ++i) CHECK(seen[i] == std::set<int64_t>{alone[i]});
+  torch::manual_seed(5);
+  for (const Tensor& x : drawn) REQUIRE(x.equal(torch::randn({})));  // no plan rewound the generator
 }
 
 TEST_CASE("steps that cannot be planned say why") {

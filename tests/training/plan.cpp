@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "headroom/memory/report.hpp"
+#include "headroom/memory/resident.hpp"
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/recommend.hpp"
 #include "headroom/training/sweep.hpp"
@@ -174,6 +175,24 @@ TEST_CASE("further accumulated passes need no more memory and as many more opera
   const Plan eight = training::plan_training(config, this_machine());
   CHECK(eight.peak_bytes == two.peak_bytes);
   CHECK(eight.flops == Approx(4 * two.flops));
+}
+
+TEST_CASE("planning costs the same however long segments are, and operations grow with the batch") {
+  const auto plan_of = [](int64_t batch, int64_t segment) {
+    Config config = small();
+    config.training.batch_size = batch;
+    config.training.segment_length = segment;
+    return training::plan_training(config, this_machine());
+  };
+  const Plan few = plan_of(4, 20'000), many = plan_of(4'000, 20'000);
+  CHECK(many.flops == Approx(1000 * few.flops).epsilon(1e-3));
+  const MemoryMeter meter;
+  reset_peak_resident_bytes();
+  const int64_t resident = resident_bytes();
+  const Plan long_one = plan_of(4, 200'000'000);
+  CHECK(long_one.trace.operators.size() <= few.trace.operators.size() * 11 / 10);
+  CHECK(meter.peak() < 1 << 20);
+  CHECK(peak_resident_bytes() - resident < 64 << 20);
 }
 
 TEST_CASE("recommendations fit, the same training first, and never get worse with a larger budget") {

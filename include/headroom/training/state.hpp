@@ -3,8 +3,8 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 #include <fcntl.h>
-#include <torch/csrc/jit/serialization/pickle.h>
 #include <torch/nn/module.h>
+#include <torch/serialize.h>
 #include <torch/types.h>
 #include <unistd.h>
 
@@ -242,12 +242,13 @@ namespace detail {
 /// scales beside those that are quantised.
 inline void add_optimizer_state(TensorMap& tensors, const std::string& parameter, const optim::AdamWState& state) {
   tensors.emplace(parameter + ".step", torch::tensor(state.step));
-  const auto add = [&](const char* name, const optim::StoredMoment& moment) {
+  const auto add = [&](const std::string& name, const optim::StoredMoment& moment, const char* scales) {
     tensors.emplace(parameter + name, moment.values);
-    if (moment.scales.defined()) tensors.emplace(parameter + name + std::string(".scales"), moment.scales);
+    if (moment.scales.defined()) tensors.emplace(parameter + name + scales, moment.scales);
   };
-  add(".exp_avg", state.average);
-  add(".exp_avg_sq", state.square);
+  add(".exp_avg", state.average, ".scales");
+  // Codes without these stand for other numbers: of a checkpoint from before squares had codes of their own
+  add(".exp_avg_sq", state.square, ".squared_code_scales");
 }
 
 }  // namespace detail

@@ -65,7 +65,7 @@ void run(const Arguments& arguments) {
     torch::set_num_threads(arguments.threads);
   }
   auto [config, model] = headroom::training::load_model(arguments.model);
-  const torch::Device device(arguments.device);
+  const torch::Device device = find_device(arguments.device);
   model->to(device);
 
   std::error_code failure;
@@ -118,7 +118,7 @@ int main(int argc, char** argv) {
   app.add_option("--format", format, "wav16, wav24 (integers) or wav32f (float)")
       ->check(CLI::IsMember(encodings))
       ->capture_default_str();
-  app.add_option("--threads", arguments.threads, "CPU threads; default: one a core")->check(CLI::PositiveNumber);
+  app.add_option("--threads", arguments.threads, "CPU threads; default: one a core")->check(thread_counts());
   app.add_option("--device", arguments.device, "where the model runs, e.g. cpu or cuda")->capture_default_str();
   return run_tool("separate", app, argc, argv, [&] {
     arguments.encoding = encodings.at(format);

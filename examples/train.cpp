@@ -138,7 +138,7 @@ int run(const Arguments& arguments) {
   if (arguments.threads > 0) {
     torch::set_num_threads(arguments.threads);
   }
-  const torch::Device device(arguments.device);
+  const torch::Device device = find_device(arguments.device);
   plan_run(config, arguments);
   headroom::MemoryMeter meter(device);  // before the first tensor, so that it sees them all
   if (device.is_cpu()) meter.set_limit(budget(arguments));
@@ -151,11 +151,14 @@ int run(const Arguments& arguments) {
   model->to(device);
   training::Trainer trainer(model, config, train);
   if (!arguments.resume.empty()) {
-    trainer.resume(training::load_state(arguments.resume), arguments.resume.string());
+    const std::string name = arguments.resume.string();
+    for (const auto& change : trainer.resume(training::load_state(arguments.resume), name)) {
+      std::cout << "resume:   " << training::describe(change) << "\n";
+    }
   }
   std::error_code failure;
   fs::create_directories(arguments.out, failure);
-  headroom::require(fs::is_directory(arguments.out), "headroom.train.output", "cannot make the folder ",
+  headroom::require(!failure && fs::is_directory(arguments.out), "headroom.train.output", "cannot make the folder ",
                     arguments.out.string(), ": ", failure.message(), "; give --out another one");
   training::write_atomically(arguments.out / "config.json", {training::to_json(config)});
   print_start(config, model, arguments);
@@ -228,14 +231,14 @@ int main(int argc, char** argv) {
   Arguments arguments;
   app.add_option("--config", arguments.config, "configuration, such as examples/configs/musdb18_small.json")
       ->required();
-  app.add_option("--resume", arguments.resume, "checkpoint to go on from, with the same model");
+  app.add_option("--resume", arguments.resume, "checkpoint to go on from, of the same model");
   app.add_option("--data", arguments.data, "folder with `train` and, optionally, `valid`; default: data.path");
   app.add_option("--out", arguments.out, "folder for what is written")->capture_default_str();
   app.add_option("--steps", arguments.steps, "end at this step; default: epochs x steps_per_epoch")
       ->check(CLI::PositiveNumber);
   app.add_option("--seconds", arguments.seconds, "end after this time; the learning rate reaches its end then")
       ->check(CLI::PositiveNumber);
-  app.add_option("--threads", arguments.threads, "CPU threads; default: one a core")->check(CLI::PositiveNumber);
+  app.add_option("--threads", arguments.threads, "CPU threads; default: one a core")->check(thread_counts());
   app.add_option("--card", arguments.card, "device profile to plan for, see plan --help; default: cpu on the CPU");
   app.add_option("--budget", arguments.budget, "what tensors may take, e.g. 8GiB; default: what the card has");
   app.add_flag("--fit", arguments.fit, "apply the smallest change that makes a run fit that does not");

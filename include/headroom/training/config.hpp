@@ -76,7 +76,7 @@ struct AudioConfig {
   static void describe(auto& self, auto&& field) {
     field("sample_rate", self.sample_rate, {.at_least = 1, .at_most = 1'000'000}, "of every audio file, Hz");
     field("channels", self.channels, {.at_least = 1, .at_most = 64}, "of every audio file");
-    field("stems", self.stems, {}, "file names without `.wav`, in the order of the model's outputs");
+    field("stems", self.stems, {.file_names = true}, "file names without `.wav`, in the order of the model's outputs");
   }
 };
 

@@ -46,6 +46,7 @@ struct TrainingState {
   std::string best_metric = {};           ///< what `best_score` measures: "validation nSDR" or "training loss"
   double best_score = 0;                  ///< greatest nSDR, or least loss, so far; valid once a metric is named
   int64_t microbatch = 0;                 ///< examples in one pass since memory ran out; 0: it never did
+  double seconds_per_step = 0;            ///< pace of the last run that time limited; 0: there was none
   torch::Tensor random = {};              ///< state of LibTorch's default CPU generator
   TensorMap model = {};                   ///< parameters and buffers
   TensorMap optimizer = {};               ///< AdamW's moments and step counts, by parameter
@@ -150,6 +151,7 @@ inline void save_state(const std::filesystem::path& path, const TrainingState& s
   content.insert("best_metric", state.best_metric);
   content.insert("best_score", state.best_score);
   content.insert("microbatch", state.microbatch);
+  content.insert("seconds_per_step", state.seconds_per_step);
   content.insert("random", state.random);
   content.insert("model", detail::to_dictionary(state.model));
   content.insert("optimizer", detail::to_dictionary(state.optimizer));
@@ -189,6 +191,7 @@ inline TrainingState load_state(const std::filesystem::path& path) {
             .best_metric = content.at("best_metric").toStringRef(),
             .best_score = content.at("best_score").toDouble(),
             .microbatch = content.contains("microbatch") ? content.at("microbatch").toInt() : 0,
+            .seconds_per_step = content.contains("seconds_per_step") ? content.at("seconds_per_step").toDouble() : 0,
             .random = content.at("random").toTensor(),
             .model = detail::to_tensor_map(content.at("model")),
             .optimizer = detail::to_tensor_map(content.at("optimizer"))};

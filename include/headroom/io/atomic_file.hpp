@@ -1,6 +1,7 @@
 #pragma once
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -14,9 +15,8 @@
 #include <filesystem>
 #include <initializer_list>
 #include <memory>
+#include <optional>
 #include <ostream>
-#include <random>
-#include <sstream>
 #include <streambuf>
 #include <string>
 #include <string_view>
@@ -34,7 +34,7 @@ namespace detail {
 /// empty, or holds a name that its owner keeps alive until the slot is empty again.
 inline std::array<std::atomic<const char*>, 256> temporary_names{};
 
-/// A temporary file's name while it is in the list; where that is full the file is only left behind by a signal.
+/// A temporary file's name while it is in the list; where that is full, a signal leaves the file behind.
 class ListedName {
  public:
   explicit ListedName(std::string name) : name_(std::make_unique<std::string>(std::move(name))) {
@@ -51,8 +51,6 @@ class ListedName {
   ~ListedName() {
     if (slot_ != nullptr) slot_->store(nullptr);
   }
-
-  const std::string& text() const { return *name_; }
 
  private:
   std::unique_ptr<std::string> name_;
@@ -98,32 +96,26 @@ inline std::string why_not_writable(const std::filesystem::path& path) {
   if (std::filesystem::is_symlink(target, failure)) return "its links go in a circle";
   if (std::filesystem::is_directory(target, failure)) return "it is a folder";
   if (detail::is_stream(path)) return ::access(path.c_str(), W_OK) == 0 ? "" : std::strerror(errno);
-  if (!std::filesystem::exists(folder, failure)) return "there is no folder " + folder.string() + ", create it first";
+  if (!std::filesystem::exists(folder, failure))
+    return std::string(std::strerror(ENOENT)) + ": there is no folder \"" + folder.string() + "\"; create it first";
   if (!std::filesystem::is_directory(folder, failure)) return folder.string() + " is no folder";
   return ::access(folder.c_str(), W_OK | X_OK) == 0 ? "" : std::strerror(errno);
 }
 
-/// A file that appears under its name when it is whole, in the place of what was there. Until then it is a hidden
-/// temporary file in the same folder, removed on errors, and by discard_temporary_files() on signals; only a process
-/// that is killed outright leaves it. A link is followed: what it names is replaced.
+/// A file that appears under its name when it is whole, in the place of what was there. Until then it is NAME.partial
+/// in the same folder, which is removed on errors, and by discard_temporary_files() on signals. Only a process that is
+/// killed outright leaves it; who writes NAME next takes it over. A link is followed: what it names is replaced.
 class AtomicFile {
  public:
-  /// Creates the temporary file. Throws `id` with the true reason where the target cannot be written.
+  /// Creates the temporary file. Throws `id` with the true reason where the target cannot be written, and where it is
+  /// being written by another process.
   AtomicFile(std::filesystem::path path, std::string_view id)
-      : path_(std::move(path)), target_(detail::followed(path_)), id_(id), temporary_(temporary_name(target_)) {
+      : path_(std::move(path)), target_(detail::followed(path_)), id_(id), temporary_(target_.string() + ".partial") {
     if (const std::string reason = why_not_writable(path_); !reason.empty()) fail_to_write(reason);
     if (detail::is_stream(path_)) fail_to_write("it is a device or a pipe, expected a file");
-    file_ = detail::Descriptor(::open(temporary_.text().c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
-    if (file_.number() < 0) fail_to_write(std::strerror(errno));
-    created_ = true;
+    open_temporary();
   }
-  AtomicFile(AtomicFile&& other) noexcept
-      : path_(std::move(other.path_)),
-        target_(std::move(other.target_)),
-        id_(std::move(other.id_)),
-        temporary_(std::move(other.temporary_)),
-        file_(std::move(other.file_)),
-        created_(std::exchange(other.created_, false)) {}
+  AtomicFile(AtomicFile&&) = default;
   AtomicFile& operator=(AtomicFile&&) = delete;
   ~AtomicFile() { discard(); }
 
@@ -131,17 +123,16 @@ class AtomicFile {
   /// Of the temporary file, to write and to read; the object keeps it.
   int descriptor() const { return file_.number(); }
 
-  /// Puts all bytes onto the disk and closes the file, so that `publish` is the only thing left that can fail. Throws
-  /// the constructor's id.
+  /// Puts all bytes onto the disk, so that `publish` is the only thing left that can fail. Throws the constructor's id.
   void finish() {
     if (::fsync(file_.number()) != 0) fail_to_write(std::strerror(errno));
-    if (file_.close() != 0) fail_to_write(std::strerror(errno));
   }
 
   /// Gives the finished file its name. Throws the constructor's id.
   void publish() {
-    if (::rename(temporary_.text().c_str(), target_.c_str()) != 0) fail_to_write(std::strerror(errno));
-    created_ = false;
+    if (::rename(temporary_.c_str(), target_.c_str()) != 0) fail_to_write(std::strerror(errno));
+    listed_.reset();
+    file_.close();
     // The name is safe when the folder is on the disk as well; not every file system offers it, so no error if not
     const detail::Descriptor folder(::open(detail::folder_of(target_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     if (folder.number() >= 0) ::fsync(folder.number());
@@ -149,31 +140,46 @@ class AtomicFile {
 
   /// Removes the temporary file; what was there before stays.
   void discard() noexcept {
+    if (file_.number() < 0) return;
+    ::unlink(temporary_.c_str());
+    listed_.reset();
     file_.close();
-    if (std::exchange(created_, false)) ::unlink(temporary_.text().c_str());
   }
 
   /// Discards and throws the constructor's id.
   [[noreturn]] void fail_to_write(const std::string& reason) {
     discard();
-    fail(id_, "cannot write ", path_, ": ", reason,
+    fail(id_, "cannot write ", path_.string(), ": ", reason,
          "; what was there before is unchanged. Check the room on the disk and the permissions, or choose another "
          "place");
   }
 
  private:
-  static std::string temporary_name(const std::filesystem::path& target) {
-    static std::atomic<unsigned> count{std::random_device{}()};
-    std::ostringstream name;
-    name << '.' << target.filename().string() << '.' << count++ << ".tmp";
-    return (detail::folder_of(target) / name.str()).string();
+  /// The temporary file belongs to who has its lock, until it has another name or none.
+  void open_temporary() {
+    const char* const name = temporary_.c_str();
+    for (;;) {
+      detail::Descriptor file(::open(name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666));
+      if (file.number() < 0) fail_to_write(std::strerror(errno));
+      const bool locked = ::flock(file.number(), LOCK_EX | LOCK_NB) == 0;
+      if (!locked && errno == EWOULDBLOCK) fail_to_write("another process is writing it");
+      struct stat opened {
+      }, named{};
+      const bool same = ::fstat(file.number(), &opened) == 0 && ::stat(name, &named) == 0 &&
+                        opened.st_ino == named.st_ino && opened.st_dev == named.st_dev;
+      if (!same) continue;  // its owner has just published or removed it
+      listed_.emplace(temporary_);
+      file_ = std::move(file);
+      if (::ftruncate(file_.number(), 0) != 0) fail_to_write(std::strerror(errno));
+      return;
+    }
   }
 
   std::filesystem::path path_, target_;
   std::string id_;
-  detail::ListedName temporary_;
+  std::string temporary_;
+  std::optional<detail::ListedName> listed_;  // while the file is this object's
   detail::Descriptor file_;
-  bool created_ = false;
 };
 
 namespace detail {

@@ -4,7 +4,6 @@
 #include <array>
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <initializer_list>
 #include <set>
 #include <sstream>
@@ -14,6 +13,7 @@
 
 #include "headroom/checkpoint/policy.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/io/input_file.hpp"
 #include "headroom/training/json.hpp"
 
 namespace headroom::inline v0 {
@@ -316,11 +316,9 @@ namespace detail {
 
 /// What a text file holds. Throws headroom.training.config_file, with `content` and `expected` in its text.
 inline std::string read_text(const std::filesystem::path& path, const char* content, const char* expected) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  require(file.is_open() && std::filesystem::is_regular_file(path) && text << file.rdbuf(),
-          "headroom.training.config_file", "cannot read ", content, " from ", path.string(), "; expected ", expected);
-  return text.str();
+  constexpr std::uint64_t kMost = 16 << 20;
+  const io::InputFile file(path, {"headroom.training.config_file", content, expected}, kMost);
+  return file.read(0, file.size());
 }
 
 }  // namespace detail

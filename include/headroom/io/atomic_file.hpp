@@ -155,11 +155,17 @@ class AtomicFile {
   }
 
  private:
-  /// The temporary file belongs to who has its lock, until it has another name or none.
+  /// The temporary file belongs to who has its lock, until it has another name or none. It is listed before it is made,
+  /// so that no signal comes between, or, where it was there, once it is ours.
   void open_temporary() {
     const char* const name = temporary_.c_str();
     for (;;) {
-      detail::Descriptor file(::open(name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666));
+      listed_.reset();
+      const bool new_file = ::access(name, F_OK) != 0;
+      if (new_file) listed_.emplace(temporary_);
+      const int flags = O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | (new_file ? O_EXCL : 0);
+      detail::Descriptor file(::open(name, flags, 0666));
+      if (file.number() < 0 && errno == EEXIST && ::access(name, F_OK) == 0) continue;  // another process made it
       if (file.number() < 0) fail_to_write(std::strerror(errno));
       const bool locked = ::flock(file.number(), LOCK_EX | LOCK_NB) == 0;
       if (!locked && errno == EWOULDBLOCK) fail_to_write("another process is writing it");
@@ -168,7 +174,7 @@ class AtomicFile {
       const bool same = ::fstat(file.number(), &opened) == 0 && ::stat(name, &named) == 0 &&
                         opened.st_ino == named.st_ino && opened.st_dev == named.st_dev;
       if (!same) continue;  // its owner has just published or removed it
-      listed_.emplace(temporary_);
+      if (!new_file) listed_.emplace(temporary_);
       file_ = std::move(file);
       if (::ftruncate(file_.number(), 0) != 0) fail_to_write(std::strerror(errno));
       return;

@@ -294,7 +294,12 @@ TEST_CASE("a file of any kind that is cut is refused, one that is whole is read"
       CHECK(error.id() == "headroom.audio.file.truncated");
     }
     testing::write_bytes(folder / "a", whole + "TAG" + std::string(125, ' '));  // as taggers append to anything
-    CHECK(audio::read_audio(folder / "a").samples.size(1) == 10001);
+    const int kind = format & SF_FORMAT_TYPEMASK;
+    if (kind == SF_FORMAT_W64 || kind == SF_FORMAT_OGG) {  // libsndfile would take the tag for sound
+      CHECK(error_of([&] { AudioReader(folder / "a"); }).id() == "headroom.audio.file.length");
+    } else {
+      CHECK(audio::read_audio(folder / "a").samples.size(1) == 10001);
+    }
   }
   const std::string voc = bytes_in_format(folder, SF_FORMAT_VOC | k16, samples);
   testing::write_bytes(folder / "a", voc.substr(0, voc.size() / 2));

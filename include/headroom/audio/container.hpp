@@ -25,6 +25,7 @@ struct ContainerLength {
   /// written
   std::optional<std::uint64_t> open_end = {};
   bool ended = true;  ///< an Ogg stream has the mark of its end
+  bool tags = true;   ///< libsndfile passes over tags that were appended; else it takes them for sound
 };
 
 namespace detail {
@@ -112,8 +113,10 @@ inline ContainerLength length_of_wave(const io::InputFile& file, std::string_vie
 
 /// Sony Wave64: names of 16 bytes, sizes of 8 that count both.
 inline ContainerLength length_of_wave64(const io::InputFile& file, std::string_view header) {
-  return length_of_chunks(file, {40, 16, 8, std::endian::little, true, 8, "data"},
-                          stored_number(header, 16, 8, std::endian::little), 0);
+  ContainerLength length = length_of_chunks(file, {40, 16, 8, std::endian::little, true, 8, "data"},
+                                            stored_number(header, 16, 8, std::endian::little), 0);
+  length.tags = false;
+  return length;
 }
 
 /// AIFF and AIFC.
@@ -136,7 +139,7 @@ inline ContainerLength length_of_ogg(const io::InputFile& file) {
   constexpr std::uint64_t kLongestPage = 65307;
   const std::uint64_t begin = file.size() - std::min(file.size(), 2 * kLongestPage);
   const std::string end = file.read(begin, file.size() - begin);
-  ContainerLength length{.explained = file.size(), .ended = false};
+  ContainerLength length{.explained = file.size(), .ended = false, .tags = false};
   for (std::size_t page = end.rfind("OggS"); page != std::string::npos && page + 27 <= end.size();
        page = page == 0 ? std::string::npos : end.rfind("OggS", page - 1)) {
     const std::size_t lacing = static_cast<unsigned char>(end[page + 26]);
@@ -187,8 +190,11 @@ inline void require_whole(const io::InputFile& file, const std::filesystem::path
           " bytes, its header says ", length->promised, "; copy or download it again");
   require(length->ended, "headroom.audio.file.truncated", path, " has ", file.size(),
           " bytes, and no page that ends an Ogg stream is the last; copy or download it again");
-  require(detail::is_appendix(file, length->explained), "headroom.audio.file.length", path, " has ", file.size(),
-          " bytes, its header speaks of ", length->explained,
+  constexpr std::uint64_t kPadding = 8;
+  const bool explained =
+      file.size() - length->explained < kPadding || (length->tags && detail::is_appendix(file, length->explained));
+  require(explained, "headroom.audio.file.length", path, " has ", file.size(), " bytes, its header speaks of ",
+          length->explained,
           " and not of the sound that may be in the rest; write it "
           "again, e.g. ffmpeg -ignore_length 1 -i INPUT -rf64 auto OUTPUT.wav, or cut off what is no sound");
 }

@@ -111,6 +111,7 @@ class AudioReader {
         input_(path_, {"headroom.audio.file.missing", "audio", "a WAV, FLAC, AIFF or Ogg file"}) {
     require(input_.size() > 0, "headroom.audio.file.empty", path_,
             " has 0 bytes, expected audio; copy or download it again");
+    require_whole(input_, path_);
     file_.reset(sf_open_fd(input_.descriptor(), SFM_READ, &info_, /*close_desc=*/SF_FALSE));
     require(file_ != nullptr, "headroom.audio.file.format", path_, " can't be read as audio: ", sf_strerror(nullptr),
             " Expected WAV, FLAC, AIFF or Ogg; convert it, e.g. ffmpeg -i INPUT OUTPUT.wav");
@@ -120,7 +121,6 @@ class AudioReader {
         "ffmpeg -i INPUT OUTPUT.wav");
     require(info_.frames != SF_COUNT_MAX, "headroom.audio.file.format", path_,
             " does not say how long it is; convert it, e.g. ffmpeg -i INPUT OUTPUT.wav");
-    require_whole(input_, path_);
     require_all_frames();
     require(info_.frames > 0, "headroom.audio.file.empty", path_, " has no samples, expected at least 1");
   }

@@ -103,6 +103,7 @@ class InputFile {
       check(copy.number() >= 0, "its copy in the folder for temporary files: ", std::strerror(errno));
       const std::string reason = detail::copy_pipe(file_.number(), copy.number(), most);
       check(reason.empty(), reason);
+      check(::lseek(copy.number(), 0, SEEK_SET) == 0, std::strerror(errno));
       file_ = std::move(copy);
     }
     check(::fstat(file_.number(), &status) == 0, std::strerror(errno));

@@ -70,7 +70,7 @@ inline ContainerLength length_of_chunks(const io::InputFile& file, const ChunkLa
                                         std::uint64_t long_samples) {
   constexpr int kMostChunks = 100'000;
   const std::size_t header = layout.name + layout.size;
-  ContainerLength length{.promised = whole, .explained = layout.first};
+  ContainerLength length{.promised = whole, .explained = std::min(layout.first, file.size())};
   bool samples_seen = false;
   for (std::uint64_t at = layout.first, chunks = 0; chunks < kMostChunks; ++chunks) {
     const std::string bytes = file.read(at, header);

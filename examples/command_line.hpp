@@ -1,6 +1,7 @@
 #pragma once
 
 #include <c10/util/Exception.h>
+#include <torch/types.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -21,6 +22,8 @@
 #include "headroom/core/error.hpp"
 #include "headroom/io/number.hpp"
 #include "headroom/io/process.hpp"
+#include "headroom/memory/run_within.hpp"
+#include "headroom/training/cause.hpp"
 
 /// "24GiB", "500 MB", "1000000": binary units with an i, decimal ones without.
 inline std::int64_t parse_bytes(const std::string& text) {
@@ -74,6 +77,35 @@ inline CLI::Option* add_path(CLI::App& app, const std::string& name, std::filesy
   });
 }
 
+/// The device called `name`, once a tensor was there. Throws headroom.tools.device.
+inline torch::Device find_device(const std::string& name) {
+  try {
+    const torch::Device device(name);
+    torch::empty({1}, device);
+    return device;
+  } catch (const c10::Error&) {
+    headroom::fail("headroom.tools.device", "there is no device ", name,
+                   "; expected cpu, or an accelerator that this machine and this LibTorch have, such as cuda");
+  }
+}
+
+/// What a tool tells of an error: ours as they are, others with an id and what to do.
+inline std::string told(const std::exception& error) {
+  const auto* const torch_error = dynamic_cast<const c10::Error*>(&error);
+  const std::string text = torch_error != nullptr ? torch_error->what_without_backtrace() : error.what();
+  if (text.starts_with("[headroom.")) return text;
+  const std::string cause = headroom::training::cause(error);
+  if (headroom::is_out_of_memory(error)) {
+    return "[headroom.tools.memory] this machine's memory ran out (" + cause +
+           "); give less at a time (in a configuration training.segment_length or training.batch_size), or end other "
+           "programs";
+  }
+  if (dynamic_cast<const std::filesystem::filesystem_error*>(&error) != nullptr) {
+    return "[headroom.tools.file] " + cause + "; check the path, its links and its permissions";
+  }
+  return "[headroom.tools.unforeseen] " + cause + "; an input that was not foreseen: please report it with headroom";
+}
+
 /// Runs a tool: exit code 2 for wrong arguments, 1 after an error, whose text it prints, else what `run` returns. What
 /// could not be printed is an error as well.
 template <class Run>
@@ -92,10 +124,8 @@ int run_tool(const char* name, CLI::App& app, int argc, char** argv, Run&& run) 
                       "cannot print to the standard output; what was printed is not "
                       "complete. Check the room on the disk");
     return code;
-  } catch (const c10::Error& e) {
-    std::cerr << name << ": " << e.what_without_backtrace() << '\n';
   } catch (const std::exception& e) {
-    std::cerr << name << ": " << e.what() << '\n';
+    std::cerr << name << ": " << told(e) << '\n';
   }
   return headroom::io::stop_signal() != 0 ? 128 + headroom::io::stop_signal() : 1;
 }

@@ -79,7 +79,7 @@ void run(const Arguments& arguments) {
   }
   headroom::io::handle_stop_signals(headroom::io::OnStop::finish_first);
   auto [config, model] = headroom::training::load_model(arguments.model);
-  const torch::Device device(arguments.device);
+  const torch::Device device = find_device(arguments.device);
   model->to(device);
 
   const std::vector<fs::path> outputs = output_paths(arguments, config.audio.stems);

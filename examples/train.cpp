@@ -48,8 +48,8 @@ headroom::io::FolderLock open_run_folder(const Arguments& arguments) {
   const fs::path& out = arguments.out;
   std::error_code failure;
   fs::create_directories(out, failure);
-  headroom::require(fs::is_directory(out), "headroom.train.output", "cannot make the folder ", out.string(), ": ",
-                    failure.message(), "; give --out another one");
+  headroom::require(!failure && fs::is_directory(out), "headroom.train.output", "cannot make the folder ", out.string(),
+                    ": ", failure.message(), "; give --out another one");
   headroom::io::FolderLock lock(out, "headroom.train.locked");
   const fs::path from = arguments.resume.has_parent_path() ? arguments.resume.parent_path() : ".";
   const bool goes_on = !arguments.resume.empty() && fs::equivalent(from, out, failure);
@@ -156,7 +156,7 @@ int run(const Arguments& arguments) {
   if (arguments.threads > 0) {
     torch::set_num_threads(arguments.threads);
   }
-  const torch::Device device(arguments.device);
+  const torch::Device device = find_device(arguments.device);
   plan_run(config, arguments);
   headroom::MemoryMeter meter(device);  // before the first tensor, so that it sees them all
   if (device.is_cpu()) meter.set_limit(budget(arguments));
@@ -171,7 +171,10 @@ int run(const Arguments& arguments) {
   model->to(device);
   training::Trainer trainer(model, config, train);
   if (!arguments.resume.empty()) {
-    trainer.resume(training::load_state(arguments.resume), arguments.resume.string());
+    const std::string name = arguments.resume.string();
+    for (const auto& change : trainer.resume(training::load_state(arguments.resume), name)) {
+      std::cout << "resume:   " << training::describe(change) << "\n";
+    }
   }
   training::write_atomically(arguments.out / "config.json", {training::to_json(config)});
   print_start(config, model, arguments);
@@ -244,7 +247,7 @@ int main(int argc, char** argv) {
   CLI::App app{"Trains a separator on a MUSDB18-HQ folder; writes last.pt, best.pt, config.json and summary.json."};
   Arguments arguments;
   add_path(app, "--config", arguments.config, "configuration, such as examples/configs/musdb18_small.json")->required();
-  add_path(app, "--resume", arguments.resume, "checkpoint to go on from, with the same model");
+  add_path(app, "--resume", arguments.resume, "checkpoint to go on from, of the same model");
   add_path(app, "--data", arguments.data, "folder with `train` and, optionally, `valid`; default: data.path");
   add_path(app, "--out", arguments.out, "folder for what is written")->capture_default_str();
   app.add_flag("--overwrite", arguments.overwrite, "start anew in a folder that holds another run");

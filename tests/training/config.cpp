@@ -200,11 +200,34 @@ TEST_CASE("values that are impossible together are refused") {
   CHECK(contains(only(R"({"training": {"optimizer_in_backward": true, "clip_grad_norm": 0,
                                        "split_on_out_of_memory": true}})"),
                  "expected false with training.split_on_out_of_memory = true"));
+  CHECK(contains(only(R"({"training": {"segment_length": 1000000000, "batch_size": 1000000}})"),
+                 "training.segment_length: got 1000000000, which with training.batch_size 1000000 makes a tensor of "));
   CHECK(only(R"({"data": {"gain": [1, 0.5]}})") == "data.gain: got [1,0.5], expected the smaller factor first");
   CHECK(only(R"({"audio": {"stems": ["bass", "bass"]}})") == "audio.stems: got a name twice, expected different stems");
   CHECK(parse_config(with(R"({"training": {"optimizer_in_backward": true, "clip_grad_norm": 0}})"), "a")
             .training.optimizer_in_backward);
   CHECK_NOTHROW(parse_config(with(R"({"model": {"hop_length": 2048}, "training": {"segment_length": 4096}})"), "a"));
+}
+
+TEST_CASE("factors that float does not hold are refused") {
+  CHECK(problems_of(with(R"({"training": {"clip_grad_norm": 1e308}})")) ==
+        Lines{"training.clip_grad_norm: got 1e+308, expected a number >= 0 and <= 1e+30"});
+  CHECK(problems_of(with(R"({"loss": {"stft_weight": 1e308}})")) ==
+        Lines{"loss.stft_weight: got 1e+308, expected a number >= 0 and <= 1e+30"});
+}
+
+TEST_CASE("two configurations are compared member by member") {
+  const Config before = parse_config(kSmallest, "a");
+  CHECK(differences(before, before).empty());
+  Config after = before;
+  after.audio.stems = {"vocals", "rest"};
+  after.training.betas[1] = 0.5;
+  const auto found = differences(before, after);
+  REQUIRE(found.size() == 2);
+  CHECK(describe(found[0]) == R"(audio.stems: ["vocals","drums","bass","other"] became ["vocals","rest"])");
+  CHECK(found[0].bound);
+  CHECK(describe(found[1]) == "training.betas: [0.9,0.999] became [0.9,0.5]");
+  CHECK_FALSE(found[1].bound);
 }
 
 TEST_CASE("text that is not JSON is located by line and column") {

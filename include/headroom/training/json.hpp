@@ -33,6 +33,7 @@ struct Accepted {
   std::vector<std::string> choices = {};  ///< the only values that a string may have; empty: any
   bool may_be_empty = false;              ///< a string or list without elements is accepted
   bool file_names = false;                ///< each string is the plain name of a file, see io::is_file_name
+  bool bound = false;                     ///< what was trained with one value means something else with another
 };
 
 namespace detail {
@@ -285,6 +286,44 @@ nlohmann::ordered_json write_described(const T& value) {
     }
   });
   return json;
+}
+
+/// A member that two values of a described struct have differently, as JSON text.
+struct Difference {
+  std::string path;
+  std::string before, after;
+  bool bound = false;  ///< Accepted::bound of the member
+};
+
+/// "model.n_heads: 2 became 4".
+inline std::string describe(const Difference& difference) {
+  return difference.path + ": " + difference.before + " became " + difference.after;
+}
+
+namespace detail {
+
+/// Appends what of a described struct is otherwise in `after`, the JSON of such a struct.
+template <Described T>
+void append_differences(const T& before, const nlohmann::ordered_json& after, const std::string& path,
+                        std::vector<Difference>& found) {
+  T::describe(before, [&]<class M>(const char* name, const M& member, const Accepted& accepted, const char*) {
+    const std::string here = member_path(path, name);
+    if constexpr (Described<M>) {
+      append_differences(member, after.at(name), here, found);
+    } else if (const nlohmann::ordered_json old = member; old != after.at(name)) {
+      found.push_back({here, old.dump(), after.at(name).dump(), accepted.bound});
+    }
+  });
+}
+
+}  // namespace detail
+
+/// Members that differ, in the order of their description.
+template <Described T>
+std::vector<Difference> differences(const T& before, const T& after) {
+  std::vector<Difference> found;
+  detail::append_differences(before, write_described(after), "", found);
+  return found;
 }
 
 /// The members of a described struct as rows of a Markdown table: key, default, what it may hold, meaning.

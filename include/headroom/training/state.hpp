@@ -9,10 +9,10 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <initializer_list>
-#include <iterator>
 #include <limits>
 #include <map>
 #include <memory>
@@ -20,6 +20,7 @@
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -27,6 +28,7 @@
 #include "headroom/io/atomic_file.hpp"
 #include "headroom/models/time_frequency_transformer.hpp"
 #include "headroom/optim/adamw.hpp"
+#include "headroom/training/cause.hpp"
 #include "headroom/training/config.hpp"
 
 namespace headroom::inline v0::training {
@@ -39,7 +41,8 @@ struct TrainingState {
   std::string config = {};                ///< JSON text of the configuration
   int64_t step = 0;                       ///< optimizer steps taken
   std::vector<double> epoch_losses = {};  ///< mean loss of each finished epoch
-  double unfinished_loss = 0;             ///< sum of the losses in the epoch that is under way
+  int64_t unfinished_steps = 0;           ///< steps taken in the epoch that is under way; -1: a file does not say
+  double unfinished_loss = 0;             ///< sum of their losses
   std::string best_metric = {};           ///< what `best_score` measures: "validation nSDR" or "training loss"
   double best_score = 0;                  ///< greatest nSDR, or least loss, so far; valid once a metric is named
   int64_t microbatch = 0;                 ///< examples in one pass since memory ran out; 0: it never did
@@ -106,6 +109,7 @@ inline void save_state(const std::filesystem::path& path, const TrainingState& s
   content.insert("config", state.config);
   content.insert("step", state.step);
   content.insert("epoch_losses", c10::List<double>(state.epoch_losses));
+  content.insert("unfinished_steps", state.unfinished_steps);
   content.insert("unfinished_loss", state.unfinished_loss);
   content.insert("best_metric", state.best_metric);
   content.insert("best_score", state.best_score);
@@ -120,32 +124,53 @@ inline void save_state(const std::filesystem::path& path, const TrainingState& s
   write_atomically(path, {bytes, {reinterpret_cast<const char*>(&trailer), sizeof trailer}});
 }
 
+namespace detail {
+
+/// A damaged checkpoint, or a file that is none. Throws headroom.training.state.corrupt unless `fine`.
+template <class... What>
+void check_checkpoint(bool fine, const std::filesystem::path& path, uint64_t size, const What&... what) {
+  require(fine, "headroom.training.state.corrupt", path.string(), " (", size, " bytes) ", what...,
+          "; use another checkpoint of the run, such as best.pt or last.pt");
+}
+
+/// The archive in a checkpoint. Its end is looked at first: whatever else was given by mistake, of any size, is refused
+/// before it is read. Throws as load_state.
+inline std::vector<char> read_archive(const std::filesystem::path& path) {
+  std::error_code failure;  // a loop of links, or a folder that may not be entered
+  const bool regular = std::filesystem::is_regular_file(path, failure);
+  std::ifstream file;
+  if (regular) file.open(path, std::ios::binary | std::ios::ate);  // to open a pipe would wait for its writer
+  require(file.is_open(), "headroom.training.state.read", "cannot read a checkpoint from ", path.string(),
+          failure ? ": " + failure.message() : "", "; expected a file that train wrote, such as last.pt");
+  const auto size = static_cast<uint64_t>(file.tellg());
+  const auto check = [&](bool fine, const auto&... what) { check_checkpoint(fine, path, size, what...); };
+  Trailer trailer{.magic = {}};
+  if (size > sizeof trailer) {
+    file.seekg(-static_cast<std::streamoff>(sizeof trailer), std::ios::end);
+    file.read(reinterpret_cast<char*>(&trailer), sizeof trailer);
+  }
+  check(trailer.magic == Trailer::kMagic, "has no end mark: it is truncated or no checkpoint");
+  check(trailer.size == size - sizeof trailer, "should hold ", trailer.size, " bytes of data and holds ",
+        size - sizeof trailer);
+  std::vector<char> bytes(trailer.size);
+  file.seekg(0).read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  check(file.good() && trailer.checksum == checksum({bytes.data(), bytes.size()}),
+        "does not match its checksum: it is damaged");
+  return bytes;
+}
+
+}  // namespace detail
+
 /// Reads a checkpoint. Throws headroom.training.state.read when there is no such file and
 /// headroom.training.state.corrupt when it is truncated, changed, or something else.
 inline TrainingState load_state(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  require(file.is_open() && std::filesystem::is_regular_file(path), "headroom.training.state.read",
-          "cannot read a checkpoint from ", path.string(), "; expected a file that train wrote, such as last.pt");
-  std::vector<char> bytes(std::istreambuf_iterator<char>(file), {});
-  const auto check = [&](bool fine, const auto&... what) {
-    require(fine, "headroom.training.state.corrupt", path.string(), " (", bytes.size(), " bytes) ", what...,
-            "; use another checkpoint of the run, such as best.pt or last.pt");
-  };
-  detail::Trailer trailer{.magic = {}};
-  const bool has_trailer = bytes.size() > sizeof trailer;
-  if (has_trailer) {
-    std::memcpy(&trailer, bytes.data() + bytes.size() - sizeof trailer, sizeof trailer);
-  }
-  check(has_trailer && trailer.magic == detail::Trailer::kMagic, "has no end mark: it is truncated or no checkpoint");
-  bytes.resize(bytes.size() - sizeof trailer);
-  check(trailer.size == bytes.size(), "should hold ", trailer.size, " bytes of data and holds ", bytes.size());
-  check(trailer.checksum == detail::checksum({bytes.data(), bytes.size()}),
-        "does not match its checksum: it is damaged");
+  const std::vector<char> bytes = detail::read_archive(path);
   try {
     const auto content = torch::pickle_load(bytes).toGenericDict();
     return {.config = content.at("config").toStringRef(),
             .step = content.at("step").toInt(),
             .epoch_losses = content.at("epoch_losses").toDoubleVector(),
+            .unfinished_steps = content.contains("unfinished_steps") ? content.at("unfinished_steps").toInt() : -1,
             .unfinished_loss = content.at("unfinished_loss").toDouble(),
             .best_metric = content.at("best_metric").toStringRef(),
             .best_score = content.at("best_score").toDouble(),
@@ -155,7 +180,8 @@ inline TrainingState load_state(const std::filesystem::path& path) {
             .model = detail::to_tensor_map(content.at("model")),
             .optimizer = detail::to_tensor_map(content.at("optimizer"))};
   } catch (const std::exception& error) {
-    check(false, "is not laid out as this version writes it: ", error.what());
+    detail::check_checkpoint(false, path, bytes.size() + sizeof(detail::Trailer),
+                             "is not laid out as this version writes it: ", cause(error));
     throw;
   }
 }
@@ -250,6 +276,16 @@ inline torch::Tensor random_state() {
   at::Generator generator = at::globalContext().defaultGenerator(c10::kCPU);
   const std::scoped_lock lock(generator.mutex());
   return generator.get_state();
+}
+
+/// Throws headroom.training.state.random unless it is a state of LibTorch's CPU generator; `what` names its source.
+inline void check_random_state(const torch::Tensor& state, const std::string& what) {
+  try {
+    at::make_generator<at::CPUGeneratorImpl>().set_state(state);
+  } catch (const c10::Error& error) {
+    fail("headroom.training.state.random", what, " holds no state of LibTorch's CPU random generator (", cause(error),
+         "); use another checkpoint of the run, or start anew");
+  }
 }
 
 /// Puts a state from random_state() back.

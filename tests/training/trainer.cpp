@@ -394,6 +394,55 @@ TEST_CASE("validation_nsdr is the ratio over all examples, the mean over the ste
   CHECK(value == Approx((10 * (energy / error).log10()).mean().item<double>()).epsilon(1e-5));
 }
 
+TEST_CASE("validation_nsdr leaves out stems that are silent") {
+  torch::manual_seed(7);
+  TinySeparator model(6, 0.5);
+  const auto with_scale = [](double first, double second) {
+    return [=](int64_t index, int64_t count) {
+      NoiseExample example = source(index, count);
+      example.stems = example.stems * torch::tensor({first, second, first, second}).view({1, 4, 1, 1});
+      return example;
+    };
+  };
+  auto half = with_scale(1, 0), both = with_scale(1, 1), none = with_scale(0, 0);
+  const double sounding = validation_nsdr(model, half, 3);
+  CHECK(std::abs(sounding) < 20);  // the energy of an error over that of silence would give -70 and less
+  auto other = with_scale(0, 1);
+  CHECK((sounding + validation_nsdr(model, other, 3)) / 2 == Approx(validation_nsdr(model, both, 3)));
+  CHECK(error_of([&] { validation_nsdr(model, none, 3); }).id() == "headroom.training.validation_silent");
+}
+
+TEST_CASE("a run that is resumed for a time goes on at the pace and the learning rate of its schedule") {
+  Config config = tiny_config();
+  config.training.min_learning_rate_ratio = 0;
+  auto [model, trainer] = make_trainer(config);
+  double now = 100;
+  std::vector<double> rates;
+  const auto on_step = [&](const Progress& p) {
+    rates.push_back(p.learning_rate);
+    now += 0.5;
+  };
+  const RunOptions options{.seconds = 10.0, .on_step = on_step, .clock = [&] { return now; }};
+  REQUIRE(trainer.run(options).steps == 20);
+  const TrainingState state = trainer.state();
+  CHECK(state.seconds_per_step == Approx(0.5));
+  auto [again, resumed] = make_trainer(config);
+  resumed.resume(state, "state");
+  rates.clear();
+  REQUIRE(resumed.run(options).steps == 40);
+  const Schedule schedule{.learning_rate = 0.01, .warmup_steps = 2, .min_ratio = 0};
+  for (int step = 0; step < 20; ++step) CHECK(rates[step] == Approx(learning_rate_at(schedule, 20 + step, 40)));
+
+  // A run that was not limited by time has no pace; what is left on disk must not depend on the clock
+  auto [third, steps] = make_trainer(config);
+  steps.run({.steps = 20, .on_step = on_step, .clock = [&] { return now; }});
+  CHECK(steps.state().seconds_per_step == 0);
+  rates.clear();
+  steps.run(options);
+  CHECK(rates[0] < 0.0001);
+  CHECK(rates[1] == Approx(learning_rate_at(schedule, 21, 40)));
+}
+
 TEST_CASE("a time budget ends the run and takes the learning rate to its end") {
   Config config = tiny_config();
   config.training.min_learning_rate_ratio = 0;

@@ -4,7 +4,6 @@
 #include <array>
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <initializer_list>
 #include <set>
 #include <sstream>
@@ -14,6 +13,7 @@
 
 #include "headroom/checkpoint/policy.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/io/input_file.hpp"
 #include "headroom/training/json.hpp"
 
 namespace headroom::inline v0 {
@@ -83,7 +83,8 @@ struct AudioConfig {
     field("sample_rate", self.sample_rate, {.at_least = 1, .at_most = 1'000'000, .bound = true},
           "of every audio file, Hz");
     field("channels", self.channels, {.at_least = 1, .at_most = 64, .bound = true}, "of every audio file");
-    field("stems", self.stems, {.bound = true}, "file names without `.wav`, in the order of the model's outputs");
+    field("stems", self.stems, {.file_names = true, .bound = true},
+          "file names without `.wav`, in the order of the model's outputs");
   }
 };
 
@@ -348,11 +349,9 @@ namespace detail {
 
 /// What a text file holds. Throws headroom.training.config_file, with `content` and `expected` in its text.
 inline std::string read_text(const std::filesystem::path& path, const char* content, const char* expected) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  require(file.is_open() && std::filesystem::is_regular_file(path) && text << file.rdbuf(),
-          "headroom.training.config_file", "cannot read ", content, " from ", path.string(), "; expected ", expected);
-  return text.str();
+  constexpr std::uint64_t kMost = 16 << 20;
+  const io::InputFile file(path, {"headroom.training.config_file", content, expected}, kMost);
+  return file.read(0, file.size());
 }
 
 }  // namespace detail

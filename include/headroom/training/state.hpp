@@ -2,15 +2,11 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
-#include <fcntl.h>
+#include <torch/csrc/jit/serialization/pickle.h>
 #include <torch/nn/module.h>
-#include <torch/serialize.h>
 #include <torch/types.h>
-#include <unistd.h>
 
-#include <algorithm>
 #include <array>
-#include <cerrno>
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -29,6 +25,7 @@
 #include <vector>
 
 #include "headroom/core/error.hpp"
+#include "headroom/io/atomic_file.hpp"
 #include "headroom/models/time_frequency_transformer.hpp"
 #include "headroom/optim/adamw.hpp"
 #include "headroom/training/cause.hpp"
@@ -49,6 +46,7 @@ struct TrainingState {
   std::string best_metric = {};           ///< what `best_score` measures: "validation nSDR" or "training loss"
   double best_score = 0;                  ///< greatest nSDR, or least loss, so far; valid once a metric is named
   int64_t microbatch = 0;                 ///< examples in one pass since memory ran out; 0: it never did
+  double seconds_per_step = 0;            ///< pace of the last run that time limited; 0: there was none
   torch::Tensor random = {};              ///< state of LibTorch's default CPU generator
   TensorMap model = {};                   ///< parameters and buffers
   TensorMap optimizer = {};               ///< AdamW's moments and step counts, by parameter
@@ -74,50 +72,12 @@ struct Trailer {
 };
 static_assert(sizeof(Trailer) == 24);
 
-/// Closes and removes the temporary file unless it took the place of the real one.
-struct TemporaryFile {
-  std::string path;
-  int descriptor;
-  bool renamed = false;
-  ~TemporaryFile() {
-    const int error = errno;
-    if (descriptor >= 0) ::close(descriptor);
-    if (!renamed) ::unlink(path.c_str());
-    errno = error;
-  }
-};
-
 }  // namespace detail
 
-/// Replaces the file by the concatenation of `parts`, or leaves it as it was: the bytes go to `<path>.partial` in the
-/// same folder, to the disk, and then take the name. A process that is killed leaves the old or the new file.
-/// Throws headroom.training.state.write; the temporary file is removed then.
+/// Replaces the file by the concatenation of `parts`, or leaves it as it was, see io::write_file.
+/// Throws headroom.training.state.write.
 inline void write_atomically(const std::filesystem::path& path, std::initializer_list<std::string_view> parts) {
-  const auto check = [&](bool done, const char* what) {
-    require(done, "headroom.training.state.write", "cannot ", what, " ", path.string(), ": ", std::strerror(errno),
-            "; what the file held before is unchanged, make room or choose another folder");
-  };
-  const std::string temporary = path.string() + ".partial";
-  const int opened = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  check(opened >= 0, "create a temporary file beside");
-  detail::TemporaryFile file{temporary, opened};
-  for (std::string_view part : parts) {
-    while (!part.empty()) {
-      const ssize_t written = ::write(file.descriptor, part.data(), part.size());
-      check(written > 0 || (written < 0 && errno == EINTR), "write");
-      part.remove_prefix(static_cast<std::size_t>(std::max<ssize_t>(written, 0)));
-    }
-  }
-  check(::fsync(file.descriptor) == 0, "write");
-  check(::close(std::exchange(file.descriptor, -1)) == 0, "write");
-  check(::rename(temporary.c_str(), path.c_str()) == 0, "replace");
-  file.renamed = true;
-  // The new name is safe when the folder is on the disk as well; not every file system offers it, so no error if not
-  const std::string folder = path.has_parent_path() ? path.parent_path().string() : ".";
-  if (const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); descriptor >= 0) {
-    ::fsync(descriptor);
-    ::close(descriptor);
-  }
+  io::write_file(path, "headroom.training.state.write", parts);
 }
 
 namespace detail {
@@ -154,6 +114,7 @@ inline void save_state(const std::filesystem::path& path, const TrainingState& s
   content.insert("best_metric", state.best_metric);
   content.insert("best_score", state.best_score);
   content.insert("microbatch", state.microbatch);
+  content.insert("seconds_per_step", state.seconds_per_step);
   content.insert("random", state.random);
   content.insert("model", detail::to_dictionary(state.model));
   content.insert("optimizer", detail::to_dictionary(state.optimizer));
@@ -214,6 +175,7 @@ inline TrainingState load_state(const std::filesystem::path& path) {
             .best_metric = content.at("best_metric").toStringRef(),
             .best_score = content.at("best_score").toDouble(),
             .microbatch = content.contains("microbatch") ? content.at("microbatch").toInt() : 0,
+            .seconds_per_step = content.contains("seconds_per_step") ? content.at("seconds_per_step").toDouble() : 0,
             .random = content.at("random").toTensor(),
             .model = detail::to_tensor_map(content.at("model")),
             .optimizer = detail::to_tensor_map(content.at("optimizer"))};

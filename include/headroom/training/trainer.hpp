@@ -115,7 +115,8 @@ inline optim::AdamW make_optimizer(const torch::nn::Module& model, const Trainin
 }
 
 /// Mean over the stems of the nSDR in dB that a model reaches on the first `count` examples of a source, taken
-/// together.
+/// together. Stems that are silent in all of them say nothing and are left out.
+/// Throws headroom.training.validation_silent when all are.
 template <class Model, BatchSource Source>
 double validation_nsdr(Model& model, Source& source, int64_t count) {
   const torch::NoGradGuard guard;
@@ -132,11 +133,16 @@ double validation_nsdr(Model& model, Source& source, int64_t count) {
     }
   }
   model->train(was_training);
-  double sum = 0;
+  double sum = 0, sounding = 0;
   for (const audio::NsdrAccumulator& stem : stems) {
-    sum += stem.value();
+    if (stem.reference_energy() > 0) {
+      sum += stem.value();
+      ++sounding;
+    }
   }
-  return sum / static_cast<double>(stems.size());
+  require(sounding > 0, "headroom.training.validation_silent", "every stem is silent in the first ", count,
+          " validation examples; raise training.validation_segments or choose other tracks for `valid`");
+  return sum / sounding;
 }
 
 /// Trains a separator. `Model` is a module holder whose forward takes mixtures [B,C,S] to stems [B,N,C,S]; the trainer
@@ -191,8 +197,13 @@ class Trainer {
       if (options.seconds && elapsed >= *options.seconds) {
         break;
       }
-      const int64_t total =
-          options.seconds ? std::min(last, estimated_total_steps(first, state_.step, elapsed, *options.seconds)) : last;
+      const int64_t total = options.seconds
+                                ? std::min(last, estimated_total_steps(first, state_.step, elapsed, *options.seconds,
+                                                                       state_.seconds_per_step))
+                                : last;
+      if (options.seconds && state_.step > first) {
+        state_.seconds_per_step = elapsed / static_cast<double>(state_.step - first);
+      }
       const double learning_rate = learning_rate_at(schedule(), state_.step, total);
 
       state_.unfinished_loss += step(learning_rate);

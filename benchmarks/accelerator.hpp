@@ -77,7 +77,8 @@ class Accelerator {
   nlohmann::ordered_json describe() const {
     std::string card;
     const std::unique_ptr<FILE, int (*)(FILE*)> pipe(
-        popen("nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null", "r"), pclose);
+        popen("nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null", "r"),
+        pclose);
     std::array<char, 256> line{};
     while (pipe && std::fgets(line.data(), line.size(), pipe.get()) != nullptr) card += line.data();
     while (!card.empty() && card.back() == '\n') card.pop_back();

@@ -24,8 +24,8 @@ int main(int argc, char** argv) {
   return benchmarks::run_benchmark(app, report, argc, argv, [&] {
     const benchmarks::Accelerator gpu(device);
     report.json = {{"machine", gpu.describe()}, {"rows", nlohmann::json::array()}};
-    std::printf("%-9s %-8s %7s %6s %12s %12s %8s %8s %12s %12s\n", "dtype", "", "length", "BxH", "forward ms", "both ms",
-                "x torch", "x torch", "peak", "floor");
+    std::printf("%-9s %-8s %7s %6s %12s %12s %8s %8s %12s %12s\n", "dtype", "", "length", "BxH", "forward ms",
+                "both ms", "x torch", "x torch", "peak", "floor");
     for (const auto dtype : {torch::kFloat, torch::kBFloat16}) {
       for (const int64_t length : lengths) {
         const int64_t batch = std::max<int64_t>(tokens / length, 1);
@@ -54,7 +54,9 @@ int main(int argc, char** argv) {
           const torch::NoGradGuard guard;
           c.run();
         };
-        const auto both = [&](Contender& c) { torch::autograd::grad({c.run()}, {step.q, step.k, step.v}, {step.grad_output}); };
+        const auto both = [&](Contender& c) {
+          torch::autograd::grad({c.run()}, {step.q, step.k, step.v}, {step.grad_output});
+        };
         // in turns, until every one has had its share
         double spent = 0;
         for (int repeat = 0; repeat < 3 || (spent < 0.6 && repeat < 20); ++repeat) {
@@ -70,8 +72,8 @@ int main(int argc, char** argv) {
           const double forward_ratio = c.forward / contenders[0].forward, both_ratio = c.both / contenders[0].both;
           const int64_t floor = step.floor_bytes(true);
           std::printf("%-9s %-8s %7ld %6ld %12.3f %12.3f %8.3f %8.3f %12s %12s\n",
-                      dtype == torch::kFloat ? "float" : "bfloat16", c.name, length, batch * used_heads, c.forward * 1e3,
-                      c.both * 1e3, forward_ratio, both_ratio, format_bytes(c.peak).c_str(),
+                      dtype == torch::kFloat ? "float" : "bfloat16", c.name, length, batch * used_heads,
+                      c.forward * 1e3, c.both * 1e3, forward_ratio, both_ratio, format_bytes(c.peak).c_str(),
                       format_bytes(floor).c_str());
           std::fflush(stdout);
           report.json["rows"].push_back({{"dtype", dtype == torch::kFloat ? "float" : "bfloat16"},

@@ -110,14 +110,17 @@ struct UNet : torch::nn::Module {
     int64_t channels = 2;
     for (int64_t i = 0; i < depth; ++i, channels = width << (i - 1)) {
       const int64_t out = width << i;
-      down.push_back(register_module("down" + std::to_string(i),
-                                     nn::Sequential(nn::Conv2d(nn::Conv2dOptions(channels, out, 5).stride(2).padding(2)),
-                                                    nn::BatchNorm2d(out), nn::ReLU())));
+      down.push_back(
+          register_module("down" + std::to_string(i),
+                          nn::Sequential(nn::Conv2d(nn::Conv2dOptions(channels, out, 5).stride(2).padding(2)),
+                                         nn::BatchNorm2d(out), nn::ReLU())));
       const int64_t back = i == 0 ? 2 : width << (i - 1);
       up.push_back(register_module(
           "up" + std::to_string(i),
-          nn::Sequential(nn::ConvTranspose2d(
-              nn::ConvTranspose2dOptions(i + 1 == depth ? out : 2 * out, back, 5).stride(2).padding(2).output_padding(1)))));
+          nn::Sequential(nn::ConvTranspose2d(nn::ConvTranspose2dOptions(i + 1 == depth ? out : 2 * out, back, 5)
+                                                 .stride(2)
+                                                 .padding(2)
+                                                 .output_padding(1)))));
     }
   }
   Tensor forward(const Tensor& x) {
@@ -236,18 +239,20 @@ int main(int argc, char** argv) {
     for (const Case& c : kCases) {
       if (!only.empty() && only != c.configuration) continue;
       const training::Config config = config_of(c, folder);
-      table.add(c.configuration, c.seconds, c.batch, c.policy, c.bf16,
-                [&](const DeviceProfile& card) { return training::plan_training(config, card); },
-                [&] { return train(config, gpu); });
+      table.add(
+          c.configuration, c.seconds, c.batch, c.policy, c.bf16,
+          [&](const DeviceProfile& card) { return training::plan_training(config, card); },
+          [&] { return train(config, gpu); });
     }
     for (const int64_t batch : {1, 4, 8}) {
       if (!only.empty() && only != "unet") break;
-      table.add("unet", 0, batch, "none", false,
-                [&](const DeviceProfile& card) { return plan([&] { train_unet(batch, torch::kMeta); }, card); },
-                [&] {
-                  train_unet(batch, gpu.device);
-                  return 0.0;
-                });
+      table.add(
+          "unet", 0, batch, "none", false,
+          [&](const DeviceProfile& card) { return plan([&] { train_unet(batch, torch::kMeta); }, card); },
+          [&] {
+            train_unet(batch, gpu.device);
+            return 0.0;
+          });
     }
     if (no_headline) return;
     const std::string crash = guides_crash(gpu, folder);
@@ -256,9 +261,10 @@ int main(int argc, char** argv) {
     gpu.allocator->emptyCache();
     for (const bool bf16 : {true, false}) {
       const training::Config config = config_of({"memory_optimized_first", 10, 1, "full", bf16}, folder);
-      table.add("memory_optimized_first", 10, 1, "full", bf16,
-                [&](const DeviceProfile& card) { return training::plan_training(config, card); },
-                [&] { return train(config, gpu); });
+      table.add(
+          "memory_optimized_first", 10, 1, "full", bf16,
+          [&](const DeviceProfile& card) { return training::plan_training(config, card); },
+          [&] { return train(config, gpu); });
     }
   });
 }

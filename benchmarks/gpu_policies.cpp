@@ -47,7 +47,7 @@ int main(int argc, char** argv) {
   benchmarks::Report report;
   std::string device = "cuda";
   Stack stack;
-  std::vector<std::string> policies{"none",         "selective",         "full",      "tiled", "nested",
+  std::vector<std::string> policies{"none",         "selective",         "full",      "tiled",     "nested",
                                     "full+offload", "selective+offload", "full+bf16", "reversible"};
   app.add_option("--device", device, "The GPU")->capture_default_str();
   app.add_option("--policies", policies, "Policies")->capture_default_str();
@@ -86,10 +86,8 @@ int main(int argc, char** argv) {
               .peak_bytes;
       int64_t fixed = stack.input_bytes();  // planned with the step, there before it is measured
       for (const Tensor& p : encoder->parameters()) fixed += static_cast<int64_t>(p.nbytes());
-      nlohmann::ordered_json row = {{"policy", policy},
-                                    {"seconds", seconds},
-                                    {"planned_bytes", planned - fixed},
-                                    {"measured_bytes", measured}};
+      nlohmann::ordered_json row = {
+          {"policy", policy}, {"seconds", seconds}, {"planned_bytes", planned - fixed}, {"measured_bytes", measured}};
       if (policy == "full") full = seconds;
       if (policy == "selective") selective = seconds;
       const double without = policy == "full+offload" ? full : policy == "selective+offload" ? selective : 0;

@@ -143,10 +143,9 @@ int main(int argc, char** argv) {
           run_steps();
           memory = peak_resident_bytes() - before;
         }
-        ours = add_row("headroom", {{"seconds", shortest},
-                                    {"memory_bytes", memory},
-                                    {"loss", losses.front()},
-                                    {"last_loss", losses.back()}});
+        ours = add_row(
+            "headroom",
+            {{"seconds", shortest}, {"memory_bytes", memory}, {"loss", losses.front()}, {"last_loss", losses.back()}});
       }
       if (python.empty()) continue;
       if (gpu) gpu->allocator->emptyCache();  // the twin is another process

@@ -56,8 +56,9 @@ TEST_CASE("checkpoint policies on the device give the gradients of none, bit for
   const Deterministic deterministic;
   const Gradients expected = encoder_gradients("none");
   REQUIRE(worst_difference(encoder_gradients("none"), expected) == 0);
-  for (const char* policy : {"full", "selective", "every-2", "selective+every-2", "nested", "nested-3", "full+offload",
-                             "selective+offload", "nested+offload", "2*full,none", "2*full+offload,2*nested,selective"}) {
+  for (const char* policy :
+       {"full", "selective", "every-2", "selective+every-2", "nested", "nested-3", "full+offload", "selective+offload",
+        "nested+offload", "2*full,none", "2*full+offload,2*nested,selective"}) {
     CAPTURE(policy);
     const Gradients actual = encoder_gradients(policy);
     CHECK(actual.output.equal(expected.output));

@@ -31,10 +31,10 @@ inline std::optional<std::string> why_skipped(bool accelerator_only) {
 }
 
 /// Leaves a test that cannot run; ctest reports it as skipped.
-#define SKIP_WITHOUT_DEVICE(accelerator_only)                                          \
+#define SKIP_WITHOUT_DEVICE(accelerator_only)                                         \
   if (const auto reason = headroom::testing::why_skipped(accelerator_only); reason) { \
-    WARN(*reason);                                                                     \
-    return;                                                                            \
+    WARN(*reason);                                                                    \
+    return;                                                                           \
   }
 
 inline void synchronize() {

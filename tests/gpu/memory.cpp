@@ -53,7 +53,7 @@ TEST_CASE("a meter reads the device's allocator: bytes, peaks, windows", "[gpu]"
   const int64_t before = meter.live();
   Tensor kept;
   const MemoryReport report = meter.measure([&] {
-    kept = bytes(1000);            // rounded up to 1024
+    kept = bytes(1000);              // rounded up to 1024
     bytes(3 << 20), bytes(1 << 20);  // gone again, one after the other
   });
   CHECK(report.live_before == before);
@@ -88,8 +88,8 @@ TEST_CASE("LibTorch's snapshot of the device knows what a meter saw", "[gpu]") {
   SKIP_WITHOUT_DEVICE(true);
   // torch::cuda::_memory_snapshot_pickled of the library for the device, which need not be there when this is linked
   using Snapshot = std::string (*)();
-  const auto snapshot = reinterpret_cast<Snapshot>(
-      dlsym(RTLD_DEFAULT, "_ZN5torch4cuda24_memory_snapshot_pickledB5cxx11Ev"));
+  const auto snapshot =
+      reinterpret_cast<Snapshot>(dlsym(RTLD_DEFAULT, "_ZN5torch4cuda24_memory_snapshot_pickledB5cxx11Ev"));
   REQUIRE(snapshot != nullptr);
   const Tensor x = torch::empty({77 << 20}, torch::TensorOptions(test_device()).dtype(torch::kByte));
   const std::string pickled = snapshot();

@@ -33,14 +33,14 @@ class FusedAttention {
   AttentionForward forward() const {
     std::vector<int64_t> shape = q_.sizes().vec();
     shape.back() = v_.size(-1);
-    AttentionForward result{empty_in_order_of(q_, shape, q_.options()),
-                            torch::empty(all_but_last(shape, 1), q_.options().dtype(torch::kDouble))};
+    Result output(q_, shape);
+    AttentionForward result{{}, torch::empty(all_but_last(shape, 1), q_.options().dtype(torch::kDouble))};
     for_each_block([&](const HeadBlock& block) {
       const int64_t width = padded_width(std::max(q_.size(-1), v_.size(-1)));
       const Call call{padded(block_of(q_, block, 2), width), padded(block_of(k_, block, 2), width),
                       padded(block_of(v_, block, 2), width), bias_of(block)};
-      auto [output, lse, rest] = run(call);
-      block_of(result.output, block, 2).copy_(output.narrow(-1, 0, v_.size(-1)));
+      auto [part, lse, rest] = run(call);
+      output.store(block, part);
       torch::Tensor seen = lse.slice(2, 0, request_.queries());
       // Kernels differ in what they return for a row whose scores are all -inf
       if (bias_.defined()) {
@@ -50,14 +50,13 @@ class FusedAttention {
       result.extra.push_back(lse);
       result.extra.insert(result.extra.end(), rest.begin(), rest.end());
     });
+    result.output = output.whole();
     return result;
   }
 
   AttentionGradients backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
                               const AttentionForward& forward) const {
-    const AttentionGradients grad{empty_in_order_of(q_, q_.sizes(), q_.options()),
-                                  empty_in_order_of(k_, k_.sizes(), k_.options()),
-                                  empty_in_order_of(v_, v_.sizes(), v_.options())};
+    Result grad_q(q_, q_.sizes()), grad_k(k_, k_.sizes()), grad_v(v_, v_.sizes());
     int64_t blocks = 0;
     for_each_block([&](const HeadBlock&) { ++blocks; });
     const size_t saved = blocks == 0 ? 0 : forward.extra.size() / blocks;
@@ -77,13 +76,10 @@ class FusedAttention {
         call.v.select(-1, width - 1).fill_(1);
       }
       const auto [dq, dk, dv] = run_backward(call, d_output, pad(forward.output), extra.slice(0, saved));
-      const auto store = [&](const torch::Tensor& target, const torch::Tensor& x) {
-        block_of(target, block, 2).copy_(x.narrow(-1, 0, target.size(-1)));
-      };
-      store(grad.q, dq), store(grad.k, dk), store(grad.v, dv);
+      grad_q.store(block, dq), grad_k.store(block, dk), grad_v.store(block, dv);
       extra = extra.slice(saved);
     });
-    return grad;
+    return {grad_q.whole(), grad_k.whole(), grad_v.whole()};
   }
 
  private:
@@ -102,6 +98,30 @@ class FusedAttention {
     for_each_head_block(request_, std::max<int64_t>(limit_ / request_.heads(), 1), heads,
                         [&](const HeadBlock& block, const HeadBlock&) { f(block); });
   }
+
+  /// A result that kernels compute block by block, in memory in the order of `like`. What a kernel gives for the only
+  /// block is the result itself where it lies like that.
+  class Result {
+   public:
+    Result(const torch::Tensor& like, at::IntArrayRef shape) : like_(like), shape_(shape.vec()) {}
+
+    void store(const HeadBlock& block, const torch::Tensor& part) {
+      if (!whole_.defined() && part.sizes() == shape_ && lies_in_order_of(like_, part)) {
+        whole_ = part;
+      } else {
+        block_of(whole(), block, 2).copy_(part.narrow(-1, 0, shape_.back()));
+      }
+    }
+    const torch::Tensor& whole() {
+      if (!whole_.defined()) whole_ = empty_in_order_of(like_, shape_, like_.options());
+      return whole_;
+    }
+
+   private:
+    const torch::Tensor& like_;
+    std::vector<int64_t> shape_;
+    torch::Tensor whole_;
+  };
 
   torch::Tensor bias_of(const HeadBlock& block) const { return block_of(bias_, block, 2); }
   std::optional<torch::Tensor> expanded_bias(const Call& call) const {

@@ -71,6 +71,7 @@ make_bundle() {
   for library in "$library" $(ldd "$library" | awk '/=> .*\/lib(FLAC|ogg|vorbis|vorbisenc|opus|mpg123|mp3lame)\.so/ {print $3}'); do
     cp -L --parents "/usr${library#/usr}" "$bundle"
   done
+  ln -sf libsndfile.so.1 "$(dirname "$(find "$bundle" -name libsndfile.so.1)")/libsndfile.so"
   if [ -n "$torch" ]; then
     build_programs "$(realpath "$torch")" build/gpu_bundle
     collect_programs build/gpu_bundle "$bundle/programs"

@@ -1,6 +1,7 @@
 #include "headroom/memory.hpp"
 
 #include <dlfcn.h>
+#include <torch/csrc/jit/serialization/pickle.h>
 
 #include <cstdlib>
 #include <string>
@@ -93,7 +94,7 @@ TEST_CASE("LibTorch's snapshot of the device knows what a meter saw", "[gpu]") {
   REQUIRE(snapshot != nullptr);
   const Tensor x = torch::empty({77 << 20}, torch::TensorOptions(test_device()).dtype(torch::kByte));
   const std::string pickled = snapshot();
-  const c10::IValue content = torch::pickle_load(std::vector<char>(pickled.begin(), pickled.end()));
+  const c10::IValue content = torch::jit::unpickle(pickled.data(), pickled.size());
   int64_t active = 0;
   bool found = false;
   for (const auto& segment : content.toGenericDict().at("segments").toListRef()) {

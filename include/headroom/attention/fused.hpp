@@ -1,6 +1,8 @@
 #pragma once
 
 #include <ATen/ops/_fused_sdp_choice.h>
+#include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
+#include <ATen/ops/_scaled_dot_product_cudnn_attention_backward.h>
 #include <ATen/ops/_scaled_dot_product_efficient_attention.h>
 #include <ATen/ops/_scaled_dot_product_efficient_attention_backward.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention.h>
@@ -41,7 +43,7 @@ class FusedAttention {
                       padded(block_of(v_, block, 2), width), bias_of(block)};
       auto [part, lse, rest] = run(call);
       output.store(block, part);
-      torch::Tensor seen = lse.slice(2, 0, request_.queries());
+      torch::Tensor seen = lse.flatten(2).slice(2, 0, request_.queries());
       // Kernels differ in what they return for a row whose scores are all -inf
       if (bias_.defined()) {
         seen = seen.masked_fill((bias_of(block).amax(-1) == -std::numeric_limits<double>::infinity()), -INFINITY);
@@ -137,13 +139,17 @@ class FusedAttention {
     return x.stride(-1) == 1 ? x : x.contiguous();
   }
 
-  bool takes_flash(const Call& call) const {
-    if (call.bias.defined() || q_.scalar_type() == torch::kFloat || call.q.size(-1) > 256) return false;
-    if (request_.causal && request_.queries() != request_.keys()) return false;  // aligned bottom right there
-    constexpr int64_t kEfficient = 2, kMath = 0;                                 // at::SDPBackend
+  /// Kernels for CUDA, by how many tensors their backward pass is given beside inputs and output.
+  enum Kernel : size_t { efficient = 3, cudnn = 4, flash = 5 };
+
+  /// The one that LibTorch's function would take, too.
+  Kernel choose(const Call& call) const {
+    if (call.bias.defined() || q_.scalar_type() == torch::kFloat || call.q.size(-1) > 256) return efficient;
+    if (request_.causal && request_.queries() != request_.keys()) return efficient;  // aligned bottom right by others
+    constexpr int64_t kFlash = 1, kCudnn = 3;                                        // at::SDPBackend
     const int64_t choice =
         at::_fused_sdp_choice(call.q, call.k, call.v, std::nullopt, 0.0, request_.causal, request_.scale);
-    return choice != kEfficient && choice != kMath;
+    return choice == kCudnn ? cudnn : choice == kFlash ? flash : efficient;
   }
 
   Returned run(const Call& call) const {
@@ -153,11 +159,18 @@ class FusedAttention {
                                                                            bias, request_.scale);
       return {output, lse, {}};
     }
-    if (takes_flash(call)) {
+    const Kernel kernel = choose(call);
+    if (kernel == flash) {
       auto [output, lse, starts_q, starts_k, max_q, max_k, seed, offset, debug] =
           at::_scaled_dot_product_flash_attention(call.q, call.k, call.v, 0.0, request_.causal,
                                                   /*return_debug_mask=*/false, request_.scale);
       return {output, lse, {starts_q, starts_k, seed, offset}};
+    }
+    if (kernel == cudnn) {
+      auto [output, lse, starts_q, starts_k, max_q, max_k, seed, offset, debug] =
+          at::_scaled_dot_product_cudnn_attention(call.q, call.k, call.v, std::nullopt, /*compute_log_sumexp=*/true,
+                                                  0.0, request_.causal, /*return_debug_mask=*/false, request_.scale);
+      return {output, lse, {seed, offset, at::empty({0}, lse.options())}};
     }
     auto [output, lse, seed, offset] = at::_scaled_dot_product_efficient_attention(
         call.q, call.k, call.v, expanded_bias(call), /*compute_log_sumexp=*/true, 0.0, request_.causal, request_.scale);
@@ -173,7 +186,13 @@ class FusedAttention {
           grad_output, call.q, call.k, call.v, output, lse, 0.0, request_.causal, bias, request_.scale);
       return {dq, dk, dv};
     }
-    if (saved.size() == 5) {
+    if (saved.size() == cudnn) {
+      const auto [dq, dk, dv] = at::_scaled_dot_product_cudnn_attention_backward(
+          grad_output, call.q, call.k, call.v, output, lse, saved[1], saved[2], {}, {}, {}, request_.queries(),
+          request_.keys(), 0.0, request_.causal, request_.scale);
+      return {dq, dk, dv};
+    }
+    if (saved.size() == flash) {
       const auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_backward(
           grad_output, call.q, call.k, call.v, output, lse, saved[1], saved[2], request_.queries(), request_.keys(),
           0.0, request_.causal, saved[3], saved[4], request_.scale);

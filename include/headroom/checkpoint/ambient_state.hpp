@@ -24,7 +24,8 @@ class RandomState {
   static RandomState capture() {
     RandomState now;
     now.add(c10::Device(c10::kCPU));
-    if (const auto accelerator = at::getAccelerator(false)) {
+    // A LibTorch that was built for an accelerator also runs where there is none
+    if (const auto accelerator = at::getAccelerator(false); accelerator && at::accelerator::deviceCount() > 0) {
       now.add(c10::Device(*accelerator, at::accelerator::getDeviceIndex()));
     }
     return now;

@@ -118,12 +118,18 @@ class SavedTensorHooks {
       [[maybe_unused]] static const bool once = [] {
         detail::require_stock_engine(get_default_engine());
         detail::OperatorInterception::install();
-        torch::autograd::set_default_engine_stub([]() -> torch::autograd::Engine& {
-          static auto* engine = new Engine;  // never destroyed: graphs may outlive static destruction
-          return *engine;
-        });
+        // LibTorch gives the threads of devices to one engine a process, the first that asks: that is the stock one,
+        // so that ours is not given them again after it has started its own
+        get_default_engine().initialize_device_threads_pool();
+        instance().start_device_threads();
+        torch::autograd::set_default_engine_stub([]() -> torch::autograd::Engine& { return instance(); });
         return true;
       }();
+    }
+    /// Never destroyed: graphs may outlive static destruction.
+    static Engine& instance() {
+      static auto* engine = new Engine;
+      return *engine;
     }
 
     std::unique_ptr<torch::autograd::SavedVariableHooks> get_default_saved_variable_hooks() override {

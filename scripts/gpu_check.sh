@@ -62,7 +62,7 @@ make_bundle() {
   local package library
   mkdir -p "$bundle"
   for package in libeigen3-dev nlohmann-json3-dev catch2 libcli11-dev libsndfile1-dev; do
-    dpkg -L "$package" | grep -E '^/usr/(include|lib|share)/' | grep -vE '/(doc|unsupported|man)/' |
+    dpkg -L "$package" | grep -E '^/usr/(include|lib|share)/' | grep -vE '/(doc|man)/' |
       while read -r file; do
         if [ -f "$file" ]; then cp -P --parents "$file" "$bundle"; fi
       done
@@ -99,7 +99,7 @@ if [ -n "$from" ]; then
 fi
 
 seconds=0
-if "$build" || [ -z "$programs" ] || ! "$programs/gpu_tests" --list-tags > /dev/null 2>> "$log"; then
+if "$build" || [ -z "$programs" ] || ! "$programs/gpu_tests" --help > /dev/null 2>> "$log"; then
   start=$SECONDS
   build_programs "$torch" "$out/build" "$from" >> "$log" 2>&1
   collect_programs "$out/build" "$out/programs"

@@ -11,9 +11,8 @@ inline std::array<torch::Tensor, 3> unpack_views(const torch::Tensor& packed, in
   return {part(0), part(1), part(2)};
 }
 
-/// Rotates q and k of packed projections in place: complex pairs of features times `rotation` (complex, broadcastable
-/// to
-/// [..., 2, H, D/2]).
+/// Rotates q and k of packed projections in place: complex pairs of features times `rotation`, complex, broadcastable
+/// to [..., 2, H, D/2].
 inline void rotate_packed(const torch::Tensor& packed, const torch::Tensor& rotation) {
   const torch::Tensor qk = packed.narrow(-3, 0, 2);
   torch::view_as_complex(qk.unflatten(-1, {-1, 2})).mul_(rotation);
@@ -37,7 +36,7 @@ struct PackedAttention : torch::autograd::Function<PackedAttention> {
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["axis"] = axis;
     save_request(ctx, request);
-    return result.output.movedim(-2, axis);
+    return result.output;  // a view could not be changed in place
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -58,8 +57,7 @@ struct PackedAttention : torch::autograd::Function<PackedAttention> {
       const auto [grad_q, grad_k, grad_v] = unpack_views(grad_packed, axis);
       const TiledParamGradients sums(q, request, wanted);
       AttentionGradients grad{grad_q, grad_k, grad_v};
-      tiled_attention_backward(grad_output[0].resolve_neg().movedim(axis, -2), {}, q, k, v, {output, lse}, request,
-                               grad, sums);
+      tiled_attention_backward(grad_output[0].resolve_neg(), {}, q, k, v, {output, lse}, request, grad, sums);
       if (rotation.defined()) rotate_packed(grad_packed, rotation.conj());
       sums.store(grad, request);
       return {grad_packed, grad.bias, grad.relative_bias, grad.alibi_slopes, grad.sink};
@@ -72,7 +70,8 @@ struct PackedAttention : torch::autograd::Function<PackedAttention> {
                            const AttentionRequest& request) {
     const auto given = [](const torch::Tensor& x) { return x.defined() ? Optional(x) : std::nullopt; };
     return apply(packed, given(request.bias), given(request.relative_bias), given(request.alibi_slopes),
-                 given(request.sink), rotation, axis, AttentionRequest(request));
+                 given(request.sink), rotation, axis, AttentionRequest(request))
+        .movedim(-2, axis);
   }
 };
 

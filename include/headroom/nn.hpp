@@ -1,6 +1,9 @@
 #pragma once
 
 #include "headroom/nn/attention.hpp"
+#include "headroom/nn/chain_by_operators.hpp"
+#include "headroom/nn/chain_in_chunks.hpp"
+#include "headroom/nn/chain_layout.hpp"
 #include "headroom/nn/encoder.hpp"
 #include "headroom/nn/encoder_block.hpp"
 #include "headroom/nn/feed_forward.hpp"
@@ -11,3 +14,4 @@
 #include "headroom/nn/rms_norm.hpp"
 #include "headroom/nn/rotary.hpp"
 #include "headroom/nn/token_axis.hpp"
+#include "headroom/nn/token_chain.hpp"

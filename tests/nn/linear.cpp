@@ -14,17 +14,13 @@ namespace {
 
 double rms(const Tensor& x) { return x.to(torch::kDouble).square().mean().sqrt().item<double>(); }
 
-std::vector<Tensor> to_double(const std::vector<Tensor>& tensors) {
+std::vector<Tensor> leaves(const std::vector<Tensor>& tensors, torch::ScalarType type) {
   std::vector<Tensor> result;
-  for (const Tensor& t : tensors) result.push_back(t.detach().to(torch::kDouble).requires_grad_());
+  for (const Tensor& t : tensors) result.push_back(t.detach().to(type, false, /*copy=*/true).requires_grad_());
   return result;
 }
-
-std::vector<Tensor> leaves(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> result;
-  for (const Tensor& t : tensors) result.push_back(t.detach().clone().requires_grad_());
-  return result;
-}
+std::vector<Tensor> leaves(const std::vector<Tensor>& tensors) { return leaves(tensors, tensors[0].scalar_type()); }
+std::vector<Tensor> to_double(const std::vector<Tensor>& tensors) { return leaves(tensors, torch::kDouble); }
 
 /// The output of f on copies of the inputs and the gradients, after grad_output, with respect to each.
 template <class F>
@@ -158,23 +154,28 @@ TEST_CASE("norm, layers, GELU and residual in one function are as close to doubl
 
 TEST_CASE("second derivatives of the chain are those of the operators") {
   torch::manual_seed(4);
+  const auto type = GENERATE(torch::kFloat, torch::kDouble);
   const auto inputs = chain_parameters(9, {6, 10, 6});
   const auto second = [&](auto&& f) {
-    const auto t = leaves(inputs);
+    const auto t = leaves(inputs, type);
     const auto first = torch::autograd::grad({f(t).sin().sum()}, t, {}, true, true);
     Tensor sum = torch::zeros({});
     for (const Tensor& g : first) sum = sum + g.square().sum();
     return torch::autograd::grad({sum}, t);
   };
   const auto ours = second(fused), theirs = second(by_operators);
+  const double relative = type == torch::kFloat ? 1e-3 : 1e-11;
   for (size_t i = 0; i < ours.size(); ++i) {
-    CHECK((ours[i] - theirs[i]).abs().max().item<double>() < 1e-3 * theirs[i].abs().max().item<double>());
+    CHECK((ours[i] - theirs[i]).abs().max().item<double>() < relative * theirs[i].abs().max().item<double>());
   }
 }
 
 TEST_CASE("only wanted gradients are computed, and without any the input of GELU is not kept") {
   torch::manual_seed(5);
+  const auto type = GENERATE(torch::kFloat, torch::kDouble);
+  const auto size = static_cast<int64_t>(c10::elementSize(type));
   auto t = chain_parameters(500, {16, 32, 16});
+  for (Tensor& x : t) x = x.to(type);
   for (size_t wanted = 0; wanted < t.size(); ++wanted) {
     auto inputs = t;
     inputs[wanted] = inputs[wanted].clone().requires_grad_();
@@ -188,8 +189,11 @@ TEST_CASE("only wanted gradients are computed, and without any the input of GELU
   MemoryMeter meter;
   Tensor output;
   const int64_t rows = 100000;
-  t[0] = torch::randn({rows, 16});
-  CHECK(meter.measure([&] { output = fused(t); }).added_peak() < rows * 16 * 4 + rows * 32 * 4);
+  t[0] = torch::randn({rows, 16}, type);
+  // At most the result and the widest layer; operators hold two tensors while they make one of the other
+  const int64_t held_at_once = type == torch::kFloat ? rows * (16 + 32) * size - 1 : rows * (16 + 32) * size;
+  CHECK(meter.measure([&] { output = fused(t); }).added_peak() <= held_at_once);
+  CHECK(meter.measure([&] { output = fused(t); }).held() == 0);
 }
 
 TEST_CASE("a residual that is another tensor gets the gradient of the sum") {
@@ -279,4 +283,161 @@ TEST_CASE("checkpointing the chain changes no bit") {
       },
       leaves(inputs), grad);
   for (size_t i = 0; i < plain.size(); ++i) CHECK(plain[i].equal(recomputed[i]));
+}
+
+namespace {
+
+/// Bytes that are held between forward and backward.
+template <class F>
+int64_t held(F&& f) {
+  Tensor output;
+  return MemoryMeter().measure([&] { output = f(); }).held();
+}
+
+headroom::detail::AutocastGuard in_bfloat16() { return {torch::kCPU, torch::kBFloat16}; }
+
+}  // namespace
+
+TEST_CASE("off the fast path the chain gives the operators' values and gradients, and holds the inputs of GELU alone") {
+  torch::manual_seed(12);
+  const auto type = GENERATE(torch::kDouble, torch::kBFloat16, torch::kHalf);
+  for (const auto& widths :
+       std::vector<std::vector<int64_t>>{{24, 24}, {32, 64, 32}, {48, 100, 20, 48}, {16, 24, 40, 72, 16}}) {
+    CAPTURE(type, widths);
+    const int64_t rows = 500, size = static_cast<int64_t>(c10::elementSize(type));
+    const auto inputs = leaves(chain_parameters(rows, widths), type);
+    const Tensor grad = torch::randn({rows, widths.back()}).to(type);
+    const auto exact = values_and_gradients(by_operators, to_double(inputs), grad);
+    const auto theirs = values_and_gradients(by_operators, inputs, grad);
+    const auto ours = values_and_gradients(fused, inputs, grad);
+    for (size_t i = 0; i < ours.size(); ++i) {
+      CAPTURE(i);
+      CHECK(ours[i].scalar_type() == type);
+      CHECK(rms(ours[i] - exact[i]) <= 1.5 * rms(theirs[i] - exact[i]) + 1e-15 * rms(exact[i]));
+    }
+    int64_t features = widths.back();
+    for (size_t i = 1; i + 1 < widths.size(); ++i) features += widths[i];
+    CHECK(held([&] { return fused(inputs); }) == rows * features * size);
+    CHECK(held([&] { return by_operators(inputs); }) > rows * features * size);
+  }
+}
+
+TEST_CASE("central differences are the chain's gradients in double") {
+  torch::manual_seed(13);
+  const auto inputs = leaves(chain_parameters(5, {4, 7, 3, 4}), torch::kDouble);
+  const auto loss = [](const std::vector<Tensor>& t) { return fused(t).sin().sum(); };
+  const auto gradients = torch::autograd::grad({loss(inputs)}, inputs);
+  const torch::NoGradGuard guard;
+  constexpr double kStep = 1e-5;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    for (int64_t j = 0; j < inputs[i].numel(); ++j) {
+      const Tensor element = inputs[i].view(-1)[j];
+      const auto moved = [&](double by) {
+        element.add_(by);
+        const double value = loss(inputs).item<double>();
+        element.sub_(by);
+        return value;
+      };
+      const double difference = (moved(kStep) - moved(-kStep)) / (2 * kStep);
+      CHECK(gradients[i].view(-1)[j].item<double>() == Approx(difference).epsilon(1e-7).margin(1e-8));
+    }
+  }
+}
+
+TEST_CASE("under autocast the chain computes in the narrow type, holds it, and gives gradients in the parameters'") {
+  torch::manual_seed(14);
+  const int64_t rows = 800;
+  const auto inputs = chain_parameters(rows, {32, 64, 48, 32});
+  const Tensor grad = torch::randn({rows, 32});
+  const auto exact = values_and_gradients(by_operators, to_double(inputs), grad);
+  const auto run = [&](auto&& f, bool backward_within) {
+    const auto t = leaves(inputs);
+    std::optional<headroom::detail::AutocastGuard> autocast(std::in_place, torch::kCPU, torch::kBFloat16);
+    const Tensor output = f(t);
+    if (!backward_within) autocast.reset();
+    auto all = torch::autograd::grad({output}, t, {grad});
+    all.insert(all.begin(), output.detach());
+    return all;
+  };
+  const auto theirs = run(by_operators, false);
+  for (const bool backward_within : {false, true}) {
+    const auto ours = run(fused, backward_within);
+    for (size_t i = 0; i < ours.size(); ++i) {
+      CAPTURE(i, backward_within);
+      CHECK(ours[i].scalar_type() == torch::kFloat);
+      CHECK(rms(ours[i] - exact[i]) <= 1.5 * rms(theirs[i] - exact[i]));
+      CHECK(rms(ours[i] - exact[i]) > 1e-4 * rms(exact[i]));
+    }
+  }
+  const auto t = leaves(inputs);
+  const auto autocast = in_bfloat16();
+  CHECK(held([&] { return fused(t); }) == rows * ((64 + 48) * 2 + 32 * 4));
+  // The casts made inside have no graph, and are not in autocast's cache for others
+  CHECK(torch::linear(t[0], t[2]).sum().requires_grad());
+  CHECK(torch::autograd::grad({torch::linear(t[0].detach(), t[2]).sum()}, {t[2]})[0].defined());
+}
+
+TEST_CASE(
+    "without a norm the cast input is what the chain holds under autocast, and a lone linear lets autocast cache") {
+  torch::manual_seed(15);
+  const int64_t rows = 300;
+  nn::FeedForward network(nn::FeedForwardOptions(16, {40}));
+  nn::Linear linear(16, 24);
+  const Tensor x = torch::randn({rows, 16});
+  const auto autocast = in_bfloat16();
+  CHECK(held([&] { return network->forward(x); }) == rows * (16 + 40 + 16) * 2);
+  linear->forward(x);
+  CHECK(held([&] { return linear->forward(x); }) == rows * (16 + 24) * 2);
+}
+
+TEST_CASE("off the fast path, too, checkpointing the chain changes no bit") {
+  torch::manual_seed(16);
+  const auto type = GENERATE(torch::kDouble, torch::kBFloat16);
+  const auto inputs = leaves(chain_parameters(300, {32, 64, 32}), type);
+  const Tensor grad = torch::randn({300, 32}).to(type);
+  for (const bool autocast : {false, true}) {
+    std::optional<headroom::detail::AutocastGuard> region;
+    if (autocast) region.emplace(torch::kCPU, torch::kBFloat16);
+    const auto plain = values_and_gradients(fused, leaves(inputs), grad);
+    const auto recomputed = values_and_gradients(
+        [](const std::vector<Tensor>& t) {
+          return checkpoint(
+              [t](const Tensor& x) {
+                auto all = t;
+                all[0] = x;
+                return fused(all);
+              },
+              t[0]);
+        },
+        leaves(inputs), grad);
+    for (size_t i = 0; i < plain.size(); ++i) CHECK(plain[i].equal(recomputed[i]));
+  }
+}
+
+TEST_CASE("a block holds the same tensors in any dtype, under autocast too, and by any backend that stores no scores") {
+  torch::manual_seed(17);
+  const auto options = [](AttentionBackend backend) {
+    nn::EncoderOptions block(32, 2, {64, 48}, 1);
+    block.attention(nn::AttentionOptions(32, 2).backend(backend));
+    return block;
+  };
+  const int64_t tokens = 10 * 30, lse = tokens * 2 * 8;
+  for (const auto backend : {AttentionBackend::tiled, AttentionBackend::chunked}) {
+    for (const auto type : {torch::kDouble, torch::kBFloat16}) {
+      CAPTURE(backend, type);
+      nn::EncoderBlock block = options(backend).block();
+      block->to(type);
+      const Tensor x = torch::randn({1, 10, 30, 32}, type).requires_grad_();
+      block->forward(x, 1);  // rotary table
+      // q,k,v, heads, sum after attention, two inputs of GELU, output
+      const int64_t expected =
+          tokens * (3 * 32 + 32 + 32 + 64 + 48 + 32) * static_cast<int64_t>(c10::elementSize(type));
+      CHECK(held([&] { return block->forward(x, 1); }) == expected + lse);
+    }
+    nn::EncoderBlock block = options(backend).block();
+    const Tensor x = torch::randn({1, 10, 30, 32}).requires_grad_();
+    const auto autocast = in_bfloat16();
+    block->forward(x, 1);  // rotary table, cast of the lone projection's weight
+    CHECK(held([&] { return block->forward(x, 1); }) == tokens * ((3 * 32 + 32 + 64 + 48) * 2 + (32 + 32) * 4) + lse);
+  }
 }

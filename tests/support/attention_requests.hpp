@@ -33,6 +33,18 @@ inline AttentionCase converted(const AttentionCase& request, torch::ScalarType d
   return result;
 }
 
+/// The request with every tensor that is computed with on a device; lengths and starts stay on the CPU.
+inline AttentionCase moved(const AttentionCase& request, torch::Device device) {
+  AttentionCase result = request;
+  AttentionOptions& o = result.options;
+  for (Tensor* x : {&result.q, &result.k, &result.v}) *x = x->to(device);
+  for (std::optional<Tensor>* x : {&o.mask(), &o.hidden(), &o.block_mask(), &o.bias(), &o.relative_bias(),
+                                   &o.alibi_slopes(), &o.sink(), &o.rotary()}) {
+    if (x->has_value()) *x = (*x)->to(device);
+  }
+  return result;
+}
+
 /// Output, log-sum-exp, and gradients of q, k, v, bias, relative_bias, alibi_slopes, sink where given.
 struct AttentionValues {
   std::vector<std::string> names;
@@ -73,7 +85,7 @@ inline AttentionValues run_case(const AttentionCase& request, const AttentionFor
   if (leaf.options.dropout() > 0) torch::manual_seed(17);
   const auto [output, lse] = form(leaf.q, leaf.k, leaf.v, leaf.options);
   const auto noise = [](const Tensor& x) {
-    return torch::cos(torch::arange(x.numel(), torch::kDouble) * 1.7).view(x.sizes()).to(x.scalar_type());
+    return torch::cos(torch::arange(x.numel(), torch::kDouble) * 1.7).view(x.sizes()).to(x.options());
   };
   Tensor loss = (output * noise(output)).sum();
   const Tensor visible = lse.detach() != -std::numeric_limits<double>::infinity();

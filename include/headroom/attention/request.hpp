@@ -102,6 +102,10 @@ inline core::Dropout checked_dropout(double probability, const std::optional<uin
   at::Generator generator = from.value_or(at::detail::getDefaultCPUGenerator());
   require(generator.defined() && generator.device().is_cpu(), "headroom.attention.dropout",
           "the generator is undefined or not on the CPU; give a CPU generator, it only draws a seed");
+  if (DryRun::device().has_value()) {
+    DryRun::note_draw();
+    return dropout;
+  }
   const std::scoped_lock lock(generator.mutex());
   dropout.seed = at::check_generator<at::CPUGeneratorImpl>(generator)->random64();
   return dropout;

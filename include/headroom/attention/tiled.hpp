@@ -72,6 +72,18 @@ inline torch::Tensor empty_in_order_of(const torch::Tensor& like, at::IntArrayRe
   return empty_in_order_of(like, c10::SymIntArrayRef(c10::fromIntArrayRefSlow(sizes)), options);
 }
 
+/// Whether the dimensions of x lie in memory as those of empty_in_order_of(like, x.sizes(), …) would.
+inline bool lies_in_order_of(const torch::Tensor& like, const torch::Tensor& x) {
+  std::vector<int64_t> order(like.dim());
+  std::iota(order.begin(), order.end(), 0);
+  std::ranges::stable_sort(order, std::ranges::greater(), [&](int64_t d) { return like.stride(d); });
+  int64_t dense = 1;
+  for (size_t i = order.size(); i-- > 0; dense *= x.size(order[i])) {
+    if (x.size(order[i]) != 1 && x.stride(order[i]) != dense) return false;
+  }
+  return true;
+}
+
 /// Calls f(4-D parts, first flat batch index) for tensors [..., *, *, *] of equal batch dimensions; undefined ones stay
 /// undefined. Batch dimensions that one stride can't step through are iterated over here; nothing is copied.
 template <class F>

@@ -69,9 +69,8 @@ class AttentionImpl : public torch::nn::Cloneable<AttentionImpl> {
     chain.biases = detail::bias_list(to_qkv->bias);
     const torch::Tensor packed = detail::run(chain).unflatten(-1, {3, options.heads(), -1});  // [...,3,H,D]
     const auto request = headroom::AttentionOptions().causal(options.causal()).backend(options.backend());
-    return headroom::detail::packed_attention(packed.to(headroom::detail::compute_type(packed)),
-                                              rotation(x.size(sequence), x.dim() - 1 - sequence, x.device()), sequence,
-                                              request)
+    return headroom::detail::packed_attention(packed, rotation(x.size(sequence), x.dim() - 1 - sequence, x.device()),
+                                              sequence, request)
         .flatten(-2);
   }
 

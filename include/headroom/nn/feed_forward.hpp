@@ -38,7 +38,7 @@ class FeedForwardImpl : public torch::nn::Cloneable<FeedForwardImpl> {
     stream << "headroom::nn::FeedForward(" << options.dim() << ", hidden=" << at::IntArrayRef(options.hidden()) << ")";
   }
 
-  /// x [..., dim] -> [..., dim]. Saves x and the input of each GELU.
+  /// x [..., dim] -> [..., dim]. Saves x, under autocast its cast, and the input of each GELU.
   torch::Tensor forward(const torch::Tensor& x) { return detail::run(chain(x)); }
 
   /// x + forward(norm(x)); neither norm(x) nor the sum's terms are stored.

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <tuple>
 
 #include "headroom/core/error.hpp"
 #include "headroom/dry_run/device.hpp"
@@ -99,36 +100,57 @@ inline bool has_float_rows(const torch::Tensor& x) {
          x.numel() > 0;
 }
 
+/// x·inverse·weight over the last dimension, in x's dtype; no graph.
+inline torch::Tensor normalized(const torch::Tensor& x, const torch::Tensor& weight, double eps) {
+  if (!has_float_rows(x) || !has_float_rows(weight)) {
+    return (x * inverse_rms(x, eps)).mul_(weight).to(x.scalar_type());
+  }
+  const torch::Tensor rows = x.contiguous().view({-1, x.size(-1)}), out = torch::empty_like(rows);
+  normalize_rows(rows, weight.contiguous(), eps, out);
+  return out.view(x.sizes());
+}
+
+/// The gradients of x and weight after normalized(); those that are not wanted are undefined. With a graph where
+/// gradients are enabled.
+// forward did: out = x·inverse·weight
+inline std::tuple<torch::Tensor, torch::Tensor> rms_norm_gradients(const torch::Tensor& grad, const torch::Tensor& x,
+                                                                   const torch::Tensor& weight, double eps,
+                                                                   bool wants_x, bool wants_weight) {
+  torch::Tensor grad_x, grad_weight;
+  if (has_float_rows(x) && has_float_rows(weight) && has_float_rows(grad) && !torch::GradMode::is_enabled()) {
+    const torch::Tensor rows = x.contiguous().view({-1, x.size(-1)});
+    if (wants_x) grad_x = torch::empty_like(rows);
+    if (wants_weight) grad_weight = torch::zeros_like(weight);
+    normalize_rows_backward(grad.contiguous().view(rows.sizes()), rows, weight.contiguous(), eps, grad_x, grad_weight,
+                            {});
+    return {wants_x ? grad_x.view(x.sizes()) : grad_x, grad_weight};
+  }
+  const torch::Tensor inverse = inverse_rms(x, eps);  // depends on x, for second derivatives
+  const torch::Tensor normed = x * inverse;
+  if (wants_weight) grad_weight = (grad * normed).sum_to_size(weight.sizes()).to(weight.scalar_type());
+  if (!wants_x) return {grad_x, grad_weight};
+  grad_x = grad * weight.to(inverse.scalar_type());                               // of normed
+  const torch::Tensor projection = (grad_x * normed).mean(-1, /*keepdim=*/true);  // [...,1]
+  grad_x = torch::GradMode::is_enabled() ? (grad_x - normed * projection) * inverse
+                                         : grad_x.addcmul_(normed, projection, -1).mul_(inverse);
+  return {grad_x.to(x.scalar_type()), grad_weight};
+}
+
 /// Saves the input alone, where a chain of operators would save three tensors of the input's size.
 struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
   static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& x,
                                const torch::Tensor& weight, double eps) {
     ctx->save_for_backward({x, weight});
     ctx->saved_data["eps"] = eps;
-    if (!has_float_rows(x) || !has_float_rows(weight)) return (x * inverse_rms(x, eps)).mul_(weight);
-    const torch::Tensor rows = x.contiguous().view({-1, x.size(-1)}), out = torch::empty_like(rows);
-    normalize_rows(rows, weight.contiguous(), eps, out);
-    return out.view(x.sizes());
+    return normalized(x, weight, eps);
   }
-  // forward did: out = x·inverse·weight
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const torch::Tensor &x = saved[0], &weight = saved[1], &grad = grads[0];
-    const double eps = ctx->saved_data["eps"].toDouble();
-    if (has_float_rows(x) && has_float_rows(weight) && has_float_rows(grad) && !torch::GradMode::is_enabled()) {
-      const torch::Tensor rows = x.contiguous().view({-1, x.size(-1)});
-      const torch::Tensor grad_x = ctx->needs_input_grad(0) ? torch::empty_like(rows) : torch::Tensor();
-      const torch::Tensor grad_weight = ctx->needs_input_grad(1) ? torch::zeros_like(weight) : torch::Tensor();
-      normalize_rows_backward(grad.contiguous().view(rows.sizes()), rows, weight.contiguous(), eps, grad_x, grad_weight,
-                              {});
-      return {grad_x.defined() ? grad_x.view(x.sizes()) : grad_x, grad_weight, {}};
-    }
-    const torch::Tensor inverse = inverse_rms(x, eps);  // depends on x, for second derivatives
-    const torch::Tensor normed = x * inverse;
-    const torch::Tensor grad_normed = grad * weight;
-    const torch::Tensor projection = (grad_normed * normed).mean(-1, /*keepdim=*/true);  // [...,1]
-    return {(grad_normed - normed * projection) * inverse, (grad * normed).sum_to_size(weight.sizes()), {}};
+    const auto [grad_x, grad_weight] =
+        rms_norm_gradients(grads[0], saved[0], saved[1], ctx->saved_data["eps"].toDouble(), ctx->needs_input_grad(0),
+                           ctx->needs_input_grad(1));
+    return {grad_x, grad_weight, {}};
   }
 };
 

@@ -1,0 +1,188 @@
+#pragma once
+
+#include <ATen/record_function.h>
+
+#include <algorithm>
+
+#include "headroom/nn/chain_layout.hpp"
+#include "headroom/nn/matrix_product.hpp"
+#include "headroom/nn/rms_norm.hpp"
+
+namespace headroom::inline v0::nn::detail {
+
+/// Scratch memory for the same matrix in chunk after chunk.
+struct ChunkScratch {
+  torch::Tensor memory;
+  ChunkScratch(int64_t rows, int64_t columns, const torch::Tensor& like)
+      : memory(headroom::detail::workspace_tensor(rows * columns, like.options().requires_grad(false))) {}
+  torch::Tensor operator()(int64_t rows, int64_t columns) const {
+    return memory.narrow(0, 0, rows * columns).view({rows, columns});
+  }
+};
+
+/// A chain on dense float rows, on the CPU, a chunk of rows at a time: what lies between the layers stays in the cache.
+class ChainInChunks {
+ public:
+  explicit ChainInChunks(const TokenChain& chain) : chain_(chain) {}
+
+  /// x [rows, in] -> [rows, out]
+  ChainForward forward(const ChainRequest& request) const {
+    RECORD_FUNCTION("headroom::token_chain", headroom::detail::operator_inputs(operands()));
+    const int64_t rows = chain_.x.size(0), in = chain_.x.size(1), chunk = std::min(rows, chunk_rows());
+    const size_t layers = chain_.weights.size();
+    std::vector<RightOperand> weights;
+    std::vector<torch::Tensor> inputs_of_gelu;
+    for (size_t i = 0; i < layers; ++i) {
+      weights.emplace_back(chain_.weights[i].t());
+      if (i + 1 < layers) {
+        inputs_of_gelu.push_back(
+            torch::empty({request.records ? rows : chunk, chain_.weights[i].size(0)}, chain_.x.options()));
+      }
+    }
+    const torch::Tensor out = torch::empty({rows, chain_.weights.back().size(0)}, chain_.x.options());
+    const ChunkScratch normed(chain_.norm_weight.defined() ? chunk : 0, in, out);
+    const ChunkScratch activation(chunk, widest_hidden(), out);
+    for (int64_t first = 0; first < rows; first = next_chunk(first, chunk)) {
+      const int64_t count = std::min(chunk, rows - first);
+      torch::Tensor x = chain_.x.narrow(0, first, count);
+      if (chain_.norm_weight.defined()) {
+        normalize_rows(x, chain_.norm_weight, chain_.eps, normed(count, in));
+        x = normed(count, in);
+      }
+      for (size_t i = 0; i < layers; ++i) {
+        const torch::Tensor bias = !chain_.biases.empty() ? chain_.biases[i] : torch::Tensor();
+        if (i + 1 < layers) {
+          const torch::Tensor before = inputs_of_gelu[i].narrow(0, request.records ? first : 0, count);
+          multiply(x, weights[i], before, bias.defined() ? Start::bias : Start::zero, bias);
+          if (i + 2 == layers && !request.output_wanted) break;
+          x = activation(count, before.size(1));
+          at::gelu_out(x, before);
+          continue;
+        }
+        if (!request.output_wanted) break;
+        torch::Tensor y = out.narrow(0, first, count);
+        if (chain_.residual.defined()) {
+          const torch::Tensor residual = chain_.residual.narrow(0, first, count);
+          bias.defined() ? at::add_out(y, residual, bias) : y.copy_(residual);
+          multiply(x, weights[i], y, Start::itself);
+        } else {
+          multiply(x, weights[i], y, bias.defined() ? Start::bias : Start::zero, bias);
+        }
+      }
+    }
+    if (!request.records) inputs_of_gelu.clear();
+    return {out, inputs_of_gelu};
+  }
+
+  /// The gradients of what is `wanted`, by the places of `layout`; those of a residual of its own are not its concern.
+  torch::autograd::variable_list backward(const ChainLayout& layout, at::TensorList inputs_of_gelu,
+                                          const torch::Tensor& grad, const std::vector<bool>& wanted) const {
+    torch::autograd::variable_list result(layout.size());
+    const auto all = layout.list(chain_);
+    for (int64_t i = 0; i < layout.size(); ++i) {
+      if (wanted[i]) result[i] = i == 0 ? torch::empty_like(all[i]) : torch::zeros_like(all[i]);
+    }
+    write_gradients(layout, inputs_of_gelu, grad.contiguous(), result);
+    return result;
+  }
+
+ private:
+  /// Rows of a chunk, so that a thread's share of its widest matrix takes about 400 KB.
+  int64_t chunk_rows() const {
+    int64_t widest = chain_.weights[0].size(1);
+    for (const torch::Tensor& w : chain_.weights) widest = std::max(widest, w.size(0));
+    return at::get_num_threads() * std::max<int64_t>(64, 98304 / widest / 64 * 64);
+  }
+  /// What profilers and traces see: x [, norm_weight], weights ….
+  std::vector<torch::Tensor> operands() const {
+    std::vector<torch::Tensor> all{chain_.x};
+    if (chain_.norm_weight.defined()) all.push_back(chain_.norm_weight);
+    all.insert(all.end(), chain_.weights.begin(), chain_.weights.end());
+    return all;
+  }
+  /// The start of the chunk after `first`. A dry run only sees the first two and the last: the first one lays out
+  /// copies of weights that stay, so that the second needs most, and those between no more.
+  int64_t next_chunk(int64_t first, int64_t chunk) const {
+    const int64_t last = (chain_.x.size(0) - 1) / chunk * chunk;
+    return is_dry(chain_.x) && first == chunk && first < last ? last : first + chunk;
+  }
+  int64_t widest_hidden() const {
+    int64_t widest = 0;
+    for (size_t i = 0; i + 1 < chain_.weights.size(); ++i) widest = std::max(widest, chain_.weights[i].size(0));
+    return widest;
+  }
+
+  /// Fills the tensors of `result` that are defined; all but that of x are zero before.
+  void write_gradients(const ChainLayout& layout, at::TensorList inputs_of_gelu, const torch::Tensor& grad,
+                       const torch::autograd::variable_list& result) const {
+    RECORD_FUNCTION("headroom::token_chain_backward", headroom::detail::operator_inputs(operands()));
+    const int64_t rows = chain_.x.size(0), in = chain_.x.size(1), chunk = std::min(rows, chunk_rows());
+    const bool has_norm = layout.has_norm;
+    const torch::Tensor grad_norm = has_norm ? result[layout.norm()] : torch::Tensor();
+    std::vector<RightOperand> weights(chain_.weights.begin(), chain_.weights.end());
+    const int64_t hidden = widest_hidden();
+    const ChunkScratch normed(has_norm ? chunk : 0, in, grad), grad_normed(has_norm ? chunk : 0, in, grad);
+    const ChunkScratch activation(chunk, hidden, grad);
+    const ChunkScratch grad_hidden[2] = {{layout.layers > 2 ? chunk : 0, hidden, grad},
+                                         {layout.layers > 1 ? chunk : 0, hidden, grad}};
+    for (int64_t first = 0; first < rows; first = next_chunk(first, chunk)) {
+      const int64_t count = std::min(chunk, rows - first);
+      const auto part = [&](const torch::Tensor& t) { return t.narrow(0, first, count); };
+      torch::Tensor g = part(grad);
+      for (int64_t i = layout.layers - 1; i >= 0; --i) {
+        const torch::Tensor grad_weight = result[layout.weight(i)];
+        if (layout.has_biases && result[layout.bias(i)].defined()) add_column_sums(g, result[layout.bias(i)]);
+        if (i > 0) {
+          // forward did: x = gelu(before)·wᵀ + b
+          const torch::Tensor before = part(inputs_of_gelu[i - 1]);
+          if (grad_weight.defined()) {
+            torch::Tensor x = activation(count, before.size(1));
+            RightOperand right(at::gelu_out(x, before));
+            multiply(g.t(), right, grad_weight, Start::itself);
+          }
+          torch::Tensor grad_before = grad_hidden[i % 2](count, before.size(1));
+          multiply(g, weights[i], grad_before, Start::zero);
+          g = at::gelu_backward_out(grad_before, grad_before, before);
+          continue;
+        }
+        // forward did: x = norm(x)·wᵀ + b
+        const torch::Tensor x = part(chain_.x);
+        if (grad_weight.defined()) {
+          if (has_norm) normalize_rows(x, chain_.norm_weight, chain_.eps, normed(count, in));
+          RightOperand right(has_norm ? normed(count, in) : x);
+          multiply(g.t(), right, grad_weight, Start::itself);
+        }
+        const torch::Tensor grad_x = result[0].defined() ? part(result[0]) : torch::Tensor();
+        const torch::Tensor through = layout.residual_is_x ? part(grad) : torch::Tensor();
+        if (has_norm && (grad_x.defined() || grad_norm.defined())) {
+          multiply(g, weights[0], grad_normed(count, in), Start::zero);
+          normalize_rows_backward(grad_normed(count, in), x, chain_.norm_weight, chain_.eps, grad_x, grad_norm,
+                                  through);
+        } else if (grad_x.defined()) {
+          if (through.defined()) grad_x.copy_(through);
+          multiply(g, weights[0], grad_x, through.defined() ? Start::itself : Start::zero);
+        }
+      }
+    }
+  }
+
+  /// sums [n] += the sum over the rows of g [rows, n], in double above 16 rows: rounding would add up
+  static void add_column_sums(const torch::Tensor& g, const torch::Tensor& sums) {
+    if (is_dry(g)) return;
+    const int64_t n = g.size(1);
+    Eigen::ArrayXd chunk = Eigen::ArrayXd::Zero(n);
+    Eigen::ArrayXf block(n);
+    for (int64_t first = 0; first < g.size(0); first += 16) {
+      block.setZero();
+      for (int64_t r = first; r < std::min(first + 16, g.size(0)); ++r) {
+        block += ConstRow(g.const_data_ptr<float>() + r * n, n);
+      }
+      chunk += block.cast<double>();
+    }
+    Row(sums.mutable_data_ptr<float>(), n) += chunk.cast<float>();
+  }
+
+  const TokenChain& chain_;
+};
+
+}  // namespace headroom::inline v0::nn::detail

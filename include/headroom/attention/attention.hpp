@@ -40,6 +40,7 @@ inline std::vector<std::string> refusals(AttentionBackend backend, const torch::
     refuse(q.size(-1) == 0 || c10::multiply_integers(request.score_sizes) == 0, "empty tensors");
     refuse(request.group() > 1, "fewer heads of k and v than of q");
     refuse(request.causal && request.query_offset != 0, "query_offset with causal");
+    refuse(request.causal && request.scale <= 0 && device.is_cpu(), "causal with a scale of 0 or less");  // NaN
     refuse(request.window_left >= 0 || request.window_right >= 0, "window");
     refuse(request.key_lengths.defined(), "key_lengths");
     refuse(request.sequence_starts.defined(), "sequence_starts");
@@ -251,7 +252,7 @@ inline AttentionForward run_backend(const torch::Tensor& given_q, const torch::T
     case AttentionBackend::chunked:
       return AttentionFunction<ChunkedBackend>::run(q, k, v, request);
     default:
-      return reference_attention(q, k, v, request, with_lse);
+      return reference_attention(q, k, v, request, with_lse, compute_type(q));
   }
 }
 

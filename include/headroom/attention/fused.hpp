@@ -136,7 +136,8 @@ class FusedAttention {
   }
   static torch::Tensor padded(const torch::Tensor& x, int64_t width) {
     if (x.size(-1) < width) return at::constant_pad_nd(x, {0, width - x.size(-1)});
-    return x.stride(-1) == 1 ? x : x.contiguous();
+    // Rows next to each other, none over another; contiguous() would keep any stride of a dimension of one element
+    return x.stride(-1) == 1 && x.stride(-2) >= x.size(-1) ? x : x.clone(at::MemoryFormat::Contiguous);
   }
 
   /// Kernels for CUDA, by how many tensors their backward pass is given beside inputs and output.

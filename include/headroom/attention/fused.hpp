@@ -35,7 +35,7 @@ class FusedAttention {
   AttentionForward forward() const {
     std::vector<int64_t> shape = q_.sizes().vec();
     shape.back() = v_.size(-1);
-    Result output(q_, shape);
+    Result output(q_, shape, /*in_order=*/true);
     AttentionForward result{{}, torch::empty(all_but_last(shape, 1), q_.options().dtype(torch::kDouble))};
     for_each_block([&](const HeadBlock& block) {
       const int64_t width = padded_width(std::max(q_.size(-1), v_.size(-1)));
@@ -58,7 +58,7 @@ class FusedAttention {
 
   AttentionGradients backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
                               const AttentionForward& forward) const {
-    Result grad_q(q_, q_.sizes()), grad_k(k_, k_.sizes()), grad_v(v_, v_.sizes());
+    Result grad_q(q_, q_.sizes(), false), grad_k(k_, k_.sizes(), false), grad_v(v_, v_.sizes(), false);
     int64_t blocks = 0;
     for_each_block([&](const HeadBlock&) { ++blocks; });
     const size_t saved = blocks == 0 ? 0 : forward.extra.size() / blocks;
@@ -101,14 +101,15 @@ class FusedAttention {
                         [&](const HeadBlock& block, const HeadBlock&) { f(block); });
   }
 
-  /// A result that kernels compute block by block, in memory in the order of `like`. What a kernel gives for the only
-  /// block is the result itself where it lies like that.
+  /// A result that kernels compute block by block. What a kernel gives for the only block is the result itself: the
+  /// output where it lies in the order of q, a gradient however it lies.
   class Result {
    public:
-    Result(const torch::Tensor& like, at::IntArrayRef shape) : like_(like), shape_(shape.vec()) {}
+    Result(const torch::Tensor& like, at::IntArrayRef shape, bool in_order)
+        : like_(like), shape_(shape.vec()), in_order_(in_order) {}
 
     void store(const HeadBlock& block, const torch::Tensor& part) {
-      if (!whole_.defined() && part.sizes() == shape_ && lies_in_order_of(like_, part)) {
+      if (!whole_.defined() && part.sizes() == shape_ && (!in_order_ || lies_in_order_of(like_, part))) {
         whole_ = part;
       } else {
         block_of(whole(), block, 2).copy_(part.narrow(-1, 0, shape_.back()));
@@ -122,6 +123,7 @@ class FusedAttention {
    private:
     const torch::Tensor& like_;
     std::vector<int64_t> shape_;
+    bool in_order_;
     torch::Tensor whole_;
   };
 

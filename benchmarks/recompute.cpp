@@ -196,7 +196,7 @@ int main(int argc, char** argv) {
 
     EncoderStep small = encoder;
     small.layers = 1;
-    for (const auto& policy : {"none", "tiled"}) small(policy);  // products choose their kernels
+    for (const auto& policy : {"none", "tiled"}) small(policy);  // what a process loads once
     std::ostringstream name;
     name << "encoder " << encoder.layers << " x " << encoder.length << ", " << at::IntArrayRef(encoder.hidden);
     std::vector<std::optional<Measurement>> best(policies.size());

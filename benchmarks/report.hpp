@@ -7,6 +7,7 @@
 #include <string>
 
 #include "headroom/core/error.hpp"
+#include "headroom/io/atomic_file.hpp"
 
 namespace headroom::benchmarks {
 
@@ -21,10 +22,7 @@ struct Report {
     app.add_option("--threads", threads, "Threads to use (0: all cores)")->check(CLI::NonNegativeNumber);
   }
   void write() const {
-    if (file.empty()) return;
-    std::ofstream out(file);
-    out << json.dump(2) << '\n';
-    require(out.good(), "headroom.benchmarks.file", "cannot write ", file, "; check the folder and the free space");
+    if (!file.empty()) io::write_file(file, "headroom.benchmarks.file", {json.dump(2), "\n"});
   }
 };
 

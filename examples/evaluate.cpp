@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <fstream>
 #include <iomanip>
 #include <iostream>
 #include <map>
@@ -19,6 +18,8 @@
 #include "command_line.hpp"
 #include "headroom/audio/file.hpp"
 #include "headroom/audio/metrics.hpp"
+#include "headroom/io/atomic_file.hpp"
+#include "headroom/io/file_name.hpp"
 
 namespace fs = std::filesystem;
 using headroom::audio::AudioReader;
@@ -72,14 +73,35 @@ Scores mean_over_tracks(const std::vector<TrackScores>& tracks, Scores TrackScor
   return means;
 }
 
+// A track's mixture: mixture.wav, or the sum of the stems where there is none.
+class Mixture {
+ public:
+  Mixture(const fs::path& track, const std::vector<std::string>& stems, const AudioReader& like) {
+    std::vector<std::string> files = {"mixture"};
+    if (!fs::exists(track / "mixture.wav")) files = stems;
+    for (const std::string& file : files) {
+      readers_.emplace_back(track / (file + ".wav"));
+      require_same_shape(readers_.back(), like);
+    }
+  }
+
+  torch::Tensor read(std::int64_t frames) {  // [C,n]
+    torch::Tensor sum = readers_.front().read(frames);
+    for (std::size_t i = 1; i < readers_.size(); ++i) sum += readers_[i].read(frames);
+    return sum;
+  }
+
+ private:
+  std::vector<AudioReader> readers_;
+};
+
 // Reads the files of a track a second at a time.
 TrackScores evaluate_track(const fs::path& reference, const fs::path& estimate, const std::vector<std::string>& stems) {
   TrackScores scores;
   for (const std::string& stem : stems) {
-    AudioReader truth(reference / (stem + ".wav")), guess(estimate / (stem + ".wav")),
-        mixture(reference / "mixture.wav");
+    AudioReader truth(reference / (stem + ".wav")), guess(estimate / (stem + ".wav"));
     require_same_shape(guess, truth);
-    require_same_shape(mixture, truth);
+    Mixture mixture(reference, stems, truth);
     NsdrAccumulator of_guess, of_silence, of_mixture;
     while (truth.position() < truth.frames()) {
       const torch::Tensor s = truth.read(truth.sample_rate());  // [C,n]
@@ -100,21 +122,26 @@ TrackScores evaluate_track(const fs::path& reference, const fs::path& estimate, 
   return scores;
 }
 
-// Names of the tracks below `reference`; "" stands for the folder itself.
-std::vector<std::string> find_tracks(const fs::path& reference) {
-  if (fs::exists(reference / "mixture.wav")) {
+// Names of the tracks below `reference`; "" stands for the folder itself. A track has a mixture or all stems.
+std::vector<std::string> find_tracks(const fs::path& reference, const std::vector<std::string>& stems) {
+  const auto is_track = [&](const fs::path& folder) {
+    const auto has = [&](const std::string& name) { return fs::exists(folder / (name + ".wav")); };
+    return has("mixture") || std::ranges::all_of(stems, has);
+  };
+  if (is_track(reference)) {
     return {""};
   }
   std::vector<std::string> names;
   std::error_code failure;
   for (const auto& entry : fs::directory_iterator(reference, failure)) {
-    if (fs::exists(entry.path() / "mixture.wav")) {
+    if (is_track(entry.path())) {
       names.push_back(entry.path().filename().string());
     }
   }
   std::ranges::sort(names);
-  headroom::require(!names.empty(), "headroom.evaluate.empty", "no tracks in ", reference,
-                    ", expected mixture.wav in it or in its folders; give a track or a split, e.g. musdb18hq/test");
+  headroom::require(
+      !names.empty(), "headroom.evaluate.empty", "no tracks in ", reference, failure ? ": " + failure.message() : "",
+      ", expected mixture.wav or all stems in it or in its folders; give a track or a split, e.g. musdb18hq/test");
   return names;
 }
 
@@ -143,7 +170,16 @@ nlohmann::ordered_json to_json(const Scores& scores, const std::vector<std::stri
 
 void run(const fs::path& reference, const fs::path& estimate, const std::vector<std::string>& stems,
          const fs::path& json_path) {
-  const std::vector<std::string> tracks = find_tracks(reference);
+  for (const std::string& stem : stems) {
+    headroom::require(headroom::io::is_file_name(stem), "headroom.evaluate.stems", "the stem \"", stem,
+                      "\" is no plain file name; give names such as vocals,drums");
+  }
+  if (!json_path.empty()) {
+    const std::string reason = headroom::io::why_not_writable(json_path);
+    headroom::require(reason.empty(), "headroom.evaluate.json", "can't write ", json_path, ": ", reason,
+                      "; give another path");
+  }
+  const std::vector<std::string> tracks = find_tracks(reference, stems);
   const auto name_of = [&](const std::string& track) {
     return track.empty() ? fs::canonical(reference).filename().string() : track;
   };
@@ -175,11 +211,7 @@ void run(const fs::path& reference, const fs::path& estimate, const std::vector<
   }
 
   if (!json_path.empty()) {
-    std::ofstream file(json_path);
-    file << json.dump(2) << '\n';
-    file.close();
-    headroom::require(file.good(), "headroom.evaluate.json", "can't write ", json_path,
-                      "; check the folder, the room on the disk and the permissions");
+    headroom::io::write_file(json_path, "headroom.evaluate.json", {json.dump(2), "\n"});
   }
 }
 
@@ -189,11 +221,11 @@ int main(int argc, char** argv) {
   CLI::App app{"Compares separated stems with the true ones: nSDR in dB of each stem and track."};
   fs::path reference, estimate, json;
   std::vector<std::string> stems = {"vocals", "drums", "bass", "other"};
-  app.add_option("--reference", reference, "track folder with mixture.wav and the true stems, or a folder of such")
+  add_path(app, "--reference", reference, "track folder with mixture.wav and the true stems, or a folder of such")
       ->required();
-  app.add_option("--estimate", estimate, "separated stems in the same layout and with the same names")->required();
+  add_path(app, "--estimate", estimate, "separated stems in the same layout and with the same names")->required();
   app.add_option("--stems", stems, "file names without .wav")->delimiter(',')->capture_default_str();
-  app.add_option("--json", json, "also write the result to this file");
+  add_path(app, "--json", json, "also write the result to this file");
   return run_tool("evaluate", app, argc, argv, [&] {
     run(reference, estimate, stems, json);
     return 0;

@@ -5,7 +5,6 @@
 #include "headroom/training/plan.hpp"
 
 #include <filesystem>
-#include <fstream>
 #include <functional>
 #include <iostream>
 #include <optional>
@@ -16,6 +15,7 @@
 #include <vector>
 
 #include "command_line.hpp"
+#include "headroom/io/atomic_file.hpp"
 #include "headroom/memory/report.hpp"
 #include "headroom/memory/snapshot.hpp"
 #include "headroom/training/config.hpp"
@@ -37,11 +37,17 @@ struct Arguments {
 
 // The file at `path`, if one is wanted, with what `writer` puts into a stream.
 void write(const fs::path& path, const std::function<void(std::ostream&)>& writer) {
-  if (path.empty()) return;
-  std::ofstream file(path, std::ios::binary);
-  writer(file);
-  file.flush();
-  headroom::require(file.good(), "headroom.plan.output", "cannot write ", path.string(), "; give another path");
+  if (!path.empty()) headroom::io::write_file(path, "headroom.plan.output", writer);
+}
+
+// Refuses, before anything is planned, to make a file where none can be.
+void check_outputs(const Arguments& arguments) {
+  for (const fs::path& path : {arguments.json, arguments.trace, arguments.html, arguments.snapshot}) {
+    if (path.empty()) continue;
+    const std::string reason = headroom::io::why_not_writable(path);
+    headroom::require(reason.empty(), "headroom.plan.output", "cannot write ", path, ": ", reason,
+                      "; give another path");
+  }
 }
 
 headroom::PlanOptions plan_options(const Arguments& arguments) {
@@ -74,6 +80,7 @@ int run_sweep(const Arguments& arguments) {
 
 // Returns the exit code: 0 fits, 3 does not fit.
 int run(const Arguments& arguments) {
+  check_outputs(arguments);
   if (!arguments.sweep.empty()) return run_sweep(arguments);
   const fs::path& path = arguments.configs.front();
   training::Config config = training::load_config(path);
@@ -125,9 +132,9 @@ int main(int argc, char** argv) {
                                 "a table over values of a number, e.g. segment_length=3s..15s or batch_size=1,2,4; "
                                 "takes --json"));
   app.add_flag("--recommend", arguments.recommend, "name the smallest change that fits");
-  app.add_option("--json", arguments.json, "write the plan as JSON");
-  app.add_option("--trace", arguments.trace, "write a trace for ui.perfetto.dev");
-  app.add_option("--snapshot", arguments.snapshot, "write a memory snapshot for pytorch.org/memory_viz");
-  app.add_option("--html", arguments.html, "write a web page");
+  add_path(app, "--json", arguments.json, "write the plan as JSON");
+  add_path(app, "--trace", arguments.trace, "write a trace for ui.perfetto.dev");
+  add_path(app, "--snapshot", arguments.snapshot, "write a memory snapshot for pytorch.org/memory_viz");
+  add_path(app, "--html", arguments.html, "write a web page");
   return run_tool("plan", app, argc, argv, [&] { return run(arguments); });
 }

@@ -5,7 +5,6 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <csignal>
 #include <filesystem>
 #include <iomanip>
 #include <iostream>
@@ -21,8 +20,6 @@ namespace fs = std::filesystem;
 namespace audio = headroom::audio;
 
 namespace {
-
-volatile std::sig_atomic_t interrupted = 0;
 
 // One line that is written over on a terminal, a line every tenth of the way elsewhere.
 class ProgressLine {
@@ -58,23 +55,37 @@ struct Arguments {
   audio::Encoding encoding = audio::Encoding::pcm16;
   int threads = 0;  // 0: LibTorch's choice
   std::string device = "cpu";
+  bool overwrite = false;
 };
 
-void run(const Arguments& arguments) {
-  if (arguments.threads > 0) {
-    torch::set_num_threads(arguments.threads);
-  }
-  auto [config, model] = headroom::training::load_model(arguments.model);
-  const torch::Device device(arguments.device);
-  model->to(device);
-
+// Where the stems go. What is there already is not replaced unasked: it may be the true stems of the recording.
+std::vector<fs::path> output_paths(const Arguments& arguments, const std::vector<std::string>& stems) {
   std::error_code failure;
   fs::create_directories(arguments.output, failure);
   headroom::require(fs::is_directory(arguments.output), "headroom.separate.output", "can't make the folder ",
                     arguments.output, ": ", failure.message(), "; choose another output folder");
   std::vector<fs::path> outputs;
-  for (const std::string& stem : config.audio.stems) {
+  for (const std::string& stem : stems) {
     outputs.push_back(arguments.output / (stem + ".wav"));
+    headroom::require(arguments.overwrite || !fs::exists(outputs.back(), failure), "headroom.separate.exists",
+                      outputs.back(), " is there already; choose another output folder or give --overwrite");
+  }
+  return outputs;
+}
+
+void run(const Arguments& arguments) {
+  if (arguments.threads > 0) {
+    torch::set_num_threads(arguments.threads);
+  }
+  headroom::io::handle_stop_signals(headroom::io::OnStop::finish_first);
+  auto [config, model] = headroom::training::load_model(arguments.model);
+  const torch::Device device = find_device(arguments.device);
+  model->to(device);
+
+  const std::vector<fs::path> outputs = output_paths(arguments, config.audio.stems);
+  if (arguments.overlap == 0) {
+    std::cerr << "separate: without overlap segments don't fade into each other, their borders may click; --overlap "
+                 "0.25 avoids it\n";
   }
   const audio::SeparatorOptions options{
       .segment = arguments.segment > 0 ? arguments.segment : config.training.segment_length,
@@ -84,12 +95,13 @@ void run(const Arguments& arguments) {
       .device = device};
 
   ProgressLine line;
-  const std::int64_t clipped = audio::separate_file(
-      arguments.input, outputs, model, options, static_cast<int>(config.audio.sample_rate), arguments.encoding,
-      [&](std::int64_t done, std::int64_t total) {
-        headroom::require(!interrupted, "headroom.separate.interrupted", "stopped by a signal; no stem was written");
-        line.show(done, total);
-      });
+  const std::int64_t clipped =
+      audio::separate_file(arguments.input, outputs, model, options, static_cast<int>(config.audio.sample_rate),
+                           arguments.encoding, [&](std::int64_t done, std::int64_t total) {
+                             headroom::require(headroom::io::stop_signal() == 0, "headroom.separate.interrupted",
+                                               "stopped by a signal; no stem was written");
+                             line.show(done, total);
+                           });
   for (const fs::path& path : outputs) {
     std::cout << path.string() << '\n';
   }
@@ -106,25 +118,23 @@ int main(int argc, char** argv) {
   const std::map<std::string, audio::Encoding> encodings = {
       {"wav16", audio::Encoding::pcm16}, {"wav24", audio::Encoding::pcm24}, {"wav32f", audio::Encoding::float32}};
   std::string format = "wav16";
-  app.add_option("--model", arguments.model, "checkpoint written by train")->required();
-  app.add_option("INPUT", arguments.input, "recording: WAV, FLAC, AIFF or Ogg, with the model's sample rate")
+  add_path(app, "--model", arguments.model, "checkpoint written by train")->required();
+  add_path(app, "INPUT", arguments.input,
+           "recording: WAV, FLAC, AIFF or Ogg, with the model's sample rate; - is the standard input")
       ->required();
-  app.add_option("OUTDIR", arguments.output, "folder for the stems, made if it is not there")->required();
-  app.add_option("--overlap", arguments.overlap, "share of a segment that the next one covers again, below 1")
-      ->check(CLI::Range(0.0, 0.999))
-      ->capture_default_str();
-  app.add_option("--segment", arguments.segment, "samples the model works on at a time; default: as trained")
-      ->check(CLI::PositiveNumber);
+  add_path(app, "OUTDIR", arguments.output, "folder for the stems, made if it is not there")->required();
+  add_number(app, "--overlap", arguments.overlap, Bounds<double>{0, 0.999},
+             "share of a segment that the next one covers again, default 0.25");
+  add_number(app, "--segment", arguments.segment, Bounds<std::int64_t>{1, 1'000'000'000},
+             "samples the model works on at a time; default: as trained");
+  app.add_flag("--overwrite", arguments.overwrite, "replace stems that are in OUTDIR already");
   app.add_option("--format", format, "wav16, wav24 (integers) or wav32f (float)")
       ->check(CLI::IsMember(encodings))
       ->capture_default_str();
-  app.add_option("--threads", arguments.threads, "CPU threads; default: one a core")->check(CLI::PositiveNumber);
+  add_number(app, "--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
   app.add_option("--device", arguments.device, "where the model runs, e.g. cpu or cuda")->capture_default_str();
   return run_tool("separate", app, argc, argv, [&] {
     arguments.encoding = encodings.at(format);
-    for (const int signal : {SIGINT, SIGTERM}) {  // let the writers remove their temporary files
-      std::signal(signal, [](int) { interrupted = 1; });
-    }
     run(arguments);
     return 0;
   });

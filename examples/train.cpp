@@ -2,7 +2,6 @@
 //
 //   train --config examples/configs/musdb18_small.json --data musdb18hq --out experiments/small
 
-#include <csignal>
 #include <filesystem>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -11,6 +10,8 @@
 #include <utility>
 
 #include "command_line.hpp"
+#include "headroom/io/folder_lock.hpp"
+#include "headroom/io/process.hpp"
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/report.hpp"
@@ -30,8 +31,6 @@ namespace training = headroom::training;
 
 namespace {
 
-volatile std::sig_atomic_t caught_signal = 0;
-
 struct Arguments {
   fs::path config, resume, data, out = "experiments/run";
   std::optional<int64_t> steps;
@@ -40,8 +39,27 @@ struct Arguments {
   std::string device = "cpu";
   std::string card;    // whose memory to plan for; empty: this machine's when it runs on the CPU
   std::string budget;  // what tensors may take; empty: what the card has
-  bool fit = false, unplanned = false, memory_summary = false;
+  bool fit = false, unplanned = false, memory_summary = false, overwrite = false;
 };
+
+// The folder of a run, made and locked. One that holds another run is only used when it is asked for: to go on from a
+// checkpoint in it, or by --overwrite.
+headroom::io::FolderLock open_run_folder(const Arguments& arguments) {
+  const fs::path& out = arguments.out;
+  std::error_code failure;
+  fs::create_directories(out, failure);
+  headroom::require(!failure && fs::is_directory(out), "headroom.train.output", "cannot make the folder ", out.string(),
+                    ": ", failure.message(), "; give --out another one");
+  headroom::io::FolderLock lock(out, "headroom.train.locked");
+  const fs::path from = arguments.resume.has_parent_path() ? arguments.resume.parent_path() : ".";
+  const bool goes_on = !arguments.resume.empty() && fs::equivalent(from, out, failure);
+  for (const char* name : {"last.pt", "best.pt", "summary.json"}) {
+    headroom::require(goes_on || arguments.overwrite || !fs::exists(out / name, failure), "headroom.train.used",
+                      "there is a run in ", out.string(), " already, with ", name,
+                      "; go on with --resume, give --out another folder, or --overwrite to lose it");
+  }
+  return lock;
+}
 
 // Examples of one split: a source of batches for the trainer.
 struct Split {
@@ -138,7 +156,7 @@ int run(const Arguments& arguments) {
   if (arguments.threads > 0) {
     torch::set_num_threads(arguments.threads);
   }
-  const torch::Device device(arguments.device);
+  const torch::Device device = find_device(arguments.device);
   plan_run(config, arguments);
   headroom::MemoryMeter meter(device);  // before the first tensor, so that it sees them all
   if (device.is_cpu()) meter.set_limit(budget(arguments));
@@ -146,17 +164,18 @@ int run(const Arguments& arguments) {
   const Split train{training::MusdbDataset(data / "train", dataset_options(config)),
                     static_cast<uint64_t>(config.training.seed)};
   const std::optional<Split> valid = validation_split(data, config);
+  const headroom::io::FolderLock lock = open_run_folder(arguments);
+  for (const std::string& notice : train.dataset.notices()) std::cout << "data:     " << notice << "\n";
   torch::manual_seed(static_cast<uint64_t>(config.training.seed));
   headroom::models::TimeFrequencyTransformer model(training::model_options(config));
   model->to(device);
   training::Trainer trainer(model, config, train);
   if (!arguments.resume.empty()) {
-    trainer.resume(training::load_state(arguments.resume), arguments.resume.string());
+    const std::string name = arguments.resume.string();
+    for (const auto& change : trainer.resume(training::load_state(arguments.resume), name)) {
+      std::cout << "resume:   " << training::describe(change) << "\n";
+    }
   }
-  std::error_code failure;
-  fs::create_directories(arguments.out, failure);
-  headroom::require(fs::is_directory(arguments.out), "headroom.train.output", "cannot make the folder ",
-                    arguments.out.string(), ": ", failure.message(), "; give --out another one");
   training::write_atomically(arguments.out / "config.json", {training::to_json(config)});
   print_start(config, model, arguments);
 
@@ -175,7 +194,7 @@ int run(const Arguments& arguments) {
                                      }
                                      bar.show(progress);
                                    },
-                               .stop_requested = [] { return caught_signal != 0; }};
+                               .stop_requested = [] { return headroom::io::stop_signal() != 0; }};
   if (valid) {
     options.validate = [&] {
       const double nsdr = training::validation_nsdr(model, *valid, config.training.validation_segments);
@@ -185,6 +204,7 @@ int run(const Arguments& arguments) {
     };
   }
   training::Summary summary;
+  headroom::io::handle_stop_signals(headroom::io::OnStop::finish_first);  // the step in work, and save
   try {
     summary = trainer.run(options);
   } catch (const std::exception& error) {
@@ -203,7 +223,7 @@ int run(const Arguments& arguments) {
   const std::string last = (arguments.out / "last.pt").string();
   if (summary.stopped) {
     std::cout << "stopped after step " << summary.steps << "; go on with --resume " << last << std::endl;
-    return 128 + caught_signal;
+    return 128 + headroom::io::stop_signal();
   }
   const nlohmann::ordered_json json = {
       {"train_seconds", summary.seconds},
@@ -226,29 +246,21 @@ int run(const Arguments& arguments) {
 int main(int argc, char** argv) {
   CLI::App app{"Trains a separator on a MUSDB18-HQ folder; writes last.pt, best.pt, config.json and summary.json."};
   Arguments arguments;
-  app.add_option("--config", arguments.config, "configuration, such as examples/configs/musdb18_small.json")
-      ->required();
-  app.add_option("--resume", arguments.resume, "checkpoint to go on from, with the same model");
-  app.add_option("--data", arguments.data, "folder with `train` and, optionally, `valid`; default: data.path");
-  app.add_option("--out", arguments.out, "folder for what is written")->capture_default_str();
-  app.add_option("--steps", arguments.steps, "end at this step; default: epochs x steps_per_epoch")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--seconds", arguments.seconds, "end after this time; the learning rate reaches its end then")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--threads", arguments.threads, "CPU threads; default: one a core")->check(CLI::PositiveNumber);
+  add_path(app, "--config", arguments.config, "configuration, such as examples/configs/musdb18_small.json")->required();
+  add_path(app, "--resume", arguments.resume, "checkpoint to go on from, of the same model");
+  add_path(app, "--data", arguments.data, "folder with `train` and, optionally, `valid`; default: data.path");
+  add_path(app, "--out", arguments.out, "folder for what is written")->capture_default_str();
+  app.add_flag("--overwrite", arguments.overwrite, "start anew in a folder that holds another run");
+  add_number(app, "--steps", arguments.steps, Bounds<int64_t>{1, 1'000'000'000'000'000},
+             "end at this step; default: epochs x steps_per_epoch");
+  add_number(app, "--seconds", arguments.seconds, Bounds<double>{1e-3, 1e9},
+             "end after this time; the learning rate reaches its end then");
+  add_number(app, "--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
   app.add_option("--card", arguments.card, "device profile to plan for, see plan --help; default: cpu on the CPU");
   app.add_option("--budget", arguments.budget, "what tensors may take, e.g. 8GiB; default: what the card has");
   app.add_flag("--fit", arguments.fit, "apply the smallest change that makes a run fit that does not");
   app.add_flag("--memory-summary", arguments.memory_summary, "end with the allocator's statistics");
   app.add_flag("--unplanned", arguments.unplanned, "start without planning the memory");
   app.add_option("--device", arguments.device, "where the model runs, e.g. cpu or cuda")->capture_default_str();
-  return run_tool("train", app, argc, argv, [&] {
-    for (const int signal : {SIGINT, SIGTERM}) {  // finish the step and save; a second one ends at once
-      std::signal(signal, [](int number) {
-        caught_signal = number;
-        std::signal(number, SIG_DFL);
-      });
-    }
-    return run(arguments);
-  });
+  return run_tool("train", app, argc, argv, [&] { return run(arguments); });
 }

@@ -36,7 +36,7 @@ train() {
   if [ -f "$training/summary.json" ]; then
     echo "$training is there"
   else
-    local resume=()
+    local resume=(--overwrite)  # what a run left that was killed before its first checkpoint
     [ ! -f "$model" ] || resume=(--resume "$model")
     "$tools/train" --config "$config" --data "$data" --out "$training" --seconds "$training_seconds" "${resume[@]}"
   fi

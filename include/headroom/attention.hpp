@@ -10,6 +10,7 @@
 #include "headroom/attention/packed.hpp"
 #include "headroom/attention/reference.hpp"
 #include "headroom/attention/request.hpp"
+#include "headroom/attention/rotation.hpp"
 #include "headroom/attention/scores.hpp"
 #include "headroom/attention/tiled.hpp"
 #include "headroom/attention/weights.hpp"

@@ -6,6 +6,7 @@
 #include "headroom/checkpoint/host_copies.hpp"
 #include "headroom/checkpoint/kept_results.hpp"
 #include "headroom/checkpoint/module.hpp"
+#include "headroom/checkpoint/operator_interception.hpp"
 #include "headroom/checkpoint/piece_gradients.hpp"
 #include "headroom/checkpoint/policy.hpp"
 #include "headroom/checkpoint/reentrant.hpp"

@@ -5,6 +5,7 @@
 #include "headroom/checkpoint.hpp"
 #include "headroom/core.hpp"
 #include "headroom/dry_run.hpp"
+#include "headroom/io.hpp"
 #include "headroom/memory.hpp"
 #include "headroom/models.hpp"
 #include "headroom/nn.hpp"

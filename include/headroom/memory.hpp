@@ -12,6 +12,7 @@
 #include "headroom/memory/operator_memory.hpp"
 #include "headroom/memory/plan.hpp"
 #include "headroom/memory/product_workspace.hpp"
+#include "headroom/memory/recorded_inputs.hpp"
 #include "headroom/memory/recurrent_kernels.hpp"
 #include "headroom/memory/rehearsal.hpp"
 #include "headroom/memory/report.hpp"

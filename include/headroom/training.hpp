@@ -1,6 +1,7 @@
 #pragma once
 
 #include "headroom/training/bucket.hpp"
+#include "headroom/training/cause.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/dataset.hpp"
 #include "headroom/training/json.hpp"

@@ -20,7 +20,7 @@ __all__ = ["MemoryReport", "attention", "measure", "replace_sdpa", "scaled_dot_p
 torch.ops.load_library(Path(__file__).with_name("libheadroom_ops.so"))
 
 
-def attention(q, k, v, *, scale=None, query_offset=0, causal=False, window=(-1, -1), key_lengths=None,
+def attention(q, k, v, *, scale=None, alignment="top_left", query_offset=0, causal=False, window=(-1, -1), key_lengths=None,
               sequence_starts=None, key_sequence_starts=None, mask=None, hidden=None, block_mask=None, block_size=128,
               bias=None, relative_bias=None, alibi_slopes=None, sink=None, softcap=None, rotary=None, dropout=0.0,
               seed=None, backend="automatic", return_lse=False):
@@ -29,12 +29,14 @@ def attention(q, k, v, *, scale=None, query_offset=0, causal=False, window=(-1, 
     q [..., H, Lq, D], k [..., Hk, Lk, D], v [..., Hk, Lk, Dv]: three dimensions or more, any strides, one floating-point
     dtype. Hk divides H, batch dimensions of k and v broadcast to those of q. Returns [..., H, Lq, Dv]; with
     `return_lse` also the log-sum-exp of the scores [..., H, Lq]. Differentiable in q, k, v, bias, relative_bias,
-    alibi_slopes and sink. A query that sees no key gets output 0, log-sum-exp -inf and gradient 0.
+    alibi_slopes and sink. A query that sees no key gets output 0, log-sum-exp -inf
+    (or its head's sink) and gradient 0.
 
     The options are those of headroom::AttentionOptions (docs/020_attention.md); all of them hold at once:
 
     scale                factor of q·kᵀ, 1/sqrt(D) unless given
-    query_offset         query i stands at position i + query_offset among the keys; Lk - Lq aligns bottom right
+    alignment            "top_left": query i of a sequence stands at key i; "bottom_right": the last query at the last key
+    query_offset         is added to the positions of the queries
     causal               a query sees keys up to its position
     window               (left, right): keys from position - left to position + right; negative: unlimited
     key_lengths          integers, broadcastable to the batch dimensions: how many keys are valid
@@ -57,7 +59,7 @@ def attention(q, k, v, *, scale=None, query_offset=0, causal=False, window=(-1, 
         seed = torch.tensor(seed, dtype=torch.int64)
     operator = torch.ops.headroom.attention_with_lse if return_lse else torch.ops.headroom.attention
     return operator(
-        q, k, v, scale=scale, query_offset=query_offset, causal=causal, window_left=window[0], window_right=window[1],
+        q, k, v, scale=scale, alignment=alignment, query_offset=query_offset, causal=causal, window_left=window[0], window_right=window[1],
         key_lengths=key_lengths, sequence_starts=sequence_starts, key_sequence_starts=key_sequence_starts, mask=mask,
         hidden=hidden, block_mask=block_mask, block_size=block_size, bias=bias, relative_bias=relative_bias,
         alibi_slopes=alibi_slopes, sink=sink, softcap=softcap, rotary=rotary, dropout=dropout, seed=seed,

@@ -1,10 +1,10 @@
 #include "headroom/attention.hpp"
 
 #include "headroom/memory.hpp"
-#include "support/catch.hpp"
+#include "support/attention_requests.hpp"
 
 using namespace headroom;
-using torch::Tensor;
+using namespace headroom::testing;
 
 namespace {
 
@@ -22,21 +22,19 @@ struct Inputs {
 struct Result {
   Tensor output, q, k, v;
 };
-Result run(const Inputs& in, const AttentionOptions& options, torch::ScalarType dtype) {
+Result run(const Inputs& in, const AttentionOptions& options, torch::ScalarType dtype,
+           const testing::AttentionForm& form = attention_with_lse) {
   Tensor q = in.q.to(dtype).detach().requires_grad_(), k = in.k.to(dtype).detach().requires_grad_(),
          v = in.v.to(dtype).detach().requires_grad_();
-  const Tensor output = attention(q, k, v, options);
+  const Tensor output = form(q, k, v, options).output;
   output.backward(in.grad.to(dtype));
   return {output.detach(), q.grad(), k.grad(), v.grad()};
 }
 
-double rms(const Tensor& x) { return x.to(torch::kDouble).square().mean().sqrt().item<double>(); }
-double largest(const Tensor& x) { return x.to(torch::kDouble).abs().max().item<double>(); }
-
 /// The tiled backend in `dtype` against the reference in double, by the yardstick of the reference in `dtype`.
 void check_against_reference(const Inputs& in, AttentionOptions options, torch::ScalarType dtype = torch::kFloat) {
   const Result tiled = run(in, options.backend(AttentionBackend::tiled), dtype);
-  const Result naive = run(in, options.backend(AttentionBackend::reference), dtype);
+  const Result naive = run(in, options, dtype, testing::naive_attention);
   const Result exact = run(in, options.backend(AttentionBackend::reference), torch::kDouble);
   const auto compare = [&](const Tensor& ours, const Tensor& theirs, const Tensor& truth) {
     REQUIRE(ours.sizes() == truth.sizes());

@@ -1,4 +1,5 @@
 #include "headroom/memory.hpp"
+#include "headroom/nn.hpp"
 #include "support/attention_requests.hpp"
 
 using namespace headroom;
@@ -114,6 +115,121 @@ TEST_CASE("NaN in the gradient of an output stays with the keys its query sees")
       .backward(grad);
   for (const Tensor& x : {q, k, v}) CHECK(x.grad().slice(2, 0, 5).isfinite().all().item<bool>());
   CHECK(v.grad().slice(2, 5).isnan().all().item<bool>());
+}
+
+TEST_CASE("what is not finite in a query or its gradient stays with the keys that it sees") {
+  torch::manual_seed(12);
+  const Tensor k = torch::randn({1, 1, 60, 4}), q = torch::randn({1, 1, 60, 4}), v = torch::randn({1, 1, 60, 4});
+  using O = AttentionOptions;
+  const std::pair<std::string, O> requests[] = {
+      {"sequences", O().sequence_starts(torch::tensor({0, 20, 40, 60})).sink(torch::randn({1}))},
+      {"window", O().window(AttentionWindow{5, 5})},
+      {"mask", O().mask((torch::arange(60) < 40).unsqueeze(-1) == (torch::arange(60) < 40))},
+      {"a query without keys", O().mask((torch::arange(60) < 40).unsqueeze(-1)).sink(torch::randn({1}))}};
+  for (const auto backend : {AttentionBackend::chunked, AttentionBackend::reference}) {
+    for (const auto& [name, given] : requests) {
+      const auto run = [&, &options = given](const Tensor& query, const Tensor& grad) {
+        const Tensor a = query.detach().requires_grad_(), b = k.detach().requires_grad_(),
+                     c = v.detach().requires_grad_();
+        std::vector<Tensor> leaves{b, c};
+        O o = options;
+        if (o.sink().has_value() && name == "a query without keys") {
+          o.sink(o.sink()->detach().requires_grad_());
+          leaves.push_back(*o.sink());
+        }
+        return torch::autograd::grad({attention(a, b, c, o.backend(backend))}, leaves, {grad});
+      };
+      const Tensor grad = torch::ones({1, 1, 60, 4});
+      const auto clean = run(q, grad);
+      for (const bool in_query : {false, true}) {
+        INFO(backend << ", " << name << (in_query ? ", in q" : ", in the gradient"));
+        Tensor bad_q = q.clone(), bad_grad = grad.clone();
+        (in_query ? bad_q : bad_grad).select(2, 55).fill_(std::nanf(""));
+        const auto poisoned = run(bad_q, bad_grad);
+        CHECK(poisoned[0].slice(2, 0, 40).equal(clean[0].slice(2, 0, 40)));
+        CHECK(poisoned[1].slice(2, 0, 40).equal(clean[1].slice(2, 0, 40)));
+        if (poisoned.size() == 3) CHECK(poisoned[2].equal(clean[2]));
+        if (poisoned.size() == 2) CHECK(poisoned[1].select(2, 55).isnan().all().item<bool>());
+      }
+    }
+  }
+}
+
+TEST_CASE("scores of the least number: the mean of what is seen, with its gradients") {
+  for (const auto dtype : {torch::kFloat, torch::kDouble}) {
+    const double least =
+        dtype == torch::kFloat ? std::numeric_limits<float>::lowest() : std::numeric_limits<double>::lowest();
+    const Tensor q = torch::zeros({1, 1, 2, 4}, dtype), k = torch::zeros({1, 1, 8, 4}, dtype);
+    for (const auto backend : {AttentionBackend::chunked, AttentionBackend::reference}) {
+      INFO(backend << ", " << dtype);
+      const Tensor v = torch::arange(32, dtype).view({1, 1, 8, 4}).requires_grad_(),
+                   sink = torch::full({1}, least, dtype).requires_grad_();
+      const auto options = AttentionOptions().bias(torch::full({8}, least, dtype)).backend(backend);
+      const auto [output, lse] = attention_with_lse(q, k, v, options);
+      CHECK(largest(output.detach() - v.detach().mean(2, true)) < 1e-6);
+      CHECK(lse.isfinite().all().item<bool>());
+      CHECK(largest(torch::autograd::grad({output.sum()}, {v})[0] - 2.0 / 8) < 1e-7);
+      // The sink takes the share of one key more
+      const Tensor shared = attention(q, k, v, AttentionOptions(options).sink(sink));
+      CHECK(largest(torch::autograd::grad({shared.sum()}, {v}, {}, /*retain_graph=*/true)[0] - 2.0 / 9) < 1e-7);
+      const double mean = v.detach().mean().item<double>();
+      CHECK(std::abs(torch::autograd::grad({shared.sum()}, {sink})[0].item<double>() + 2 * 4 * mean * 8 / 81) < 1e-4);
+    }
+  }
+}
+
+TEST_CASE("rotation of features that lie at odd places") {
+  torch::manual_seed(13);
+  const Tensor memory = torch::randn({1 + 2 * 9 * 5}), angles = torch::rand({9, 2});
+  const Tensor table = torch::polar(torch::ones_like(angles), angles);
+  const Tensor q = memory.slice(0, 1).view({1, 2, 9, 5}).narrow(-1, 0, 4), dense = q.contiguous().clone();
+  const Tensor odd = memory.slice(0, 1, 73).view({1, 2, 9, 4}), even = odd.clone();
+  REQUIRE(odd.storage_offset() == 1);
+  for (const auto backend : {AttentionBackend::tiled, AttentionBackend::chunked, AttentionBackend::reference}) {
+    const auto options = AttentionOptions().rotary(table).backend(backend);
+    CHECK(attention(q, q, q, options).equal(attention(dense, dense, dense, options)));
+    CHECK(attention(odd, odd, odd, options).equal(attention(even, even, even, options)));
+  }
+  CHECK(nn::rotate(odd, table).equal(nn::rotate(even, table)));
+}
+
+TEST_CASE("an output may be changed in place") {
+  torch::manual_seed(14);
+  const Tensor base = torch::randn({1, 9, 2, 4}).requires_grad_(), x = torch::randn({1, 2, 9, 4});
+  const Tensor q = base.transpose(1, 2);
+  const auto changed = [&](Tensor output) { return output.add_(x).detach().clone(); };
+  for (const auto backend :
+       {AttentionBackend::tiled, AttentionBackend::fused, AttentionBackend::chunked, AttentionBackend::reference}) {
+    INFO(backend);
+    const auto options = AttentionOptions().backend(backend);
+    CHECK(changed(attention(q, q, q, options)).equal(attention(q, q, q, options) + x));
+  }
+  Tensor lse = attention_with_lse(q.to(torch::kDouble), q.to(torch::kDouble), q.to(torch::kDouble)).lse;
+  CHECK_NOTHROW(lse.add_(1));
+  CHECK_NOTHROW(attention_weights(q, q).add_(1));
+  Tensor linear = linear_attention(q, q, q);
+  linear += x;  // and that one does not need its output in the backward pass
+  CHECK(torch::autograd::grad({linear.sum()}, {base})[0].equal(
+      torch::autograd::grad({linear_attention(q, q, q).sum()}, {base})[0]));
+  nn::Attention layer(nn::AttentionOptions(8, 2));
+  CHECK_NOTHROW(layer->forward(torch::randn({2, 9, 8})).add_(1));
+  const Tensor packed = torch::randn({2, 9, 3, 2, 4}).requires_grad_();
+  CHECK_NOTHROW(headroom::detail::packed_attention(packed * 1, std::nullopt, 1, {}).add_(1));
+}
+
+TEST_CASE("the reference computes 16 bits in float") {
+  torch::manual_seed(15);
+  const Tensor q = torch::randn({1, 2, 30, 8}, torch::kDouble);
+  const auto options = [](torch::ScalarType dtype) {
+    return AttentionOptions()
+        .alibi_slopes(torch::full({2, 1}, 0.5, dtype))
+        .query_offset(1000)
+        .backend(AttentionBackend::reference);
+  };
+  const Tensor narrow = q.to(torch::kBFloat16), exact = narrow.to(torch::kDouble);
+  const Tensor output = attention(narrow, narrow, narrow, options(torch::kBFloat16));
+  CHECK(output.scalar_type() == torch::kBFloat16);
+  CHECK(largest(output - attention(exact, exact, exact, options(torch::kDouble))) < 0.01);
 }
 
 TEST_CASE("a query without keys gets 0, -inf and no gradient from chunked attention") {

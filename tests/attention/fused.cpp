@@ -83,6 +83,32 @@ TEST_CASE("fused attention takes strided inputs") {
   check_same(run_case(strided, AttentionBackend::fused), run_case(strided, AttentionBackend::reference), 1e-13);
 }
 
+TEST_CASE("fused attention takes rows that overlap, expanded rows and gradients") {
+  torch::manual_seed(4);
+  const Tensor row = torch::randn({64}, torch::kDouble);
+  const Tensor q = row.as_strided({1, 2, 7, 8}, {20, 10, 1, 1}), k = row.as_strided({1, 2, 9, 8}, {16, 8, 0, 1}),
+               v = torch::randn({1, 2, 9, 4}, torch::kDouble);
+  const AttentionCase overlapping{"", q, k, v, {}, true}, one_query{"", q.narrow(2, 0, 1), k, v, {}, true};
+  for (const AttentionCase& request : {overlapping, one_query}) {
+    check_same(run_case(request, AttentionBackend::fused), run_case(request, AttentionBackend::reference), 1e-13);
+  }
+  const auto gradient = [&](AttentionBackend backend) {
+    const Tensor leaf = v.detach().requires_grad_();
+    const Tensor output = attention(q, k, leaf, AttentionOptions().backend(backend));
+    return torch::autograd::grad({output}, {leaf}, {row.slice(0, 0, 4).expand_as(output)})[0];
+  };
+  CHECK(largest(gradient(AttentionBackend::fused) - gradient(AttentionBackend::reference)) < 1e-13);
+}
+
+TEST_CASE("a scale of 0 or below with causal is refused by fused attention, not NaN") {
+  const Tensor q = torch::randn({1, 2, 6, 8});
+  for (const double scale : {0.0, -0.5}) {
+    const AttentionCase causal{"", q, q, q, AttentionOptions().causal(true).scale(scale), true};
+    CHECK(refused(causal, AttentionBackend::fused));
+    CHECK(attention(q, q, q, AttentionOptions(causal.options)).isfinite().all().item<bool>());
+  }
+}
+
 TEST_CASE("a NaN behind the causal mask does not leak out of fused attention") {
   torch::manual_seed(3);
   const Tensor q = torch::randn({1, 2, 9, 4}), clean = torch::randn({1, 2, 9, 4});

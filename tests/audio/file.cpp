@@ -1,9 +1,11 @@
 #include "headroom/audio/file.hpp"
 
 #include <sys/resource.h>
+#include <sys/stat.h>
 
 #include <csignal>
 #include <cstring>
+#include <thread>
 
 #include "support/catch.hpp"
 #include "support/files.hpp"
@@ -230,7 +232,10 @@ TEST_CASE("the reader says what is wrong with a file, and where") {
     return error;
   };
   CHECK(error_of([&] { AudioReader(folder / "none.wav"); }).id() == "headroom.audio.file.missing");
-  CHECK(error_of([&] { AudioReader(folder.path()); }).id() == "headroom.audio.file.missing");
+  const Error is_folder = error_of([&] { AudioReader(folder.path()); });
+  CHECK(is_folder.id() == "headroom.audio.file.missing");
+  CHECK_THAT(is_folder.what(), Catch::Contains("it is a folder"));
+  CHECK_THAT(error_of([&] { AudioReader("/dev/null"); }).what(), Catch::Contains("it is a device"));
   CHECK(error_reading("").id() == "headroom.audio.file.empty");
   CHECK(error_reading(testing::wav_bytes("", 2, 16)).id() == "headroom.audio.file.empty");
   CHECK(error_reading("<html>not found</html>").id() == "headroom.audio.file.format");
@@ -252,6 +257,99 @@ TEST_CASE("the reader says what is wrong with a file, and where") {
   values[3] = -std::numeric_limits<float>::infinity();
   error = error_reading(testing::wav_bytes(bytes_of_floats(values), 2, 32, 3));
   CHECK_THAT(error.what(), Catch::Contains("frame 1 (") && Catch::Contains("channel 1"));
+}
+
+namespace {
+
+// 10001 frames of 16 bits and one channel, written by libsndfile in one of its formats.
+std::string bytes_in_format(const TemporaryFolder& folder, int format, const torch::Tensor& samples) {
+  SF_INFO info{};
+  info.channels = 1;
+  info.samplerate = 48000;
+  info.format = format;
+  const std::string path = (folder / "made").string();
+  SNDFILE* file = sf_open(path.c_str(), SFM_WRITE, &info);
+  REQUIRE(file != nullptr);
+  sf_writef_float(file, samples.contiguous().data_ptr<float>(), samples.numel());
+  sf_close(file);
+  return testing::read_bytes(path);
+}
+
+}  // namespace
+
+TEST_CASE("a file of any kind that is cut is refused, one that is whole is read") {
+  const TemporaryFolder folder;
+  const torch::Tensor samples = torch::arange(10001).remainder(1000) / 1024.;  // [T]
+  constexpr int k16 = SF_FORMAT_PCM_16;
+  for (const int format : {SF_FORMAT_WAV | k16, SF_FORMAT_WAVEX | SF_FORMAT_PCM_24, SF_ENDIAN_BIG | SF_FORMAT_WAV | k16,
+                           SF_FORMAT_RF64 | k16, SF_FORMAT_W64 | k16, SF_FORMAT_AIFF | k16, SF_FORMAT_AU | k16,
+                           SF_FORMAT_CAF | k16, SF_FORMAT_FLAC | k16, SF_FORMAT_OGG | SF_FORMAT_VORBIS}) {
+    INFO(std::hex << format);
+    const std::string whole = bytes_in_format(folder, format, samples);
+    testing::write_bytes(folder / "a", whole);
+    CHECK(audio::read_audio(folder / "a").samples.size(1) == 10001);
+    for (const double share : {0.5, 0.999}) {
+      testing::write_bytes(folder / "a", whole.substr(0, static_cast<std::size_t>(share * whole.size())));
+      const Error error = error_of([&] { audio::read_audio(folder / "a"); });
+      CHECK(error.id() == "headroom.audio.file.truncated");
+    }
+    testing::write_bytes(folder / "a", whole + "TAG" + std::string(125, ' '));  // as taggers append to anything
+    const int kind = format & SF_FORMAT_TYPEMASK;
+    if (kind == SF_FORMAT_W64 || kind == SF_FORMAT_OGG) {  // libsndfile would take the tag for sound
+      CHECK(error_of([&] { AudioReader(folder / "a"); }).id() == "headroom.audio.file.length");
+    } else {
+      CHECK(audio::read_audio(folder / "a").samples.size(1) == 10001);
+    }
+  }
+  const std::string voc = bytes_in_format(folder, SF_FORMAT_VOC | k16, samples);
+  testing::write_bytes(folder / "a", voc.substr(0, voc.size() / 2));
+  CHECK_THAT(error_of([&] { AudioReader(folder / "a"); }).what(),
+             Catch::Contains("does not tell when its end is missing"));
+}
+
+TEST_CASE("sizes that the header does not know or that are wrong are read whole or refused") {
+  const TemporaryFolder folder;
+  const std::string whole = testing::wav_bytes(std::string(200000, 'x'), 2, 16);
+  const auto with_sizes = [&](const std::string& riff, const std::string& data) {
+    std::string bytes = whole;
+    testing::write_bytes(folder / "a.wav", bytes.replace(4, 4, riff).replace(40, 4, data));
+    return AudioReader(folder / "a.wav").frames();
+  };
+  const std::string zero(4, '\0'), all(4, '\xff'), sox = bytes_of({0, 0xf0, 0xff, 0x7f});
+  CHECK(with_sizes(all, all) == 50000);                                 // ffmpeg into a pipe
+  CHECK(with_sizes(bytes_of({0x24, 0xf0, 0xff, 0x7f}), sox) == 50000);  // sox into a pipe
+  CHECK(with_sizes(whole.substr(4, 4), sox) == 50000);
+  // Never finished; libsndfile may know what to do
+  Error unfinished("", "");
+  std::int64_t frames = 50000;
+  try {
+    frames = with_sizes(zero, zero);
+  } catch (const Error& error) {
+    unfinished = error;
+  }
+  CHECK((frames == 50000 && (unfinished.id().empty() || unfinished.id() == "headroom.audio.file.length")));
+  CHECK(error_of([&] {
+          with_sizes(whole.substr(4, 4), bytes_of({0, 0, 0x10, 0}));
+        }).id() == "headroom.audio.file.truncated");  // more samples than the file has
+  CHECK(error_of([&] { with_sizes(whole.substr(4, 4), bytes_of({0, 1, 0, 0})); }).id() == "headroom.audio.file.length");
+
+  // 6.7 h whose sizes of 32 bits began again at 0: no disk is needed for what is not written
+  testing::write_bytes(folder / "a.wav", testing::wav_bytes(std::string(40000, 'x'), 2, 16));
+  std::filesystem::resize_file(folder / "a.wav", (std::uintmax_t{1} << 32) + 40044);
+  const Error wrapped = error_of([&] { AudioReader(folder / "a.wav"); });
+  CHECK(wrapped.id() == "headroom.audio.file.length");
+  CHECK_THAT(wrapped.what(), Catch::Contains("has 4295007340 bytes, its header speaks of 40044"));
+}
+
+TEST_CASE("a file can come out of a pipe") {
+  const TemporaryFolder folder;
+  const std::string pipe = (folder / "pipe").string(), wav = testing::wav_bytes(std::string(400000, 'x'), 2, 16);
+  REQUIRE(mkfifo(pipe.c_str(), 0600) == 0);
+  std::thread writer([&] { testing::write_bytes(pipe, wav); });
+  CHECK(audio::read_audio(pipe).samples.size(1) == 100000);
+  writer.join();
+  const Error error = error_of([&] { AudioReader reader(pipe); });
+  CHECK_THAT(error.what(), Catch::Contains("it is a pipe that nobody writes to"));
 }
 
 TEST_CASE("a FLAC file is read like WAV, and one that ends early is refused") {

@@ -371,3 +371,183 @@ TEST_CASE("memory that is shared is not written to") {
   CHECK(contains(error.what(), "the output [1,2,64,16] is expanded"));
   CHECK(error_of([&] { run.tiled({.dropout = {1.0, 0}}); }).id() == "headroom.core.attention.dropout");
 }
+
+namespace {
+
+/// Whatever all scores are moved by, weights stay what they are: uniform, because q is 0.
+template <class Scalar>
+void check_moved_scores(Scalar by, bool sink) {
+  CAPTURE(by, sink);
+  Problem p{.batch = 1, .heads = 2, .queries = 140, .keys = 170, .amplitude = 0, .bias = {1, 1, 140, 170}};
+  p.sink = sink;
+  Run<Scalar> tiled(p), reference(p);
+  for (Run<Scalar>* run : {&tiled, &reference}) {
+    std::fill(run->bias.begin(), run->bias.end(), by), std::fill(run->sink.begin(), run->sink.end(), by);
+  }
+  tiled.tiled({}, CausalMask{-3}), reference.reference({}, CausalMask{-3});
+  for_each_result(
+      [](const std::string& name, const auto& x, const auto& exact) {
+        CAPTURE(name);
+        if (name != "lse") CHECK(deviation(x, exact).maximum < (sizeof(Scalar) == 8 ? 1e-12 : 1e-4));
+      },
+      tiled, reference);
+  for (Index i = 3; i < 140; ++i) {
+    const double keys = static_cast<double>(i - 2 + sink), lse = static_cast<double>(by) + std::log(keys);
+    CHECK(std::abs(tiled.lse[i] - lse) <= 1e-7 * std::abs(lse));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("scores of any size, up to the largest number: weights and gradients are those of their differences") {
+  for (const double by : {-1e4, -2e4, -1e8, -1e9, -1e10, -1e15, -1e30, 1e5, 1e9, 1e30}) {
+    check_moved_scores<float>(static_cast<float>(by), false), check_moved_scores<double>(by, false);
+    check_moved_scores<float>(static_cast<float>(by), true), check_moved_scores<double>(by, true);
+  }
+  check_moved_scores(std::numeric_limits<float>::lowest(), false);
+  check_moved_scores(std::numeric_limits<float>::max(), false);
+  check_moved_scores(std::numeric_limits<double>::lowest(), false);
+  check_moved_scores(std::numeric_limits<double>::max(), false);
+  for (const double amplitude : {1e6, 1e9, 1e18, 1e30}) {
+    CAPTURE(amplitude);
+    Run<float> one_key({.queries = 9, .keys = 1, .amplitude = amplitude}), many({.keys = 70, .amplitude = amplitude});
+    one_key.tiled();
+    for (Index d = 0; d < 16; ++d) {
+      float sum = 0;
+      for (Index i = 0; i < 9; ++i) sum += one_key.grad[i * 16 + d];
+      CHECK(one_key.grad_v[d] == Approx(sum).margin(1e-5));
+    }
+    for (const float x : one_key.grad_q) CHECK(x == 0);
+    Run<double> exact({.keys = 70, .amplitude = amplitude});
+    many.tiled(), exact.reference();
+    CHECK(deviation(many.output, exact.output).maximum < 0.01);
+    CHECK(deviation(many.grad_v, exact.grad_v).maximum < 0.01);
+  }
+}
+
+TEST_CASE("bfloat16 with scores of any size") {
+  for (const double by : {-1e9, -1e30, 1e9}) {
+    static float value;
+    value = static_cast<float>(by);
+    check_bfloat16({.queries = 150, .keys = 170, .amplitude = 0, .bias = {1, 1, 150, 170}}, {}, CausalMask{},
+                   [](Run<float>& run) { std::fill(run.bias.begin(), run.bias.end(), value); });
+  }
+}
+
+namespace {
+
+/// Query `spoiled` and its gradient are NaN and infinite: keys it does not see, and all other queries, keep their bits.
+template <class Scalar, class M>
+void check_spoiled_query(const M& mask, Index spoiled, bool of_query, Problem p = {.queries = 60, .keys = 60}) {
+  CAPTURE(spoiled, of_query, sizeof(Scalar));
+  p.sink = mask.keys(0, 0, spoiled).empty();
+  Run<Scalar> clean(p), run(p);
+  for (Index h = 0; h < 2; ++h) {
+    for (Index d = 0; d < 16; ++d) {
+      (of_query ? run.q : run.grad)[(h * 60 + spoiled) * 16 + d] =
+          d % 2 == 0 ? std::numeric_limits<Scalar>::quiet_NaN() : std::numeric_limits<Scalar>::infinity();
+    }
+  }
+  const AttentionParams params{.softcap = 5};
+  clean.tiled(params, mask), run.tiled(params, mask);
+  Index changed = 0, finite = 0;
+  for (Index h = 0; h < 2; ++h) {
+    for (Index l = 0; l < 60; ++l) {
+      const bool seen = mask.keys(0, 0, spoiled).contains(l);
+      for (Index d = 0; d < 16; ++d) {
+        const Index at = (h * 60 + l) * 16 + d;
+        if (l != spoiled) changed += run.output[at] != clean.output[at] || run.grad_q[at] != clean.grad_q[at];
+        if (!seen) changed += run.grad_k[at] != clean.grad_k[at] || run.grad_v[at] != clean.grad_v[at];
+        if (seen) finite += core::detail::is_finite(run.grad_k[at]) || core::detail::is_finite(run.grad_v[at]);
+      }
+    }
+  }
+  CHECK(changed == 0);
+  CHECK(finite == 0);
+  CHECK((run.grad_sink == clean.grad_sink));
+}
+
+}  // namespace
+
+TEST_CASE("NaN in a query or in its gradient reaches all keys it sees, and no other") {
+  std::vector<Index> begin, end;
+  for (Index i = 0; i < 60; ++i) begin.push_back(i / 20 * 20), end.push_back(begin.back() + 20);
+  for (const bool of_query : {true, false}) {
+    for (const Index spoiled : {0, 30, 47}) {
+      check_spoiled_query<float>(CausalMask{}, spoiled, of_query);
+      check_spoiled_query<float>(WindowMask{9, 5}, spoiled, of_query);
+      check_spoiled_query<float>(RangeMask{begin.data(), end.data()}, spoiled, of_query);
+      check_spoiled_query<float>(CausalMask{-40}, spoiled, of_query);
+    }
+    check_spoiled_query<double>(CausalMask{}, 30, of_query);
+    check_spoiled_query<double>(CausalMask{-40}, 30, of_query);
+  }
+}
+
+TEST_CASE("NaN in a key reaches the queries that see it, with a softcap too, and no other") {
+  const auto check = [](auto zero) {
+    using Scalar = decltype(zero);
+    Run<Scalar> clean({.queries = 60, .keys = 60}), run({.queries = 60, .keys = 60});
+    for (Index d = 0; d < 16; ++d) run.k[40 * 16 + d] = std::numeric_limits<Scalar>::quiet_NaN();
+    clean.tiled({.softcap = 5}, CausalMask{}), run.tiled({.softcap = 5}, CausalMask{});
+    Index wrong = 0;
+    for (Index i = 0; i < 60 * 16; ++i) {
+      const bool hidden = i < 40 * 16;
+      wrong += (hidden ? run.output[i] != clean.output[i] : core::detail::is_finite(run.output[i]));
+      wrong += (hidden ? run.grad_q[i] != clean.grad_q[i] : core::detail::is_finite(run.grad_q[i]));
+    }
+    CHECK(wrong == 0);
+  };
+  check(0.0F), check(0.0);
+}
+
+TEST_CASE("packed sequences of which no query in a block sees any key of a tile in between") {
+  std::vector<Index> begin, end;
+  for (Index i = 0; i < 400; ++i) {  // 30 queries with 390 keys, 370 with 10; then keys that nobody has
+    begin.push_back(i < 30 ? 0 : 390), end.push_back(i < 30 ? std::min<Index>(i + 1, 390) : 400);
+  }
+  check_accuracy({.queries = 400, .keys = 450}, {}, RangeMask{begin.data(), end.data()});
+}
+
+TEST_CASE("distances are differences of whole numbers, wherever the queries stand") {
+  const Problem p{.queries = 8, .keys = 1000, .amplitude = 0, .slopes = {1, 2, 1, 1}};
+  Run<float> run(p);
+  run.slopes = {1, 1};
+  const Index offset = (Index(1) << 24) + 11;
+  run.tiled({.query_offset = offset});
+  for (Index i = 0; i < 8; ++i) {  // the next key dominates a geometric series
+    CHECK(std::abs(run.lse[i] + static_cast<double>(offset + i - 999) + std::log1p(-std::exp(-1.0))) < 1e-3);
+  }
+}
+
+TEST_CASE("a block size near the largest number is one block") {
+  Run<float> plain({}), run({});
+  static const bool seen = true;
+  plain.tiled();
+  AttentionParams params{.block_size = std::numeric_limits<Index>::max()};
+  params.block_mask = {&seen, {1, 2, 1, 1}, {0, 0, 0, 0}};
+  run.tiled(params);
+  CHECK(deviation(run.output, plain.output).maximum < 1e-6);
+}
+
+TEST_CASE("powers of two with a rest, over the whole range") {
+  const auto check = [](auto zero, double lowest, double error) {
+    using Scalar = decltype(zero);
+    constexpr int N = simd::kLanes<Scalar>;
+    double worst = 0;
+    for (double x = lowest - 30; x < 127; x += 0.00917) {
+      for (const double rest : {0.0, 0x1p-11, -0x1p-11, 1e-5}) {
+        Scalar power[N];
+        simd::store(power, simd::exp2<Scalar>(simd::broadcast(static_cast<Scalar>(x)),
+                                              simd::broadcast(static_cast<Scalar>(rest))));
+        const long double exact =
+            std::exp2(static_cast<long double>(static_cast<Scalar>(x)) - static_cast<Scalar>(rest));
+        const auto difference = std::abs(static_cast<long double>(power[0]) - exact);
+        if (x < lowest + 1) CHECK(difference < std::exp2(static_cast<long double>(lowest) + 1));
+        if (x >= lowest + 1) worst = std::max(worst, static_cast<double>(difference / exact));
+      }
+    }
+    CHECK(worst < error);
+  };
+  check(0.0F, -126, 1.2e-7), check(0.0, -1020, 4e-16);
+}

@@ -1,5 +1,6 @@
 #include "headroom/nn/multihead_attention.hpp"
 
+#include <ATen/autocast_mode.h>
 #include <torch/torch.h>
 
 #include <sstream>
@@ -311,6 +312,19 @@ TEST_CASE("MultiheadAttention holds one projection, the heads' output and its ow
   const auto [expected, none] = module->forward(same, same, same);
   CHECK_FALSE(none.defined());
   CHECK(output.allclose(expected, 1e-5, 1e-6));
+}
+
+TEST_CASE("weights with appended keys are given under autocast, where projections are narrower than parameters") {
+  torch::manual_seed(9);
+  nn::MultiheadAttention module(nn::MultiheadAttentionOptions(8, 2).add_bias_kv(true).add_zero_attn(true));
+  const Tensor x = torch::randn({5, 3, 8});
+  const auto [expected, expected_weights] = module->forward(x, x, x, {}, /*need_weights=*/true);
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const auto [output, weights] = module->forward(x, x, x, {}, /*need_weights=*/true);
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  at::autocast::clear_cache();
+  CHECK((output - expected).abs().max().item<double>() < 0.05);
+  CHECK((weights - expected_weights).abs().max().item<double>() < 0.02);
 }
 
 TEST_CASE("the mean weights are summed up without the weights of each head") {

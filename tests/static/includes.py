@@ -9,19 +9,20 @@ from pathlib import Path
 
 FOLDERS = {
     "core": {"core"},
+    "io": {"core", "io"},
     "dry_run": {"dry_run"},
     "attention": {"core", "dry_run", "attention"},
     "checkpoint": {"core", "dry_run", "checkpoint"},
     "memory": {"core", "dry_run", "checkpoint", "memory"},
     "optim": {"core", "dry_run", "optim"},
-    "audio": {"core", "dry_run", "audio"},
+    "audio": {"core", "io", "dry_run", "audio"},
     "nn": {"core", "dry_run", "attention", "checkpoint", "memory", "nn"},
     "models": {"core", "dry_run", "attention", "checkpoint", "memory", "audio", "nn", "models"},
     "training": {
-        "core", "dry_run", "attention", "checkpoint", "memory", "optim", "audio", "nn", "models", "training"
+        "core", "io", "dry_run", "attention", "checkpoint", "memory", "optim", "audio", "nn", "models", "training"
     },
 }
-STANDARD = re.compile(r"[a-z_0-9]+|immintrin\.h|omp\.h|(sys/[a-z]+|unistd|fcntl)\.h")
+STANDARD = re.compile(r"[a-z_0-9]+|immintrin\.h|omp\.h|(sys/[a-z]+|unistd|fcntl|poll)\.h")
 EIGEN = re.compile(r"(unsupported/)?Eigen/.+")
 TORCH = re.compile(r"(torch|ATen|c10)/.+")
 TRAINING = re.compile(r"nlohmann/.+|sndfile\.h")
@@ -40,7 +41,7 @@ def problems(include):
         if text.splitlines()[:1] != ["#pragma once"]:
             yield f"headroom/{name}: the first line is not #pragma once"
         libraries = [STANDARD, EIGEN]
-        if folder != "core":
+        if folder not in ("core", "io"):
             libraries.append(TORCH)
         if folder == "training" or name.as_posix() in TRAINING_HEADERS:
             libraries.append(TRAINING)

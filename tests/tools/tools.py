@@ -9,9 +9,13 @@ import pickle
 import math
 import os
 import random
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import wave
 from pathlib import Path
@@ -30,6 +34,20 @@ CONFIG = {
 
 def run(tool, *arguments):
     return subprocess.run([TOOLS / tool, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def start(tool, *arguments, **options):
+    """A tool that runs on its own; signals that the tests' own shell may ignore have their default actions."""
+    def defaults():
+        for number in [signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGQUIT, signal.SIGTERM]:
+            signal.signal(number, signal.SIG_DFL)
+    return subprocess.Popen([TOOLS / tool, *map(str, arguments)], preexec_fn=defaults, **options)
+
+
+def small_files(limit):
+    """Files get no larger than this: writing fails as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def peak_resident_bytes(tool, *arguments, environment=None, code=0):
@@ -131,6 +149,165 @@ class Tools(unittest.TestCase):
             write_wav(short / f"{stem}.wav", [0] * 100)
         self.fails(run("evaluate", "--reference", self.song, "--estimate", short), "100", str(self.frames))
         self.fails(run("evaluate", "--reference", self.song, "--estimate", self.root / "nowhere"), "nowhere")
+
+    def separate(self, *arguments):
+        return run("separate", "--model", self.model, *arguments)
+
+    def long_separation(self, out, **options):
+        """A separation that takes many segments, once its first temporary files are there."""
+        song = self.root / "long.wav"
+        if not song.exists():
+            write_wav(song, [0] * 4_000_000)
+        process = start("separate", "--model", self.model, "--threads", 1, song, out, **options)
+        while not list(out.glob("*.partial")) and process.poll() is None:
+            time.sleep(0.01)
+        return process
+
+    def test_signals_end_separate_and_leave_nothing(self):
+        for number in [signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGQUIT, signal.SIGTERM]:
+            out = self.root / f"signal {number}"
+            process = self.long_separation(out, stderr=subprocess.PIPE, text=True)
+            process.send_signal(number)
+            _, text = process.communicate()
+            self.assertEqual(process.returncode, 128 + number, text)
+            self.assertIn("headroom.separate.interrupted", text)
+            self.assertEqual(list(out.iterdir()), [])
+        # Nobody reads what it prints; and a second signal, before the first was seen, ends it at once
+        out = self.root / "two signals"
+        process = self.long_separation(out, stderr=subprocess.DEVNULL)
+        process.send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        self.assertLess(process.wait(), 0)
+        self.assertEqual(list(out.iterdir()), [])
+
+    def test_stems_are_written_all_or_none_and_replaced_when_told(self):
+        out = self.root / "all or none"
+        (out / "other.wav").mkdir(parents=True)
+        self.fails(self.separate(self.song / "mixture.wav", out), "headroom.separate.exists", "other.wav")
+        self.fails(self.separate(self.song / "mixture.wav", out, "--overwrite"), "headroom.audio.file.write", "it is a folder")
+        self.assertEqual([path.name for path in out.iterdir()], ["other.wav"])
+        track = self.root / "true stems"
+        shutil.copytree(self.song, track)
+        self.fails(self.separate(track / "mixture.wav", track), "headroom.separate.exists", "--overwrite")
+        self.assertEqual((track / "bass.wav").read_bytes(), (self.song / "bass.wav").read_bytes())
+        again = self.separate(track / "mixture.wav", track, "--overwrite")
+        self.assertEqual(again.returncode, 0, again.stderr)
+        self.assertNotEqual((track / "bass.wav").read_bytes(), (self.song / "bass.wav").read_bytes())
+
+    def test_progress_text_goes_into_no_file(self):
+        arguments = ["--model", self.model, self.song / "mixture.wav"]
+        self.assertEqual(run("separate", *arguments, self.root / "open").returncode, 0)
+        command = " ".join(f"'{a}'" for a in [TOOLS / "separate", *arguments, self.root / "closed"])
+        self.assertEqual(subprocess.run(["sh", "-c", command + " <&- >&- 2>&-"], timeout=300).returncode, 0)
+        for stem in STEMS:
+            self.assertEqual((self.root / "open" / f"{stem}.wav").read_bytes(),
+                             (self.root / "closed" / f"{stem}.wav").read_bytes())
+
+    def test_results_survive_a_full_disk(self):
+        config, result = self.root / "full.json", self.root / "precious.json"
+        config.write_text(json.dumps(CONFIG))
+        for tool, arguments in [("plan", ["--config", config]),
+                                ("evaluate", ["--reference", self.song, "--estimate", self.song])]:
+            result.write_text("precious")
+            full = subprocess.run([TOOLS / tool, *map(str, arguments), "--json", str(result)], capture_output=True,
+                                  text=True, preexec_fn=lambda: small_files(100))
+            self.fails(full, f"headroom.{tool}." + ("output" if tool == "plan" else "json"), "precious.json")
+            self.assertEqual(result.read_text(), "precious")
+            self.assertFalse(result.with_name("precious.json.partial").exists())
+            self.fails(run(tool, *arguments, "--json", self.root), "it is a folder")
+            self.fails(run(tool, *arguments, "--json", self.root / "no/such.json"), "there is no folder")
+            self.fails(run(tool, *arguments, "--json", ""), "empty path", code=2)
+            printed = run(tool, *arguments, "--json", "/dev/stdout")
+            self.assertEqual(printed.returncode, 0, printed.stderr)
+            self.assertIn('{\n', printed.stdout)
+            if os.path.exists("/dev/full"):
+                with open("/dev/full", "w") as nowhere:
+                    self.fails(subprocess.run([TOOLS / tool, *map(str, arguments)], stdout=nowhere, text=True,
+                                              stderr=subprocess.PIPE), "headroom.tools.output")
+
+    def test_an_earlier_run_is_not_lost_by_a_slip(self):
+        arguments = ["--config", self.root / "config.json", "--data", self.root / "data", "--steps", 2, "--out"]
+        out = self.root / "used"
+        self.assertEqual(run("train", *arguments, out).returncode, 0)
+        before = (out / "last.pt").read_bytes()
+        self.fails(run("train", *arguments, out), "headroom.train.used", "--overwrite")
+        self.fails(run("train", *arguments, out, "--resume", ""), "--resume", "empty path", code=2)
+        self.fails(run("train", *arguments, out, "--resume", self.model), "headroom.train.used")
+        self.assertEqual((out / "last.pt").read_bytes(), before)
+        for more in [["--resume", out / "last.pt"], ["--overwrite"]]:
+            result = run("train", *arguments, out, *more)
+            self.assertEqual(result.returncode, 0, result.stderr)
+        # Two at once: the second one is refused, the lock ends with its owner
+        shared = self.root / "shared"
+        first = start("train", *arguments[:-3], "--steps", 1000000, "--out", shared, stdout=subprocess.DEVNULL)
+        while not (shared / "last.pt").exists() and first.poll() is None:
+            time.sleep(0.01)
+        self.fails(run("train", *arguments, shared, "--overwrite"), "headroom.train.locked")
+        first.kill()
+        first.wait()
+        self.assertEqual(run("train", *arguments, shared, "--overwrite").returncode, 0)
+
+    def test_numbers_are_numbers(self):
+        training = ["--config", self.root / "config.json", "--data", self.root / "data", "--out", self.root / "never"]
+        for option, value in [("--seconds", "nan"), ("--seconds", "inf"), ("--seconds", "0"), ("--steps", "1.5"),
+                              ("--steps", "99999999999999999999"), ("--steps", "-1"), ("--threads", "1000000"),
+                              ("--threads", "")]:
+            result = run("train", *training, f"{option}={value}")
+            self.fails(result, option, code=2)
+            self.assertLess(len(result.stderr), 300)
+        for value in ["inf", "nan", "0", "-5GiB", "1e300", "9" * 400, "0x10", "5 parsecs", "1.5.2MB"]:
+            self.fails(run("train", *training, f"--budget={value}"), "headroom.tools.bytes")
+        for value in ["1", "-0.1", "nan", "x"]:
+            self.fails(self.separate(self.song / "mixture.wav", self.root / "never", f"--overlap={value}"), "--overlap", code=2)
+        for value in ["batch_size=nan,1", "batch_size=1..inf", "segment_length=1e300s,2"]:
+            self.fails(run("plan", "--config", self.root / "config.json", "--sweep", value), "headroom.training.sweep")
+        for value in ["nanx3s", "1xinf", "1x1e400", "0x10x3"]:
+            self.fails(run("plan", "--config", self.root / "config.json", "--bucket", value), "headroom.training.bucket")
+        self.assertFalse((self.root / "never").exists())
+
+    def test_separate_warns_when_segments_do_not_fade(self):
+        result = self.separate(self.song / "mixture.wav", self.root / "edges", "--overlap", 0)
+        self.assertEqual(result.returncode, 0)
+        self.assertIn("without overlap", result.stderr)
+
+    def test_inputs_that_are_no_files(self):
+        deep = self.root / "deep.json"
+        deep.write_text('{"x": ' + "[" * 100000 + "]" * 100000 + "}")
+        self.fails(run("plan", "--config", deep), "headroom.training.json", "x[0]")
+        os.mkfifo(self.root / "pipe")
+        for path, reason in [(self.root, "it is a folder"), ("/dev/null", "it is a device"),
+                             (self.root / "pipe", "nobody writes to"), (self.root / "none", "no such file")]:
+            self.fails(run("plan", "--config", path), "headroom.training.config_file", reason)
+            self.fails(self.separate(path, self.root / "no input"), "headroom.audio.file.missing", reason)
+        config = (self.root / "config.json").read_text()
+        read = subprocess.run([TOOLS / "plan", "--config", "-"], input=config, capture_output=True, text=True)
+        self.assertEqual(read.returncode, 0, read.stderr)
+        with open(self.song / "mixture.wav", "rb") as song:
+            piped = subprocess.run([TOOLS / "separate", "--model", self.model, "-", self.root / "piped"],
+                                   input=song.read(), capture_output=True)
+        self.assertEqual(piped.returncode, 0, piped.stderr)
+        self.assertEqual(read_wav(self.root / "piped/bass.wav"), (self.frames, 2, RATE))
+
+    def test_a_track_needs_no_mixture(self):
+        data = self.root / "no mixture"
+        for track in ["train/A - One", "train/B - Two"]:
+            shutil.copytree(self.root / "data" / track, data / track)
+            (data / track / "mixture.wav").unlink()
+        (data / "train/__MACOSX/A - One").mkdir(parents=True)
+        for stem in STEMS:
+            write_wav(data / "train/C - Short" / f"{stem}.wav", [1] * 100)
+        result = run("train", "--config", self.root / "config.json", "--data", data, "--out", self.root / "summed",
+                     "--steps", 1)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn("C - Short is left out: it has 100 frames", result.stdout)
+        self.assertIn("__MACOSX is left out", result.stdout)
+        track = data / "train/A - One"
+        scores = [run("evaluate", "--reference", reference, "--estimate", track).stdout.splitlines()[-1]
+                  for reference in [track, self.root / "data/train/A - One"]]
+        self.assertEqual(scores[0], scores[1])
+        self.fails(run("evaluate", "--reference", track, "--estimate", track, "--stems", "../x"), "headroom.evaluate.stems")
 
     def test_the_process_grows_as_planned(self):
         """The highest resident size of training: within 5 % and 50 MB of the plan, where malloc keeps nothing back."""

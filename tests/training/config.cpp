@@ -117,6 +117,12 @@ TEST_CASE("gradient_checkpointing is true, false or a checkpoint policy") {
   CHECK(
       contains(problems[0], "model.gradient_checkpointing: got \"tield\", expected true, false or one of none, full"));
   CHECK(problems_of(with(R"({"model": {"gradient_checkpointing": 3}})")).size() == 1);
+  for (const char* deep : {"nested-100000", "nested-17", "100000000000000*full,none"}) {
+    const Lines refused = problems_of(with(R"({"model": {"gradient_checkpointing": ")" + std::string(deep) + R"("}})"));
+    REQUIRE(refused.size() == 1);
+    CHECK(contains(refused[0], "model.gradient_checkpointing: got \"" + std::string(deep)));
+  }
+  CHECK_NOTHROW(read("\"nested-16\""));
 
   CHECK(parse_config(with(R"({"model": {"reversible": true}})"), "a.json").model.reversible);
   const Lines both = problems_of(with(R"({"model": {"reversible": true, "gradient_checkpointing": true}})"));
@@ -136,7 +142,7 @@ TEST_CASE("all problems of a configuration are told at once, each with its path 
               "model.attention: got \"tield\", expected one of \"automatic\", \"tiled\", \"reference\"",
               "model.batch_size: unknown key; it belongs to `training`",
               "model.n_head: unknown key; did you mean `n_heads`?",
-              "audio.stems: got [], expected a list of one or more strings",
+              "audio.stems: got [], expected a list of one or more plain file names",
               "training.batch_size: got 1000.0, expected an integer >= 1 and <= 1000000",
               "training.learning_rate: got 0, expected a number > 0 and <= 10",
               "training.betas: got [0.9], expected a list of 2 numbers >= 0 and < 1",
@@ -145,6 +151,21 @@ TEST_CASE("all problems of a configuration are told at once, each with its path 
               "loss: got 3, expected an object {...}", "trainnig: unknown key; did you mean `training`?"});
   CHECK(problems_of(with(R"({"colour": 1})")) == Lines{"colour: unknown key; remove it"});
   CHECK(problems_of("[]") == Lines{"the document: got [], expected an object {...}"});
+}
+
+TEST_CASE("a stem is the plain name of a file: it becomes a path") {
+  for (const char* name :
+       {"../X", "/tmp/X", "a/b", "a\\\\b", "..", ".", ".hidden", "", "a\\u0000b", "a\\nb", "a\\u007fb"}) {
+    const Lines problems = problems_of(with(R"({"audio": {"stems": ["bass", ")" + std::string(name) + R"("]}})"));
+    INFO(name);
+    REQUIRE(problems.size() == 1);
+    CHECK(contains(problems[0], "audio.stems[1]: got \""));
+    CHECK(contains(problems[0], ", expected the plain name of a file"));
+  }
+  const std::string longest(200, 'x');
+  CHECK(problems_of(with(R"({"audio": {"stems": [")" + longest + R"(x"]}})")).size() == 1);
+  CHECK_NOTHROW(
+      parse_config(with(R"({"audio": {"stems": [")" + longest + R"(", "lead vocals", "Gesänge", "a..b"]}})"), "a"));
 }
 
 TEST_CASE("values that are impossible together are refused") {
@@ -179,11 +200,34 @@ TEST_CASE("values that are impossible together are refused") {
   CHECK(contains(only(R"({"training": {"optimizer_in_backward": true, "clip_grad_norm": 0,
                                        "split_on_out_of_memory": true}})"),
                  "expected false with training.split_on_out_of_memory = true"));
+  CHECK(contains(only(R"({"training": {"segment_length": 1000000000, "batch_size": 1000000}})"),
+                 "training.segment_length: got 1000000000, which with training.batch_size 1000000 makes a tensor of "));
   CHECK(only(R"({"data": {"gain": [1, 0.5]}})") == "data.gain: got [1,0.5], expected the smaller factor first");
   CHECK(only(R"({"audio": {"stems": ["bass", "bass"]}})") == "audio.stems: got a name twice, expected different stems");
   CHECK(parse_config(with(R"({"training": {"optimizer_in_backward": true, "clip_grad_norm": 0}})"), "a")
             .training.optimizer_in_backward);
   CHECK_NOTHROW(parse_config(with(R"({"model": {"hop_length": 2048}, "training": {"segment_length": 4096}})"), "a"));
+}
+
+TEST_CASE("factors that float does not hold are refused") {
+  CHECK(problems_of(with(R"({"training": {"clip_grad_norm": 1e308}})")) ==
+        Lines{"training.clip_grad_norm: got 1e+308, expected a number >= 0 and <= 1e+30"});
+  CHECK(problems_of(with(R"({"loss": {"stft_weight": 1e308}})")) ==
+        Lines{"loss.stft_weight: got 1e+308, expected a number >= 0 and <= 1e+30"});
+}
+
+TEST_CASE("two configurations are compared member by member") {
+  const Config before = parse_config(kSmallest, "a");
+  CHECK(differences(before, before).empty());
+  Config after = before;
+  after.audio.stems = {"vocals", "rest"};
+  after.training.betas[1] = 0.5;
+  const auto found = differences(before, after);
+  REQUIRE(found.size() == 2);
+  CHECK(describe(found[0]) == R"(audio.stems: ["vocals","drums","bass","other"] became ["vocals","rest"])");
+  CHECK(found[0].bound);
+  CHECK(describe(found[1]) == "training.betas: [0.9,0.999] became [0.9,0.5]");
+  CHECK_FALSE(found[1].bound);
 }
 
 TEST_CASE("text that is not JSON is located by line and column") {
@@ -198,9 +242,23 @@ TEST_CASE("text that is not JSON is located by line and column") {
   CHECK(contains(message_of("{\n  \"model\" 3\n}"), "line 2, column 11"));  // a token before a line's end
   CHECK(contains(message_of("{\"a\": 1e999}"), "number overflow"));
   CHECK(contains(message_of("{\"model\": {\"n_fft\": 1, \"n_fft\": 2}}"), "`n_fft` is given twice"));
+  CHECK(contains(message_of(R"({"a": [1, {"b": 1, "b": 2}]})"), "a[1].b: the key `b` is given twice"));
   CHECK_NOTHROW(parse_config("// a\n/* b */" + kSmallest, "c"));
   CHECK(error_of([] { load_config("no/such/file.json"); }).id() == "headroom.training.config_file");
   CHECK(error_of([] { load_config("."); }).id() == "headroom.training.config_file");
+}
+
+TEST_CASE("lists and objects lie at most 32 deep") {
+  const auto nested = [](std::size_t lists, const std::string& inside) {
+    return with("{}").substr(0, with("{}").size() - 1) + ", \"x\": " + std::string(lists, '[') + inside +
+           std::string(lists, ']') + "}";
+  };
+  const Error error = error_of([&] { parse_config(nested(100000, ""), "d.json"); });
+  CHECK(error.id() == "headroom.training.json");
+  CHECK(contains(error.what(), "d.json: x[0][0]"));
+  CHECK(contains(error.what(), ": lists and objects lie 32 deep here"));
+  CHECK(contains(error_of([&] { parse_config(nested(30, "1, {\"y\": [[]]}"), "d.json"); }).what(), "[0][1].y: lists"));
+  CHECK(problems_of(nested(31, "")) == Lines{"x: unknown key; remove it"});
 }
 
 TEST_CASE("the example configurations load and hold the guide's values") {

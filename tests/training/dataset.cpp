@@ -221,8 +221,6 @@ TEST_CASE("a data set says which file it can't use and what to do") {
   Error error = error_after([](const TemporaryFolder& f) { std::filesystem::remove(f / "1/drums.wav"); });
   CHECK(error.id() == "headroom.training.dataset.missing");
   CHECK_THAT(error.what(), Catch::Contains("1/drums.wav") && Catch::Contains("add it or remove"));
-  error = error_after([](const TemporaryFolder& f) { std::filesystem::remove(f / "0/mixture.wav"); });
-  CHECK_THAT(error.what(), Catch::Contains("0/mixture.wav"));
   error = error_after([](const TemporaryFolder& f) {
     audio::write_audio(f / "1/bass.wav", torch::zeros({2, 19}), 44100);
   });
@@ -249,11 +247,15 @@ TEST_CASE("a data set says which file it can't use and what to do") {
     std::filesystem::remove_all(f / "1");
   });
   CHECK(error.id() == "headroom.training.dataset.empty");
-  CHECK(error_of([] { MusdbDataset("/no/such/folder", {}); }).id() == "headroom.training.dataset.empty");
+  error = error_of([] { MusdbDataset("/no/such/folder", {}); });
+  CHECK(error.id() == "headroom.training.dataset.empty");
+  CHECK_THAT(error.what(), Catch::Contains("No such file or directory"));
+  CHECK_THAT(error_of([] { MusdbDataset(__FILE__, {}); }).what(), Catch::Contains("Not a directory"));
 
   for (const MusdbOptions& options : std::vector<MusdbOptions>{{.segment_length = 0},
                                                                {.segment_length = 5, .channels = 0},
                                                                {.segment_length = 5, .stems = {}},
+                                                               {.segment_length = 5, .stems = {"../1/vocals"}},
                                                                {.segment_length = 5, .remix = 1.5},
                                                                {.segment_length = 5, .gain = {2, 1}}}) {
     CHECK(error_after([](const TemporaryFolder&) {}, options).id() == "headroom.training.dataset.options");
@@ -262,6 +264,28 @@ TEST_CASE("a data set says which file it can't use and what to do") {
   make_tracks(folder, {20});
   const MusdbDataset dataset(folder.path(), {.segment_length = 10});
   CHECK(error_of([&] { dataset.batch(0, 0, 0); }).id() == "headroom.training.dataset.options");
+}
+
+TEST_CASE("a data set leaves out what is no track and tracks that are short, and makes mixtures that are missing") {
+  const TemporaryFolder folder;
+  make_tracks(folder, {20, 9, 20});
+  std::filesystem::create_directories(folder / "__MACOSX/0");
+  testing::write_bytes(folder / "__MACOSX/0/._vocals.wav", "?");
+  std::filesystem::remove(folder / "2/mixture.wav");
+  const MusdbDataset dataset(folder.path(), {.segment_length = 10});
+  CHECK(dataset.names() == std::vector<std::string>{"0", "2"});
+  REQUIRE(dataset.notices().size() == 2);
+  CHECK(dataset.notices()[0] == "1 is left out: it has 9 frames, a segment has 10");
+  CHECK(dataset.notices()[1] == "__MACOSX is left out: none of the files of a track is in it");
+  int summed = 0;
+  for (int i = 0; i < 20; ++i) {
+    const Example example = dataset.example(0, i);
+    const bool second = decode(example.stems[0][0][0].item<float>()).track == 2;
+    CHECK(torch::equal(example.mixture, example.stems.sum(0)) == second);
+    summed += second;
+  }
+  CHECK(summed > 0);
+  CHECK(summed < 20);
 }
 
 TEST_CASE("a real MUSDB18 track: the stems add up to the mixture but for the coding error") {

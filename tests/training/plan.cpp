@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "headroom/memory/report.hpp"
+#include "headroom/memory/resident.hpp"
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/recommend.hpp"
 #include "headroom/training/sweep.hpp"
@@ -65,7 +66,6 @@ TEST_CASE("the planned peak of training is the measured one, byte for byte, unde
       if (!config.model.reversible) config.model.gradient_checkpointing = policy;
       config.model.attention = attention;
       CAPTURE(policy, attention);
-      train_really(config);
       const int64_t measured = MemoryMeter().measure([&] { train_really(config); }).added_peak();
       const Plan planned = training::plan_training(config, this_machine());
       CHECK(planned.peak_bytes == measured);
@@ -82,7 +82,6 @@ TEST_CASE("training under bfloat16 autocast is planned byte for byte, under ever
     config.model.reversible = policy == std::string("reversible");
     if (!config.model.reversible) config.model.gradient_checkpointing = policy;
     CAPTURE(policy);
-    train_really(config);
     const int64_t measured = MemoryMeter().measure([&] { train_really(config); }).added_peak();
     CHECK(training::plan_training(config, this_machine()).peak_bytes == measured);
   }
@@ -128,7 +127,6 @@ TEST_CASE("optimizers are planned byte for byte: narrow states, in the backward 
       config.training.optimizer_in_backward = in_backward;
       config.training.split_on_out_of_memory = !in_backward;
       CAPTURE(state, in_backward);
-      train_really(config);
       const int64_t measured = MemoryMeter().measure([&] { train_really(config); }).added_peak();
       CHECK(training::plan_training(config, this_machine()).peak_bytes == measured);
     }
@@ -138,7 +136,6 @@ TEST_CASE("optimizers are planned byte for byte: narrow states, in the backward 
 TEST_CASE("memory that runs out is explained: the allocation that failed, and a change that would have fitted") {
   Config config = small();
   config.training.batch_size = 4;
-  train_really(config);
   MemoryMeter meter;
   const int64_t whole = meter.measure([&] { train_really(config); }).added_peak();
   for (const int share : {40, 70, 90, 99}) {
@@ -174,6 +171,24 @@ TEST_CASE("further accumulated passes need no more memory and as many more opera
   const Plan eight = training::plan_training(config, this_machine());
   CHECK(eight.peak_bytes == two.peak_bytes);
   CHECK(eight.flops == Approx(4 * two.flops));
+}
+
+TEST_CASE("planning costs the same however long segments are, and operations grow with the batch") {
+  const auto plan_of = [](int64_t batch, int64_t segment) {
+    Config config = small();
+    config.training.batch_size = batch;
+    config.training.segment_length = segment;
+    return training::plan_training(config, this_machine());
+  };
+  const Plan few = plan_of(4, 20'000), many = plan_of(4'000, 20'000);
+  CHECK(many.flops == Approx(1000 * few.flops).epsilon(1e-3));
+  const MemoryMeter meter;
+  reset_peak_resident_bytes();
+  const int64_t resident = resident_bytes();
+  const Plan long_one = plan_of(4, 200'000'000);
+  CHECK(long_one.trace.operators.size() <= few.trace.operators.size() * 11 / 10);
+  CHECK(meter.peak() < 1 << 20);
+  CHECK(peak_resident_bytes() - resident < 64 << 20);
 }
 
 TEST_CASE("recommendations fit, the same training first, and never get worse with a larger budget") {
@@ -306,11 +321,6 @@ TEST_CASE("recommended mixes of policies run within the budget and need what is 
   Config config = small();
   config.model.n_layers = 3;
   config.training.batch_size = 1;
-  for (const CheckpointPolicy& policy : policies_by_cost()) {  // products choose their kernels
-    config.model.gradient_checkpointing = policy;
-    train_really(config);
-  }
-  config.model.gradient_checkpointing = false;
   const int64_t whole = training::plan_training(config, this_machine()).peak_bytes;
   for (const int share : {95, 80, 65, 50, 40}) {
     const int64_t budget = whole * share / 100;
@@ -380,7 +390,6 @@ TEST_CASE("buckets need what the largest of them needs, in any order, byte for b
   for (const char* policy : {"none", "2*full,none"}) {
     CAPTURE(policy);
     config.model.gradient_checkpointing = policy;
-    train_buckets(buckets);  // products choose their kernels
     const training::BucketPlan all = training::plan_buckets(config, buckets, this_machine());
     std::vector<int64_t> alone;
     for (const Bucket& bucket : buckets) {

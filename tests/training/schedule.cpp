@@ -36,6 +36,9 @@ TEST_CASE("a time budget becomes a number of steps at the pace so far") {
   CHECK(estimated_total_steps(500, 510, 25.0, 100.0) == 540);  // resumed at step 500
   CHECK(estimated_total_steps(0, 0, 0.0, 100.0) > 1'000'000'000);
   CHECK(estimated_total_steps(0, 1, 0.0, 100.0) > 1'000'000'000);
+  CHECK(estimated_total_steps(500, 500, 0.0, 100.0, 2.5) == 540);  // at the pace of the run before
+  CHECK(estimated_total_steps(500, 500, 0.0, 1.0, 2.5) == 501);
+  CHECK(estimated_total_steps(500, 500, 0.0, 100.0) == 501);  // unknown: the step is the last one
   // Along a budget at a steady pace the schedule ends at its minimum
   const Schedule schedule{.learning_rate = 1, .warmup_steps = 10, .min_ratio = 0.01};
   CHECK(learning_rate_at(schedule, 399, estimated_total_steps(0, 399, 99.75, 100.0)) < 0.0102);

@@ -1,6 +1,7 @@
 #include "headroom/training/state.hpp"
 
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 
 #include <csignal>
@@ -85,6 +86,55 @@ TEST_CASE("a checkpoint that is truncated, damaged or something else is named an
   CHECK(contains(refused("RIFF" + std::string(1000, 'x')), "it is truncated or no checkpoint"));
   CHECK(error_of([&] { load_state(folder / "none.pt"); }).id() == "headroom.training.state.read");
   CHECK(error_of([&] { load_state(folder.path()); }).id() == "headroom.training.state.read");
+}
+
+TEST_CASE("a large file that is no checkpoint, a pipe and a loop of links are refused at once") {
+  const TemporaryFolder folder;
+  write_bytes(folder / "video.mkv", "x");
+  std::filesystem::resize_file(folder / "video.mkv", 2'500'000'000);  // takes no room on the disk
+  const auto resident = [] {
+    rusage usage{};
+    getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_maxrss;
+  };
+  const auto before = resident();
+  const Error large = error_of([&] { load_state(folder / "video.mkv"); });
+  CHECK(large.id() == "headroom.training.state.corrupt");
+  CHECK(contains(large.what(), "(2500000000 bytes) has no end mark"));
+  CHECK(resident() - before < 100'000);  // KiB
+  REQUIRE(mkfifo((folder / "pipe").c_str(), 0600) == 0);
+  CHECK(error_of([&] { load_state(folder / "pipe"); }).id() == "headroom.training.state.read");
+  std::filesystem::create_symlink("loop", folder / "loop");
+  const Error loop = error_of([&] { load_state(folder / "loop"); });
+  CHECK(loop.id() == "headroom.training.state.read");
+  CHECK(contains(loop.what(), "Too many levels of symbolic links"));
+}
+
+TEST_CASE("a file with an end mark whose archive is something else is refused without LibTorch's words") {
+  const TemporaryFolder folder;
+  const auto refused = [&](const std::string& archive) {
+    const training::detail::Trailer trailer{.size = archive.size(), .checksum = training::detail::checksum(archive)};
+    write_bytes(folder / "a.pt", archive + std::string(reinterpret_cast<const char*>(&trailer), sizeof trailer));
+    const Error error = error_of([&] { load_state(folder / "a.pt"); });
+    INFO(error.what());
+    CHECK(error.id() == "headroom.training.state.corrupt");
+    CHECK(contains(error.what(), "is not laid out as this version writes it: "));
+    CHECK(contains(error.what(), "; use another checkpoint"));
+    for (const char* alien : {"report", "PyTorch", ".cpp", "frame #", "\n"}) CHECK_FALSE(contains(error.what(), alien));
+  };
+  const auto saved = [](const c10::IValue& value) {
+    const std::vector<char> bytes = torch::pickle_save(value);
+    return std::string(bytes.begin(), bytes.end());
+  };
+  refused("no archive at all");
+  refused(saved(c10::IValue(3)));
+  c10::impl::GenericDict content(c10::StringType::get(), c10::AnyType::get());
+  refused(saved(content));
+  content.insert("config", 3);
+  refused(saved(content));
+  std::string broken = saved(content);
+  broken.replace(broken.find("config"), 6, "\x80\x80\x80\x80\x80\x80");
+  refused(broken);
 }
 
 TEST_CASE("a disk that is full leaves the old checkpoint and no temporary file") {

@@ -1,6 +1,7 @@
 // The train program as its users meet it: what it says and returns for wrong inputs, and what it leaves behind.
 #ifdef HEADROOM_TRAIN
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -9,8 +10,11 @@
 #include <chrono>
 #include <cstdio>
 #include <fstream>
+#include <functional>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <thread>
+#include <vector>
 
 #include "headroom/audio/file.hpp"
 #include "headroom/training/plan.hpp"
@@ -30,8 +34,8 @@ struct Result {
   std::string output;
 };
 
-Result train(const std::string& arguments) {
-  const std::string command = std::string(HEADROOM_TRAIN) + " --threads 1 " + arguments + " 2>&1";
+Result train(const std::string& arguments, const std::string& threads = "1") {
+  const std::string command = std::string(HEADROOM_TRAIN) + " --threads " + threads + " " + arguments + " 2>&1";
   FILE* pipe = popen(command.c_str(), "r");
   REQUIRE(pipe != nullptr);
   std::string output;
@@ -67,7 +71,139 @@ struct Setup {
   std::string arguments() const { return "--config " + config + " --data " + data + " --out " + out; }
 };
 
+/// The train program in a process of its own, in silence.
+pid_t start(const std::string& config, const std::string& data, const std::string& out,
+            const std::vector<std::string>& more) {
+  std::vector<std::string> words = {HEADROOM_TRAIN, "--config", config, "--data", data, "--out", out};
+  words.insert(words.end(), more.begin(), more.end());
+  std::vector<char*> arguments;
+  for (std::string& word : words) arguments.push_back(word.data());
+  arguments.push_back(nullptr);
+  const pid_t child = fork();
+  if (child == 0) {
+    if (dup2(open("/dev/null", O_WRONLY), STDOUT_FILENO) < 0) _exit(3);  // freopen would print what is in our buffer
+    execv(HEADROOM_TRAIN, arguments.data());
+    _exit(4);
+  }
+  return child;
+}
+
+/// Its exit code, or the signal that ended it as a negative number.
+int wait_for(pid_t child) {
+  int status = 0;
+  waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+}
+
+/// Whether training gives the same bits, whatever else the machine does: several processes at a time, processes that
+/// are killed at any moment and go on from what they left, recomputation in the place of storage.
+class SameBits {
+ public:
+  SameBits(const std::function<void(training::Config&)>& change, int64_t epochs) {
+    config_ = training::load_config(setup_.config);
+    config_.model.emb_dim = 64;
+    config_.training.steps_per_epoch = 2;
+    config_.training.epochs = epochs;
+    change(config_);
+    std::ofstream(setup_.config) << training::to_json(config_);
+  }
+
+  void in_processes(int count) {
+    std::vector<pid_t> children;
+    for (int i = 0; i < count; ++i) children.push_back(begin(folder(i), {}));
+    for (const pid_t child : children) REQUIRE(wait_for(child) == 0);
+    for (int i = 0; i < count; ++i) CHECK(last_bytes(folder(i)) == last_bytes(folder(0)));
+  }
+
+  /// After in_processes. Runs begin again when they are through, until there were so many kills.
+  void after_kills(int kills) {
+    std::mt19937 random(static_cast<unsigned>(kills));
+    const std::string out = (setup_.folder / "killed").string();
+    const std::filesystem::path last = std::filesystem::path(out) / "last.pt";
+    for (int done = 0, finished = 0; done < kills || finished == 0;) {
+      std::vector<std::string> more;
+      if (std::filesystem::exists(last)) {
+        more = {"--resume", last.string()};
+      } else {
+        std::filesystem::remove_all(out);
+      }
+      const pid_t child = begin(out, more);
+      if (done < kills) {
+        std::this_thread::sleep_for(std::chrono::microseconds(std::uniform_int_distribution(0, kLatestKill)(random)));
+        kill(child, SIGKILL);
+      }
+      const int code = wait_for(child);
+      REQUIRE((code == 0 || code == -SIGKILL));
+      if (code != 0) {
+        ++done;
+        continue;
+      }
+      ++finished;
+      CHECK(last_bytes(out) == last_bytes(folder(0)));
+      std::filesystem::remove_all(out);
+    }
+  }
+
+  /// After in_processes. The file also holds the configuration, which differs.
+  void with_recomputation() {
+    config_.model.gradient_checkpointing = true;
+    std::ofstream(setup_.config) << training::to_json(config_);
+    const std::string out = (setup_.folder / "recomputed").string();
+    REQUIRE(wait_for(begin(out, {})) == 0);
+    const auto stored = training::load_state(std::filesystem::path(folder(0)) / "last.pt");
+    const auto recomputed = training::load_state(std::filesystem::path(out) / "last.pt");
+    CHECK(recomputed.epoch_losses == stored.epoch_losses);
+    for (const auto& [name, tensor] : stored.model) CHECK(tensor.equal(recomputed.model.at(name)));
+  }
+
+ private:
+  static constexpr int kLatestKill = 1'500'000;  // microseconds
+
+  pid_t begin(const std::string& out, std::vector<std::string> more) const {
+    more.insert(more.end(), {"--threads", "2"});
+    return start(setup_.config, setup_.data, out, more);
+  }
+  std::string folder(int i) const { return (setup_.folder / ("process" + std::to_string(i))).string(); }
+  static std::string last_bytes(const std::string& out) {
+    return testing::read_bytes(std::filesystem::path(out) / "last.pt");
+  }
+
+  Setup setup_;
+  training::Config config_;
+};
+
+/// Everything that has a path of its own to the parameters.
+void check_same_bits(int processes, int kills, int64_t epochs) {
+  setenv("OMP_WAIT_POLICY", "passive", 1);  // threads of several processes on few cores
+  const auto check = [&](const char* name, const std::function<void(training::Config&)>& change) {
+    INFO(name);
+    SameBits run(change, epochs);
+    run.in_processes(processes);
+    run.after_kills(kills);
+    if (name != std::string("reversible")) run.with_recomputation();
+  };
+  check("plain", [](training::Config&) {});
+  check("8 bits, accumulation", [](training::Config& config) {
+    config.training.optimizer_state = "8bit";
+    config.training.gradient_accumulation_steps = 2;
+  });
+  check("bf16", [](training::Config& config) { config.training.bf16 = true; });
+  check("reversible", [](training::Config& config) {
+    config.model.reversible = true;
+    config.training.optimizer_in_backward = true;
+    config.training.clip_grad_norm = 0;
+  });
+  unsetenv("OMP_WAIT_POLICY");
+}
+
 }  // namespace
+
+TEST_CASE("train gives the same bits in every process, with recomputation, and after kills") {
+  check_same_bits(3, 1, 2);
+}
+
+// Minutes: training_tests "[long]"
+TEST_CASE("train gives the same bits in 12 processes and after 100 kills", "[.][long]") { check_same_bits(12, 25, 10); }
 
 TEST_CASE("train trains, resumes and leaves a summary") {
   const Setup setup;
@@ -111,6 +247,16 @@ TEST_CASE("train tells what is wrong with its inputs") {
   fails("", 2, {"--config is required"});
   fails(setup.arguments() + " --steps 0", 2, {"--steps"});
   fails(setup.arguments() + " --stpes 3", 2, {"--stpes"});
+  const Result threads = train(setup.arguments(), "1000000");
+  CHECK(threads.code == 2);
+  CHECK(contains(threads.output, "1024"));
+  fails(setup.arguments() + " --device gpu", 1, {"[headroom.tools.device] there is no device gpu; expected cpu"});
+  std::filesystem::create_symlink("loop", setup.folder / "loop");
+  const std::string loop = (setup.folder / "loop").string();
+  fails("--config " + loop + " --data " + setup.data, 1, {"[headroom.training.config_file]", loop});
+  fails("--config " + setup.config + " --data " + loop, 1, {"[headroom.", loop});
+  fails("--config " + setup.config + " --data " + setup.data + " --out " + loop, 1, {"headroom.train.output", loop});
+  fails(setup.arguments() + " --resume " + loop, 1, {"headroom.training.state.read", loop});
   fails("--config none.json --data " + setup.data, 1, {"headroom.training.config_file", "none.json"});
   fails("--config " + setup.config, 1, {"headroom.train.data", "give --data"});
   const std::string empty = (setup.folder / "empty").string();
@@ -128,8 +274,17 @@ TEST_CASE("train tells what is wrong with its inputs") {
   const std::string checkpoint = setup.out + "/last.pt";
   const Setup wider("16");
   fails(wider.arguments() + " --resume " + checkpoint, 1,
-        {"headroom.training.state.structure", checkpoint,
-         "differs: embed.weight is [8, 4] Float, expected [16, 4] Float"});
+        {"headroom.training.state.config", checkpoint, "\n  model.emb_dim: 8 became 16"});
+  const Result other = train(setup.arguments() + " --steps 1 --resume " + checkpoint);
+  CHECK_FALSE(contains(other.output, "resume: "));
+  training::Config faster = training::load_config(setup.config);
+  faster.training.learning_rate = 0.5;
+  const std::string config = (setup.folder / "faster.json").string();
+  std::ofstream(config) << training::to_json(faster);
+  const Result resumed = train("--config " + config + " --data " + setup.data + " --out " + setup.out +
+                               " --steps 2 --resume " + checkpoint);
+  CHECK(resumed.code == 0);
+  CHECK(contains(resumed.output, "resume:   training.learning_rate: 0.0003 became 0.5\n"));
   std::filesystem::resize_file(checkpoint, std::filesystem::file_size(checkpoint) / 2);
   fails(setup.arguments() + " --resume " + checkpoint, 1, {"headroom.training.state.corrupt", checkpoint});
   fails("--config " + setup.config + " --data " + setup.data + " --steps 1 --out " + setup.config + "/x", 1,
@@ -185,22 +340,13 @@ TEST_CASE("train plans a run under bfloat16 autocast, too") {
 TEST_CASE("train finishes its step and saves when it is told to stop") {
   for (const int signal : {SIGINT, SIGTERM}) {
     const Setup setup;
-    const pid_t child = fork();
-    if (child == 0) {
-      if (std::freopen("/dev/null", "w", stdout) == nullptr) _exit(3);
-      execl(HEADROOM_TRAIN, "train", "--config", setup.config.c_str(), "--data", setup.data.c_str(), "--out",
-            setup.out.c_str(), "--threads", "1", "--steps", "1000000", nullptr);
-      _exit(4);
-    }
+    const pid_t child = start(setup.config, setup.data, setup.out, {"--threads", "1", "--steps", "1000000"});
     const std::filesystem::path last = std::filesystem::path(setup.out) / "last.pt";
     for (int wait = 0; wait < 3000 && !std::filesystem::exists(last); ++wait) {
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
     kill(child, signal);
-    int status = 0;
-    waitpid(child, &status, 0);
-    REQUIRE(WIFEXITED(status));
-    CHECK(WEXITSTATUS(status) == 128 + signal);
+    CHECK(wait_for(child) == 128 + signal);
     const training::TrainingState state = training::load_state(last);
     CHECK(state.step >= 3);
     CHECK(static_cast<int64_t>(state.epoch_losses.size()) == state.step / 3);

@@ -2,6 +2,7 @@
 
 #include <filesystem>
 #include <map>
+#include <numeric>
 
 #include "support/catch.hpp"
 #include "support/files.hpp"
@@ -393,6 +394,55 @@ TEST_CASE("validation_nsdr is the ratio over all examples, the mean over the ste
   CHECK(value == Approx((10 * (energy / error).log10()).mean().item<double>()).epsilon(1e-5));
 }
 
+TEST_CASE("validation_nsdr leaves out stems that are silent") {
+  torch::manual_seed(7);
+  TinySeparator model(6, 0.5);
+  const auto with_scale = [](double first, double second) {
+    return [=](int64_t index, int64_t count) {
+      NoiseExample example = source(index, count);
+      example.stems = example.stems * torch::tensor({first, second, first, second}).view({1, 4, 1, 1});
+      return example;
+    };
+  };
+  auto half = with_scale(1, 0), both = with_scale(1, 1), none = with_scale(0, 0);
+  const double sounding = validation_nsdr(model, half, 3);
+  CHECK(std::abs(sounding) < 20);  // the energy of an error over that of silence would give -70 and less
+  auto other = with_scale(0, 1);
+  CHECK((sounding + validation_nsdr(model, other, 3)) / 2 == Approx(validation_nsdr(model, both, 3)));
+  CHECK(error_of([&] { validation_nsdr(model, none, 3); }).id() == "headroom.training.validation_silent");
+}
+
+TEST_CASE("a run that is resumed for a time goes on at the pace and the learning rate of its schedule") {
+  Config config = tiny_config();
+  config.training.min_learning_rate_ratio = 0;
+  auto [model, trainer] = make_trainer(config);
+  double now = 100;
+  std::vector<double> rates;
+  const auto on_step = [&](const Progress& p) {
+    rates.push_back(p.learning_rate);
+    now += 0.5;
+  };
+  const RunOptions options{.seconds = 10.0, .on_step = on_step, .clock = [&] { return now; }};
+  REQUIRE(trainer.run(options).steps == 20);
+  const TrainingState state = trainer.state();
+  CHECK(state.seconds_per_step == Approx(0.5));
+  auto [again, resumed] = make_trainer(config);
+  resumed.resume(state, "state");
+  rates.clear();
+  REQUIRE(resumed.run(options).steps == 40);
+  const Schedule schedule{.learning_rate = 0.01, .warmup_steps = 2, .min_ratio = 0};
+  for (int step = 0; step < 20; ++step) CHECK(rates[step] == Approx(learning_rate_at(schedule, 20 + step, 40)));
+
+  // A run that was not limited by time has no pace; what is left on disk must not depend on the clock
+  auto [third, steps] = make_trainer(config);
+  steps.run({.steps = 20, .on_step = on_step, .clock = [&] { return now; }});
+  CHECK(steps.state().seconds_per_step == 0);
+  rates.clear();
+  steps.run(options);
+  CHECK(rates[0] < 0.0001);
+  CHECK(rates[1] == Approx(learning_rate_at(schedule, 21, 40)));
+}
+
 TEST_CASE("a time budget ends the run and takes the learning rate to its end") {
   Config config = tiny_config();
   config.training.min_learning_rate_ratio = 0;
@@ -429,4 +479,135 @@ TEST_CASE("the trainer trains the time-frequency transformer") {
   model->eval();
   const torch::Tensor mixture = source(50, 1).mixture;
   CHECK(loaded.model->forward(mixture).equal(model->forward(mixture)));
+}
+
+TEST_CASE("a run that is resumed with longer or shorter epochs has true means") {
+  Config config = tiny_config();
+  config.training.steps_per_epoch = 5;
+  std::vector<double> losses;  // of each step
+  double sum = 0;
+  const auto on_step = [&](const Progress& p) {
+    const double before = p.epoch_step == 1 ? 0 : sum;
+    sum = p.loss * static_cast<double>(p.epoch_step);
+    losses.push_back(sum - before);
+  };
+  const auto mean = [&](std::size_t first, std::size_t last) {
+    return std::accumulate(losses.begin() + static_cast<std::ptrdiff_t>(first),
+                           losses.begin() + static_cast<std::ptrdiff_t>(last), 0.0) /
+           static_cast<double>(last - first);
+  };
+  auto [model, first] = make_trainer(config);
+  first.run({.steps = 12, .on_step = on_step});
+  const TrainingState at_twelve = first.state();
+  CHECK(at_twelve.unfinished_steps == 2);
+  TrainingState of_older_version = at_twelve;
+  of_older_version.unfinished_steps = -1;
+
+  config.training.steps_per_epoch = 50;
+  auto [other_model, longer] = make_trainer(config);
+  const auto changes = longer.resume(of_older_version, "last.pt");
+  REQUIRE(changes.size() == 1);
+  CHECK(describe(changes[0]) == "training.steps_per_epoch: 5 became 50");
+  std::vector<int64_t> epochs, steps;
+  const Summary summary = longer.run({.steps = 14, .on_step = [&](const Progress& p) {
+                                        on_step(p);
+                                        epochs.push_back(p.epoch);
+                                        steps.push_back(p.epoch_step);
+                                      }});
+  CHECK(epochs == std::vector<int64_t>{3, 3});
+  CHECK(steps == std::vector<int64_t>{3, 4});
+  REQUIRE(summary.epoch_losses.size() == 3);
+  CHECK(summary.epoch_losses[1] == Approx(mean(5, 10)));
+  CHECK(summary.epoch_losses[2] == Approx(mean(10, 14)));
+  CHECK(summary.best_score == Approx(std::min({mean(0, 5), mean(5, 10), mean(10, 14)})));
+
+  config.training.steps_per_epoch = 2;  // the epoch under way has as many already
+  auto [last_model, shorter] = make_trainer(config);
+  shorter.resume(longer.state(), "last.pt");
+  const auto shorter_losses = shorter.run({.steps = 17, .on_step = on_step}).epoch_losses;
+  REQUIRE(shorter_losses.size() == 4);
+  CHECK(shorter_losses[2] == Approx(mean(10, 15)));
+  CHECK(shorter_losses[3] == Approx(mean(15, 17)));
+}
+
+TEST_CASE("a run is not resumed as another model, with every reason; what else changed is told") {
+  const Config config = tiny_config();
+  auto [model, trainer] = make_trainer(config);
+  trainer.run({.steps = 5});
+  const TrainingState state = trainer.state();
+  const auto refused = [&](auto&& change) {
+    Config other = config;
+    change(other);
+    auto [fresh_model, fresh] = make_trainer(other);
+    const TensorMap before = copy(tensors_of(*fresh_model));
+    const Error error = error_of([&, &fresh = fresh] { fresh.resume(state, "runs/last.pt"); });
+    CHECK(error.id() == "headroom.training.state.config");
+    CHECK(contains(error.what(), "runs/last.pt was trained as another model"));
+    check_equal(before, tensors_of(*fresh_model));
+    return std::string(error.what());
+  };
+  const std::string several = refused([](Config& c) {
+    c.model.n_heads = 4;
+    c.model.hop_length = 16;
+    c.model.reversible = true;
+    c.audio.sample_rate = 48000;
+    c.training.learning_rate = 1;
+  });
+  for (const char* part : {"\n  model.n_heads: 2 became 4", "\n  model.hop_length: 32 became 16",
+                           "\n  model.reversible: false became true", "\n  audio.sample_rate: 44100 became 48000"}) {
+    CHECK(contains(several, part));
+  }
+  CHECK_FALSE(contains(several, "learning_rate"));
+  CHECK(contains(refused([](Config& c) { std::swap(c.audio.stems[0], c.audio.stems[1]); }),
+                 R"(audio.stems: ["vocals","drums","bass","other"] became ["drums","vocals","bass","other"])"));
+  CHECK(contains(refused([](Config& c) { c.audio.stems[3] = "rest"; }), R"("bass","rest"])"));
+
+  Config other = config;
+  other.training.learning_rate = 0.02;
+  other.model.gradient_checkpointing = true;
+  auto [fresh_model, fresh] = make_trainer(other);
+  const auto changes = fresh.resume(state, "last.pt");
+  REQUIRE(changes.size() == 2);
+  CHECK(describe(changes[0]) == "model.gradient_checkpointing: false became true");
+  CHECK(describe(changes[1]) == "training.learning_rate: 0.01 became 0.02");
+  CHECK(fresh.state().best_metric == "training loss");
+  CHECK(fresh.state().unfinished_steps == 1);
+}
+
+TEST_CASE("losses and scores of another kind are not compared with those of before") {
+  const Config config = tiny_config();
+  auto [model, trainer] = make_trainer(config);
+  trainer.run({.steps = 5});
+  const auto after = [&](const TrainingState& state, auto&& change) {
+    Config other = config;
+    change(other);
+    auto [fresh_model, fresh] = make_trainer(other);
+    fresh.resume(state, "last.pt");
+    return fresh.state();
+  };
+  const TrainingState by_loss = trainer.state();
+  const TrainingState other_loss = after(by_loss, [](Config& c) { c.loss.stft_weight = 100; });
+  CHECK(other_loss.best_metric.empty());
+  CHECK(other_loss.unfinished_steps == 0);
+  CHECK(other_loss.unfinished_loss == 0);
+  CHECK(after(by_loss, [](Config& c) { c.data.path = "moved"; }).best_metric == "training loss");
+  TrainingState by_score = by_loss;
+  by_score.best_metric = "validation nSDR";
+  CHECK(after(by_score, [](Config& c) { c.loss.stft_weight = 100; }).best_metric == "validation nSDR");
+  CHECK(after(by_score, [](Config& c) { c.training.validation_segments = 3; }).best_metric.empty());
+}
+
+TEST_CASE("a state without a random generator's state is refused before anything changes") {
+  const Config config = tiny_config();
+  auto [model, trainer] = make_trainer(config);
+  for (const torch::Tensor& random : {torch::Tensor(), torch::zeros({3}), torch::zeros({5056}, torch::kByte)}) {
+    TrainingState state = trainer.state();
+    state.random = random;
+    const torch::Tensor before = random_state();
+    const Error error = error_of([&, &t = trainer] { t.resume(state, "last.pt"); });
+    CHECK(error.id() == "headroom.training.state.random");
+    CHECK(contains(error.what(), "last.pt holds no state"));
+    CHECK_FALSE(contains(error.what(), "\n"));
+    CHECK(random_state().equal(before));
+  }
 }

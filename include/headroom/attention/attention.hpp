@@ -32,9 +32,15 @@ inline std::vector<std::string> refusals(AttentionBackend backend, const torch::
     const auto device = compute_device(q);
     refuse(!device.is_cpu() && !device.is_cuda(), "tensors on " + device.str());
     refuse(device.is_cuda() && q.scalar_type() == torch::kDouble, "double on " + device.str());
+    // What LibTorch 2.11's kernels get wrong, seen on an H200: NaN, and gradients of q and k that are off by 0.2
+    refuse(device.is_cuda() && request.scale <= 0, "a scale of 0 or less on " + device.str());
+    refuse(
+        device.is_cuda() && q.scalar_type() != torch::kFloat && request.causal && request.queries() != request.keys(),
+        "causal with more or fewer keys than queries in 16 bits on " + device.str());
     refuse(q.size(-1) == 0 || c10::multiply_integers(request.score_sizes) == 0, "empty tensors");
     refuse(request.group() > 1, "fewer heads of k and v than of q");
     refuse(request.causal && request.query_offset != 0, "query_offset with causal");
+    refuse(request.causal && request.scale <= 0 && device.is_cpu(), "causal with a scale of 0 or less");  // NaN
     refuse(request.window_left >= 0 || request.window_right >= 0, "window");
     refuse(request.key_lengths.defined(), "key_lengths");
     refuse(request.sequence_starts.defined(), "sequence_starts");
@@ -246,7 +252,7 @@ inline AttentionForward run_backend(const torch::Tensor& given_q, const torch::T
     case AttentionBackend::chunked:
       return AttentionFunction<ChunkedBackend>::run(q, k, v, request);
     default:
-      return reference_attention(q, k, v, request, with_lse);
+      return reference_attention(q, k, v, request, with_lse, compute_type(q));
   }
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "headroom/attention/rotation.hpp"
 #include "headroom/attention/scores.hpp"
 #include "headroom/attention/tiled.hpp"
 
@@ -60,12 +61,14 @@ class ChunkedAttention {
   /// `wanted`: gradients of q, k, v, bias, relative_bias, alibi_slopes, sink.
   AttentionGradients backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
                               const AttentionForward& forward, const std::array<bool, 7>& wanted) {
-    if (terms_.hides()) bad_queries_ = either(bad_queries_, rows_not_finite(grad_output));
     AttentionGradients grad = empty_gradients(wanted);
     // Derivative of the loss by log-sum-exp and by output: both change what is subtracted from each row of dP
     torch::Tensor delta = (grad_output.to(dtype_) * forward.output.to(dtype_)).sum(-1);  // [...,H,Lq]
+    if (const torch::Tensor bad = terms_.hides() ? rows_not_finite(grad_output) : torch::Tensor(); bad.defined()) {
+      bad_queries_ = either(bad_queries_, bad);
+      delta.masked_fill_(bad.logical_and((forward.output == 0).all(-1)), 0);  // of a query without keys
+    }
     if (grad_lse.defined()) delta = delta - grad_lse.to(dtype_).masked_fill(forward.lse == -kInfinity, 0);
-    add_sink(grad.sink, delta, forward.lse);
     const SplitLse lse(forward.lse, dtype_);
     for_each_block([&](const HeadBlock& block, const HeadBlock& kv_block) {
       const Rows rows{block_of(grad_output, block, 2), block_of(delta, block, 1), lse.of(block)};
@@ -73,6 +76,7 @@ class ChunkedAttention {
       const Block inputs = block_at(block, kv_block);
       for_each_query_chunk([&](int64_t first, int64_t last) { backward_queries(inputs, first, last, rows, part); });
     });
+    add_sink(grad.sink, delta, lse);
     return as_given(std::move(grad));
   }
 
@@ -88,6 +92,7 @@ class ChunkedAttention {
       const torch::Tensor target = block_of(all, block, 2);
       for_each_query_chunk([&](int64_t first, int64_t last) {
         const torch::Tensor q = queries(inputs, first, last);
+        sharpen(rows, inputs, q, first, last);
         for_each_tile(inputs, first, last, [&](const ScoreTile& tile) {
           Scores s = scores(inputs, q, keys(inputs, tile), tile);
           const torch::Tensor part = ScoreTerms::narrow_scores(target, tile);
@@ -116,11 +121,14 @@ class ChunkedAttention {
       };
       for_each_query_chunk([&](int64_t first, int64_t last) {
         const torch::Tensor q = queries(inputs, first, last);
+        sharpen(rows, inputs, q, first, last);
         // The gradient of a score, P·(dP - sum of P·dP over the row), needs the whole row first
         const torch::Tensor sums = delta_block.slice(2, first, last).zero_();
         for_each_tile(inputs, first, last, [&](const ScoreTile& tile) {
           Scores s = scores(inputs, q, keys(inputs, tile), tile);
-          sums.add_((take_weights(s, rows, tile) * grad_of(tile)).sum(-1));
+          torch::Tensor products = take_weights(s, rows, tile) * grad_of(tile);
+          if (s.hidden.defined()) products.masked_fill_(s.hidden, 0);  // where the gradient is not finite
+          sums.add_(products.sum(-1));
         });
         torch::Tensor grad_q;
         if (part.q.defined()) grad_q = torch::zeros_like(q);
@@ -133,7 +141,7 @@ class ChunkedAttention {
         store_grad_q(part.q, grad_q, first, last);
       });
     });
-    add_sink(grad.sink, delta, whole_lse);
+    add_sink(grad.sink, delta, lse);
     return as_given(std::move(grad));
   }
 
@@ -150,13 +158,17 @@ class ChunkedAttention {
   /// The log-sum-exp in two parts that the dtype of computation holds exactly; 0 for a query without keys.
   struct SplitLse {
     torch::Tensor high, low;  // [...,H,Lq]
-    SplitLse(torch::Tensor high, torch::Tensor low) : high(std::move(high)), low(std::move(low)) {}
+    bool coarse = false;      // some are so large that even in double they have lost the logarithm of the sum
+    SplitLse(torch::Tensor high, torch::Tensor low, bool coarse)
+        : high(std::move(high)), low(std::move(low)), coarse(coarse) {}
     SplitLse(const torch::Tensor& lse, torch::ScalarType dtype) {
+      static constexpr double kCoarse = 1 << 23;  // from here on, errors of weights may be above 2^-30
       const torch::Tensor whole = lse.masked_fill(lse == -kInfinity, 0);
       high = whole.to(dtype);
       low = (whole - high).to(dtype);
+      coarse = !lse.is_meta() && lse.numel() > 0 && (whole.abs() > kCoarse).any().item<bool>();
     }
-    SplitLse of(const HeadBlock& block) const { return {block_of(high, block, 1), block_of(low, block, 1)}; }
+    SplitLse of(const HeadBlock& block) const { return {block_of(high, block, 1), block_of(low, block, 1), coarse}; }
   };
   /// What the backward pass knows of each query.
   struct Rows {
@@ -194,10 +206,9 @@ class ChunkedAttention {
     return grad;
   }
   /// `delta` is what is subtracted from each row of dP: the sink has a score and no value, so its dP is 0.
-  void add_sink(const torch::Tensor& grad_sink, const torch::Tensor& delta, const torch::Tensor& lse) const {
+  void add_sink(const torch::Tensor& grad_sink, const torch::Tensor& delta, const SplitLse& lse) const {
     if (!grad_sink.defined()) return;
-    const torch::Tensor weights =
-        torch::exp(request_.sink.to(torch::kDouble).unsqueeze(-1) - lse.masked_fill(lse == -kInfinity, kInfinity));
+    const torch::Tensor weights = torch::exp(request_.sink.to(torch::kDouble).unsqueeze(-1) - lse.high - lse.low);
     grad_sink.sub_((weights * delta).sum_to_size(at::IntArrayRef({request_.heads(), 1})).squeeze(-1));
   }
 
@@ -286,40 +297,69 @@ class ChunkedAttention {
     return s;
   }
 
-  void forward_queries(const Block& block, int64_t first, int64_t last, const torch::Tensor& output,
-                       const torch::Tensor& lse) const {
-    const torch::Tensor q = queries(block, first, last);
-    const auto options = q.options();
-    const int64_t b = block.q.size(0), h = block.q.size(1), count = last - first;
-    // The sink is a score that is already there
-    torch::Tensor maximum = torch::full({b, h, count, 1}, -kInfinity, options),
-                  sum = torch::zeros({b, h, count, 1}, options);
-    if (block.terms.sink.defined()) {
-      maximum = block.terms.sink.to(dtype_).unsqueeze(-1).unsqueeze(-1).expand({b, h, count, 1});
-      sum = (maximum != -kInfinity).to(dtype_);
+  /// A softmax over scores that come tile by tile.
+  struct RunningSoftmax {
+    torch::Tensor maximum, sum;  // [b,h,queries,1]; the sum is of exp(score - maximum)
+
+    /// Of `count` queries. The sink is a score that is already there.
+    RunningSoftmax(const Block& block, int64_t count, const torch::TensorOptions& options) {
+      const std::vector<int64_t> sizes{block.q.size(0), block.q.size(1), count, 1};
+      if (const torch::Tensor& sink = block.terms.sink; sink.defined()) {
+        maximum = sink.to(options.dtype()).unsqueeze(-1).unsqueeze(-1).expand(sizes);
+        sum = (maximum != -kInfinity).to(options.dtype());
+      } else {
+        maximum = torch::full(sizes, -kInfinity, options), sum = torch::zeros(sizes, options);
+      }
     }
-    torch::Tensor mean = torch::zeros({b, h, count, block.v.size(3)}, options);
-    for_each_tile(block, first, last, [&](const ScoreTile& tile) {
-      Scores s = scores(block, q, keys(block, tile), tile);
+    /// Turns the scores of a tile into exp(score - maximum), in place, and returns the factor by which what belongs to
+    /// tiles before shrinks, since the maximum rose.
+    torch::Tensor add(Scores& s) {
       if (s.hidden.defined()) s.all.masked_fill_(s.hidden, -kInfinity);
       const torch::Tensor higher = torch::maximum(maximum, s.all.amax(-1, /*keepdim=*/true));
       const torch::Tensor shift = higher.masked_fill(higher == -kInfinity, 0);
-      torch::Tensor weights = s.all.sub_(shift).exp_();
       const torch::Tensor shrink = (maximum - shift).exp_();
-      sum = sum * shrink + weights.sum(-1, /*keepdim=*/true);
-      if (request_.dropout.active()) weights.mul_(block.terms.kept(tile));
-      mean.mul_(shrink).add_(unfolded(torch::matmul(folded(weights), key_part(block.v, block, tile))));
+      sum = sum * shrink + s.all.sub_(shift).exp_().sum(-1, /*keepdim=*/true);
       maximum = higher;
+      return shrink;
+    }
+  };
+
+  void forward_queries(const Block& block, int64_t first, int64_t last, const torch::Tensor& output,
+                       const torch::Tensor& lse) const {
+    const torch::Tensor q = queries(block, first, last);
+    const int64_t count = last - first;
+    RunningSoftmax softmax(block, count, q.options());
+    torch::Tensor mean = torch::zeros({block.q.size(0), block.q.size(1), count, block.v.size(3)}, q.options());
+    for_each_tile(block, first, last, [&](const ScoreTile& tile) {
+      Scores s = scores(block, q, keys(block, tile), tile);
+      const torch::Tensor shrink = softmax.add(s);
+      if (request_.dropout.active()) s.all.mul_(block.terms.kept(tile));
+      mean.mul_(shrink).add_(unfolded(torch::matmul(folded(s.all), key_part(block.v, block, tile))));
     });
     if (request_.dropout.active()) mean.mul_(request_.dropout.gain());
-    const torch::Tensor empty = sum == 0;
-    output.slice(2, first, last).copy_(mean.div_(sum.masked_fill(empty, 1)));
+    const auto& [maximum, sum] = softmax;
+    output.slice(2, first, last).copy_(mean.div_(sum.masked_fill(sum == 0, 1)));
     lse.slice(2, first, last).copy_((maximum.to(torch::kDouble) + sum.to(torch::kDouble).log()).squeeze(-1));
+  }
+
+  /// Where a log-sum-exp is too coarse, replaces its two parts by the maximum and the logarithm of the sum, which takes
+  /// another pass over the scores of these queries.
+  void sharpen(const SplitLse& lse, const Block& block, const torch::Tensor& q, int64_t first, int64_t last) const {
+    if (!lse.coarse) return;
+    RunningSoftmax softmax(block, last - first, q.options());
+    for_each_tile(block, first, last, [&](const ScoreTile& tile) {
+      Scores s = scores(block, q, keys(block, tile), tile);
+      softmax.add(s);
+    });
+    const torch::Tensor empty = softmax.sum == 0;
+    lse.high.slice(2, first, last).copy_(softmax.maximum.masked_fill(empty, 0).squeeze(-1));
+    lse.low.slice(2, first, last).copy_(softmax.sum.masked_fill(empty, 1).log_().squeeze(-1));
   }
 
   void backward_queries(const Block& block, int64_t first, int64_t last, const Rows& rows,
                         const AttentionGradients& grad) const {
     const torch::Tensor q = queries(block, first, last);
+    sharpen(rows.lse, block, q, first, last);
     const torch::Tensor grad_output = folded(
         without_rows(rows_of(rows.grad_output, 2, first, last).to(dtype_), rows_of(block.bad_queries, 2, first, last)));
     const torch::Tensor delta = rows.delta.slice(2, first, last).unsqueeze(-1);

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <ATen/ops/_fused_sdp_choice.h>
+#include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
+#include <ATen/ops/_scaled_dot_product_cudnn_attention_backward.h>
 #include <ATen/ops/_scaled_dot_product_efficient_attention.h>
 #include <ATen/ops/_scaled_dot_product_efficient_attention_backward.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention.h>
@@ -33,15 +35,15 @@ class FusedAttention {
   AttentionForward forward() const {
     std::vector<int64_t> shape = q_.sizes().vec();
     shape.back() = v_.size(-1);
-    AttentionForward result{empty_in_order_of(q_, shape, q_.options()),
-                            torch::empty(all_but_last(shape, 1), q_.options().dtype(torch::kDouble))};
+    Result output(q_, shape);
+    AttentionForward result{{}, torch::empty(all_but_last(shape, 1), q_.options().dtype(torch::kDouble))};
     for_each_block([&](const HeadBlock& block) {
       const int64_t width = padded_width(std::max(q_.size(-1), v_.size(-1)));
       const Call call{padded(block_of(q_, block, 2), width), padded(block_of(k_, block, 2), width),
                       padded(block_of(v_, block, 2), width), bias_of(block)};
-      auto [output, lse, rest] = run(call);
-      block_of(result.output, block, 2).copy_(output.narrow(-1, 0, v_.size(-1)));
-      torch::Tensor seen = lse.slice(2, 0, request_.queries());
+      auto [part, lse, rest] = run(call);
+      output.store(block, part);
+      torch::Tensor seen = lse.flatten(2).slice(2, 0, request_.queries());
       // Kernels differ in what they return for a row whose scores are all -inf
       if (bias_.defined()) {
         seen = seen.masked_fill((bias_of(block).amax(-1) == -std::numeric_limits<double>::infinity()), -INFINITY);
@@ -50,14 +52,13 @@ class FusedAttention {
       result.extra.push_back(lse);
       result.extra.insert(result.extra.end(), rest.begin(), rest.end());
     });
+    result.output = output.whole();
     return result;
   }
 
   AttentionGradients backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
                               const AttentionForward& forward) const {
-    const AttentionGradients grad{empty_in_order_of(q_, q_.sizes(), q_.options()),
-                                  empty_in_order_of(k_, k_.sizes(), k_.options()),
-                                  empty_in_order_of(v_, v_.sizes(), v_.options())};
+    Result grad_q(q_, q_.sizes()), grad_k(k_, k_.sizes()), grad_v(v_, v_.sizes());
     int64_t blocks = 0;
     for_each_block([&](const HeadBlock&) { ++blocks; });
     const size_t saved = blocks == 0 ? 0 : forward.extra.size() / blocks;
@@ -77,13 +78,10 @@ class FusedAttention {
         call.v.select(-1, width - 1).fill_(1);
       }
       const auto [dq, dk, dv] = run_backward(call, d_output, pad(forward.output), extra.slice(0, saved));
-      const auto store = [&](const torch::Tensor& target, const torch::Tensor& x) {
-        block_of(target, block, 2).copy_(x.narrow(-1, 0, target.size(-1)));
-      };
-      store(grad.q, dq), store(grad.k, dk), store(grad.v, dv);
+      grad_q.store(block, dq), grad_k.store(block, dk), grad_v.store(block, dv);
       extra = extra.slice(saved);
     });
-    return grad;
+    return {grad_q.whole(), grad_k.whole(), grad_v.whole()};
   }
 
  private:
@@ -103,6 +101,30 @@ class FusedAttention {
                         [&](const HeadBlock& block, const HeadBlock&) { f(block); });
   }
 
+  /// A result that kernels compute block by block, in memory in the order of `like`. What a kernel gives for the only
+  /// block is the result itself where it lies like that.
+  class Result {
+   public:
+    Result(const torch::Tensor& like, at::IntArrayRef shape) : like_(like), shape_(shape.vec()) {}
+
+    void store(const HeadBlock& block, const torch::Tensor& part) {
+      if (!whole_.defined() && part.sizes() == shape_ && lies_in_order_of(like_, part)) {
+        whole_ = part;
+      } else {
+        block_of(whole(), block, 2).copy_(part.narrow(-1, 0, shape_.back()));
+      }
+    }
+    const torch::Tensor& whole() {
+      if (!whole_.defined()) whole_ = empty_in_order_of(like_, shape_, like_.options());
+      return whole_;
+    }
+
+   private:
+    const torch::Tensor& like_;
+    std::vector<int64_t> shape_;
+    torch::Tensor whole_;
+  };
+
   torch::Tensor bias_of(const HeadBlock& block) const { return block_of(bias_, block, 2); }
   std::optional<torch::Tensor> expanded_bias(const Call& call) const {
     if (!call.bias.defined()) return std::nullopt;
@@ -114,16 +136,21 @@ class FusedAttention {
   }
   static torch::Tensor padded(const torch::Tensor& x, int64_t width) {
     if (x.size(-1) < width) return at::constant_pad_nd(x, {0, width - x.size(-1)});
-    return x.stride(-1) == 1 ? x : x.contiguous();
+    // Rows next to each other, none over another; contiguous() would keep any stride of a dimension of one element
+    return x.stride(-1) == 1 && x.stride(-2) >= x.size(-1) ? x : x.clone(at::MemoryFormat::Contiguous);
   }
 
-  bool takes_flash(const Call& call) const {
-    if (call.bias.defined() || q_.scalar_type() == torch::kFloat || call.q.size(-1) > 256) return false;
-    if (request_.causal && request_.queries() != request_.keys()) return false;  // aligned bottom right there
-    constexpr int64_t kEfficient = 2, kMath = 0;                                 // at::SDPBackend
+  /// Kernels for CUDA, by how many tensors their backward pass is given beside inputs and output.
+  enum Kernel : size_t { efficient = 3, cudnn = 4, flash = 5 };
+
+  /// The one that LibTorch's function would take, too.
+  Kernel choose(const Call& call) const {
+    if (call.bias.defined() || q_.scalar_type() == torch::kFloat || call.q.size(-1) > 256) return efficient;
+    if (request_.causal && request_.queries() != request_.keys()) return efficient;  // aligned bottom right by others
+    constexpr int64_t kFlash = 1, kCudnn = 3;                                        // at::SDPBackend
     const int64_t choice =
         at::_fused_sdp_choice(call.q, call.k, call.v, std::nullopt, 0.0, request_.causal, request_.scale);
-    return choice != kEfficient && choice != kMath;
+    return choice == kCudnn ? cudnn : choice == kFlash ? flash : efficient;
   }
 
   Returned run(const Call& call) const {
@@ -133,11 +160,18 @@ class FusedAttention {
                                                                            bias, request_.scale);
       return {output, lse, {}};
     }
-    if (takes_flash(call)) {
+    const Kernel kernel = choose(call);
+    if (kernel == flash) {
       auto [output, lse, starts_q, starts_k, max_q, max_k, seed, offset, debug] =
           at::_scaled_dot_product_flash_attention(call.q, call.k, call.v, 0.0, request_.causal,
                                                   /*return_debug_mask=*/false, request_.scale);
       return {output, lse, {starts_q, starts_k, seed, offset}};
+    }
+    if (kernel == cudnn) {
+      auto [output, lse, starts_q, starts_k, max_q, max_k, seed, offset, debug] =
+          at::_scaled_dot_product_cudnn_attention(call.q, call.k, call.v, std::nullopt, /*compute_log_sumexp=*/true,
+                                                  0.0, request_.causal, /*return_debug_mask=*/false, request_.scale);
+      return {output, lse, {seed, offset, at::empty({0}, lse.options())}};
     }
     auto [output, lse, seed, offset] = at::_scaled_dot_product_efficient_attention(
         call.q, call.k, call.v, expanded_bias(call), /*compute_log_sumexp=*/true, 0.0, request_.causal, request_.scale);
@@ -153,7 +187,13 @@ class FusedAttention {
           grad_output, call.q, call.k, call.v, output, lse, 0.0, request_.causal, bias, request_.scale);
       return {dq, dk, dv};
     }
-    if (saved.size() == 5) {
+    if (saved.size() == cudnn) {
+      const auto [dq, dk, dv] = at::_scaled_dot_product_cudnn_attention_backward(
+          grad_output, call.q, call.k, call.v, output, lse, saved[1], saved[2], {}, {}, {}, request_.queries(),
+          request_.keys(), 0.0, request_.causal, request_.scale);
+      return {dq, dk, dv};
+    }
+    if (saved.size() == flash) {
       const auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_backward(
           grad_output, call.q, call.k, call.v, output, lse, saved[1], saved[2], request_.queries(), request_.keys(),
           0.0, request_.causal, saved[3], saved[4], request_.scale);

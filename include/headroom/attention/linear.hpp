@@ -4,6 +4,7 @@
 
 #include "headroom/attention/dropout.hpp"
 #include "headroom/attention/tiled.hpp"
+#include "headroom/core/rows.hpp"
 
 namespace headroom::inline v0 {
 
@@ -157,7 +158,7 @@ inline torch::Tensor linear_attention(const torch::Tensor& q, const torch::Tenso
             ", ", k.defined() ? k.sizes() : at::IntArrayRef(), ", ", v.defined() ? v.sizes() : at::IntArrayRef(),
             "; expected [...,H,L,D] of one shape, dtype and device");
   }
-  require(std::isfinite(options.scale()), "headroom.attention.linear", "scale is ", options.scale(),
+  require(core::detail::is_finite(options.scale()), "headroom.attention.linear", "scale is ", options.scale(),
           ", expected a finite number");
   if (const auto& given = options.log_temperature(); given.has_value()) {
     require(given->defined() && given->is_floating_point() && given->device() == q.device() &&

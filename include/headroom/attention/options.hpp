@@ -42,6 +42,22 @@ inline AttentionBackend attention_backend(std::string_view name) {
   return static_cast<AttentionBackend>(found - std::begin(names));
 }
 
+/// How queries are aligned with keys, before query_offset.
+enum class AttentionAlignment {
+  top_left,      ///< the first query stands at the first key
+  bottom_right,  ///< the last query stands at the last key
+};
+
+inline constexpr std::string_view kAttentionAlignmentNames[] = {"top_left", "bottom_right"};
+
+/// The alignment of a name. Throws headroom.attention.alignment_name.
+inline AttentionAlignment attention_alignment(std::string_view name) {
+  for (const auto alignment : {AttentionAlignment::top_left, AttentionAlignment::bottom_right}) {
+    if (name == kAttentionAlignmentNames[static_cast<int>(alignment)]) return alignment;
+  }
+  fail("headroom.attention.alignment_name", "there is no alignment \"", name, "\"; expected top_left or bottom_right");
+}
+
 /// Sliding window around a query's position; negative: unlimited on that side.
 struct AttentionWindow {
   int64_t left = -1, right = -1;
@@ -49,14 +65,17 @@ struct AttentionWindow {
 
 /// What may be asked of headroom::attention beside q, k and v:
 ///   softmax(softcap(scale·q·kᵀ) + bias + relative_bias - alibi_slopes·|distance|, over the allowed keys)·v.
-/// Query i stands at position p = i + query_offset among the keys; its distance to key j is p - j. In packed sequences
-/// p and j count from the start of their sequence.
+/// Query i stands at position p = i + query_offset among the keys, p = i + Lk - Lq + query_offset with the alignment
+/// bottom_right; its distance to key j is p - j. In packed sequences i and j count from the start of their sequence,
+/// and Lq and Lk are its lengths.
 struct AttentionOptions {
   /// Factor of q·kᵀ; 1/sqrt(D) unless given.
   TORCH_ARG(std::optional<double>, scale) = std::nullopt;
 
   // ---- which keys a query may see: all of these at once ----
-  /// Position of the first query among the keys: 0 aligns them top left, Lk - Lq bottom right.
+  /// top_left: the first query of a sequence stands at its first key; bottom_right: the last one at its last key.
+  TORCH_ARG(AttentionAlignment, alignment) = AttentionAlignment::top_left;
+  /// Added to the positions of all queries.
   TORCH_ARG(int64_t, query_offset) = 0;
   /// A query sees keys up to its position.
   TORCH_ARG(bool, causal) = false;

@@ -17,12 +17,14 @@
 //   attention_backward(grad_output, grad_lse, output, lse, q, k, v, *, options, wanted) -> seven gradients
 //
 // Options are those of AttentionOptions under the same names, with these differences: `window` is two numbers, `seed`
-// is an int64 tensor on the CPU that is drawn from LibTorch's generator unless given, `backend` is a name.
+// is an int64 tensor on the CPU that is drawn from LibTorch's generator unless given, `alignment` and `backend` are
+// names.
 
 namespace headroom::inline v0::detail {
 
 inline constexpr const char* kAttentionOptionsSchema =
-    "float? scale=None, SymInt query_offset=0, bool causal=False, SymInt window_left=-1, SymInt window_right=-1, "
+    "float? scale=None, str alignment=\"top_left\", SymInt query_offset=0, bool causal=False, SymInt window_left=-1, "
+    "SymInt window_right=-1, "
     "Tensor? key_lengths=None, Tensor? sequence_starts=None, Tensor? key_sequence_starts=None, Tensor? mask=None, "
     "Tensor? hidden=None, Tensor? block_mask=None, SymInt block_size=128, Tensor? bias=None, "
     "Tensor? relative_bias=None, Tensor? alibi_slopes=None, Tensor? sink=None, float? softcap=None, "
@@ -84,6 +86,7 @@ inline AttentionOptions options_of(const OperatorCall& call) {
   }
   return AttentionOptions()
       .scale(call["scale"].toOptional<double>())
+      .alignment(attention_alignment(call["alignment"].toStringView()))
       .query_offset(call["query_offset"].toInt())
       .causal(call["causal"].toBool())
       .window(AttentionWindow{call["window_left"].toInt(), call["window_right"].toInt()})

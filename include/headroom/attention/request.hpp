@@ -30,7 +30,8 @@ struct AttentionRequest {
   double scale = 1;
   double softcap = 0;  // 0: none
 
-  int64_t query_offset = 0;
+  int64_t query_offset = 0;    // of a sequence aligned top left; a whole request's alignment is in it
+  bool sequences_end = false;  // packed sequences are aligned bottom right
   bool causal = false;
   int64_t window_left = -1, window_right = -1;         // -1: unlimited
   torch::Tensor key_lengths;                           // int64, contiguous, CPU, batch dimensions of q
@@ -55,6 +56,11 @@ struct AttentionRequest {
   torch::Tensor expanded_relative_bias() const { return relative_bias.expand({heads(), -1}); }  // [H,2R-1]
   torch::Tensor expanded_slopes() const {                                                       // [...,H,Lq]
     return alibi_slopes.expand(all_but_last(score_sizes, 1));
+  }
+
+  /// Position among a sequence's keys of its first query.
+  int64_t first_position(int64_t queries, int64_t keys) const {
+    return query_offset + (sequences_end ? keys - queries : 0);
   }
 
   /// The tensors that were given and not copied; the first four are differentiable.
@@ -96,6 +102,10 @@ inline core::Dropout checked_dropout(double probability, const std::optional<uin
   at::Generator generator = from.value_or(at::detail::getDefaultCPUGenerator());
   require(generator.defined() && generator.device().is_cpu(), "headroom.attention.dropout",
           "the generator is undefined or not on the CPU; give a CPU generator, it only draws a seed");
+  if (DryRun::device().has_value()) {
+    DryRun::note_draw();
+    return dropout;
+  }
   const std::scoped_lock lock(generator.mutex());
   dropout.seed = at::check_generator<at::CPUGeneratorImpl>(generator)->random64();
   return dropout;
@@ -166,6 +176,10 @@ class AttentionChecks {
     request_.query_offset = options_.query_offset();
     require(std::abs(request_.query_offset / 2) < kFar / 2, "headroom.attention.query_offset", "query_offset is ",
             request_.query_offset, ", expected a number between -2^60 and 2^60");
+    if (options_.alignment() == AttentionAlignment::bottom_right) {
+      request_.sequences_end = options_.sequence_starts().has_value();
+      if (!request_.sequences_end) request_.query_offset += request_.keys() - request_.queries();
+    }
     request_.causal = options_.causal();
     if (options_.window().has_value()) {
       const auto side = [](int64_t size) { return size < 0 ? -1 : std::min(size, kFar); };
@@ -358,8 +372,9 @@ inline AttentionPositions::AttentionPositions(const AttentionRequest& request)
   auto* const from = begin.mutable_data_ptr<int64_t>();
   auto* const to = end.mutable_data_ptr<int64_t>();
   for_each_sequence(request, [&](int64_t first, int64_t last, int64_t first_key, int64_t end_key) {
+    const int64_t start = request.first_position(last - first, end_key - first_key);
     for (int64_t i = first; i < last; ++i) {
-      const int64_t p = position[i] = first_key + (i - first) + request.query_offset;
+      const int64_t p = position[i] = first_key + start + (i - first);
       int64_t low = first_key, high = end_key;
       if (request.causal) high = std::min(high, p + 1);
       if (request.window_left >= 0) low = std::max(low, p - request.window_left);
@@ -375,7 +390,8 @@ inline RotaryRows::RotaryRows(const AttentionRequest& request)
   auto* const of_query = query.mutable_data_ptr<int64_t>();
   auto* const of_key = key.mutable_data_ptr<int64_t>();
   for_each_sequence(request, [&](int64_t first, int64_t last, int64_t first_key, int64_t end_key) {
-    for (int64_t i = first; i < last; ++i) of_query[i] = i - first + request.query_offset;
+    const int64_t start = request.first_position(last - first, end_key - first_key);
+    for (int64_t i = first; i < last; ++i) of_query[i] = start + (i - first);
     for (int64_t j = first_key; j < end_key; ++j) of_key[j] = j - first_key;
   });
 }

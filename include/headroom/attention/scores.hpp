@@ -2,6 +2,7 @@
 
 #include "headroom/attention/dropout.hpp"
 #include "headroom/attention/request.hpp"
+#include "headroom/core/rows.hpp"
 
 namespace headroom::inline v0::detail {
 
@@ -72,7 +73,7 @@ inline torch::Tensor rows_not_finite(const torch::Tensor& x) {
   if (values.is_meta() || values.numel() == 0) return {};
   // The sum of finite numbers may overflow, which costs time and nothing else
   const double sum = values.sum(values.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat).item<double>();
-  if (std::isfinite(sum)) return {};
+  if (core::detail::is_finite(sum)) return {};
   return values.isfinite().all(-1).logical_not();
 }
 inline torch::Tensor either(const torch::Tensor& a, const torch::Tensor& b) {
@@ -81,19 +82,6 @@ inline torch::Tensor either(const torch::Tensor& a, const torch::Tensor& b) {
 /// x with zeros for the rows that `bad` names.
 inline torch::Tensor without_rows(const torch::Tensor& x, const torch::Tensor& bad) {
   return bad.defined() ? x.masked_fill(bad.unsqueeze(-1), 0) : x;
-}
-
-/// Rotates the first features of x [..., L, D], in neighbouring pairs, by rows of a complex table [P, R/2]; backwards
-/// by its conjugate.
-inline torch::Tensor rotated(const torch::Tensor& x, const torch::Tensor& table, const torch::Tensor& rows) {
-  const bool is_double = x.scalar_type() == torch::kDouble;
-  const torch::Tensor turns = table.index_select(0, rows).to(is_double ? torch::kComplexDouble : torch::kComplexFloat);
-  const int64_t features = 2 * table.size(1);
-  const torch::Tensor pairs =
-      x.narrow(-1, 0, features).to(is_double ? torch::kDouble : torch::kFloat).contiguous().unflatten(-1, {-1, 2});
-  const torch::Tensor turned =
-      torch::view_as_real(torch::view_as_complex(pairs) * turns).flatten(-2).to(x.scalar_type());
-  return features == x.size(-1) ? turned : torch::cat({turned, x.narrow(-1, features, x.size(-1) - features)}, -1);
 }
 
 /// What a request does to scores, tile by tile. Tensors broadcast to [..., H], [..., H, Lq] or [..., H, Lq, Lk] and lie

@@ -50,23 +50,38 @@ struct TorchExecutor {
 };
 
 /// An uninitialised tensor of shape `sizes` whose dimensions lie in memory in the order of those of `like`, without
-/// gaps: the output of attention over a permuted view can be permuted back and reshaped for free.
+/// gaps: the output of attention over a permuted view can be permuted back and reshaped for free. Not a view, so that
+/// what a custom Function returns of it may be changed in place.
 inline torch::Tensor empty_in_order_of(const torch::Tensor& like, c10::SymIntArrayRef sizes,
                                        const torch::TensorOptions& options) {
-  const c10::SymIntArrayRef strides = like.sym_strides();
-  std::vector<int64_t> order(like.dim()), place(like.dim());
-  std::vector<c10::SymInt> ordered_sizes;
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
-  for (size_t i = 0; i < order.size(); ++i) {
-    ordered_sizes.push_back(sizes[order[i]]);
-    place[order[i]] = static_cast<int64_t>(i);
+  const c10::SymIntArrayRef of_like = like.sym_strides();
+  std::vector<int64_t> inner_first(like.dim());
+  std::iota(inner_first.rbegin(), inner_first.rend(), 0);
+  std::stable_sort(inner_first.begin(), inner_first.end(),
+                   [&](int64_t a, int64_t b) { return of_like[a] < of_like[b]; });
+  std::vector<c10::SymInt> strides(like.dim());
+  c10::SymInt elements = 1;
+  for (const int64_t dim : inner_first) {
+    strides[dim] = elements;
+    elements = elements * sizes[dim];
   }
-  return at::empty_symint(ordered_sizes, options).permute(place);
+  return at::empty_strided_symint(sizes, strides, options);
 }
 inline torch::Tensor empty_in_order_of(const torch::Tensor& like, at::IntArrayRef sizes,
                                        const torch::TensorOptions& options) {
   return empty_in_order_of(like, c10::SymIntArrayRef(c10::fromIntArrayRefSlow(sizes)), options);
+}
+
+/// Whether the dimensions of x lie in memory as those of empty_in_order_of(like, x.sizes(), …) would.
+inline bool lies_in_order_of(const torch::Tensor& like, const torch::Tensor& x) {
+  std::vector<int64_t> order(like.dim());
+  std::iota(order.begin(), order.end(), 0);
+  std::ranges::stable_sort(order, std::ranges::greater(), [&](int64_t d) { return like.stride(d); });
+  int64_t dense = 1;
+  for (size_t i = order.size(); i-- > 0; dense *= x.size(order[i])) {
+    if (x.size(order[i]) != 1 && x.stride(order[i]) != dense) return false;
+  }
+  return true;
 }
 
 /// Calls f(4-D parts, first flat batch index) for tensors [..., *, *, *] of equal batch dimensions; undefined ones stay
@@ -262,10 +277,10 @@ HEADROOM_KERNEL AttentionForward tiled_attention(const torch::Tensor& q, const t
   std::vector<int64_t> sizes = q.sizes().vec();
   sizes.back() = v.size(-1);
   const torch::Tensor output = empty_in_order_of(q, sizes, q.options());
-  sizes.back() = 1;
+  sizes.pop_back();
   const torch::Tensor lse = torch::empty(sizes, q.options().dtype(torch::kDouble));
   const TiledRequest tiled(q, request);
-  std::vector<torch::Tensor> tensors{q, k, v, output, lse};
+  std::vector<torch::Tensor> tensors{q, k, v, output, lse.unsqueeze(-1)};
   for (torch::Tensor& x : tiled.batched()) tensors.push_back(std::move(x));
   for_each_4d(tensors, 0, [&](at::TensorList x, int64_t batch) {
     with_element_type(q, [&](auto zero) {
@@ -275,7 +290,7 @@ HEADROOM_KERNEL AttentionForward tiled_attention(const torch::Tensor& q, const t
                                  tiled.mask(batch), TorchExecutor{is_dry(q)});
     });
   });
-  return {output, lse.squeeze(-1)};
+  return {output, lse};
 }
 
 HEADROOM_KERNEL void tiled_attention_backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,

@@ -1,25 +1,24 @@
 #pragma once
 
 #include <sndfile.h>
+#include <sys/stat.h>
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <memory>
-#include <random>
-#include <sstream>
 #include <string>
 #include <system_error>
 #include <utility>
 #include <vector>
 
+#include "headroom/audio/container.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/io/atomic_file.hpp"
+#include "headroom/io/input_file.hpp"
 
 namespace headroom::inline v0::audio {
 
@@ -47,52 +46,82 @@ inline void require_finite(const float* samples, std::int64_t count, int channel
   }
 }
 
-/// Refuses a WAV file that is shorter than its header says; libsndfile would read what is there in silence. Programs
-/// that write to a pipe leave a size of 2 GiB or 4 GiB in the header: that is no promise.
-inline void require_whole_wav(const std::filesystem::path& path) {
-  std::array<unsigned char, 8> header{};
-  std::ifstream file(path, std::ios::binary);
-  file.read(reinterpret_cast<char*>(header.data()), header.size());
-  if (!file || std::string(header.begin(), header.begin() + 4) != "RIFF") {
-    return;
+/// The kinds of files whose length is checked, see container_length; of the others that libsndfile knows nobody could
+/// tell that they are cut.
+inline bool is_checked_kind(int format) {
+  constexpr int kMpeg = 0x230000;  // SF_FORMAT_MPEG, since libsndfile 1.1
+  switch (format & SF_FORMAT_TYPEMASK) {
+    case SF_FORMAT_WAV:
+    case SF_FORMAT_WAVEX:
+    case SF_FORMAT_RF64:
+    case SF_FORMAT_W64:
+    case SF_FORMAT_AIFF:
+    case SF_FORMAT_AU:
+    case SF_FORMAT_CAF:
+    case SF_FORMAT_FLAC:
+    case SF_FORMAT_OGG:
+    case kMpeg:
+      return true;
+    default:
+      return false;
   }
-  const std::uint64_t size = 8 + (std::uint64_t{header[4]} | std::uint64_t{header[5]} << 8 |
-                                  std::uint64_t{header[6]} << 16 | std::uint64_t{header[7]} << 24);
-  const std::uint64_t present = std::filesystem::file_size(path);
-  require(size <= present || size >= 0x7ffff000, "headroom.audio.file.truncated", path, " has ", present,
-          " bytes, its header says ", size, "; copy or download it again");
 }
 
-inline std::filesystem::path folder_of(const std::filesystem::path& path) {
-  return path.has_parent_path() ? path.parent_path() : ".";
+/// Bytes of a sample as it is stored; 0 where samples have no size of their own.
+inline int stored_sample_bytes(int format) {
+  switch (format & SF_FORMAT_SUBMASK) {
+    case SF_FORMAT_PCM_S8:
+    case SF_FORMAT_PCM_U8:
+    case SF_FORMAT_ULAW:
+    case SF_FORMAT_ALAW:
+      return 1;
+    case SF_FORMAT_PCM_16:
+      return 2;
+    case SF_FORMAT_PCM_24:
+      return 3;
+    case SF_FORMAT_PCM_32:
+    case SF_FORMAT_FLOAT:
+      return 4;
+    case SF_FORMAT_DOUBLE:
+      return 8;
+    default:
+      return 0;
+  }
 }
 
 /// Refuses to begin writing `bytes` into the folder of `path` when there is less room.
 inline void require_room(const std::filesystem::path& path, std::uint64_t bytes) {
   std::error_code no_answer;
-  const auto space = std::filesystem::space(folder_of(path), no_answer);
+  const auto space = std::filesystem::space(io::detail::folder_of(path), no_answer);
   require(no_answer || space.available >= bytes, "headroom.audio.file.full", path, " needs ", bytes, " bytes, ",
-          folder_of(path), " has room for ", space.available, "; free some room or choose another folder");
+          io::detail::folder_of(path), " has room for ", space.available, "; free some room or choose another folder");
 }
 
 }  // namespace detail
 
-/// Reads an audio file piece by piece: WAV, FLAC, AIFF, Ogg and whatever else libsndfile knows.
+/// Reads an audio file piece by piece: WAV, RF64, Wave64, AIFF, AU, CAF, FLAC, Ogg and MP3, also out of a pipe, see
+/// io::InputFile.
 class AudioReader {
  public:
-  /// Opens `path`. Throws `headroom.audio.file.missing`, `file.empty` (no bytes or no samples), `file.format` (not
-  /// audio), `file.truncated` (shorter than its header says).
-  explicit AudioReader(std::filesystem::path path) : path_(std::move(path)) {
-    require(std::filesystem::is_regular_file(path_), "headroom.audio.file.missing", "no file ", path_,
-            "; check the spelling and the folder");
-    require(std::filesystem::file_size(path_) > 0, "headroom.audio.file.empty", path_,
+  /// Opens `path`. Throws `headroom.audio.file.missing` (not there, or nothing that can be read, with the reason),
+  /// `file.empty` (no bytes or no samples), `file.format` (not audio), `file.truncated` (shorter than its header says),
+  /// `file.length` (longer than its header says).
+  explicit AudioReader(std::filesystem::path path)
+      : path_(std::move(path)),
+        input_(path_, {"headroom.audio.file.missing", "audio", "a WAV, FLAC, AIFF or Ogg file"}) {
+    require(input_.size() > 0, "headroom.audio.file.empty", path_,
             " has 0 bytes, expected audio; copy or download it again");
-    file_.reset(sf_open(path_.string().c_str(), SFM_READ, &info_));
+    require_whole(input_, path_);
+    file_.reset(sf_open_fd(input_.descriptor(), SFM_READ, &info_, /*close_desc=*/SF_FALSE));
     require(file_ != nullptr, "headroom.audio.file.format", path_, " can't be read as audio: ", sf_strerror(nullptr),
             " Expected WAV, FLAC, AIFF or Ogg; convert it, e.g. ffmpeg -i INPUT OUTPUT.wav");
+    require(
+        detail::is_checked_kind(info_.format), "headroom.audio.file.format", path_,
+        " is of a kind that does not tell when its end is missing; expected WAV, FLAC, AIFF or Ogg; convert it, e.g. "
+        "ffmpeg -i INPUT OUTPUT.wav");
     require(info_.frames != SF_COUNT_MAX, "headroom.audio.file.format", path_,
             " does not say how long it is; convert it, e.g. ffmpeg -i INPUT OUTPUT.wav");
-    detail::require_whole_wav(path_);
+    require_all_frames();
     require(info_.frames > 0, "headroom.audio.file.empty", path_, " has no samples, expected at least 1");
   }
 
@@ -131,7 +160,19 @@ class AudioReader {
   }
 
  private:
+  /// Where samples go on to the end of the file, libsndfile has to know of all of them.
+  void require_all_frames() const {
+    const auto length = container_length(input_);
+    const std::int64_t frame = std::int64_t{detail::stored_sample_bytes(info_.format)} * info_.channels;
+    if (!length || !length->open_end || frame == 0) return;
+    const auto there = static_cast<std::int64_t>(input_.size() - std::min(input_.size(), *length->open_end)) / frame;
+    require(info_.frames >= there, "headroom.audio.file.length", path_, " has about ", there,
+            " frames and no length in its header, of which ", info_.frames,
+            " can be read; write it again, e.g. ffmpeg -ignore_length 1 -i INPUT -rf64 auto OUTPUT.wav");
+  }
+
   std::filesystem::path path_;
+  io::InputFile input_;
   SF_INFO info_{};
   detail::SoundFile file_;
   std::int64_t position_ = 0;
@@ -160,26 +201,19 @@ struct AudioFormat {
   Encoding encoding = Encoding::float32;
 };
 
-/// Writes a WAV file of known length piece by piece; beyond 4 GiB it is RF64. The samples go to a hidden temporary
-/// file in the same folder, which `close()` renames, so that `path` is either what it was or the whole new file.
-/// On an error, or without `close()`, the temporary file is removed.
+/// Writes a WAV file of known length piece by piece; beyond 4 GiB it is RF64. The samples go to an io::AtomicFile,
+/// which `close()` gives its name, so that `path` is either what it was or the whole new file. On an error, or without
+/// `close()`, nothing is left of it.
 class AudioWriter {
  public:
   /// `frames`: how many will be written. Throws `headroom.audio.file.options`, `headroom.audio.file.full` (the disk
-  /// has less room than the file needs), `headroom.audio.file.write` (no such folder, no permission).
+  /// has less room than the file needs), `headroom.audio.file.write` (no such folder, no permission, a folder in its
+  /// place).
   AudioWriter(std::filesystem::path path, const AudioFormat& format, std::int64_t frames)
-      : path_(std::move(path)), format_(format), frames_(frames) {
-    require(frames >= 0 && format.channels >= 1 && format.sample_rate >= 1, "headroom.audio.file.options",
-            "asked to write ", path_, " with ", frames, " frames, ", format.channels, " channels, ", format.sample_rate,
-            " Hz, expected at least 0, 1 and 1");
-    const std::filesystem::path folder = detail::folder_of(path_);
-    require(std::filesystem::is_directory(folder), "headroom.audio.file.write", "can't write ", path_,
-            ": there is no folder ", folder, "; create it first");
-    detail::require_room(path_, data_bytes());
-    static std::atomic<unsigned> count{std::random_device{}()};
-    std::ostringstream name;
-    name << '.' << path_.filename().string() << '.' << count++ << ".tmp";
-    temporary_ = folder / name.str();
+      : output_(checked(std::move(path), format, frames), "headroom.audio.file.write"),
+        format_(format),
+        frames_(frames) {
+    detail::require_room(output_.path(), data_bytes());
     constexpr std::uint64_t wav_limit = 0xffffffff - 4096;  // sizes have 32 bits; the rest is room for the header
     SF_INFO info{};
     info.channels = format.channels;
@@ -188,7 +222,7 @@ class AudioWriter {
                   (format.encoding == Encoding::pcm16   ? SF_FORMAT_PCM_16
                    : format.encoding == Encoding::pcm24 ? SF_FORMAT_PCM_24
                                                         : SF_FORMAT_FLOAT);
-    file_.reset(sf_open(temporary_.string().c_str(), SFM_WRITE, &info));
+    file_.reset(sf_open_fd(output_.descriptor(), SFM_WRITE, &info, /*close_desc=*/SF_FALSE));
     if (file_ == nullptr) {
       fail_to_write(sf_strerror(nullptr));
     }
@@ -196,15 +230,7 @@ class AudioWriter {
     sf_command(file_.get(), SFC_SET_ADD_PEAK_CHUNK, nullptr, SF_FALSE);
   }
 
-  AudioWriter(AudioWriter&&) = default;
-  AudioWriter& operator=(AudioWriter&&) = delete;
-  ~AudioWriter() {
-    if (file_ != nullptr) {
-      discard();
-    }
-  }
-
-  const std::filesystem::path& path() const { return path_; }
+  const std::filesystem::path& path() const { return output_.path(); }
   std::int64_t written() const { return written_; }  ///< frames so far
   std::int64_t clipped() const { return clipped_; }  ///< samples so far that the integer encoding had to clip
 
@@ -213,17 +239,17 @@ class AudioWriter {
   void write(const torch::Tensor& samples) {
     require(samples.dim() == 2 && samples.size(0) == format_.channels && samples.is_floating_point(),
             "headroom.audio.file.samples", "got samples ", samples.sizes(), " of ", samples.dtype().name(), " for ",
-            path_, ", expected floating point [", format_.channels, ", n]");
+            path(), ", expected floating point [", format_.channels, ", n]");
     require(
         file_ != nullptr && written_ + samples.size(1) <= frames_, "headroom.audio.file.samples", "got ",
-        samples.size(1), " more frames for ", path_, " after ", written_, " of ", frames_,
+        samples.size(1), " more frames for ", path(), " after ", written_, " of ", frames_,
         file_ ? "; open the writer with the number of frames that will come" : "; the writer is closed, open another");
     for (std::int64_t done = 0; done < samples.size(1); done += detail::kFramesPerBlock) {
       const std::int64_t n = std::min(samples.size(1) - done, detail::kFramesPerBlock);
       const torch::Tensor block =
           samples.detach().narrow(1, done, n).t().to(torch::kCPU, torch::kFloat).contiguous();  // [n,C]
       const float* data = block.data_ptr<float>();
-      detail::require_finite(data, block.numel(), format_.channels, written_, format_.sample_rate, path_,
+      detail::require_finite(data, block.numel(), format_.channels, written_, format_.sample_rate, path(),
                              "the file was not written: look for the source of the values, e.g. a diverged model");
       if (write_interleaved(data, n) != n) {
         fail_to_write(sf_strerror(file_.get()));
@@ -232,29 +258,43 @@ class AudioWriter {
     }
   }
 
-  /// Finishes the file and puts it in place, replacing what was there. Throws `headroom.audio.file.incomplete` (fewer
-  /// frames than promised), `headroom.audio.file.write`.
+  /// Finishes the file and puts it in place, replacing what was there: `finish` and `publish`. Throws
+  /// `headroom.audio.file.incomplete` (fewer frames than promised), `headroom.audio.file.write`.
   void close() {
-    require(file_ != nullptr, "headroom.audio.file.samples", path_, " is closed already");
-    if (written_ != frames_) {
-      discard();
-      fail("headroom.audio.file.incomplete", "got ", written_, " frames for ", path_, ", expected ", frames_,
-           "; the file was not written");
-    }
-    sf_write_sync(file_.get());
-    const int error = sf_close(file_.release());
-    std::error_code failure;
-    const std::uintmax_t size = std::filesystem::file_size(temporary_, failure);
-    if (error != 0 || failure || size < data_bytes()) {
-      fail_to_write(error != 0 ? sf_error_number(error) : "fewer bytes arrived than were written");
-    }
-    std::filesystem::rename(temporary_, path_, failure);
-    if (failure) {
-      fail_to_write(failure.message());
-    }
+    finish();
+    publish();
   }
 
+  /// Puts the whole file onto the disk, without its name. Files that belong together are all finished first, then
+  /// published: what can fail has succeeded for each by then. Throws like `close`.
+  void finish() {
+    require(file_ != nullptr, "headroom.audio.file.samples", path(), " is closed already");
+    if (written_ != frames_) {
+      file_.reset();
+      output_.discard();
+      fail("headroom.audio.file.incomplete", "got ", written_, " frames for ", path(), ", expected ", frames_,
+           "; the file was not written");
+    }
+    const int error = sf_close(file_.release());
+    struct stat status {};
+    if (error != 0 || ::fstat(output_.descriptor(), &status) != 0 ||
+        static_cast<std::uint64_t>(status.st_size) < data_bytes()) {
+      fail_to_write(error != 0 ? sf_error_number(error) : "fewer bytes arrived than were written");
+    }
+    output_.finish();
+  }
+
+  /// Gives the finished file its name. Throws `headroom.audio.file.write`.
+  void publish() { output_.publish(); }
+
  private:
+  static std::filesystem::path checked(std::filesystem::path path, const AudioFormat& format, std::int64_t frames) {
+    require(frames >= 0 && format.channels >= 1 && format.sample_rate >= 1, "headroom.audio.file.options",
+            "asked to write ", path, " with ", frames, " frames, ", format.channels, " channels, ", format.sample_rate,
+            " Hz, expected at least 0, 1 and 1");
+    return path;
+  }
+
   std::uint64_t data_bytes() const {
     return static_cast<std::uint64_t>(frames_) * static_cast<std::uint64_t>(format_.channels) *
            static_cast<std::uint64_t>(bytes_per_sample(format_.encoding));
@@ -278,20 +318,12 @@ class AudioWriter {
     return sf_writef_int(file_.get(), values.data(), n);
   }
 
-  void discard() noexcept {
-    file_.reset();
-    std::error_code ignored;
-    std::filesystem::remove(temporary_, ignored);
-  }
-
   [[noreturn]] void fail_to_write(const std::string& reason) {
-    discard();
-    fail("headroom.audio.file.write", "can't write ", path_, ": ", reason, " (", written_, " of ", frames_,
-         " frames); check the room on the disk and the permissions, or choose another folder. What was there before "
-         "is untouched");
+    file_.reset();
+    output_.fail_to_write(reason + " (" + std::to_string(written_) + " of " + std::to_string(frames_) + " frames)");
   }
 
-  std::filesystem::path path_, temporary_;
+  io::AtomicFile output_;
   AudioFormat format_;
   std::int64_t frames_;
   std::int64_t written_ = 0, clipped_ = 0;

@@ -179,8 +179,11 @@ std::int64_t separate_file(const std::filesystem::path& input, const std::vector
            });
   std::int64_t clipped = 0;
   for (AudioWriter& writer : writers) {
-    writer.close();
+    writer.finish();
     clipped += writer.clipped();
+  }
+  for (AudioWriter& writer : writers) {
+    writer.publish();
   }
   return clipped;
 }

@@ -7,10 +7,13 @@
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <cstring>
 #include <mutex>
 #include <utility>
 #include <vector>
+
+#include "headroom/dry_run/device.hpp"
 
 namespace headroom::inline v0::detail {
 
@@ -21,7 +24,8 @@ class RandomState {
   static RandomState capture() {
     RandomState now;
     now.add(c10::Device(c10::kCPU));
-    if (const auto accelerator = at::getAccelerator(false)) {
+    // A LibTorch that was built for an accelerator also runs where there is none
+    if (const auto accelerator = at::getAccelerator(false); accelerator && at::accelerator::deviceCount() > 0) {
       now.add(c10::Device(*accelerator, at::accelerator::getDeviceIndex()));
     }
     return now;
@@ -30,6 +34,10 @@ class RandomState {
   /// Forgets the generators that nothing has drawn from since capture(): there is nothing to replay, and rewinding them
   /// would disturb other threads.
   void forget_unused() {
+    if (DryRun::device().has_value()) {  // what a generator has done meanwhile it has done for other threads
+      if (DryRun::draws() == draws_) states_.clear();
+      return;
+    }
     std::erase_if(states_, [](const auto& entry) { return equal(entry.second, read(entry.first)); });
   }
 
@@ -42,8 +50,10 @@ class RandomState {
     return now;
   }
 
-  /// Puts the captured states in place. Allocates no tensor, so that it works when memory is full.
+  /// Puts the captured states in place. Allocates no tensor, so that it works when memory is full. Does nothing in a
+  /// dry run, which has not drawn: others may have.
   void apply() const {
+    if (DryRun::device().has_value()) return;
     for (const auto& [generator, state] : states_) {
       at::Generator target = generator;
       const std::scoped_lock lock(target.mutex());
@@ -67,6 +77,7 @@ class RandomState {
   }
 
   std::vector<std::pair<at::Generator, at::Tensor>> states_;
+  int64_t draws_ = DryRun::draws();
 };
 
 /// Autocast of this thread: per device type whether and to which dtype, and the cache of cast weights.

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/function.h>
 
 #include <cstddef>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -95,7 +96,7 @@ class Recomputation : public std::enable_shared_from_this<Recomputation> {
   virtual void run() = 0;
 
  private:
-  struct Done {};
+  struct Done : std::exception {};
 
   at::Tensor take(Slot& slot) {
     // Backward may run the nodes of a graph on several threads
@@ -134,8 +135,9 @@ class Recomputation : public std::enable_shared_from_this<Recomputation> {
         &remaining);
     try {
       run();
-    } catch (const Done&) {
+      hooks.check();
     } catch (...) {
+      if (remaining == 0) return;  // Done, or of no concern any more
       for (const auto& slot : slots_) {
         if (const auto filled = slot.lock()) {
           filled->value = {};

@@ -2,8 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/op_registration/adaption.h>
-#include <torch/library.h>
+#include <ATen/core/stack.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -14,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/checkpoint/operator_interception.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/dry_run/operator.hpp"
@@ -95,8 +95,7 @@ class KeptResultsScope final : private OperatorResults {
     if (kept_ == nullptr) return;
     if (mode_ == Mode::take) kept_->rewind();
     if (!kept_->keeps_foreign()) return;
-    intercept_operators();
-    intercepting_.emplace(c10::DispatchKeySet(c10::DispatchKey::Fake));
+    interception_.emplace(*this);
   }
   ~KeptResultsScope() override { current_ = outer_; }
 
@@ -112,15 +111,18 @@ class KeptResultsScope final : private OperatorResults {
     return results;
   }
 
-  /// LibTorch's operators pass through the dispatch key Fake, below autograd, where a scope includes it.
-  static void intercept_operators() {
-    static const auto* const library = [] {
-      auto* made = new torch::Library(torch::Library::IMPL, "_", c10::DispatchKey::Fake, __FILE__, __LINE__);
-      made->fallback(torch::CppFunction::makeFromBoxedFunction<&intercept>());
-      return made;
-    }();
-    static_cast<void>(library);
-  }
+  /// LibTorch's operators, where any of them is kept.
+  class Interception final : public OperatorInterception {
+   public:
+    explicit Interception(KeptResultsScope& scope) : scope_(scope) {}
+
+   private:
+    void call(const Call& call) override {
+      KeptResultsScope::current_ == &scope_ ? scope_.intercept(call) : call.proceed();
+    }
+
+    KeptResultsScope& scope_;
+  };
 
   /// An operator whose results can be handed out again: it returns new tensors, and draws no random numbers, which its
   /// second call would have to skip.
@@ -145,30 +147,25 @@ class KeptResultsScope final : private OperatorResults {
     }
   }
 
-  static void intercept(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    const c10::impl::ExcludeDispatchKeyGuard once{c10::DispatchKeySet(c10::DispatchKey::Fake)};
-    const auto redispatch = [&] {
-      op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::Fake), stack);
-    };
+  void intercept(const OperatorInterception::Call& call) {
+    const c10::OperatorHandle& op = call.op;
+    torch::jit::Stack& stack = call.stack;
     const std::string& name = op.operator_name().name;
-    KeptResults* const kept = current_ != nullptr ? current_->kept_ : nullptr;
-    if (kept != nullptr && current_->mode_ == Mode::store && op.schema().is_mutable())
-      forget_changed(*kept, op, *stack);
-    if (kept == nullptr || !is_repeatable(op) || !kept->keeps(name)) return redispatch();
-    if (current_->mode_ == Mode::take) {
-      if (const auto results = kept->next(name)) {
-        torch::jit::drop(*stack, op.schema().arguments().size());
-        stack->insert(stack->end(), results->begin(), results->end());
+    if (mode_ == Mode::store && op.schema().is_mutable()) forget_changed(*kept_, op, stack);
+    if (!is_repeatable(op) || !kept_->keeps(name)) return call.proceed();
+    if (mode_ == Mode::take) {
+      if (const auto results = kept_->next(name)) {
+        torch::jit::drop(stack, op.schema().arguments().size());
+        stack.insert(stack.end(), results->begin(), results->end());
         return;
       }
     }
-    const Mode mode = current_->mode_;
-    const KeptResultsScope within(nullptr, mode);  // what it calls belongs to it
-    redispatch();
-    if (mode == Mode::take) return;
+    const KeptResultsScope within(nullptr, mode_);  // what it calls belongs to it
+    call.proceed();
+    if (mode_ == Mode::take) return;
     std::vector<at::Tensor> results;
-    for (std::size_t i = op.schema().returns().size(); i > 0; --i) results.push_back(stack->end()[-i].toTensor());
-    kept->store(name, results);
+    for (std::size_t i = op.schema().returns().size(); i > 0; --i) results.push_back(stack.end()[-i].toTensor());
+    kept_->store(name, results);
   }
 
   static inline thread_local KeptResultsScope* current_ = nullptr;
@@ -176,7 +173,7 @@ class KeptResultsScope final : private OperatorResults {
   KeptResults* kept_;
   Mode mode_;
   KeptResultsScope* outer_;
-  std::optional<c10::impl::IncludeDispatchKeyGuard> intercepting_;
+  std::optional<Interception> interception_;
 };
 
 }  // namespace detail

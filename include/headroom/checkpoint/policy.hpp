@@ -32,6 +32,8 @@ struct CheckpointPolicy {
   enum class Block { none, full, selective, tiled };
 
   Block block = Block::none;
+  static constexpr int64_t kMostLevels = 16;  ///< each is a call within a call; 2^16 blocks have no use for more
+
   int64_t every = 1;   ///< blocks that share a checkpoint
   int64_t levels = 1;  ///< of checkpoints around checkpoints; n blocks are grouped by the levels-th root of n
   CheckpointStorage storage = CheckpointStorage::memory;
@@ -119,6 +121,8 @@ inline void check_policy(const CheckpointPolicy& policy, std::string_view text) 
             CheckpointPolicy::kExpected);
   };
   rule(policy.every >= 1 && policy.levels >= 1, "K and levels are positive numbers");
+  rule(policy.levels <= CheckpointPolicy::kMostLevels,
+       "nested has at most 16 levels, which are enough for 2^16 blocks");
   rule(policy.block != Block::none || (policy.every == 1 && policy.levels == 1), "none has no checkpoints to arrange");
   rule(policy.block != Block::none || policy.storage == CheckpointStorage::memory, "none has no checkpoints to keep");
   rule(policy.every == 1 || policy.block != Block::tiled, "blocks that are tiled along their own axes share none");
@@ -174,8 +178,8 @@ inline void StackPolicy::read(std::string_view given) {
     const size_t star = std::min(part.find('*'), part.size());
     int64_t blocks = 0;
     const auto [stop, error] = std::from_chars(part.data(), part.data() + star, blocks);
-    rule(star < part.size() && error == std::errc() && stop == part.data() + star && blocks >= 1, "\"", part,
-         "\" does not start with a number of blocks, as in 6*full");
+    rule(star < part.size() && error == std::errc() && stop == part.data() + star && blocks >= 1 && blocks <= 1'000'000,
+         "\"", part, "\" does not start with a number of blocks up to 1000000, as in 6*full");
     first.push_back({blocks, part.substr(star + 1)});
   }
   rule(left.find('*') == std::string_view::npos, "\"", left,

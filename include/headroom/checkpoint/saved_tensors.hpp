@@ -7,11 +7,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <typeinfo>
 #include <utility>
 
+#include "headroom/checkpoint/operator_interception.hpp"
 #include "headroom/core/error.hpp"
 
 namespace headroom::inline v0 {
@@ -34,6 +37,10 @@ using Pack = std::function<Unpack(const at::Tensor&)>;
 /// While it lives, every tensor that autograd saves on this thread goes through `pack`: torch.autograd.graph's
 /// saved_tensors_hooks for C++. Scopes nest, the innermost one counts. `pack` runs without gradients and must not keep
 /// its argument itself (an output would keep its own graph alive): keep `x.detach()` or something made of it.
+///
+/// What `pack` throws is thrown by the next operator that this thread calls in the scope; where none follows, by the
+/// backward that asks for the tensor. Thrown at once it would be a leak: a torch::autograd::Function that saves its own
+/// result lets go of it when all that it saves is packed, and otherwise holds it, and itself, for ever.
 ///
 ///     SavedTensorHooks offload([](const Tensor& x) -> Unpack {
 ///       return [host = x.cpu(), device = x.device()] { return host.to(device); };
@@ -67,20 +74,42 @@ class SavedTensorHooks {
     return current_ == nullptr || current_->remaining_ == nullptr || *current_->remaining_ > count;
   }
 
-  /// Hands `x` over as autograd would.
+  /// Hands `x` over as autograd would. Throws what `pack` throws, or has thrown.
   Unpack pack(const at::Tensor& x) const {
+    check();
     const at::NoGradGuard no_grad;
     return pack_(x);
+  }
+
+  /// Throws what `pack` has thrown.
+  void check() const {
+    if (failure_) std::rethrow_exception(failure_->error);
   }
 
  private:
   class Hooks final : public torch::autograd::SavedVariableHooks {
    public:
-    void call_pack_hook(const at::Tensor& x) override { unpack_ = current_->pack(x); }
+    void call_pack_hook(const at::Tensor& x) override {
+      try {
+        unpack_ = current_->pack(x);
+      } catch (...) {
+        const auto error = std::current_exception();
+        if (!current_->failure_) current_->failure_.emplace(error);
+        unpack_ = [error]() -> at::Tensor { std::rethrow_exception(error); };
+      }
+    }
     at::Tensor call_unpack_hook() override { return unpack_(); }
 
    private:
     Unpack unpack_;
+  };
+
+  /// Ends what a scope's `pack` has failed in.
+  struct Failure final : detail::OperatorInterception {
+    explicit Failure(std::exception_ptr e) : error(std::move(e)) {}
+    void call(const Call&) override { std::rethrow_exception(error); }
+
+    std::exception_ptr error;
   };
 
   class Engine final : public torch::autograd::Engine {
@@ -88,12 +117,19 @@ class SavedTensorHooks {
     static void install() {
       [[maybe_unused]] static const bool once = [] {
         detail::require_stock_engine(get_default_engine());
-        torch::autograd::set_default_engine_stub([]() -> torch::autograd::Engine& {
-          static auto* engine = new Engine;  // never destroyed: graphs may outlive static destruction
-          return *engine;
-        });
+        detail::OperatorInterception::install();
+        // LibTorch gives the threads of devices to one engine a process, the first that asks: that is the stock one,
+        // so that ours is not given them again after it has started its own
+        get_default_engine().initialize_device_threads_pool();
+        instance().start_device_threads();
+        torch::autograd::set_default_engine_stub([]() -> torch::autograd::Engine& { return instance(); });
         return true;
       }();
+    }
+    /// Never destroyed: graphs may outlive static destruction.
+    static Engine& instance() {
+      static auto* engine = new Engine;
+      return *engine;
     }
 
     std::unique_ptr<torch::autograd::SavedVariableHooks> get_default_saved_variable_hooks() override {
@@ -101,11 +137,12 @@ class SavedTensorHooks {
     }
   };
 
-  static inline thread_local const SavedTensorHooks* current_ = nullptr;
+  static inline thread_local SavedTensorHooks* current_ = nullptr;
 
   Pack pack_;
   const std::size_t* remaining_;
-  const SavedTensorHooks* outer_;
+  SavedTensorHooks* outer_;
+  std::optional<Failure> failure_;
 };
 
 namespace detail {

@@ -1,7 +1,10 @@
 #pragma once
 
 #include <atomic>
+#include <bit>
+#include <memory>
 #include <thread>
+#include <vector>
 
 #include "headroom/core/executor.hpp"
 #include "headroom/core/pair_product.hpp"
@@ -27,6 +30,21 @@ struct BackwardTensors : AttentionTensors {
   TensorView<const double> grad_lse;
   StoredTensor grad_q, grad_k, grad_v;
   StoredTensor grad_bias;
+};
+
+/// What weights of queries are normalised by where their log-sum-exp is too large, or no number: the largest score of
+/// each, and one over the sum of weights relative to it. Found from the scores once more, by the first group of keys.
+template <class Scalar>
+struct Normalisers {
+  std::unique_ptr<Scalar[]> memory;  // only where it is needed, which is never planned for
+  Index queries = 0;
+
+  void allocate(Index count) {
+    if (memory == nullptr) memory.reset(new Scalar[2 * count]);
+    queries = count;
+  }
+  Scalar* maximum() const { return memory.get(); }
+  Scalar* inverse() const { return memory.get() + queries; }
 };
 
 /// Heads of q that one task has to see together, because they share keys or add to the same gradient of a bias.
@@ -67,6 +85,7 @@ class BackwardGroup {
     std::atomic<int>* turns;  // [blocks of queries]: groups that are done with the block; null when groups run in order
     StoredMatrix grad_bias;   // [Lq, keys from the group's first one on], without data when not wanted
     double *bias_rows, *relative, *slopes, *sink;  // this worker's sums, null when not wanted
+    Normalisers<Scalar>* normalisers;
   };
 
   BackwardGroup(std::byte* workspace, Index dim, Index value_dim, bool cap)
@@ -160,8 +179,11 @@ class BackwardGroup {
   struct Queries {
     const Run& run;
     MatrixView<const Scalar> q, g;
+    MatrixView<const Scalar> finite_q, finite_g;  // what the sums over queries take
     const Scalar *delta, *lse, *lse_rest;
-    Scalar* grad;  // [rows][padded D]: sums for grad_q
+    const bool* apart;                // which queries have normalisers instead of lse, null if none has
+    const Scalar *maximum, *inverse;  // normalisers
+    Scalar* grad;                     // [rows][padded D]: sums for grad_q
     Index rows() const { return q.rows; }
   };
 
@@ -200,7 +222,8 @@ class BackwardGroup {
   /// All queries of one head against the open tiles.
   void add_head(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules, const Head& head, Index group,
                 Index count) {
-    const auto [b, h, seen, delta, grad_q_halves, turns, grad_bias, bias_rows, relative, slopes, sink] = head;
+    const auto [b, h, seen, delta, grad_q_halves, turns, grad_bias, bias_rows, relative, slopes, sink, normalisers] =
+        head;
     const KeyRange keys = BackwardGroup::keys(x, group);
     const AttentionParams& params = rules.params();
     const auto turn = Rotation<Scalar>::of_queries(params);
@@ -215,22 +238,24 @@ class BackwardGroup {
       if (turns != nullptr) {
         while (turns[block].load(std::memory_order_acquire) != group) std::this_thread::yield();
       }
+      const KeyRange block_queries{first, first + rows};
+      const bool apart = find_apart(x.lse, b, h, block_queries);
       if (group == 0) {
         write_delta(delta + first, g, o, first, rows);
         grad_q.clear(first, rows);
-        for (Index i = 0; i < rows; ++i) {
-          if (x.grad_lse.data != nullptr) delta[first + i] -= static_cast<Scalar>(x.grad_lse(b, h, first + i, 0));
-          if (sink != nullptr) {
-            const double weight = std::exp2(*rules.sink(h) - x.lse(b, h, first + i, 0) * std::numbers::log2e);
-            *sink -= weight * static_cast<double>(delta[first + i]);
-          }
+        if (apart) normalise(x, rules, head, block_queries);
+        for (Index i = first; i < first + rows; ++i) {
+          if (x.grad_lse.data != nullptr) delta[i] -= static_cast<Scalar>(x.grad_lse(b, h, i, 0));
+          if (sink == nullptr) continue;
+          const double weight = apart_[i - first] ? static_cast<double>(lse_rest_[i - first])
+                                                  : std::exp2(*rules.sink(h) - x.lse(b, h, i, 0) * std::numbers::log2e);
+          *sink -= weight * static_cast<double>(delta[i]);
         }
       }
-      const KeyRange block_queries{first, first + rows};
       if (!(seen[block] & keys).empty() && (!rules.hides_elements() || rules.sees_any(b, h, block_queries, keys))) {
         const Run run(rules.mask(), params, b, h, block_queries, x.k.length());
         split_lse(x.lse, b, h, first, rows, static_cast<double>(rules.factor()));
-        MatrixView<const Scalar> q_block{nullptr, rows}, g_block{nullptr, rows};
+        MatrixView<const Scalar> q_block{nullptr, rows}, g_block{nullptr, rows}, finite_q, finite_g;
         if (in_pairs_) {
           const Index depth = padded(rows, kPairDepth);
           copy_pair_rows(query_rows(), depth, pair_dim_, x.q.head(b, h, x.heads()), first, rows, 1);
@@ -240,21 +265,32 @@ class BackwardGroup {
         } else {
           q_block = q.rows(first, rows, queries_), g_block = g.rows(first, rows, grads_);
         }
+        const bool hides_some = hides(run, rules, keys);
+        spoiled_ =
+            hides_some && !(in_pairs_ ? pair_queries_are_finite(rows) : are_finite(q_block) && are_finite(g_block));
+        finite_q = q_block, finite_g = g_block;
+        if (spoiled_) take_out_not_finite(finite_q, finite_g);
         std::fill_n(grad_queries_, padded(rows, kPairRows) * padded_dim_, Scalar(0));
         for (Index t = 0; t < count; ++t) {
           const Tile& tile = tiles_[t];
           if (!run.touches(tile.keys)) continue;
-          // in pairs, a sum over queries is padded with those that follow
-          const KeyRange seeing = in_pairs_ ? run.queries : run.that_see(tile.keys);
+          KeyRange seeing = run.that_see(tile.keys);
+          if (seeing.empty()) continue;
+          if (in_pairs_) seeing = run.queries;  // a sum over queries is padded with those that follow
           const bool all = seeing == run.queries;
           if (!all) part_ = run.part(seeing);
           const Index skip = seeing.begin - first, seen_by = seeing.end - seeing.begin;
           const Queries part{all ? run : part_,
                              q_block.middle_rows(skip, seen_by),
                              g_block.middle_rows(skip, seen_by),
+                             finite_q.middle_rows(skip, seen_by),
+                             finite_g.middle_rows(skip, seen_by),
                              delta + first + skip,
                              lse_ + skip,
                              lse_rest_ + skip,
+                             apart ? apart_ + skip : nullptr,
+                             apart ? normalisers->maximum() + first + skip : nullptr,
+                             apart ? normalisers->inverse() + first + skip : nullptr,
                              grad_queries_ + skip * padded_dim_};
           const ScoreTile<Scalar> weights{weights_, tile.width(), b, h, tile.keys};
           with_count<kTileVectors>(tile.vectors, [&]<int Vectors> { weigh<Vectors>(tile, weights, part, rules); });
@@ -263,9 +299,8 @@ class BackwardGroup {
             rules.add_gradients(grad, part.run, grad_bias, tile.keys.begin - keys.begin, bias_rows, relative, slopes,
                                 buffer_);
           }
-          if (cap_slope_ != nullptr) {
-            for (Index i = 0; i < seen_by * tile.width(); ++i) grad_scores_[i] *= cap_slope_[i];
-          }
+          if (cap_slope_ != nullptr) multiply_by_cap_slope(seen_by * tile.width());
+          if (spoiled_) add_not_finite(tile, part);
           with_count<kTileVectors>(tile.vectors, [&]<int Vectors> { accumulate<Vectors>(tile, part); });
         }
         if (in_pairs_) {
@@ -352,9 +387,11 @@ class BackwardGroup {
       Scalar *const g_lanes = buffer_, *const o_lanes = g_lanes + N * dim, *const spare = o_lanes + N * dim;
       g.pack(g_lanes, N, 0, first + i, rows, Times<Scalar>{1}, spare);
       o.pack(o_lanes, N, 0, first + i, rows, Times<Scalar>{1}, spare);
-      Packet sum = simd::broadcast(Scalar(0));
+      const Packet zero = simd::broadcast(Scalar(0));
+      Packet sum = zero;
       for (Index d = 0; d < dim; ++d) {
-        sum = simd::pmadd(simd::load(g_lanes + d * N), simd::load(o_lanes + d * N), sum);
+        const Packet output = simd::load(o_lanes + d * N), more = simd::pmadd(simd::load(g_lanes + d * N), output, sum);
+        sum = simd::pselect(simd::pcmp_eq(output, zero), sum, more);  // no NaN where a query sees no key
       }
       alignas(64) Scalar sums[N];
       simd::store(sums, sum);
@@ -366,17 +403,103 @@ class BackwardGroup {
   /// the nearest number in units of log2 and the rest. Else the score of weight 1, whose difference to the largest
   /// scores is exact, and what is left in units of log2.
   void split_lse(const TensorView<double>& lse, Index b, Index h, Index first, Index rows, double factor) {
-    constexpr double largest = static_cast<double>(std::numeric_limits<Scalar>::max()) / 4;
-    const double unit = simd::kFusedMultiplyAdd ? 1 : factor, inverse = unit > 0 ? 1 / unit : 0;
+    const double unit = simd::kFusedMultiplyAdd ? 1 : factor;
     const double* const from = &lse(b, h, first, 0);
     const Index stride = lse.strides[2];
     for (Index i = 0; i < rows; ++i) {
       const double base2 = from[i * stride] * std::numbers::log2e;
-      // a query without keys: all its scores are hidden
-      const double whole = std::abs(base2) < largest ? base2 : 0, score = whole * inverse;
-      lse_[i] = std::abs(score) < largest ? static_cast<Scalar>(score) : Scalar(0);
+      const double whole =
+          is_finite(base2) && !apart_[i] ? base2 : 0;  // a query without keys: all its scores are hidden
+      lse_[i] = static_cast<Scalar>(whole / unit);
       lse_rest_[i] = static_cast<Scalar>(whole - static_cast<double>(lse_[i]) * unit);
     }
+  }
+
+  /// Whether any of these queries needs normalisers; apart_ says which: its lse is beyond kApart or NaN, but not that
+  /// of one without keys.
+  bool find_apart(const TensorView<double>& lse, Index b, Index h, KeyRange queries) {
+    constexpr auto limit = std::bit_cast<std::uint64_t>(kApart<Scalar> * std::numbers::ln2),
+                   nothing = std::bit_cast<std::uint64_t>(-std::numeric_limits<double>::infinity());
+    const double* const from = &lse(b, h, queries.begin, 0);
+    bool any = false;
+    for (Index i = 0; i < queries.end - queries.begin; ++i) {
+      const auto bits = std::bit_cast<std::uint64_t>(from[i * lse.strides[2]]);
+      apart_[i] = (bits & ~(std::uint64_t(1) << 63)) > limit && bits != nothing;
+      any |= apart_[i];
+    }
+    return any;
+  }
+
+  /// Writes the normalisers of a block of queries: goes over all keys, with the scores of weigh(). The weights of
+  /// the sink come in lse_rest_.
+  void normalise(const BackwardTensors<Scalar>& x, const ScoreRules<Scalar>& rules, const Head& head,
+                 KeyRange queries) {
+    const Index first = queries.begin, rows = queries.end - first, length = x.k.length();
+    head.normalisers->allocate(x.q.length());
+    Scalar *const maximum = head.normalisers->maximum() + first, *const inverse = head.normalisers->inverse() + first;
+    const AttentionParams& params = rules.params();
+    const Run run(rules.mask(), params, head.b, head.h, queries, length);
+    const StoredMatrix q = x.q.head(head.b, head.h, x.heads()), k = x.k.head(head.b, head.h, x.heads());
+    const RowReader<Scalar> keys(k, Rotation<Scalar>::of_keys(params));
+    MatrixView<const Scalar> q_block{nullptr, rows};
+    if (in_pairs_) {
+      copy_pair_rows(query_rows(), padded(rows, kPairDepth), pair_dim_, q, first, rows, 1);
+    } else {
+      q_block = RowReader<Scalar>(q, Rotation<Scalar>::of_queries(params)).rows(first, rows, queries_);
+    }
+    std::fill_n(maximum, rows, kLeast<Scalar>);
+    double sum[kQueries] = {};
+    const LaneTiling<Scalar> tiling(length);
+    for (Index t = 0; t < tiling.tiles; ++t) {
+      const auto lanes = tiling[t];
+      const Index width = lanes.width(), end = std::min(lanes.begin + width, length);
+      const KeyRange tile_keys{lanes.begin, end}, read = tile_keys & run.any;
+      if (read.empty()) continue;
+      const Index skip = read.begin - tile_keys.begin, count = read.end - read.begin;
+      Scalar* const key_lanes = grad_queries_;  // holds no sums yet
+      if (in_pairs_) {
+        Eigen::bfloat16* const key_rows = query_columns();
+        std::fill_n(key_rows, width * pair_dim_, Eigen::bfloat16(0));
+        copy_pair_rows(key_rows + skip * pair_dim_, count, pair_dim_, k, read.begin, count,
+                       static_cast<float>(rules.sign()));
+        pair_lanes(reinterpret_cast<Pair*>(key_lanes), width, key_rows, width, pair_dim_);
+      } else {
+        std::fill_n(key_lanes, x.k.dim() * width, Scalar(0));
+        keys.pack(key_lanes, width, skip, read.begin, count, Times<Scalar>{rules.sign()}, buffer_);
+      }
+      const ScoreTile<Scalar> scores{weights_, width, head.b, head.h, tile_keys};
+      with_count<kTileVectors>(lanes.vectors, [&]<int Vectors> {
+        score<Vectors>(key_lanes, scores, run, q_block, rules);
+        for (Index i = 0; i < rows; ++i) add_to_normaliser<Vectors>(i, maximum[i], sum[i], rules.factor());
+      });
+    }
+    const std::optional<double> sink = rules.sink(head.h);
+    for (Index i = 0; i < rows; ++i) {
+      const double of_sink =
+          sink.has_value() ? std::exp2(rules.sink_above(head.h, static_cast<double>(maximum[i]))) : 0;
+      const bool none = is_zero(sum[i]);
+      inverse[i] = none ? Scalar(0) : static_cast<Scalar>(1 / (sum[i] + of_sink));
+      lse_rest_[i] = none ? Scalar(1) : static_cast<Scalar>(1 / (1 + sum[i] / of_sink));
+    }
+  }
+
+  /// Takes the scores of row i of a tile into its largest score and the sum of weights relative to it.
+  template <int Vectors>
+  void add_to_normaliser(Index row, Scalar& maximum, double& sum, Scalar factor) const {
+    const Scalar* const s = weights_ + row * Vectors * N;
+    Packet largest = simd::broadcast(maximum);
+    for (int v = 0; v < Vectors; ++v) largest = simd::at_least(simd::load(s + v * N), largest);
+    const Scalar before = maximum;
+    maximum = Eigen::internal::predux_max(largest);
+    const Packet reference = simd::broadcast(maximum), factors = simd::broadcast(factor);
+    Packet weights = simd::broadcast(Scalar(0));
+    for (int v = 0; v < Vectors; ++v) {
+      weights =
+          simd::padd(weights, simd::exp2<Scalar>(simd::pmul(simd::psub(simd::load(s + v * N), reference), factors)));
+    }
+    const double decay =
+        std::exp2((static_cast<double>(before) - static_cast<double>(maximum)) * static_cast<double>(factor));
+    sum = (is_zero(sum) ? 0 : sum * decay) + static_cast<double>(Eigen::internal::predux(weights));
   }
 
   /// forward did: weight = exp2((score - maximum)·factor) / sum
@@ -388,35 +511,129 @@ class BackwardGroup {
     }
   }
 
+  static bool hides(const Run& run, const ScoreRules<Scalar>& rules, KeyRange keys) {
+    return rules.hides_elements() || !run.covers(keys);
+  }
+
+  /// Scores of a block of queries and a tile of keys, the same bits wherever they are computed.
+  template <int Vectors>
+  EIGEN_DONT_INLINE void score(const Scalar* key_lanes, const ScoreTile<Scalar>& tile, const Run& run,
+                               MatrixView<const Scalar> q, const ScoreRules<Scalar>& rules) {
+    constexpr Index width = Vectors * N;
+    if constexpr (kPairs) {
+      if (in_pairs_) {
+        multiply_pairs<Vectors, false>(query_rows(), pair_dim_, reinterpret_cast<const Pair*>(key_lanes), width,
+                                       padded(q.rows, kPairRows), pair_dim_ / 2, tile.scores, width);
+      }
+    }
+    for_row_tiles<kTileRows>(
+        in_pairs_ ? 0 : q.rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
+          RegisterTile<Scalar, Rows, Vectors> score(&q(row, 0), q.row_stride, 1, key_lanes, width, q.cols);
+          score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
+            simd::store(tile.scores + (row + r) * width + v * N, s);
+          });
+        });
+    // also hidden: the lanes past the last key
+    if (rules.scaled() || hides(run, rules, {tile.keys.begin, tile.keys.begin + width})) {
+      rules.template apply<false>(tile, run, cap_slope_, buffer_);
+    }
+  }
+
+  /// Scores of a query that has normalisers become weights.
+  template <int Vectors>
+  EIGEN_DONT_INLINE void weigh_apart(const Queries& queries, Index row, Packet factor) const {
+    const Packet hidden = simd::broadcast(kHidden<Scalar>), zero = simd::broadcast(Scalar(0));
+    const Packet maximum = simd::broadcast(queries.maximum[row]), inverse = simd::broadcast(queries.inverse[row]);
+    for (int v = 0; v < Vectors; ++v) {
+      Scalar* const at = weights_ + (row * Vectors + v) * N;
+      const Packet s = simd::load(at);
+      const Packet weight = simd::pmul(simd::exp2<Scalar>(simd::pmul(simd::psub(s, maximum), factor)), inverse);
+      simd::store(at, simd::pselect(simd::pcmp_eq(s, hidden), zero, weight));
+    }
+  }
+
+  /// The product of x and something, 0 where x is: 0·NaN is NaN, and what is hidden has no gradient, whatever it holds.
+  EIGEN_ALWAYS_INLINE static Packet unless_zero(Packet x, Packet product) {
+    const Packet zero = simd::broadcast(Scalar(0));
+    return simd::pselect(simd::pcmp_eq(x, zero), zero, product);
+  }
+  void multiply_by_cap_slope(Index count) {
+    for (Index i = 0; i < count; i += N) {
+      const Packet grad = simd::load(grad_scores_ + i);
+      simd::store(grad_scores_ + i, unless_zero(grad, simd::pmul(grad, simd::load(cap_slope_ + i))));
+    }
+  }
+
+  static bool are_finite(MatrixView<const Scalar> x) {
+    bool finite = true;
+    for (Index i = 0; i < x.rows && finite; ++i) finite = row_is_finite(&x(i, 0), x.cols);
+    return finite;
+  }
+  bool pair_queries_are_finite(Index rows) const {
+    return pairs_are_finite(query_rows(), rows * pair_dim_) && pairs_are_finite(grad_rows(), rows * pair_value_dim_);
+  }
+  /// Where a query or its gradient is not finite and does not see every key, what is not finite is taken out of the
+  /// sums over queries, and add_not_finite() adds it for the keys that it does see. The copy is made only then.
+  void take_out_not_finite(MatrixView<const Scalar>& q, MatrixView<const Scalar>& g) {
+    if (in_pairs_) {
+      const auto clear = [](Eigen::bfloat16* x, Index count) {
+        for (Index i = 0; i < count; ++i) x[i] = pairs_are_finite(x + i, 1) ? x[i] : Eigen::bfloat16(0);
+      };
+      return clear(query_columns(), kQueries * pair_dim_), clear(grad_columns(), kQueries * pair_value_dim_);
+    }
+    finite_rows_.resize(q.rows * (q.cols + g.cols));
+    Scalar* to = finite_rows_.data();
+    for (MatrixView<const Scalar>* x : {&q, &g}) {
+      const MatrixView<const Scalar> copy{to, x->rows, x->cols, x->cols, 1};
+      for (Index i = 0; i < x->rows; ++i) {
+        for (Index d = 0; d < x->cols; ++d) *to++ = is_finite((*x)(i, d)) ? (*x)(i, d) : Scalar(0);
+      }
+      *x = copy;
+    }
+  }
+  void add_not_finite(const Tile& tile, const Queries& queries) const {
+    const auto add = [&](Scalar* to, const Scalar* s, Index cols, auto&& element) {
+      for (Index i = 0; i < queries.rows(); ++i) {
+        for (Index d = 0; d < cols; ++d) {
+          const Scalar x = element(i, d);
+          for (Index l = 0; l < tile.width() && !is_finite(x); ++l) {
+            const Scalar factor = s[i * tile.width() + l];
+            if (!is_zero(factor)) to[d * tile.width() + l] += factor * x;
+          }
+        }
+      }
+    };
+    add(tile.grad_key, grad_scores_, dim_, [&](Index i, Index d) {
+      return in_pairs_ ? static_cast<Scalar>(query_rows()[i * pair_dim_ + d]) : queries.q(i, d);
+    });
+    add(tile.grad_value, weights_, value_dim_, [&](Index i, Index d) {
+      return in_pairs_ ? static_cast<Scalar>(grad_rows()[i * pair_value_dim_ + d]) : queries.g(i, d);
+    });
+  }
+
   /// Weights of a block of queries and a tile of keys, and gradients of their scores.
   template <int Vectors>
   EIGEN_DONT_INLINE void weigh(const Tile& tile, const ScoreTile<Scalar>& tile_scores, const Queries& queries,
                                const ScoreRules<Scalar>& rules) {
     constexpr Index width = Vectors * N;
-    const MatrixView<const Scalar> q = queries.q, g = queries.g;
+    const MatrixView<const Scalar> g = queries.g;
     const Scalar* const delta = queries.delta;
     const Index rows = queries.rows();
     Scalar *const weights = weights_, *const grad_scores = grad_scores_;  // [rows][width]
     const Packet factor = simd::broadcast(rules.factor());
-    // also hidden: the lanes past the last key
-    const bool hides = rules.hides_elements() || !queries.run.covers({tile.keys.begin, tile.keys.begin + width});
+    score<Vectors>(tile.key, tile_scores, queries.run, queries.q, rules);
     if constexpr (kPairs) {
       if (in_pairs_) {
-        multiply_pairs<Vectors, false>(query_rows(), pair_dim_, tile.key_pairs(), width, padded(rows, kPairRows),
-                                       pair_dim_ / 2, weights, width);
         multiply_pairs<Vectors, false>(grad_rows(), pair_value_dim_, tile.value_pairs(), width, padded(rows, kPairRows),
                                        pair_value_dim_ / 2, grad_scores, width);
       }
     }
     const Index float_rows = in_pairs_ ? 0 : rows;
-    for_row_tiles<kTileRows>(
-        float_rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
-          RegisterTile<Scalar, Rows, Vectors> score(&q(row, 0), q.row_stride, 1, tile.key, width, q.cols);
-          score.for_each([&](int r, int v, Packet s)
-                             __attribute__((always_inline)) { simd::store(weights + (row + r) * width + v * N, s); });
-        });
-    if (rules.scaled() || hides) rules.template apply<false>(tile_scores, queries.run, cap_slope_, buffer_);
     for (Index row = 0; row < rows; ++row) {
+      if (queries.apart != nullptr && queries.apart[row]) {
+        weigh_apart<Vectors>(queries, row, factor);
+        continue;
+      }
       const Packet lse = simd::broadcast(queries.lse[row]), rest = simd::broadcast(queries.lse_rest[row]);
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
@@ -442,11 +659,12 @@ class BackwardGroup {
                     simd::pmul(simd::load(weights + at), simd::psub(dp, simd::broadcast(delta[row]))));
       }
     }
-    // 0·NaN is NaN: what is hidden has no gradient, whatever its key and value hold
     if (drops) {
       rules.drop_backward(tile_scores, queries.run.queries, grad_scores, delta);
-    } else if (hides) {
-      for (Index i = 0; i < rows * width; ++i) grad_scores[i] = weights[i] == 0 ? Scalar(0) : grad_scores[i];
+    } else if (hides(queries.run, rules, {tile.keys.begin, tile.keys.begin + width})) {
+      for (Index i = 0; i < rows * width; i += N) {
+        simd::store(grad_scores + i, unless_zero(simd::load(weights + i), simd::load(grad_scores + i)));
+      }
     }
   }
 
@@ -458,8 +676,8 @@ class BackwardGroup {
     if constexpr (kPairs) {
       if (in_pairs_) return accumulate_pairs<Vectors>(tile, queries);
     }
-    add_transposed<Vectors>(tile.grad_value, queries.g, weights_);
-    add_transposed<Vectors>(tile.grad_key, queries.q, grad_scores_);
+    add_transposed<Vectors>(tile.grad_value, queries.finite_g, weights_);
+    add_transposed<Vectors>(tile.grad_key, queries.finite_q, grad_scores_);
     for_row_tiles<kTileVectors>(
         padded_dim_ / N, [&]<int V>(Index vector) __attribute__((always_inline)) {
           for_row_tiles<kTileRows>(
@@ -517,7 +735,10 @@ class BackwardGroup {
   Index dim_, value_dim_, pair_dim_ = 0, pair_value_dim_ = 0;  // the latter padded
   Eigen::bfloat16* grad_score_rows_;                           // [queries][padded width]
   Tile tiles_[LaneGroups<Scalar>::kMost];
-  Run part_;  // of a block's queries, where some see no key of a tile
+  Run part_;                         // of a block's queries, where some see no key of a tile
+  bool apart_[kQueries];             // which queries of a block have normalisers
+  bool spoiled_ = false;             // whether finite_q and finite_g of a block are not what they were made of
+  std::vector<Scalar> finite_rows_;  // they, then
   alignas(64) Scalar lse_[kQueries], lse_rest_[kQueries];
 };
 
@@ -574,6 +795,7 @@ class BackwardPass {
       part.totals.clear();
     }
     std::atomic<Index> committed{0};
+    std::vector<Normalisers<Scalar>> normalisers(((whole > 0 ? workers : 0) + split) * members_);
 
     const auto family_at = [&](Index index) {
       const Index per_batch = x_.heads() / heads_;  // families in one batch
@@ -613,7 +835,8 @@ class BackwardPass {
                                     sum.bias_rows,
                                     sum.relative,
                                     sum.slopes,
-                                    sum.sink};
+                                    sum.sink,
+                                    &normalisers[owner * members_ + slot(b, h)]};
       };
       const auto each_member = [&](auto&& f) {
         if (sum_bytes == 0) return;

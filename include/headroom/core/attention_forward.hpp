@@ -76,7 +76,7 @@ class ForwardGroup {
       }
       std::fill_n(tile.output, output_rows_ * width, Scalar(0));
       std::fill_n(tile.sum, width, Scalar(0));
-      std::fill_n(tile.maximum, width, kHidden<Scalar> / 2);  // above every hidden score, below every other
+      std::fill_n(tile.maximum, width, kLeast<Scalar>);  // above every hidden score, below no other
       needed = hull(needed, tile.run.any);
     }
     for (Index key = needed.begin; key < needed.end; key += kKeys) {
@@ -285,7 +285,7 @@ class ForwardGroup {
         if (is_finite(values(j, d))) continue;
         for (Index l = 0; l < weights.width; ++l) {
           const Scalar weight = weights.scores[j * weights.width + l];
-          if (weight != 0) tile.output[d * weights.width + l] += weight * values(j, d);
+          if (!is_zero(weight)) tile.output[d * weights.width + l] += weight * values(j, d);
         }
       }
     }
@@ -299,19 +299,25 @@ class ForwardGroup {
     const std::optional<double> sink = rules.sink(h);
     const Index first = tile.run.queries.begin, rows = tile.run.queries.end - first, width = tile.width();
     const Lanes sum = Row(tile.sum, width).template cast<double>(),
-                offset = Row(tile.maximum, width).template cast<double>() * static_cast<double>(rules.factor());
-    Lanes reciprocal = gain / sum, lse = offset + sum.log() * std::numbers::log2e;  // in units of log2
+                maximum = Row(tile.maximum, width).template cast<double>();
+    const Lanes offset = maximum * static_cast<double>(rules.factor());  // in units of log2, as all of this
+    Lanes reciprocal = gain / sum, lse = offset + sum.log() * std::numbers::log2e;
     for (Index i = 0; i < width; ++i) {
-      if (sink.has_value() && sum[i] != 0) {
+      const bool apart = std::abs(offset[i]) > kApart<Scalar>;
+      if (is_zero(sum[i])) {
+        reciprocal[i] = 0, lse[i] = sink.value_or(nothing);
+      } else if (sink.has_value()) {
         lse[i] = std::max(lse[i], *sink) + std::log2(1 + std::exp2(-std::abs(lse[i] - *sink)));
-        reciprocal[i] = gain * std::exp2(offset[i] - lse[i]);
+        reciprocal[i] = gain / (sum[i] + std::exp2(apart ? rules.sink_above(h, maximum[i]) : *sink - offset[i]));
       }
-      if (sum[i] == 0) reciprocal[i] = 0, lse[i] = sink.value_or(nothing);
+      lse[i] *= std::numbers::ln2;
+      // The backward pass normalises without it: here the rounding of the factor may not count
+      if (apart && !is_zero(sum[i]) && !sink.has_value()) lse[i] = maximum[i] * rules.score_scale() + std::log(sum[i]);
     }
     alignas(64) Scalar inverse[kWidth];
     Eigen::Map<Eigen::Array<Scalar, Eigen::Dynamic, 1>>(inverse, width) = reciprocal.template cast<Scalar>();
     for (Index i = 0; i < rows && x.lse.data != nullptr; ++i) {
-      x.lse(b, h, first + i, 0) = lse[i] * std::numbers::ln2;
+      x.lse(b, h, first + i, 0) = lse[i];
     }
     RowWriter<Scalar>(x.output.head(b, h, x.heads())).unpack(first, rows, tile.output, tile.width(), inverse, buffer_);
   }
@@ -336,7 +342,8 @@ class ForwardGroup {
 /// H, and each k head serves a run of q heads. float, double, or bfloat16 and half (summed in float). lse [B,H,Lq,1]
 /// is the natural logarithm of the sum of exponentials (double because rounding it to float would cost up to 22 times
 /// the naive error in the backward pass; a null view is not written). A query that sees no key gets output 0 and lse
-/// -inf. Workspace: ForwardGroup::workspace_bytes(D, Dv) a worker. Results are bit-equal for any number of workers.
+/// -inf, or the sink, which is all that is left in its softmax. Nothing of a key reaches a query that does not see it.
+/// Workspace: ForwardGroup::workspace_bytes(D, Dv) a worker. Results are bit-equal for any number of workers.
 /// Throws headroom.core.attention.{shape,scale,dropout,length,output}.
 template <Storable T, Mask M = NoMask, Executor E = DefaultExecutor>
 void attention_forward(std::type_identity_t<TensorView<const T>> q, std::type_identity_t<TensorView<const T>> k,

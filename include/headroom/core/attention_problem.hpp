@@ -80,8 +80,8 @@ inline void check_shapes(const AttentionTensors& x, const AttentionParams& param
   if (params.block_mask.data != nullptr) {
     const Index size = params.block_size;
     require(size > 0, "headroom.core.attention.shape", "block_size is ", size, ", expected a positive number");
-    expect("block_mask", params.block_mask.shape,
-           {batch, heads, (queries + size - 1) / size, (keys + size - 1) / size});
+    const auto blocks = [&](Index length) { return length / size + (length % size != 0); };
+    expect("block_mask", params.block_mask.shape, {batch, heads, blocks(queries), blocks(keys)});
   }
   if (params.rotary) {
     const StoredTensor& table = params.rotary;

@@ -4,18 +4,26 @@
 
 namespace headroom::inline v0::core::detail {
 
-/// What an invisible score is set to. Any weight relative to a visible maximum is then exactly 0, and no infinity is
-/// needed, so it works under -ffast-math.
+/// What an invisible score is set to: below every finite score that is seen, because those of the same value are lifted
+/// to kLeast, the next number above it. Numbers of this size are so far apart that any weight relative to a visible
+/// maximum is exactly 0, and no infinity is needed, so it works under -ffast-math.
 template <class Scalar>
 inline constexpr Scalar kHidden = std::numeric_limits<Scalar>::lowest();
+template <class Scalar>
+inline constexpr Scalar kLeast = kHidden<Scalar>*(1 - std::numeric_limits<Scalar>::epsilon() / 2);
+
+/// Where the largest score of a row, in units of log2, is further from 0 than this, its log-sum-exp in double is too
+/// coarse to normalise weights, and how it splits into two numbers too.
+template <class Scalar>
+inline constexpr double kApart = std::is_same_v<Scalar, double> ? 1024 : 16384;
 
 /// A run of queries of one head: which keys each one sees, where it stands, and its slope.
 template <class Scalar, Index Capacity>
 struct QueryRun {
   alignas(64) Scalar first[Capacity];
   alignas(64) Scalar last[Capacity];  // one past the last key
-  alignas(64) Scalar position[Capacity];
   alignas(64) Scalar slope[Capacity];
+  Index position[Capacity];
   KeyRange queries;
   KeyRange any;  // no key outside is seen by any query
   KeyRange all;  // every key inside is seen by every query
@@ -35,7 +43,7 @@ struct QueryRun {
     if (!params.slopes) return;
     for (Index i = 0; i < Capacity; ++i) {
       const Index query = run.begin + std::min(i, count - 1);
-      position[i] = static_cast<Scalar>(params.position(query));
+      position[i] = params.position(query);
       slope[i] = static_cast<Scalar>(params.slopes.at(b, h, query, 0));
     }
   }
@@ -104,8 +112,8 @@ class ScoreRules {
       : params_(params), mask_(mask), heads_(x.heads()), scale_(params.scale_for(x.q.dim())) {
     const bool changes = params.softcap > 0 || params.bias || params.relative_bias || params.slopes ||
                          params.mask.data != nullptr || params.block_mask.data != nullptr;
-    // kHidden times a factor of nearly zero would not be far below anything
-    scaled_ = changes || std::abs(scale_) < 1e-30;
+    // What lies between kHidden and kLeast, times a factor of nearly zero, would not be far
+    scaled_ = changes || std::abs(scale_) < 1e-28;
   }
 
   const AttentionParams& params() const { return params_; }
@@ -117,7 +125,11 @@ class ScoreRules {
   /// bit for bit the same in both passes, and only tiles that a range's border crosses go through it.
   bool scaled() const { return scaled_; }
   /// The weight of a score s is 2^(factor·s), up to normalisation.
-  Scalar factor() const { return static_cast<Scalar>((scaled_ ? 1.0 : std::abs(scale_)) * std::numbers::log2e); }
+  Scalar factor() const { return static_cast<Scalar>(exact_factor()); }
+  /// The same before it was rounded.
+  double exact_factor() const { return score_scale() * std::numbers::log2e; }
+  /// What the scores of a tile still have to be multiplied by.
+  double score_scale() const { return scaled_ ? 1.0 : std::abs(scale_); }
   bool hides_elements() const { return params_.mask.data != nullptr || params_.block_mask.data != nullptr; }
 
   /// Whether the mask or the block mask lets any query see any key.
@@ -171,18 +183,8 @@ class ScoreRules {
       for (Index i = 0; i < rows * tile.width; ++i) tile.scores[i] *= factor;
     }
     if (params_.relative_bias) add_relative<QueriesInLanes>(tile, run, rows, lanes, buffer);
-    if (params_.slopes) {
-      for (Index r = 0; r < rows; ++r) {
-        Scalar* const s = tile.scores + r * tile.width;
-        if constexpr (QueriesInLanes) {
-          const Scalar key = static_cast<Scalar>(tile.keys.begin + r);
-          for (Index l = 0; l < tile.width; ++l) s[l] -= run.slope[l] * std::abs(run.position[l] - key);
-        } else {
-          const Scalar distance = run.position[r] - static_cast<Scalar>(tile.keys.begin), slope = run.slope[r];
-          for (Index l = 0; l < tile.width; ++l) s[l] -= slope * std::abs(distance - static_cast<Scalar>(l));
-        }
-      }
-    }
+    if (params_.slopes) add_slopes<QueriesInLanes>(tile, run, rows);
+    if (params_.bias || params_.relative_bias || params_.slopes) lift(tile.scores, rows * tile.width);
     hide_outside<QueriesInLanes>(tile, run, rows);
     if (params_.mask.data != nullptr) hide_masked<QueriesInLanes>(tile, run, rows, lanes);
     if (params_.block_mask.data != nullptr) hide_blocks<QueriesInLanes>(tile, run, rows, lanes);
@@ -275,6 +277,11 @@ class ScoreRules {
     }
   }
 
+  /// How far the score of a head's sink is above a score from the softmax, in units of log2: a difference of scores,
+  /// because a product with log2(e) would be rounded by more than what is left where both are large.
+  double sink_above(Index h, double score) const {
+    return (params_.sink.at(0, h, 0, 0) - score * score_scale()) * std::numbers::log2e;
+  }
   /// Score of the sink of a head in units of log2, if there is one.
   std::optional<double> sink(Index h) const {
     if (!params_.sink) return std::nullopt;
@@ -338,6 +345,33 @@ class ScoreRules {
         for (Index l = 0; l < lanes; ++l) s[l] += buffer[l - r + rows - 1];
       }
     });
+  }
+
+  /// Distances are differences of whole numbers: positions themselves may be too large for a Scalar.
+  template <bool QueriesInLanes, Index Capacity>
+  static void add_slopes(const ScoreTile<Scalar>& tile, const QueryRun<Scalar, Capacity>& run, Index rows) {
+    Scalar distance[Capacity];  // to the tile's first key
+    const Index queries = QueriesInLanes ? tile.width : rows;
+    for (Index i = 0; i < queries; ++i) distance[i] = static_cast<Scalar>(run.position[i] - tile.keys.begin);
+    for (Index r = 0; r < rows; ++r) {
+      Scalar* const s = tile.scores + r * tile.width;
+      if constexpr (QueriesInLanes) {
+        const Scalar key = static_cast<Scalar>(r);
+        for (Index l = 0; l < tile.width; ++l) s[l] -= run.slope[l] * std::abs(distance[l] - key);
+      } else {
+        const Scalar from = distance[r], slope = run.slope[r];
+        for (Index l = 0; l < tile.width; ++l) s[l] -= slope * std::abs(from - static_cast<Scalar>(l));
+      }
+    }
+  }
+
+  /// Scores that are seen are above kHidden, as far as they are finite.
+  static void lift(Scalar* scores, Index count) {
+    const Packet hidden = simd::broadcast(kHidden<Scalar>), least = simd::broadcast(kLeast<Scalar>);
+    for (Index i = 0; i < count; i += N) {
+      const Packet s = simd::load(scores + i);
+      simd::store(scores + i, simd::pselect(simd::pcmp_eq(s, hidden), least, s));
+    }
   }
 
   template <bool QueriesInLanes, Index Capacity>

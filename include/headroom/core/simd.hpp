@@ -44,6 +44,7 @@ inline constexpr bool kFusedMultiplyAdd = false;
 
 using Eigen::internal::padd;
 using Eigen::internal::pand;
+using Eigen::internal::pcmp_eq;
 using Eigen::internal::pcmp_le;
 using Eigen::internal::pcmp_lt;
 using Eigen::internal::pmadd;  // a * b + c
@@ -62,6 +63,16 @@ EIGEN_ALWAYS_INLINE void keep(P& x) {
 #endif
 }
 
+/// The larger of x and a bound; a NaN in x stays. Under -ffinite-math-only compilers swap the operands of a maximum.
+template <class P>
+EIGEN_ALWAYS_INLINE P at_least(const P& x, const P& bound) {
+#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+  return pselect(pcmp_lt(x, bound), bound, x);
+#else
+  return pmax(x, bound);
+#endif
+}
+
 /// c[0]·f^n + c[1]·f^(n-1) + … + c[n]
 template <class Scalar, class... Coefficients>
 EIGEN_ALWAYS_INLINE Packet<Scalar> polynomial(Packet<Scalar> f, double first, Coefficients... rest) {
@@ -74,7 +85,7 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> polynomial(Packet<Scalar> f, double first, Co
 /// average that of a correctly rounded result.
 /// 2^x = 2^n · 2^f with n a whole number near x.
 ///
-/// With a `rest` it is 2^(x - rest), where the rest is no larger than what x was rounded by.
+/// With a `rest` it is 2^(x - rest). The polynomial takes a rest up to 2^-11.
 template <class Scalar, class... Rest>
 EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x, const Rest&... rest) {
   using namespace Eigen::internal;
@@ -90,14 +101,15 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x, const Rest&... rest) {
 #else
     // Adding 1.5·2^23 leaves the nearest integer in the low bits of the mantissa, ready for the exponent.
     const Packet<float> magic = constant(12582912.0), lowest = constant(-127.0);
-    x = pmax(x, lowest);
+    x = at_least(x, lowest);
     Packet<float> shifted = padd(x, magic);
     keep(shifted);  // -ffast-math would cancel the two magics, here and below
     Packet<float> n = psub(shifted, magic);
     keep(n);
     Packet<float> f = psub(x, n);
-    ((f = psub(f, pand(rest, pcmp_lt(lowest, x)))), ...);  // 2^-127 is 0 only as it is
-    const Packet<float> p =                                // minimax with value 1 at 0
+    // Below 2^-126.5 the exponent is all zeros only if p is not below 1: there the rest is left out
+    ((f = psub(f, pand(rest, pcmp_lt(constant(-126.5), x)))), ...);
+    const Packet<float> p =  // minimax with value 1 at 0
         polynomial<float>(f, 0.0001535336206275062, 0.001339887455719594, 0.00961843735823387, 0.05550332470783318,
                           0.240226479136156, 0.6931472028552114, 1.0);
     using Bits = IntegerPacket<float>;
@@ -105,7 +117,7 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x, const Rest&... rest) {
         padd(preinterpret<Bits>(p), plogical_shift_left<23>(preinterpret<Bits>(shifted))));
 #endif
   } else {
-    x = pmax(x, constant(-1080.0));
+    x = at_least(x, constant(-1080.0));
     const Packet<Scalar> n = print(x);  // round to the nearest integer
     Packet<Scalar> f = psub(x, n);
     ((f = psub(f, rest)), ...);

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <cstdint>
 #include <optional>
 #include <utility>
 
@@ -28,7 +29,13 @@ class DryRun {
   /// The device that this thread's dry run stands for; none outside of one.
   static std::optional<c10::Device> device() { return current_; }
 
+  /// Says that code which is run dry draws random numbers here. It need not, and generators stay as they are then.
+  static void note_draw() { ++draws_; }
+  /// How often this thread has said so.
+  static int64_t draws() { return draws_; }
+
  private:
+  static inline thread_local int64_t draws_ = 0;
   static inline thread_local std::optional<c10::Device> current_;
 
   std::optional<c10::Device> outer_;

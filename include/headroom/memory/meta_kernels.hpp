@@ -408,6 +408,9 @@ class Registration {
         return resized(out, at::infer_size(a.sizes(), b.sizes()));
       });
     }
+    library("nan_to_num.out",
+            [](const Tensor& x, std::optional<double>, std::optional<double>, std::optional<double>,
+               Tensor& out) -> Tensor& { return resized(out, x.sizes()); });
     library("logical_not.out", [](const Tensor& x, Tensor& out) -> Tensor& { return resized(out, x.sizes()); });
     library("complex", &complex);
     library("polar", &complex);

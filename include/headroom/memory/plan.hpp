@@ -83,8 +83,12 @@ namespace detail {
 /// The trace of a dry run of `step` on a device of the given type. Random generators are as before afterwards.
 inline MemoryTrace dry_trace(const std::function<void()>& step, c10::Device device, std::optional<double> value,
                              int64_t& values_read) {
+  const RandomState random = RandomState::capture();
+  const MetaKernels kernels;
+  TraceRecorder recorder;
   struct Restore {
-    RandomState random = RandomState::capture();
+    const RandomState& random;
+    const TraceRecorder& recorder;
     std::optional<double> value = meta::value_read;
     int64_t count = std::exchange(meta::values_read, 0);
     std::set<std::string> estimated = std::exchange(meta::estimated, {});
@@ -92,12 +96,10 @@ inline MemoryTrace dry_trace(const std::function<void()>& step, c10::Device devi
       meta::value_read = value;
       meta::values_read = count;
       meta::estimated = std::move(estimated);
-      random.apply();
+      if (recorder.drew()) random.apply();  // else it would undo what other threads have drawn
     }
-  } restore;
+  } restore{random, recorder};
   meta::value_read = value;
-  const MetaKernels kernels;
-  TraceRecorder recorder;
   try {
     const DryRun run(device);
     const MetaAutocast autocast;
@@ -231,6 +233,7 @@ inline Plan analyse(MemoryTrace trace, const DeviceProfile& device, std::optiona
 ///
 /// Throws headroom.memory.plan.operator for an operator without a shape kernel, .values for a step that reads data, and
 /// .budget for a budget that the parameters alone exceed. Nothing global is different afterwards, also when it throws.
+/// Threads may plan at once, and while others compute; each sees its own step.
 template <std::invocable Step>
 Plan plan(Step&& step, const DeviceProfile& device, const PlanOptions& options = {}) {
   const int64_t room = options.budget.value_or(device.usable_bytes());

@@ -1,7 +1,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/enum_tag.h>
 #include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/nn/module.h>
 
@@ -12,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -25,6 +29,7 @@
 #include "headroom/memory/flops.hpp"
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/operator_memory.hpp"
+#include "headroom/memory/recorded_inputs.hpp"
 
 namespace headroom::inline v0 {
 
@@ -100,7 +105,9 @@ class NameTable {
 }  // namespace detail
 
 /// Records what this thread's code allocates, from its construction to finish(): tensors of the CPU and, in a dry run,
-/// those that have no data. Recorders nest: each sees all allocations, the innermost one sees the operators.
+/// those that have no data, also where autograd runs its backward pass on other threads. What other threads allocate on
+/// their own account is not seen, nor what a kernel's OpenMP threads do. Blocks may be freed on any thread. Recorders
+/// nest: each sees all allocations, the innermost one sees the operators.
 class TraceRecorder : private detail::AllocationListener {
  public:
   TraceRecorder() : name_(trace_.names), outer_(std::exchange(current_, this)) {
@@ -114,12 +121,9 @@ class TraceRecorder : private detail::AllocationListener {
       current_ = outer_;
       throw;
     }
-    if (outer_ != nullptr) return;  // its callback finds this recorder
-    callback_ =
-        at::addThreadLocalCallback(at::RecordFunctionCallback(&started, &ended)
-                                       .needsInputs(true)
-                                       .needsOutputs(true)
-                                       .scopes({at::RecordScope::FUNCTION, at::RecordScope::BACKWARD_FUNCTION}));
+    // An inner one is found by the callback of the outermost
+    callback_ = outer_ != nullptr ? outer_->callback_ : add_callback();
+    Registry::instance().set(callback_, this);
   }
   ~TraceRecorder() override { stop(); }
   TraceRecorder(const TraceRecorder&) = delete;
@@ -133,6 +137,9 @@ class TraceRecorder : private detail::AllocationListener {
 
   /// The recorder of this thread, or nullptr.
   static TraceRecorder* current() { return current_; }
+
+  /// Whether an operator of a dry run drew random numbers all the same: on the CPU, within HostTensors.
+  bool drew() const { return drew_; }
 
   /// From now on operators that use the parameters and buffers of `module` are known to be its own. `prefix` goes in
   /// front of their paths.
@@ -179,10 +186,54 @@ class TraceRecorder : private detail::AllocationListener {
     c10::DataPtr temporary;  // what the operator needs while it runs and the meta device does not ask for
   };
 
+  static at::CallbackHandle add_callback() {
+    return at::addThreadLocalCallback(at::RecordFunctionCallback(&started, &ended)
+                                          .needsInputs(true)
+                                          .needsOutputs(true)
+                                          .scopes({at::RecordScope::FUNCTION, at::RecordScope::BACKWARD_FUNCTION}));
+  }
+
+  /// Who records under a callback: LibTorch hands callbacks on to the threads that run a backward pass.
+  struct Registry {
+    std::mutex mutex;
+    std::map<at::CallbackHandle, TraceRecorder*> innermost;
+
+    static Registry& instance() {
+      static auto* registry = new Registry;
+      return *registry;
+    }
+    void set(at::CallbackHandle callback, TraceRecorder* recorder) {
+      const std::scoped_lock lock(mutex);
+      innermost[callback] = recorder;
+      if (recorder == nullptr) innermost.erase(callback);
+    }
+    TraceRecorder* find(at::CallbackHandle callback) {
+      const std::scoped_lock lock(mutex);
+      const auto found = innermost.find(callback);
+      return found != innermost.end() ? found->second : nullptr;
+    }
+  };
+
+  /// The recorder that this thread works for: its own or that of the thread whose backward pass it runs; or nullptr.
+  static TraceRecorder* of_this_thread() {
+    if (current_ != nullptr) return current_;
+    for (const auto& entry : at::get_record_function_tls_().sorted_tls_callbacks_) {
+      if (TraceRecorder* const recorder = Registry::instance().find(entry.handle_)) return recorder;
+    }
+    return nullptr;
+  }
+  bool is_of_this_thread() const {
+    const TraceRecorder* recorder = of_this_thread();
+    while (recorder != nullptr && recorder != this) recorder = recorder->outer_;
+    return recorder != nullptr;
+  }
+
   static std::unique_ptr<at::ObserverContext> started(const at::RecordFunction& function) {
-    return current_->start(function);
+    TraceRecorder* const recorder = of_this_thread();
+    return recorder != nullptr ? recorder->start(function) : nullptr;
   }
   static void ended(const at::RecordFunction& function, at::ObserverContext* context) {
+    if (context == nullptr) return;
     auto& call = static_cast<Call&>(*context);
     call.recorder.end(function, call);
   }
@@ -190,7 +241,7 @@ class TraceRecorder : private detail::AllocationListener {
   std::unique_ptr<at::ObserverContext> start(const at::RecordFunction& function) {
     auto call = std::make_unique<Call>(*this);
     const char* const name = function.name();
-    const auto inputs = function.inputs();
+    const auto inputs = detail::recorded_inputs(function);
     {
       const std::scoped_lock lock(mutex_);
       Operator op{.name = name_(name),
@@ -198,6 +249,11 @@ class TraceRecorder : private detail::AllocationListener {
                   .is_node = function.scope() == at::RecordScope::BACKWARD_FUNCTION,
                   .parent = stack_.empty() ? -1 : stack_.back(),
                   .begin = trace_.events++};
+      if (DryRun::device().has_value() && is_random(function, op.name)) {
+        DryRun::note_draw();
+        const auto keys = c10::impl::tls_local_dispatch_key_set().included_;
+        drew_ = drew_ || !keys.has_backend(c10::BackendComponent::MetaBit);
+      }
       User user{static_cast<int32_t>(trace_.operators.size()), {}};
       for (const c10::IValue& input : inputs) find_uses(input, user.modules);
       const bool counted = op.parent >= 0 && own_flops_[static_cast<size_t>(op.parent)];
@@ -230,6 +286,15 @@ class TraceRecorder : private detail::AllocationListener {
     const int64_t begin = trace_.operators[static_cast<size_t>(call.op)].begin;
     for (const c10::IValue& output : function.outputs()) note_shape(output, begin);
     if (call.resized.defined()) note_shape(call.resized, begin);
+  }
+
+  bool is_random(const at::RecordFunction& function, int32_t name) {
+    const auto [known, is_new] = random_.try_emplace(name, false);
+    if (const auto op = is_new ? function.operator_name() : std::nullopt) {
+      const auto handle = c10::Dispatcher::singleton().findOp(*op);
+      known->second = handle.has_value() && handle->hasTag(at::Tag::nondeterministic_seeded);
+    }
+    return known->second;
   }
 
   /// An operator that uses parameters or buffers.
@@ -287,7 +352,7 @@ class TraceRecorder : private detail::AllocationListener {
     const bool backward = torch::autograd::get_current_graph_task_id() != -1;
     if (was_backward_ && !backward) mark_gradients();
     was_backward_ = backward;
-    return name_(named != nullptr ? named : backward ? "backward" : "forward");
+    return last_phase_ = name_(named != nullptr ? named : backward ? "backward" : "forward");
   }
 
   void allocated(const void* block, int64_t bytes) override { add(block, bytes, false); }
@@ -297,10 +362,11 @@ class TraceRecorder : private detail::AllocationListener {
     const auto live = live_.find(block);
     if (live == live_.end()) return;
     trace_.blocks[live->second].end = trace_.events++;
-    trace_.blocks[live->second].end_phase = phase();
+    trace_.blocks[live->second].end_phase = is_of_this_thread() ? phase() : last_phase_;
     live_.erase(live);
   }
   void add(const void* block, int64_t bytes, bool on_host) {
+    if (!is_of_this_thread()) return;
     const std::scoped_lock lock(mutex_);
     live_[block] = trace_.blocks.size();
     trace_.blocks.push_back({.bytes = bytes,
@@ -324,6 +390,7 @@ class TraceRecorder : private detail::AllocationListener {
   void stop() {
     if (!recording_) return;
     recording_ = false;
+    Registry::instance().set(callback_, outer_);
     if (outer_ == nullptr) at::removeCallback(callback_);
     detail::CountingAllocator::instance().close(host_window_);
     detail::MetaAllocator::instance().close(meta_window_);
@@ -395,11 +462,14 @@ class TraceRecorder : private detail::AllocationListener {
   at::CallbackHandle callback_{};
   bool recording_ = true;
   bool was_backward_ = false;
+  int32_t last_phase_ = name_("forward");  ///< of what this recorder saw last
 
   mutable std::recursive_mutex mutex_;
   std::vector<int32_t> stack_;   // operators that are running
   std::deque<User> users_;       // in the order of their calls
   std::vector<bool> own_flops_;  // of each operator: its FLOPs and those of its callees are known
+  bool drew_ = false;
+  std::unordered_map<int32_t, bool> random_;  // by name: whether the operator draws random numbers
   std::unordered_map<const void*, size_t> live_;
   std::unordered_map<const void*, int32_t> owners_;
   std::vector<at::Tensor> parameters_;

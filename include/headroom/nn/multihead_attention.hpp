@@ -222,7 +222,9 @@ class MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAttentionImp
     std::vector<torch::Tensor> keys{heads.k};
     std::vector<int64_t> sizes = heads.k.sizes().vec();
     sizes[2] = 1;
-    if (bias_k.defined()) keys.push_back(bias_k.view({1, options.num_heads(), 1, -1}).expand(sizes));
+    if (bias_k.defined()) {  // under autocast, projections are narrower than parameters
+      keys.push_back(bias_k.to(heads.k.scalar_type()).view({1, options.num_heads(), 1, -1}).expand(sizes));
+    }
     if (options.add_zero_attn()) keys.push_back(torch::zeros(sizes, heads.k.options()));
     if (const auto appended = static_cast<int64_t>(keys.size()) - 1; appended > 0) {
       for (torch::Tensor* mask : {&key_padding_mask, &attn_mask}) {

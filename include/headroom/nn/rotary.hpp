@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "headroom/attention/rotation.hpp"
 #include "headroom/core/error.hpp"
 
 namespace headroom::inline v0::nn {
@@ -25,8 +26,7 @@ inline torch::Tensor rotary_table(int64_t length, int64_t dim, double theta = 10
 inline torch::Tensor rotate(const torch::Tensor& x, const torch::Tensor& table) {
   require(x.dim() >= 2 && x.size(-2) == table.size(0) && x.size(-1) == 2 * table.size(1), "headroom.nn.rotary.shape",
           "x is ", x.sizes(), " and the table ", table.sizes(), "; expected x [...,L,D] and a table [L,D/2]");
-  const torch::Tensor pairs = x.to(torch::kFloat).contiguous().unflatten(-1, {-1, 2});
-  return torch::view_as_real(torch::view_as_complex(pairs) * table).flatten(-2).to(x.scalar_type());
+  return headroom::detail::turned(x, table);
 }
 
 }  // namespace headroom::inline v0::nn

@@ -16,8 +16,8 @@
 
 namespace headroom::inline v0::optim {
 
-/// How an optimizer stores a running average: in the parameter's type; in bfloat16, 2 bytes an element; or in 8 bits
-/// and a scale for each block of kMomentBlock elements.
+/// How an optimizer stores a running average: in float, in double for a double parameter; in bfloat16, 2 bytes an
+/// element; or in 8 bits and a scale for each block of kMomentBlock elements.
 enum class MomentFormat { full, bf16, eight_bit };
 inline constexpr std::array<std::string_view, 3> kMomentFormatNames{"full", "bf16", "8bit"};
 
@@ -31,7 +31,7 @@ inline MomentFormat moment_format(std::string_view name) {
 
 /// Elements that share a scale. 1.6 % of memory for scales; Dettmers et al. use 2048, their library by now 256.
 inline constexpr int64_t kMomentBlock = 256;
-/// A tensor with fewer elements keeps its type: it saves next to nothing and is often a norm, which is delicate.
+/// A tensor with fewer elements stays full: it saves next to nothing and is often a norm, which is delicate.
 inline constexpr int64_t kSmallestEightBit = 4096;
 
 namespace detail {
@@ -66,23 +66,43 @@ inline at::Tensor table_for(const std::vector<float>& values, const at::Tensor& 
 
 }  // namespace detail
 
-/// The values that 8-bit codes stand for, and the limits between them, on one device.
+/// The values that 8-bit codes stand for on one device, and what lies between neighbours. Averages of gradients have
+/// the signed dynamic values; averages of squares have the squares of those without a sign, so that what a step divides
+/// by, the root, reaches as far down as what it divides.
 struct DynamicCode {
-  at::Tensor values;  ///< float [256]
-  at::Tensor limits;  ///< float [255]
+  at::Tensor values;  ///< float [256], rising
+  at::Tensor inner;   ///< float [255]: of two neighbours the one that is nearer to zero
+  at::Tensor widths;  ///< float [255]: from there to the other one
 
   DynamicCode(bool is_signed, const at::Tensor& like) {
-    const std::array<float, 256> numbers = detail::dynamic_values(is_signed);
-    std::vector<float> between(255);
-    for (size_t i = 0; i < between.size(); ++i) between[i] = (numbers[i] + numbers[i + 1]) / 2;
+    std::array<float, 256> numbers = detail::dynamic_values(is_signed);
+    if (!is_signed) {
+      for (float& x : numbers) x *= x;
+    }
+    std::vector<float> nearer(255), between(255);
+    for (size_t i = 0; i < nearer.size(); ++i) {
+      const bool below_zero = numbers[i] < 0;
+      nearer[i] = numbers[below_zero ? i + 1 : i];
+      between[i] = numbers[below_zero ? i : i + 1] - nearer[i];
+    }
+    // A square that is not zero stays so: the step divides by its root
+    if (!is_signed) between[0] = 0;
     values = detail::table_for({numbers.begin(), numbers.end()}, like);
-    limits = detail::table_for(between, like);
+    inner = detail::table_for(nearer, like);
+    widths = detail::table_for(between, like);
   }
 };
 
+/// Where between two codes a step rounds away from zero from: 0 to 1, evenly spread over the steps (a Weyl sequence),
+/// so that an average that changes by less than codes are apart does change in the mean over many steps.
+inline double rounding_position(int64_t step) {
+  const double turns = (static_cast<double>(step) + 0.5) * (std::sqrt(2.0) - 1);
+  return turns - std::floor(turns);
+}
+
 /// A running average as it is stored.
 struct StoredMoment {
-  at::Tensor values;  ///< of the parameter's shape, in its type or bfloat16; or codes, uint8 [blocks, kMomentBlock]
+  at::Tensor values;  ///< of the parameter's shape, float, double or bfloat16; or codes, uint8 [blocks, kMomentBlock]
   at::Tensor scales;  ///< of codes, float [blocks]; undefined in other formats
 
   /// Takes over the numbers of a moment of the same format. Allocates nothing.
@@ -105,16 +125,19 @@ inline at::Tensor round_to_bf16(const at::Tensor& x, int64_t step) {
   return bits.view(at::kFloat).to(at::kBFloat16).view(x.sizes());
 }
 
-/// Codes for `x` (float, contiguous) and a scale for each block, the greatest magnitude in it. An element gets the
-/// nearest of the values of `code` times the scale.
-inline StoredMoment quantise(const at::Tensor& x, const DynamicCode& code) {
+/// Codes for `x` (float, contiguous) and a scale for each block, the greatest magnitude in it. An element gets one of
+/// the two values of `code` times the scale that it lies between: the one away from zero from `position` of the way on,
+/// 0.5 gives the nearest. Elements that are not finite count as 0, so that they spoil no others.
+inline StoredMoment quantise(const at::Tensor& x, const DynamicCode& code, double position = 0.5) {
   const int64_t padding = (kMomentBlock - x.numel() % kMomentBlock) % kMomentBlock;
   const at::Tensor flat = x.view({-1});
-  const at::Tensor blocks =
-      (padding > 0 ? at::constant_pad_nd(flat, {0, padding}) : flat).view({-1, kMomentBlock});  // [blocks, 256]
-  at::Tensor scales = at::linalg_vector_norm(blocks, INFINITY, at::IntArrayRef{1});             // [blocks]
-  const at::Tensor parts = blocks / scales.clamp_min(1e-37).unsqueeze(1);                       // in [-1, 1]
-  return {at::bucketize(parts, code.limits, /*out_int32=*/true).to(at::kByte), std::move(scales)};
+  at::Tensor finite = padding > 0 ? at::constant_pad_nd(flat, {0, padding}).nan_to_num_(0.0, 0.0, 0.0)
+                                  : at::nan_to_num(flat, 0.0, 0.0, 0.0);
+  const at::Tensor parts = finite.view({-1, kMomentBlock});                         // [blocks, 256]
+  at::Tensor scales = at::linalg_vector_norm(parts, INFINITY, at::IntArrayRef{1});  // [blocks]
+  parts.div_(scales.clamp_min_(1e-37).unsqueeze(1));                                // in [-1, 1]
+  const at::Tensor limits = at::add(code.inner, code.widths, position);             // [255]
+  return {at::bucketize(parts, limits, /*out_int32=*/true).to(at::kByte), std::move(scales)};
 }
 
 /// Undoes quantise() up to its rounding; float of the given sizes.

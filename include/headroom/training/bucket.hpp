@@ -1,13 +1,15 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <exception>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "headroom/core/error.hpp"
+#include "headroom/io/number.hpp"
 #include "headroom/training/config.hpp"
 
 namespace headroom::inline v0::training {
@@ -21,17 +23,11 @@ struct Bucket {
 namespace detail {
 
 /// "2.5", or with a unit "2.5s", which is as many samples at `sample_rate`; none where it is no number.
-inline std::optional<double> number_or_seconds(const std::string& text, int64_t sample_rate) {
-  size_t end = 0;
-  double number = 0;
-  try {
-    number = std::stod(text, &end);
-  } catch (const std::exception&) {
-    return std::nullopt;
-  }
-  const std::string unit = text.substr(end);
-  if (unit == "s") return number * static_cast<double>(sample_rate);
-  return unit.empty() ? std::optional(number) : std::nullopt;
+inline std::optional<double> number_or_seconds(std::string_view text, int64_t sample_rate) {
+  const bool seconds = text.ends_with('s');
+  if (seconds) text.remove_suffix(1);
+  const auto number = io::parse_number<double>(text);
+  return number && seconds ? std::optional(*number * static_cast<double>(sample_rate)) : number;
 }
 
 }  // namespace detail

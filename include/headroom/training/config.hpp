@@ -4,7 +4,6 @@
 #include <array>
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <initializer_list>
 #include <set>
 #include <sstream>
@@ -14,6 +13,7 @@
 
 #include "headroom/checkpoint/policy.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/io/input_file.hpp"
 #include "headroom/training/json.hpp"
 
 namespace headroom::inline v0 {
@@ -32,6 +32,9 @@ inline void from_json(const nlohmann::json& json, StackPolicy& policy) {
 
 namespace training {
 
+/// Of factors that are multiplied with floats.
+inline constexpr double kLargestFactor = 1e30;
+
 /// `model`: the time-frequency transformer.
 struct ModelConfig {
   int64_t n_fft = 4096;
@@ -49,17 +52,20 @@ struct ModelConfig {
 
   static void describe(auto& self, auto&& field) {
     constexpr double kWidest = 1 << 20;
-    field("n_fft", self.n_fft, {.at_least = 16, .at_most = kWidest}, "STFT size and Hann window, samples");
-    field("hop_length", self.hop_length, {.at_least = 1}, "samples between frames, at most n_fft / 2");
-    field("n_layers", self.n_layers, {.required = true, .at_least = 1, .at_most = 1000}, "encoder layers");
-    field("emb_dim", self.emb_dim, {.required = true, .at_least = 2, .at_most = kWidest},
+    field("n_fft", self.n_fft, {.at_least = 16, .at_most = kWidest, .bound = true},
+          "STFT size and Hann window, samples");
+    field("hop_length", self.hop_length, {.at_least = 1, .bound = true}, "samples between frames, at most n_fft / 2");
+    field("n_layers", self.n_layers, {.required = true, .at_least = 1, .at_most = 1000, .bound = true},
+          "encoder layers");
+    field("emb_dim", self.emb_dim, {.required = true, .at_least = 2, .at_most = kWidest, .bound = true},
           "width of a token, a multiple of 2 * n_heads");
-    field("n_heads", self.n_heads, {.required = true, .at_least = 1, .at_most = kWidest}, "attention heads");
-    field("ffn_hidden_dim", self.ffn_hidden_dim, {.required = true, .at_least = 1, .at_most = kWidest},
+    field("n_heads", self.n_heads, {.required = true, .at_least = 1, .at_most = kWidest, .bound = true},
+          "attention heads");
+    field("ffn_hidden_dim", self.ffn_hidden_dim, {.required = true, .at_least = 1, .at_most = kWidest, .bound = true},
           "widths of the feed-forward's hidden layers");
     field("gradient_checkpointing", self.gradient_checkpointing, {},
           "what of each layer is kept for the backward pass; `true` is `full`, docs/040_recomputation.md has a table");
-    field("reversible", self.reversible, {},
+    field("reversible", self.reversible, {.bound = true},
           "two streams, from which the backward pass computes all activations back: another model, for which "
           "gradient_checkpointing is false");
     field("attention", self.attention, {.choices = {"automatic", "tiled", "reference"}},
@@ -74,9 +80,11 @@ struct AudioConfig {
   std::vector<std::string> stems = {"vocals", "drums", "bass", "other"};
 
   static void describe(auto& self, auto&& field) {
-    field("sample_rate", self.sample_rate, {.at_least = 1, .at_most = 1'000'000}, "of every audio file, Hz");
-    field("channels", self.channels, {.at_least = 1, .at_most = 64}, "of every audio file");
-    field("stems", self.stems, {}, "file names without `.wav`, in the order of the model's outputs");
+    field("sample_rate", self.sample_rate, {.at_least = 1, .at_most = 1'000'000, .bound = true},
+          "of every audio file, Hz");
+    field("channels", self.channels, {.at_least = 1, .at_most = 64, .bound = true}, "of every audio file");
+    field("stems", self.stems, {.file_names = true, .bound = true},
+          "file names without `.wav`, in the order of the model's outputs");
   }
 };
 
@@ -141,7 +149,7 @@ struct TrainingConfig {
           "the cosine ends at this times learning_rate");
     field("weight_decay", self.weight_decay, {.at_least = 0, .at_most = 10}, "of AdamW; norms and biases have none");
     field("betas", self.betas, {.at_least = 0, .below = 1}, "of AdamW");
-    field("clip_grad_norm", self.clip_grad_norm, {.at_least = 0},
+    field("clip_grad_norm", self.clip_grad_norm, {.at_least = 0, .at_most = kLargestFactor},
           "greatest norm of all gradients together; 0: no clipping");
     field("optimizer_state", self.optimizer_state, {.choices = {"full", "bf16", "8bit"}},
           "how AdamW stores its moments: 8, 4 or 2.03 bytes a parameter");
@@ -166,7 +174,8 @@ struct LossConfig {
   int64_t min_n_fft = 2048;
 
   static void describe(auto& self, auto&& field) {
-    field("stft_weight", self.stft_weight, {.at_least = 0}, "factor of the STFT loss; 0 leaves it out");
+    field("stft_weight", self.stft_weight, {.at_least = 0, .at_most = kLargestFactor},
+          "factor of the STFT loss; 0 leaves it out");
     field("windows", self.windows, {.at_least = 16, .at_most = 1 << 20}, "Hann windows of the STFT loss, samples");
     field("hop", self.hop, {.at_least = 1}, "samples between frames of the STFT loss");
     field("min_n_fft", self.min_n_fft, {.at_least = 16, .at_most = 1 << 20}, "shorter windows are padded to this");
@@ -191,6 +200,24 @@ struct Config {
 };
 
 namespace detail {
+
+/// More elements than any machine holds, and few enough for LibTorch to count their bytes.
+inline constexpr double kMostElements = 1e15;
+
+/// Elements of the widest tensor of a training step, about.
+inline double elements_of_widest(const Config& config) {
+  const auto& [model, audio, data, training, loss] = config;
+  const double samples = static_cast<double>(training.segment_length) * static_cast<double>(training.batch_size);
+  const auto per_sample = [](int64_t size, int64_t hop) {
+    return static_cast<double>(size) / static_cast<double>(hop);
+  };
+  const int64_t hidden = model.ffn_hidden_dim.empty() ? 0 : std::ranges::max(model.ffn_hidden_dim);
+  const auto width = static_cast<double>(std::max(3 * model.emb_dim, hidden));
+  const double tokens = samples * per_sample(model.n_fft / 2 + 1, model.hop_length);
+  const int64_t window = std::max(loss.min_n_fft, loss.windows.empty() ? 0 : std::ranges::max(loss.windows));
+  const auto signals = static_cast<double>(audio.channels) * static_cast<double>(audio.stems.size() + 1);
+  return std::max(tokens * width, samples * signals * per_sample(window, loss.hop));
+}
 
 /// Values that are fine one by one and impossible together. A rule is skipped when a member it looks at is wrong
 /// already.
@@ -243,6 +270,12 @@ inline void check_together(const Config& config, std::vector<Problem>& problems)
       {"training.segment_length", "loss.windows", "loss.min_n_fft", "loss.stft_weight"},
       [&] { return loss.stft_weight == 0 || training.segment_length >= longest; }, "got ", training.segment_length,
       ", expected at least the longest window of loss.windows and loss.min_n_fft, which is ", longest);
+  rule(
+      {"training.segment_length", "training.batch_size", "model.n_fft", "model.hop_length", "model.emb_dim",
+       "model.ffn_hidden_dim", "loss.windows", "loss.hop", "audio.channels", "audio.stems"},
+      [&] { return elements_of_widest(config) <= kMostElements; }, "got ", training.segment_length,
+      ", which with training.batch_size ", training.batch_size, " makes a tensor of about ", elements_of_widest(config),
+      " elements, expected at most ", kMostElements, "; lower one of the two, or raise model.hop_length or loss.hop");
   rule(
       {"training.warmup_steps", "training.epochs", "training.steps_per_epoch"},
       [&] { return 2 * training.warmup_steps <= training.epochs * training.steps_per_epoch; }, "got ",
@@ -316,11 +349,9 @@ namespace detail {
 
 /// What a text file holds. Throws headroom.training.config_file, with `content` and `expected` in its text.
 inline std::string read_text(const std::filesystem::path& path, const char* content, const char* expected) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  require(file.is_open() && std::filesystem::is_regular_file(path) && text << file.rdbuf(),
-          "headroom.training.config_file", "cannot read ", content, " from ", path.string(), "; expected ", expected);
-  return text.str();
+  constexpr std::uint64_t kMost = 16 << 20;
+  const io::InputFile file(path, {"headroom.training.config_file", content, expected}, kMost);
+  return file.read(0, file.size());
 }
 
 }  // namespace detail

@@ -6,12 +6,14 @@
 #include <array>
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "headroom/audio/file.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/io/file_name.hpp"
 
 namespace headroom::inline v0::training {
 
@@ -32,7 +34,7 @@ struct MusdbOptions {
   std::int64_t segment_length = 441000;                                   ///< S, samples
   std::int64_t channels = 2;                                              ///< C, of every file
   std::int64_t sample_rate = 44100;                                       ///< of every file, Hz
-  std::vector<std::string> stems = {"vocals", "drums", "bass", "other"};  ///< file names without .wav, N of them
+  std::vector<std::string> stems = {"vocals", "drums", "bass", "other"};  ///< plain file names without .wav, N of them
   TrackDraw draw = TrackDraw::uniform;
   /// Probability that each stem of an example comes from a track and position of its own; the mixture is their sum.
   /// Otherwise the example is what the files hold. The three options that follow act on the stems of remixed examples.
@@ -70,6 +72,8 @@ class SplitMix64 {
 }  // namespace detail
 
 /// Random segments of a folder in the MUSDB18-HQ layout, FOLDER/<Artist - Title>/{mixture,vocals,drums,bass,other}.wav.
+/// A track without mixture.wav has the sum of its stems for one. Folders that hold none of the files (`__MACOSX`) and
+/// tracks that are shorter than a segment are left out, see notices().
 ///
 /// The constructor looks at the header of every file, so that a bad one is found before training and not in the middle
 /// of it; samples are read when an example is, and nothing else of the file. An example is a pure function of a seed
@@ -82,25 +86,35 @@ class MusdbDataset {
   MusdbDataset(std::filesystem::path folder, MusdbOptions options)
       : folder_(std::move(folder)), options_(std::move(options)) {
     check_options();
-    std::error_code failure;  // a folder that is not there has no tracks
-    for (const auto& entry : std::filesystem::directory_iterator(folder_, failure)) {
-      if (entry.is_directory() && !entry.path().filename().string().starts_with('.')) {
-        tracks_.push_back({entry.path().filename().string(), 0});
+    std::string short_track;  // the first one, and its length
+    for (const std::string& name : folder_names()) {
+      if (const auto track = checked_track(name)) {
+        if (track->frames >= options_.segment_length) {
+          tracks_.push_back(*track);
+          continue;
+        }
+        if (short_track.empty()) short_track = name + "\" has " + std::to_string(track->frames);
+        notices_.push_back(name + " is left out: it has " + std::to_string(track->frames) + " frames, a segment has " +
+                           std::to_string(options_.segment_length));
+      } else {
+        notices_.push_back(name + " is left out: none of the files of a track is in it");
       }
     }
-    require(!tracks_.empty(), "headroom.training.dataset.empty", "no tracks in ", folder_,
-            ", expected folders \"<Artist - Title>\" with mixture.wav and one file a stem; give the folder of the "
-            "split, e.g. musdb18hq/train");
-    std::ranges::sort(tracks_, {}, &Track::name);  // the file system's order differs between machines
+    require(!tracks_.empty() || short_track.empty(), "headroom.training.dataset.short", "\"", folder_.string(), "/",
+            short_track, " frames, a segment has ", options_.segment_length,
+            ", and no track is longer; shorten segment_length or give longer tracks");
+    require_tracks(!tracks_.empty(), "");
     std::int64_t positions = 0;
-    for (Track& track : tracks_) {
-      track.frames = checked_frames(track);
+    for (const Track& track : tracks_) {
       ends_.push_back(positions += track.frames - options_.segment_length + 1);
     }
   }
 
   std::int64_t size() const { return static_cast<std::int64_t>(tracks_.size()); }  ///< tracks
   const MusdbOptions& options() const { return options_; }
+
+  /// What of the folder is left out and why, a sentence each.
+  const std::vector<std::string>& notices() const { return notices_; }
 
   /// Names of the tracks, sorted.
   std::vector<std::string> names() const {
@@ -130,7 +144,7 @@ class MusdbDataset {
       stems.push_back(samples);
     }
     const torch::Tensor stacked = torch::stack(stems);  // [N,C,S]
-    return {remixed ? stacked.sum(0) : read(together, "mixture"), stacked};
+    return {remixed || !together.track->has_mixture ? stacked.sum(0) : read(together, "mixture"), stacked};
   }
 
   /// Examples first_index, …, first_index + count - 1: [B,C,S] and [B,N,C,S].
@@ -149,6 +163,7 @@ class MusdbDataset {
   struct Track {
     std::string name;
     std::int64_t frames;
+    bool has_mixture;
   };
   struct Position {
     const Track* track;
@@ -161,6 +176,9 @@ class MusdbDataset {
     require(o.segment_length >= 1 && o.channels >= 1 && o.sample_rate >= 1, id, "got segment_length ", o.segment_length,
             ", channels ", o.channels, ", sample_rate ", o.sample_rate, ", expected at least 1 each");
     require(!o.stems.empty(), id, "got no stems, expected names such as vocals");
+    for (const std::string& stem : o.stems) {
+      require(io::is_file_name(stem), id, "the stem \"", stem, "\" is no plain file name, expected one such as vocals");
+    }
     require(o.remix >= 0 && o.remix <= 1, id, "remix is ", o.remix, ", expected a probability");
     require(o.gain[0] >= 0 && o.gain[0] <= o.gain[1], id, "gain is ", o.gain[0], " to ", o.gain[1],
             ", expected 0 <= least <= greatest");
@@ -170,27 +188,46 @@ class MusdbDataset {
     return folder_ / track.name / (stem + ".wav");
   }
 
-  /// Checks the headers of a track's files; returns how long they all are.
-  std::int64_t checked_frames(const Track& track) const {
-    std::vector<std::string> files = {"mixture"};
-    files.insert(files.end(), options_.stems.begin(), options_.stems.end());
-    std::int64_t frames = -1;
+  void require_tracks(bool found, const std::string& reason) const {
+    require(found, "headroom.training.dataset.empty", "no tracks in ", folder_, reason,
+            ", expected folders \"<Artist - Title>\" with one file a stem; give the folder of the split, e.g. "
+            "musdb18hq/train");
+  }
+
+  /// Names of the folders inside, sorted: the file system's order differs between machines.
+  std::vector<std::string> folder_names() const {
+    std::vector<std::string> names;
+    std::error_code failure;
+    for (const auto& entry : std::filesystem::directory_iterator(folder_, failure)) {
+      const std::string name = entry.path().filename().string();
+      if (entry.is_directory() && !name.starts_with('.')) names.push_back(name);
+    }
+    require_tracks(!failure, ": " + failure.message());
+    std::ranges::sort(names);
+    return names;
+  }
+
+  /// Checks the headers of a track's files; none where the folder has no file of a track.
+  std::optional<Track> checked_track(const std::string& name) const {
+    Track track{name, -1, false};
+    track.has_mixture = std::filesystem::exists(path(track, "mixture"));
+    std::vector<std::string> files = options_.stems;
+    if (track.has_mixture) files.insert(files.begin(), "mixture");
+    const auto is_there = [&](const std::string& file) { return std::filesystem::exists(path(track, file)); };
+    if (std::ranges::none_of(files, is_there)) return std::nullopt;
     for (const std::string& stem : files) {
       const std::filesystem::path file = path(track, stem);
-      require(std::filesystem::exists(file), "headroom.training.dataset.missing", "there is no ", file,
-              ", expected mixture.wav and one file a stem; add it or remove the track's folder");
+      require(is_there(stem), "headroom.training.dataset.missing", "there is no ", file,
+              ", expected one file a stem; add it or remove the track's folder");
       const audio::AudioReader reader(file);
       audio::require_sample_rate(reader, static_cast<int>(options_.sample_rate));
-      frames = frames < 0 ? reader.frames() : frames;
-      require(reader.channels() == options_.channels && reader.frames() == frames, "headroom.training.dataset.differs",
-              file, " has ", reader.channels(), " channels and ", reader.frames(), " frames, expected ",
-              options_.channels, " channels as configured and ", frames,
-              " frames like the track's mixture.wav; export the track again or remove its folder");
+      track.frames = track.frames < 0 ? reader.frames() : track.frames;
+      require(reader.channels() == options_.channels && reader.frames() == track.frames,
+              "headroom.training.dataset.differs", file, " has ", reader.channels(), " channels and ", reader.frames(),
+              " frames, expected ", options_.channels, " channels as configured and ", track.frames,
+              " frames like the track's ", files.front(), ".wav; export the track again or remove its folder");
     }
-    require(frames >= options_.segment_length, "headroom.training.dataset.short", folder_ / track.name, " has ", frames,
-            " frames, a segment has ", options_.segment_length,
-            "; shorten segment_length or remove the track's folder");
-    return frames;
+    return track;
   }
 
   Position draw(detail::SplitMix64& random) const {
@@ -213,6 +250,7 @@ class MusdbDataset {
   std::filesystem::path folder_;
   MusdbOptions options_;
   std::vector<Track> tracks_;
+  std::vector<std::string> notices_;
   std::vector<std::int64_t> ends_;  ///< of each track in the sequence of all positions that a segment can have
 };
 

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "headroom/core/error.hpp"
+#include "headroom/io/file_name.hpp"
 
 namespace headroom::inline v0::training {
 
@@ -31,6 +32,8 @@ struct Accepted {
   double below = std::numeric_limits<double>::infinity();
   std::vector<std::string> choices = {};  ///< the only values that a string may have; empty: any
   bool may_be_empty = false;              ///< a string or list without elements is accepted
+  bool file_names = false;                ///< each string is the plain name of a file, see io::is_file_name
+  bool bound = false;                     ///< what was trained with one value means something else with another
 };
 
 namespace detail {
@@ -146,7 +149,7 @@ std::string expected_text(const Accepted& accepted) {
     const std::string count = fixed_size<T> > 0       ? std::to_string(fixed_size<T>)
                               : accepted.may_be_empty ? "any number"
                                                       : "one or more";
-    const char* elements = std::same_as<Element, std::string> ? "strings"
+    const char* elements = std::same_as<Element, std::string> ? accepted.file_names ? "plain file names" : "strings"
                            : std::integral<Element>           ? "integers"
                                                               : "numbers";
     return "a list of " + count + " " + elements + bounds_text(accepted);
@@ -160,6 +163,7 @@ std::string expected_text(const Accepted& accepted) {
     return std::string("true, false or one of ") + T::kExpected;
   } else {
     static_assert(std::same_as<T, std::string>, "no JSON counterpart for this member type");
+    if (accepted.file_names) return "the plain name of a file";
     return accepted.choices.empty() ? (accepted.may_be_empty ? "a string" : "a string that is not empty")
                                     : "one of " + choices_text(accepted);
   }
@@ -200,7 +204,7 @@ bool read_value(const nlohmann::json& json, T& value, const Accepted& accepted) 
     value = json.get<std::string>();
     const bool allowed =
         accepted.choices.empty() || std::ranges::find(accepted.choices, value) != accepted.choices.end();
-    return allowed && (accepted.may_be_empty || !value.empty());
+    return allowed && (accepted.may_be_empty || !value.empty()) && (!accepted.file_names || io::is_file_name(value));
   }
 }
 
@@ -284,6 +288,44 @@ nlohmann::ordered_json write_described(const T& value) {
   return json;
 }
 
+/// A member that two values of a described struct have differently, as JSON text.
+struct Difference {
+  std::string path;
+  std::string before, after;
+  bool bound = false;  ///< Accepted::bound of the member
+};
+
+/// "model.n_heads: 2 became 4".
+inline std::string describe(const Difference& difference) {
+  return difference.path + ": " + difference.before + " became " + difference.after;
+}
+
+namespace detail {
+
+/// Appends what of a described struct is otherwise in `after`, the JSON of such a struct.
+template <Described T>
+void append_differences(const T& before, const nlohmann::ordered_json& after, const std::string& path,
+                        std::vector<Difference>& found) {
+  T::describe(before, [&]<class M>(const char* name, const M& member, const Accepted& accepted, const char*) {
+    const std::string here = member_path(path, name);
+    if constexpr (Described<M>) {
+      append_differences(member, after.at(name), here, found);
+    } else if (const nlohmann::ordered_json old = member; old != after.at(name)) {
+      found.push_back({here, old.dump(), after.at(name).dump(), accepted.bound});
+    }
+  });
+}
+
+}  // namespace detail
+
+/// Members that differ, in the order of their description.
+template <Described T>
+std::vector<Difference> differences(const T& before, const T& after) {
+  std::vector<Difference> found;
+  detail::append_differences(before, write_described(after), "", found);
+  return found;
+}
+
 /// The members of a described struct as rows of a Markdown table: key, default, what it may hold, meaning.
 template <Described T>
 std::string describe_markdown(const T& defaults, const std::string& path = "") {
@@ -316,29 +358,64 @@ inline std::string_view explanation(std::string_view message) {
   return message.starts_with("parse error") ? message.substr(message.find(": ") + 2) : message;
 }
 
+/// Follows a parser through a document and refuses what the parser takes and nobody can have meant.
+class JsonWatch {
+ public:
+  explicit JsonWatch(std::string name) : name_(std::move(name)) {}
+
+  /// Throws headroom.training.json.
+  void see(nlohmann::json::parse_event_t event, const nlohmann::json& parsed) {
+    using Event = nlohmann::json::parse_event_t;
+    if (event == Event::key) {
+      open_.back().key = parsed.get<std::string>();
+      require(open_.back().keys.insert(open_.back().key).second, "headroom.training.json", name_, ": ", path(),
+              ": the key `", open_.back().key, "` is given twice in one object; remove one of the two");
+    } else if (event == Event::object_start || event == Event::array_start) {
+      constexpr std::size_t kDeepest = 32;
+      require(open_.size() < kDeepest, "headroom.training.json", name_, ": ", path(), ": lists and objects lie ",
+              kDeepest, " deep here, expected no more; remove this value");
+      open_.push_back({event == Event::array_start, 0, {}, {}});
+    } else {
+      if (event == Event::object_end || event == Event::array_end) open_.pop_back();
+      if (!open_.empty()) ++open_.back().index;  // a value is complete
+    }
+  }
+
+ private:
+  struct Level {
+    bool list;
+    std::size_t index;  ///< of the element that comes, in a list
+    std::string key;    ///< that was read last, in an object
+    std::set<std::string> keys;
+  };
+
+  std::string path() const {
+    std::string path;
+    for (const Level& level : open_) {
+      path = level.list ? path + "[" + std::to_string(level.index) + "]" : member_path(path, level.key);
+    }
+    return path;
+  }
+
+  std::string name_;
+  std::vector<Level> open_;
+};
+
 }  // namespace detail
 
 /// Parses JSON text in which // and /* */ comments are allowed. `name` is what error messages call it.
-/// Throws headroom.training.json with line and column, also for a key that is given twice.
+/// Throws headroom.training.json with line and column, and with the path of a key that is given twice or of a value
+/// that lies deeper than anything of this library (32 levels): who walks a document calls itself for each level.
 inline nlohmann::json parse_json(std::string_view text, const std::string& name) {
-  std::vector<std::set<std::string>> keys;  // of each open object
-  std::string twice;
-  const auto watch = [&](int, nlohmann::json::parse_event_t event, nlohmann::json& parsed) {
-    using Event = nlohmann::json::parse_event_t;
-    if (event == Event::object_start) {
-      keys.emplace_back();
-    } else if (event == Event::object_end) {
-      keys.pop_back();
-    } else if (event == Event::key && !keys.back().insert(parsed.get<std::string>()).second && twice.empty()) {
-      twice = parsed.get<std::string>();
-    }
-    return true;
-  };
+  detail::JsonWatch watch(name);
   try {
-    nlohmann::json json = nlohmann::json::parse(text, watch, true, true);
-    require(twice.empty(), "headroom.training.json", name, ": the key `", twice,
-            "` is given twice in one object; remove one of the two");
-    return json;
+    return nlohmann::json::parse(
+        text,
+        [&](int, nlohmann::json::parse_event_t event, const nlohmann::json& parsed) {
+          watch.see(event, parsed);
+          return true;
+        },
+        true, true);
   } catch (const nlohmann::json::parse_error& error) {
     fail("headroom.training.json", name, ": ", detail::position_text(text, error.byte), ": ",
          detail::explanation(error.what()), "; expected valid JSON (// and /* */ comments are allowed)");

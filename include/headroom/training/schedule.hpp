@@ -36,11 +36,20 @@ inline double learning_rate_at(const Schedule& schedule, int64_t step, int64_t t
 
 /// Number of steps that a run will have taken when its time budget ends, at the pace so far: what `total_steps` is for
 /// a run that is limited by time. It started at step `first` and is about to take step `step` after `elapsed` seconds.
-inline int64_t estimated_total_steps(int64_t first, int64_t step, double elapsed, double budget) {
-  constexpr double kUnknown = 1e15;  // before the first step is over, the end is far
-  const double fraction = std::clamp(elapsed / budget, 0.0, 1.0);
+///
+/// Before its first step is over a run has no pace. One that is resumed takes the `seconds_per_step` of the run before,
+/// and where that is unknown (0) its first step for its last: a step at the least learning rate does no harm, one at
+/// the highest would undo what was learned.
+inline int64_t estimated_total_steps(int64_t first, int64_t step, double elapsed, double budget,
+                                     double seconds_per_step = 0) {
+  constexpr double kFar = 1e15;  // the end of a run that has not begun
   const double steps = static_cast<double>(step - first);
-  return first + static_cast<int64_t>(steps == 0 ? kUnknown : std::min(kUnknown, std::round(steps / fraction)));
+  const double fraction = std::clamp(elapsed / budget, 0.0, 1.0);
+  const double all = steps > 0              ? steps / fraction
+                     : seconds_per_step > 0 ? std::max(1.0, budget / seconds_per_step)
+                     : first > 0            ? 1.0
+                                            : kFar;
+  return first + static_cast<int64_t>(std::min(kFar, std::round(all)));
 }
 
 }  // namespace headroom::inline v0::training

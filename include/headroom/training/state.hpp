@@ -2,21 +2,17 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
-#include <fcntl.h>
-#include <torch/csrc/jit/serialization/pickle.h>
 #include <torch/nn/module.h>
+#include <torch/serialize.h>
 #include <torch/types.h>
-#include <unistd.h>
 
-#include <algorithm>
 #include <array>
-#include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <initializer_list>
-#include <iterator>
 #include <limits>
 #include <map>
 #include <memory>
@@ -24,12 +20,15 @@
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
 #include "headroom/core/error.hpp"
+#include "headroom/io/atomic_file.hpp"
 #include "headroom/models/time_frequency_transformer.hpp"
 #include "headroom/optim/adamw.hpp"
+#include "headroom/training/cause.hpp"
 #include "headroom/training/config.hpp"
 
 namespace headroom::inline v0::training {
@@ -42,10 +41,12 @@ struct TrainingState {
   std::string config = {};                ///< JSON text of the configuration
   int64_t step = 0;                       ///< optimizer steps taken
   std::vector<double> epoch_losses = {};  ///< mean loss of each finished epoch
-  double unfinished_loss = 0;             ///< sum of the losses in the epoch that is under way
+  int64_t unfinished_steps = 0;           ///< steps taken in the epoch that is under way; -1: a file does not say
+  double unfinished_loss = 0;             ///< sum of their losses
   std::string best_metric = {};           ///< what `best_score` measures: "validation nSDR" or "training loss"
   double best_score = 0;                  ///< greatest nSDR, or least loss, so far; valid once a metric is named
   int64_t microbatch = 0;                 ///< examples in one pass since memory ran out; 0: it never did
+  double seconds_per_step = 0;            ///< pace of the last run that time limited; 0: there was none
   torch::Tensor random = {};              ///< state of LibTorch's default CPU generator
   TensorMap model = {};                   ///< parameters and buffers
   TensorMap optimizer = {};               ///< AdamW's moments and step counts, by parameter
@@ -71,50 +72,12 @@ struct Trailer {
 };
 static_assert(sizeof(Trailer) == 24);
 
-/// Closes and removes the temporary file unless it took the place of the real one.
-struct TemporaryFile {
-  std::string path;
-  int descriptor;
-  bool renamed = false;
-  ~TemporaryFile() {
-    const int error = errno;
-    if (descriptor >= 0) ::close(descriptor);
-    if (!renamed) ::unlink(path.c_str());
-    errno = error;
-  }
-};
-
 }  // namespace detail
 
-/// Replaces the file by the concatenation of `parts`, or leaves it as it was: the bytes go to `<path>.partial` in the
-/// same folder, to the disk, and then take the name. A process that is killed leaves the old or the new file.
-/// Throws headroom.training.state.write; the temporary file is removed then.
+/// Replaces the file by the concatenation of `parts`, or leaves it as it was, see io::write_file.
+/// Throws headroom.training.state.write.
 inline void write_atomically(const std::filesystem::path& path, std::initializer_list<std::string_view> parts) {
-  const auto check = [&](bool done, const char* what) {
-    require(done, "headroom.training.state.write", "cannot ", what, " ", path.string(), ": ", std::strerror(errno),
-            "; what the file held before is unchanged, make room or choose another folder");
-  };
-  const std::string temporary = path.string() + ".partial";
-  const int opened = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  check(opened >= 0, "create a temporary file beside");
-  detail::TemporaryFile file{temporary, opened};
-  for (std::string_view part : parts) {
-    while (!part.empty()) {
-      const ssize_t written = ::write(file.descriptor, part.data(), part.size());
-      check(written > 0 || (written < 0 && errno == EINTR), "write");
-      part.remove_prefix(static_cast<std::size_t>(std::max<ssize_t>(written, 0)));
-    }
-  }
-  check(::fsync(file.descriptor) == 0, "write");
-  check(::close(std::exchange(file.descriptor, -1)) == 0, "write");
-  check(::rename(temporary.c_str(), path.c_str()) == 0, "replace");
-  file.renamed = true;
-  // The new name is safe when the folder is on the disk as well; not every file system offers it, so no error if not
-  const std::string folder = path.has_parent_path() ? path.parent_path().string() : ".";
-  if (const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); descriptor >= 0) {
-    ::fsync(descriptor);
-    ::close(descriptor);
-  }
+  io::write_file(path, "headroom.training.state.write", parts);
 }
 
 namespace detail {
@@ -146,10 +109,12 @@ inline void save_state(const std::filesystem::path& path, const TrainingState& s
   content.insert("config", state.config);
   content.insert("step", state.step);
   content.insert("epoch_losses", c10::List<double>(state.epoch_losses));
+  content.insert("unfinished_steps", state.unfinished_steps);
   content.insert("unfinished_loss", state.unfinished_loss);
   content.insert("best_metric", state.best_metric);
   content.insert("best_score", state.best_score);
   content.insert("microbatch", state.microbatch);
+  content.insert("seconds_per_step", state.seconds_per_step);
   content.insert("random", state.random);
   content.insert("model", detail::to_dictionary(state.model));
   content.insert("optimizer", detail::to_dictionary(state.optimizer));
@@ -159,41 +124,64 @@ inline void save_state(const std::filesystem::path& path, const TrainingState& s
   write_atomically(path, {bytes, {reinterpret_cast<const char*>(&trailer), sizeof trailer}});
 }
 
+namespace detail {
+
+/// A damaged checkpoint, or a file that is none. Throws headroom.training.state.corrupt unless `fine`.
+template <class... What>
+void check_checkpoint(bool fine, const std::filesystem::path& path, uint64_t size, const What&... what) {
+  require(fine, "headroom.training.state.corrupt", path.string(), " (", size, " bytes) ", what...,
+          "; use another checkpoint of the run, such as best.pt or last.pt");
+}
+
+/// The archive in a checkpoint. Its end is looked at first: whatever else was given by mistake, of any size, is refused
+/// before it is read. Throws as load_state.
+inline std::vector<char> read_archive(const std::filesystem::path& path) {
+  std::error_code failure;  // a loop of links, or a folder that may not be entered
+  const bool regular = std::filesystem::is_regular_file(path, failure);
+  std::ifstream file;
+  if (regular) file.open(path, std::ios::binary | std::ios::ate);  // to open a pipe would wait for its writer
+  require(file.is_open(), "headroom.training.state.read", "cannot read a checkpoint from ", path.string(),
+          failure ? ": " + failure.message() : "", "; expected a file that train wrote, such as last.pt");
+  const auto size = static_cast<uint64_t>(file.tellg());
+  const auto check = [&](bool fine, const auto&... what) { check_checkpoint(fine, path, size, what...); };
+  Trailer trailer{.magic = {}};
+  if (size > sizeof trailer) {
+    file.seekg(-static_cast<std::streamoff>(sizeof trailer), std::ios::end);
+    file.read(reinterpret_cast<char*>(&trailer), sizeof trailer);
+  }
+  check(trailer.magic == Trailer::kMagic, "has no end mark: it is truncated or no checkpoint");
+  check(trailer.size == size - sizeof trailer, "should hold ", trailer.size, " bytes of data and holds ",
+        size - sizeof trailer);
+  std::vector<char> bytes(trailer.size);
+  file.seekg(0).read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  check(file.good() && trailer.checksum == checksum({bytes.data(), bytes.size()}),
+        "does not match its checksum: it is damaged");
+  return bytes;
+}
+
+}  // namespace detail
+
 /// Reads a checkpoint. Throws headroom.training.state.read when there is no such file and
 /// headroom.training.state.corrupt when it is truncated, changed, or something else.
 inline TrainingState load_state(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  require(file.is_open() && std::filesystem::is_regular_file(path), "headroom.training.state.read",
-          "cannot read a checkpoint from ", path.string(), "; expected a file that train wrote, such as last.pt");
-  std::vector<char> bytes(std::istreambuf_iterator<char>(file), {});
-  const auto check = [&](bool fine, const auto&... what) {
-    require(fine, "headroom.training.state.corrupt", path.string(), " (", bytes.size(), " bytes) ", what...,
-            "; use another checkpoint of the run, such as best.pt or last.pt");
-  };
-  detail::Trailer trailer{.magic = {}};
-  const bool has_trailer = bytes.size() > sizeof trailer;
-  if (has_trailer) {
-    std::memcpy(&trailer, bytes.data() + bytes.size() - sizeof trailer, sizeof trailer);
-  }
-  check(has_trailer && trailer.magic == detail::Trailer::kMagic, "has no end mark: it is truncated or no checkpoint");
-  bytes.resize(bytes.size() - sizeof trailer);
-  check(trailer.size == bytes.size(), "should hold ", trailer.size, " bytes of data and holds ", bytes.size());
-  check(trailer.checksum == detail::checksum({bytes.data(), bytes.size()}),
-        "does not match its checksum: it is damaged");
+  const std::vector<char> bytes = detail::read_archive(path);
   try {
     const auto content = torch::pickle_load(bytes).toGenericDict();
     return {.config = content.at("config").toStringRef(),
             .step = content.at("step").toInt(),
             .epoch_losses = content.at("epoch_losses").toDoubleVector(),
+            .unfinished_steps = content.contains("unfinished_steps") ? content.at("unfinished_steps").toInt() : -1,
             .unfinished_loss = content.at("unfinished_loss").toDouble(),
             .best_metric = content.at("best_metric").toStringRef(),
             .best_score = content.at("best_score").toDouble(),
             .microbatch = content.contains("microbatch") ? content.at("microbatch").toInt() : 0,
+            .seconds_per_step = content.contains("seconds_per_step") ? content.at("seconds_per_step").toDouble() : 0,
             .random = content.at("random").toTensor(),
             .model = detail::to_tensor_map(content.at("model")),
             .optimizer = detail::to_tensor_map(content.at("optimizer"))};
   } catch (const std::exception& error) {
-    check(false, "is not laid out as this version writes it: ", error.what());
+    detail::check_checkpoint(false, path, bytes.size() + sizeof(detail::Trailer),
+                             "is not laid out as this version writes it: ", cause(error));
     throw;
   }
 }
@@ -242,12 +230,13 @@ namespace detail {
 /// scales beside those that are quantised.
 inline void add_optimizer_state(TensorMap& tensors, const std::string& parameter, const optim::AdamWState& state) {
   tensors.emplace(parameter + ".step", torch::tensor(state.step));
-  const auto add = [&](const char* name, const optim::StoredMoment& moment) {
+  const auto add = [&](const std::string& name, const optim::StoredMoment& moment, const char* scales) {
     tensors.emplace(parameter + name, moment.values);
-    if (moment.scales.defined()) tensors.emplace(parameter + name + std::string(".scales"), moment.scales);
+    if (moment.scales.defined()) tensors.emplace(parameter + name + scales, moment.scales);
   };
-  add(".exp_avg", state.average);
-  add(".exp_avg_sq", state.square);
+  add(".exp_avg", state.average, ".scales");
+  // Codes without these stand for other numbers: of a checkpoint from before squares had codes of their own
+  add(".exp_avg_sq", state.square, ".squared_code_scales");
 }
 
 }  // namespace detail
@@ -288,6 +277,16 @@ inline torch::Tensor random_state() {
   at::Generator generator = at::globalContext().defaultGenerator(c10::kCPU);
   const std::scoped_lock lock(generator.mutex());
   return generator.get_state();
+}
+
+/// Throws headroom.training.state.random unless it is a state of LibTorch's CPU generator; `what` names its source.
+inline void check_random_state(const torch::Tensor& state, const std::string& what) {
+  try {
+    at::make_generator<at::CPUGeneratorImpl>().set_state(state);
+  } catch (const c10::Error& error) {
+    fail("headroom.training.state.random", what, " holds no state of LibTorch's CPU random generator (", cause(error),
+         "); use another checkpoint of the run, or start anew");
+  }
 }
 
 /// Puts a state from random_state() back.

@@ -52,7 +52,7 @@ inline Sweep parse_sweep(const std::string& text, int64_t sample_rate) {
   check(found, "no number of the configuration is called ", name);
   const auto number = [&](const std::string& value) {
     const auto parsed = detail::number_or_seconds(value, sample_rate);
-    check(parsed.has_value(), "\"", value, "\" is no number");
+    check(parsed && std::abs(*parsed) <= 1e15, "\"", value, "\" is no number up to 10^15");
     return *parsed;
   };
   if (const size_t dots = rest.find(".."); dots != std::string::npos) {

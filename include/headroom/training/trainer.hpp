@@ -49,8 +49,8 @@ struct Progress {
   int64_t epoch_step = 0;          ///< steps taken in this epoch
   int64_t epoch_steps_in_run = 0;  ///< those of them that this run took
   double epoch_seconds = 0;        ///< that they took
-  int64_t steps_per_epoch = 0;
-  double loss = 0;  ///< mean over the epoch so far
+  int64_t steps_per_epoch = 0;     ///< of this epoch: more than configured when it was begun with longer ones
+  double loss = 0;                 ///< mean over the epoch so far
   double learning_rate = 0;
   int64_t live_bytes = 0;  ///< held by tensors
   int64_t peak_bytes = 0;  ///< highest live_bytes so far
@@ -115,7 +115,8 @@ inline optim::AdamW make_optimizer(const torch::nn::Module& model, const Trainin
 }
 
 /// Mean over the stems of the nSDR in dB that a model reaches on the first `count` examples of a source, taken
-/// together.
+/// together. Stems that are silent in all of them say nothing and are left out.
+/// Throws headroom.training.validation_silent when all are.
 template <class Model, BatchSource Source>
 double validation_nsdr(Model& model, Source& source, int64_t count) {
   const torch::NoGradGuard guard;
@@ -132,11 +133,16 @@ double validation_nsdr(Model& model, Source& source, int64_t count) {
     }
   }
   model->train(was_training);
-  double sum = 0;
+  double sum = 0, sounding = 0;
   for (const audio::NsdrAccumulator& stem : stems) {
-    sum += stem.value();
+    if (stem.reference_energy() > 0) {
+      sum += stem.value();
+      ++sounding;
+    }
   }
-  return sum / static_cast<double>(stems.size());
+  require(sounding > 0, "headroom.training.validation_silent", "every stem is silent in the first ", count,
+          " validation examples; raise training.validation_segments or choose other tracks for `valid`");
+  return sum / sounding;
 }
 
 /// Trains a separator. `Model` is a module holder whose forward takes mixtures [B,C,S] to stems [B,N,C,S]; the trainer
@@ -191,35 +197,40 @@ class Trainer {
       if (options.seconds && elapsed >= *options.seconds) {
         break;
       }
-      const int64_t total =
-          options.seconds ? std::min(last, estimated_total_steps(first, state_.step, elapsed, *options.seconds)) : last;
+      const int64_t total = options.seconds
+                                ? std::min(last, estimated_total_steps(first, state_.step, elapsed, *options.seconds,
+                                                                       state_.seconds_per_step))
+                                : last;
+      if (options.seconds && state_.step > first) {
+        state_.seconds_per_step = elapsed / static_cast<double>(state_.step - first);
+      }
       const double learning_rate = learning_rate_at(schedule(), state_.step, total);
 
       state_.unfinished_loss += step(learning_rate);
+      const int64_t epoch_step = ++state_.unfinished_steps;
 
-      const int64_t epoch_step = (state_.step - 1) % training.steps_per_epoch + 1;
       if (options.on_step) {
         options.on_step({.step = state_.step,
-                         .epoch = (state_.step - 1) / training.steps_per_epoch + 1,
+                         .epoch = static_cast<int64_t>(state_.epoch_losses.size()) + 1,
                          .epoch_step = epoch_step,
                          .epoch_steps_in_run = std::min(epoch_step, state_.step - first),
                          .epoch_seconds = now() - epoch_start,
-                         .steps_per_epoch = training.steps_per_epoch,
-                         .loss = state_.unfinished_loss / static_cast<double>(epoch_step),
+                         .steps_per_epoch = std::max(training.steps_per_epoch, epoch_step),
+                         .loss = unfinished_mean(),
                          .learning_rate = learning_rate,
                          .live_bytes = meter_.live(),
                          .peak_bytes = meter_.peak(),
                          .microbatch = microbatch()});
       }
-      if (epoch_step == training.steps_per_epoch) {
+      if (epoch_step >= training.steps_per_epoch) {
         finish_epoch(options, summary);
         epoch_start = now();
       }
       summary.stopped = state_.step < last && options.stop_requested && options.stop_requested();
     }
     summary.epoch_losses = state_.epoch_losses;
-    if (const int64_t unfinished = state_.step % training.steps_per_epoch; unfinished > 0) {
-      const double loss = state_.unfinished_loss / static_cast<double>(unfinished);
+    if (state_.unfinished_steps > 0) {
+      const double loss = unfinished_mean();
       summary.epoch_losses.push_back(loss);
       if (!summary.stopped) {
         judge(options, loss, true, summary);
@@ -283,18 +294,57 @@ class Trainer {
     return now;
   }
 
-  /// Goes on from a state; `what` names it in messages. Throws headroom.training.state.structure when it belongs to
-  /// another model, which leaves the trainer as it was.
-  void resume(const TrainingState& state, const std::string& what) {
+  /// Goes on from a state; `what` names it in messages. Returns how the configuration differs from the one that the
+  /// state was trained with. Where that makes losses or scores incomparable (another loss, data or segments), the best
+  /// score so far is forgotten and the epoch under way begins anew.
+  ///
+  /// Throws headroom.training.state.config when a difference makes it another model: other shapes, or the same
+  /// parameters with another meaning, such as stems in another order. Throws headroom.training.state.structure when
+  /// the tensors do not fit and headroom.training.state.random; all these leave the model as it was.
+  std::vector<Difference> resume(const TrainingState& state, const std::string& what) {
+    const Config before = parse_config(state.config, what + " (configuration)");
+    const std::vector<Difference> changes = differences(before, config_);
+    check_same_model(changes, what);
+    check_random_state(state.random, what);
     copy_tensors(state.model, tensors_of(*model_), what);
     restore_optimizer(optimizer_, *model_, state.optimizer, what);
     set_random_state(state.random);
     state_ = state;
     state_.model.clear();
     state_.optimizer.clear();
+    if (state_.unfinished_steps < 0) state_.unfinished_steps = state_.step % before.training.steps_per_epoch;
+    forget_incomparable(changes);
+    return changes;
   }
 
  private:
+  static void check_same_model(const std::vector<Difference>& changes, const std::string& what) {
+    std::string bound;
+    for (const Difference& change : changes) {
+      if (change.bound) bound += "\n  " + describe(change);
+    }
+    require(bound.empty(), "headroom.training.state.config", what,
+            " was trained as another model; go on with the configuration saved in it, or start anew", bound);
+  }
+
+  /// Losses and scores are only compared, or added up, with those of before when they measure the same.
+  void forget_incomparable(const std::vector<Difference>& changes) {
+    bool losses = false, scores = false;
+    for (const auto& [path, before, after, bound] : changes) {
+      const bool segments = path == "training.segment_length";
+      losses |= segments || path.starts_with("loss.") || (path.starts_with("data.") && path != "data.path");
+      scores |= segments || path == "training.validation_segments";
+    }
+    if (losses) {
+      state_.unfinished_steps = 0;
+      state_.unfinished_loss = 0;
+    }
+    if (state_.best_metric == "training loss" ? losses : scores) state_.best_metric.clear();
+  }
+
+  /// Mean loss of the epoch that is under way.
+  double unfinished_mean() const { return state_.unfinished_loss / static_cast<double>(state_.unfinished_steps); }
+
   Schedule schedule() const {
     return {config_.training.learning_rate, config_.training.warmup_steps, config_.training.min_learning_rate_ratio};
   }
@@ -351,10 +401,11 @@ class Trainer {
 
   void finish_epoch(const RunOptions& options, Summary& summary) {
     const TrainingConfig& training = config_.training;
-    const double loss = state_.unfinished_loss / static_cast<double>(training.steps_per_epoch);
+    const double loss = unfinished_mean();
     state_.epoch_losses.push_back(loss);
     state_.unfinished_loss = 0;
-    const int64_t epoch = state_.step / training.steps_per_epoch;
+    state_.unfinished_steps = 0;
+    const auto epoch = static_cast<int64_t>(state_.epoch_losses.size());
     judge(options, loss, epoch % training.validation_every == 0, summary);
     if (epoch % training.checkpoint_every == 0) {
       save(options, "last.pt");

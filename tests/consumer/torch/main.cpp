@@ -8,6 +8,7 @@
 #include <set>
 
 #include "headroom/core/error.hpp"
+#include "headroom/memory/plan.hpp"
 
 /// OpenMP runtimes in this process; two would each start their own threads.
 std::set<std::string> openmp_runtimes() {
@@ -37,5 +38,8 @@ int main() {
   } catch (const headroom::Error& error) {
     std::cout << "headroom: " << std::string(error.what()).substr(error.id().size() + 3);
   }
-  std::cout << "; OpenMP runtimes: " << openmp_runtimes().size() << '\n';
+  std::cout << "; OpenMP runtimes: " << openmp_runtimes().size();
+  // Without NDEBUG, which LibTorch was compiled with
+  const auto step = [] { return torch::ones({10, 12}).sum(); };
+  std::cout << "; planned: " << headroom::plan(step, headroom::this_machine()).peak_bytes << " bytes\n";
 }

@@ -129,10 +129,11 @@ inline std::tuple<torch::Tensor, torch::Tensor> rms_norm_gradients(const torch::
   const torch::Tensor normed = x * inverse;
   if (wants_weight) grad_weight = (grad * normed).sum_to_size(weight.sizes()).to(weight.scalar_type());
   if (!wants_x) return {grad_x, grad_weight};
-  grad_x = grad * weight.to(inverse.scalar_type());                               // of normed
-  const torch::Tensor projection = (grad_x * normed).mean(-1, /*keepdim=*/true);  // [...,1]
-  grad_x = torch::GradMode::is_enabled() ? (grad_x - normed * projection) * inverse
-                                         : grad_x.addcmul_(normed, projection, -1).mul_(inverse);
+  grad_x = grad * weight.to(inverse.scalar_type());                              // of normed
+  const torch::Tensor projection = (grad_x * normed).sum(-1, /*keepdim=*/true);  // [...,1]
+  const double share = -1.0 / static_cast<double>(x.size(-1));
+  grad_x = torch::GradMode::is_enabled() ? grad_x.addcmul(normed, projection, share) * inverse
+                                         : grad_x.addcmul_(normed, projection, share).mul_(inverse);
   return {grad_x.to(x.scalar_type()), grad_weight};
 }
 

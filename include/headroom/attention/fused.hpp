@@ -201,8 +201,10 @@ class FusedAttention {
           0.0, request_.causal, saved[3], saved[4], request_.scale);
       return {dq, dk, dv};
     }
+    // In 16 bits the kernel reads the output without asking for its strides: as it made it, [b,L,h,D] in memory
+    const torch::Tensor made = output.transpose(1, 2).contiguous().transpose(1, 2);
     const auto [dq, dk, dv, d_bias] = at::_scaled_dot_product_efficient_attention_backward(
-        grad_output, call.q, call.k, call.v, expanded_bias(call).value_or(torch::Tensor()), output, lse, saved[1],
+        grad_output, call.q, call.k, call.v, expanded_bias(call).value_or(torch::Tensor()), made, lse, saved[1],
         saved[2], 0.0, {true, true, true, false}, request_.causal, request_.scale);
     return {dq, dk, dv};
   }

@@ -361,8 +361,9 @@ RandomRequest planted(RandomRequest& r, Draw& draw, const Tensor& seen) {
 }
 
 /// CHECKs what nothing planted reaches: within four times the largest error of the naive form in the same dtype, and
-/// what rounding makes of each element.
-void check_results(const Results& given, const Results& naive, const std::map<std::string, Expected>& expected) {
+/// what rounding makes of each element. `lse_error`: what the log-sum-exp may be off beyond that.
+void check_results(const Results& given, const Results& naive, const std::map<std::string, Expected>& expected,
+                   double lse_error = 0) {
   for (const auto& [name, result] : given) {
     INFO(name);
     const Expected& x = expected.at(name);
@@ -374,7 +375,7 @@ void check_results(const Results& given, const Results& naive, const std::map<st
     const Tensor skipped = (x.reached > 0).logical_or(x.value.abs().masked_fill(x.value.isinf(), 0) + x.error > top);
     // Where the naive form itself overflows it is no measure
     const double measure = largest(error_of(theirs).nan_to_num(0, 0, 0).masked_fill(skipped, 0));
-    const double least = dtype == torch::kHalf ? 1e-7 : 1e-35;
+    const double least = name == "lse" && lse_error > 0 ? lse_error : dtype == torch::kHalf ? 1e-7 : 1e-35;
     const Tensor allowed = x.error.nan_to_num(0, INFINITY, 0) * 4 + std::min(4 * measure, 1e300) + least;
     const Tensor wrong = (error_of(ours) <= allowed).logical_or(skipped).logical_not();
     if (wrong.any().item<bool>()) {
@@ -430,12 +431,13 @@ void check_seed(uint64_t seed) {
        {AttentionBackend::tiled, AttentionBackend::chunked, AttentionBackend::fused, AttentionBackend::reference}) {
     INFO(backend);
     const bool may_refuse = backend == AttentionBackend::fused;
+    // LibTorch's kernel takes exponentials of fewer bits for inputs of 16 bits
+    const double lse_error = backend == AttentionBackend::fused && clean.q.itemsize() == 2 ? 1e-4 : 0;
+    const AttentionForm form = [&](const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+      return attention_with_lse(q, k, v, AttentionOptions(options).backend(backend));
+    };
     try {
-      check_results(run(request,
-                        [&](const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& o) {
-                          return attention_with_lse(q, k, v, AttentionOptions(o).backend(backend));
-                        }),
-                    naive, expected);
+      check_results(run(request, form), naive, expected, lse_error);
     } catch (const Error& error) {
       if (!may_refuse || error.id() != "headroom.attention.backend") FAIL_CHECK(error.what());
     }

@@ -32,7 +32,7 @@ std::pair<Tensor, Tensor> by_definition(const AttentionCase& request) {
         double sum = options.sink() ? std::exp((*options.sink())[h].item<double>()) : 0;
         Tensor mean = torch::zeros({v.size(3)}, torch::kDouble);
         for (int64_t j = 0; j < keys; ++j) {
-          int64_t start = 0, key_start = 0;
+          int64_t start = 0, key_start = 0, ahead = keys - queries;  // ahead: of keys at the end of a sequence
           bool visible = true;
           if (options.sequence_starts()) {
             const Tensor starts = *options.sequence_starts(),
@@ -40,8 +40,10 @@ std::pair<Tensor, Tensor> by_definition(const AttentionCase& request) {
             const int64_t s = sequence_of(starts, i);
             visible = s == sequence_of(key_starts, j);
             start = starts[s].item<int64_t>(), key_start = key_starts[s].item<int64_t>();
+            ahead = key_starts[s + 1].item<int64_t>() - key_start - (starts[s + 1].item<int64_t>() - start);
           }
-          const int64_t distance = (i - start + options.query_offset()) - (j - key_start);
+          if (options.alignment() == AttentionAlignment::top_left) ahead = 0;
+          const int64_t distance = (i - start + ahead + options.query_offset()) - (j - key_start);
           visible = visible && (!options.causal() || distance >= 0);
           if (options.window() && options.window()->left >= 0) visible = visible && distance <= options.window()->left;
           if (options.window() && options.window()->right >= 0)
@@ -192,6 +194,34 @@ TEST_CASE("backends have names") {
   const Error error = error_of([] { attention_backend("flash"); });
   CHECK(error.id() == "headroom.attention.backend_name");
   CHECK(contains(error.what(), "\"flash\"; expected one of automatic, tiled, fused, chunked, reference"));
+}
+
+TEST_CASE("queries of packed sequences are aligned with the ends of their keys") {
+  torch::manual_seed(8);
+  const auto make = [](int64_t length) { return torch::randn({1, 2, length, 4}, torch::kDouble); };
+  const Tensor q = make(12), k = make(20), v = make(20);
+  const auto bottom_right = AttentionOptions().causal(true).alignment(AttentionAlignment::bottom_right);
+  const Tensor starts = torch::tensor({0, 3, 10, 12}), key_starts = torch::tensor({0, 9, 14, 20});
+  for (const auto backend : {AttentionBackend::tiled, AttentionBackend::chunked, AttentionBackend::reference}) {
+    INFO(backend);
+    const Tensor packed = attention(
+        q, k, v,
+        AttentionOptions(bottom_right).sequence_starts(starts).key_sequence_starts(key_starts).backend(backend));
+    for (int64_t s = 0; s < 3; ++s) {
+      const auto part = [s](const Tensor& x, const Tensor& ends) {
+        return x.slice(2, ends[s].item<int64_t>(), ends[s + 1].item<int64_t>());
+      };
+      const Tensor own = part(q, starts), keys = part(k, key_starts), values = part(v, key_starts);
+      const int64_t offset = keys.size(2) - own.size(2);  // 6, -2, 4
+      const Tensor expected = attention(own, keys, values, AttentionOptions().causal(true).query_offset(offset));
+      CHECK(largest(part(packed, starts) - expected) < 1e-14);
+      CHECK(largest(attention(own, keys, values, AttentionOptions(bottom_right).backend(backend)) - expected) < 1e-14);
+    }
+  }
+  for (const auto name : kAttentionAlignmentNames) {
+    CHECK(kAttentionAlignmentNames[static_cast<int>(attention_alignment(name))] == name);
+  }
+  CHECK(error_of([] { attention_alignment("bottom_left"); }).id() == "headroom.attention.alignment_name");
 }
 
 TEST_CASE("without dropout the generator is left alone") {

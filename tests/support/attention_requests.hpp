@@ -128,7 +128,6 @@ inline std::vector<AttentionCase> attention_cases() {
   plain("scale", O().scale(-0.7));
   plain("causal", O().causal(true));
   plain("causal, bottom right", O().causal(true).query_offset(16));
-  plain("causal, aligned bottom right", O().causal(true).alignment(AttentionAlignment::bottom_right));
   plain("causal, queries before the keys", O().causal(true).query_offset(-10));
   plain("window", O().window(AttentionWindow{7, 3}));
   plain("window to the left", O().window(AttentionWindow{4, -1}).query_offset(20));
@@ -221,6 +220,7 @@ inline std::vector<AttentionCase> attention_cases() {
   add("no heads", {2, 0, 5, 6}, {2, 0, 7, 6}, {2, 0, 7, 5}, O().bias(noise({5, 7})));
   add("no values", {2, 4, 5, 6}, {2, 4, 7, 6}, {2, 4, 7, 0}, O().causal(true).bias(noise({5, 7})));
   add("no features", {2, 4, 5, 0}, {2, 4, 7, 0}, {2, 4, 7, 3}, O().causal(true));
+  plain("causal, aligned bottom right", O().causal(true).alignment(AttentionAlignment::bottom_right));
   return cases;
 }
 

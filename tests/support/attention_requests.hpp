@@ -137,15 +137,6 @@ inline std::vector<AttentionCase> attention_cases() {
   plain("sequences", O().sequence_starts(starts).key_sequence_starts(key_starts));
   add("sequences of queries and keys", {1, 2, 37, 6}, {1, 2, 37, 6}, {1, 2, 37, 6}, O().sequence_starts(starts));
   plain("causal sequences", O().sequence_starts(starts).key_sequence_starts(key_starts).causal(true).query_offset(2));
-  plain("everything of positions in sequences aligned bottom right",
-        O().sequence_starts(starts)
-            .key_sequence_starts(torch::tensor({0, 9, 14, 30, 53}))
-            .alignment(AttentionAlignment::bottom_right)
-            .query_offset(1)
-            .window(AttentionWindow{9, 0})
-            .alibi_slopes(noise({4, 1}).abs() * 0.1)
-            .relative_bias(noise({4, 2 * 8 - 1}))
-            .rotary(table(60, 2)));
   plain("mask", O().mask(mask));
   plain("mask of keys", O().mask(torch::rand({53}) > 0.5));
   plain("mask of batches", O().mask(torch::tensor({true, false}).view({2, 1, 1, 1})));
@@ -220,6 +211,15 @@ inline std::vector<AttentionCase> attention_cases() {
   add("no heads", {2, 0, 5, 6}, {2, 0, 7, 6}, {2, 0, 7, 5}, O().bias(noise({5, 7})));
   add("no values", {2, 4, 5, 6}, {2, 4, 7, 6}, {2, 4, 7, 0}, O().causal(true).bias(noise({5, 7})));
   add("no features", {2, 4, 5, 0}, {2, 4, 7, 0}, {2, 4, 7, 3}, O().causal(true));
+  plain("everything of positions in sequences aligned bottom right",
+        O().sequence_starts(starts)
+            .key_sequence_starts(torch::tensor({0, 9, 14, 30, 53}))
+            .alignment(AttentionAlignment::bottom_right)
+            .query_offset(1)
+            .window(AttentionWindow{9, 0})
+            .alibi_slopes(noise({4, 1}).abs() * 0.1)
+            .relative_bias(noise({4, 2 * 8 - 1}))
+            .rotary(table(60, 2)));
   plain("causal, aligned bottom right", O().causal(true).alignment(AttentionAlignment::bottom_right));
   return cases;
 }

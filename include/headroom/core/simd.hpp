@@ -63,11 +63,14 @@ EIGEN_ALWAYS_INLINE void keep(P& x) {
 #endif
 }
 
-/// The larger of x and a bound; a NaN in x stays. Under -ffinite-math-only compilers swap the operands of a maximum.
+/// The larger of x and a bound; a NaN in x stays. Under -ffinite-math-only compilers swap the operands of a maximum,
+/// and make one of a comparison and a selection.
 template <class P>
 EIGEN_ALWAYS_INLINE P at_least(const P& x, const P& bound) {
 #if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
-  return pselect(pcmp_lt(x, bound), bound, x);
+  P below = pcmp_lt(x, bound);
+  keep(below);
+  return pselect(below, bound, x);
 #else
   return pmax(x, bound);
 #endif
@@ -107,6 +110,7 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x, const Rest&... rest) {
     Packet<float> n = psub(shifted, magic);
     keep(n);
     Packet<float> f = psub(x, n);
+    keep(f);  // or the rest would be added to n
     // Below 2^-126.5 the exponent is all zeros only if p is not below 1: there the rest is left out
     ((f = psub(f, pand(rest, pcmp_lt(constant(-126.5), x)))), ...);
     const Packet<float> p =  // minimax with value 1 at 0
@@ -120,6 +124,7 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x, const Rest&... rest) {
     x = at_least(x, constant(-1080.0));
     const Packet<Scalar> n = print(x);  // round to the nearest integer
     Packet<Scalar> f = psub(x, n);
+    keep(f);
     ((f = psub(f, rest)), ...);
     const Packet<Scalar> p = polynomial<Scalar>(  // Taylor: ln(2)^k / k!, k = 13 … 0
         f, 1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10, 7.054911620801121e-09,
@@ -138,7 +143,8 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> tanh(Packet<Scalar> x) {
     const Packet<float> odd = polynomial<float>(square, -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2,
                                                 1.33314422036e-1, -3.33332819422e-1);
     const Packet<float> near = pmadd(pmul(odd, square), x, x);
-    const Packet<float> power = exp2<float>(pmul(pmin(size, broadcast(10.0F)), broadcast(2.8853900817779268F)));
+    const Packet<float> limited = psub(zero, at_least(psub(zero, size), broadcast(-10.0F)));
+    const Packet<float> power = exp2<float>(pmul(limited, broadcast(2.8853900817779268F)));
     const Packet<float> far = psub(one, pdiv(broadcast(2.0F), padd(power, one)));
     return pselect(pcmp_lt(size, broadcast(0.625F)), near, pselect(pcmp_lt(x, zero), psub(zero, far), far));
   } else {

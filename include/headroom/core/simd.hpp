@@ -110,7 +110,7 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x, const Rest&... rest) {
     Packet<float> n = psub(shifted, magic);
     keep(n);
     Packet<float> f = psub(x, n);
-    keep(f);  // or the rest would be added to n
+    if constexpr (sizeof...(rest) > 0) keep(f);  // or the rest would be added to n
     // Below 2^-126.5 the exponent is all zeros only if p is not below 1: there the rest is left out
     ((f = psub(f, pand(rest, pcmp_lt(constant(-126.5), x)))), ...);
     const Packet<float> p =  // minimax with value 1 at 0
@@ -124,7 +124,7 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x, const Rest&... rest) {
     x = at_least(x, constant(-1080.0));
     const Packet<Scalar> n = print(x);  // round to the nearest integer
     Packet<Scalar> f = psub(x, n);
-    keep(f);
+    if constexpr (sizeof...(rest) > 0) keep(f);
     ((f = psub(f, rest)), ...);
     const Packet<Scalar> p = polynomial<Scalar>(  // Taylor: ln(2)^k / k!, k = 13 … 0
         f, 1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10, 7.054911620801121e-09,

@@ -9,6 +9,7 @@
 
 #include "accelerator.hpp"
 #include "headroom/training.hpp"
+#include "noise_source.hpp"
 
 using namespace headroom;
 using torch::Tensor;
@@ -84,21 +85,11 @@ training::Config config_of(const Case& c, const std::string& folder) {
   return config;
 }
 
-struct NoiseSource {
-  training::ShapeSource shapes;
-  training::ShapeSource::Example operator()(int64_t first, int64_t count) const {
-    const auto example = shapes(first, count);
-    example.stems.normal_();
-    example.mixture.normal_();
-    return example;
-  }
-};
-
 /// Two steps of a trainer, as plan_training replays them; the seconds of the second.
 double train(const training::Config& config, const benchmarks::Accelerator& gpu) {
   models::TimeFrequencyTransformer model(training::model_options(config));
   model->to(gpu.device);
-  training::Trainer trainer(model, config, NoiseSource{{config}});
+  training::Trainer trainer(model, config, benchmarks::NoiseSource{{config}});
   trainer.step(config.training.learning_rate);
   return gpu.seconds_of([&] { trainer.step(config.training.learning_rate); });
 }

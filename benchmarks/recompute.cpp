@@ -14,6 +14,7 @@
 #include "headroom/memory.hpp"
 #include "headroom/nn.hpp"
 #include "headroom/training.hpp"
+#include "noise_source.hpp"
 #include "report.hpp"
 
 using namespace headroom;
@@ -115,16 +116,6 @@ double train_step(const training::Config& config, Source source) {
   return seconds_of([&] { trainer.step(config.training.learning_rate); });
 }
 
-struct NoiseSource {
-  training::ShapeSource shapes;
-  training::ShapeSource::Example operator()(int64_t first, int64_t count) const {
-    const auto example = shapes(first, count);
-    example.stems.normal_();
-    example.mixture.normal_();
-    return example;
-  }
-};
-
 training::Config guide(const std::string& folder, const std::string& name) {
   training::Config config = training::load_config(folder + "/musdb18_" + name + ".json");
   config.training.gradient_accumulation_steps = 1;
@@ -148,7 +139,7 @@ void run_headline(Table& table, const std::string& folder, const std::string& na
               format_bytes(budget).c_str(), before.flops * 1e-12);
   std::fflush(stdout);
   torch::manual_seed(0);
-  const Measurement real = measured([&] { return train_step(config, NoiseSource{{config}}); });
+  const Measurement real = measured([&] { return train_step(config, benchmarks::NoiseSource{{config}}); });
   // The step chose which kernel multiplies what: until a product's was chosen it needed what the plan before it says,
   // from then on what a plan after it says
   const int64_t after = planned_step(config).peak_bytes;

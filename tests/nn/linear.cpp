@@ -41,6 +41,16 @@ Tensor fused(const std::vector<Tensor>& t) {
                           .weights = {t.begin() + 2, t.begin() + 2 + layers},
                           .biases = {t.begin() + 2 + layers, t.end()}});
 }
+/// The same as a checkpoint of its x.
+Tensor checkpointed(const std::vector<Tensor>& t) {
+  return checkpoint(
+      [t](const Tensor& x) {
+        auto all = t;
+        all[0] = x;
+        return fused(all);
+      },
+      t[0]);
+}
 Tensor by_operators(const std::vector<Tensor>& t) {
   const size_t layers = (t.size() - 2) / 2;
   Tensor x = torch::rms_norm(t[0], {t[0].size(-1)}, t[1], 1e-6);
@@ -271,17 +281,7 @@ TEST_CASE("checkpointing the chain changes no bit") {
   const auto inputs = chain_parameters(3000, {32, 64, 32});
   const Tensor grad = torch::randn({3000, 32});
   const auto plain = values_and_gradients(fused, leaves(inputs), grad);
-  const auto recomputed = values_and_gradients(
-      [](const std::vector<Tensor>& t) {
-        return checkpoint(
-            [t](const Tensor& x) {
-              auto all = t;
-              all[0] = x;
-              return fused(all);
-            },
-            t[0]);
-      },
-      leaves(inputs), grad);
+  const auto recomputed = values_and_gradients(checkpointed, leaves(inputs), grad);
   for (size_t i = 0; i < plain.size(); ++i) CHECK(plain[i].equal(recomputed[i]));
 }
 
@@ -399,17 +399,7 @@ TEST_CASE("off the fast path, too, checkpointing the chain changes no bit") {
     std::optional<headroom::detail::AutocastGuard> region;
     if (autocast) region.emplace(torch::kCPU, torch::kBFloat16);
     const auto plain = values_and_gradients(fused, leaves(inputs), grad);
-    const auto recomputed = values_and_gradients(
-        [](const std::vector<Tensor>& t) {
-          return checkpoint(
-              [t](const Tensor& x) {
-                auto all = t;
-                all[0] = x;
-                return fused(all);
-              },
-              t[0]);
-        },
-        leaves(inputs), grad);
+    const auto recomputed = values_and_gradients(checkpointed, leaves(inputs), grad);
     for (size_t i = 0; i < plain.size(); ++i) CHECK(plain[i].equal(recomputed[i]));
   }
 }

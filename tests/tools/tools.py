@@ -326,10 +326,13 @@ class Tools(unittest.TestCase):
             self.assertLess(abs(resident - planned["occupied_bytes"]), 0.05 * planned["occupied_bytes"] + 50e6, policy)
 
     def test_planning_takes_little_memory(self):
-        largest = CONFIGS / "musdb18_xlarge.json"
-        trace = self.root / "largest.trace"
-        self.assertLess(peak_resident_bytes("plan", "--config", largest, "--trace", trace, code=3), 200e6)
-        self.assertGreater(trace.stat().st_size, 20e6)
+        # Three times as deep as the guide's largest, so that the trace is long
+        largest = (CONFIGS / "musdb18_xlarge.json").read_text()
+        self.assertIn('"n_layers": 12,', largest)
+        config, trace = self.root / "largest.json", self.root / "largest.trace"
+        config.write_text(largest.replace('"n_layers": 12,', '"n_layers": 36,'))
+        self.assertLess(peak_resident_bytes("plan", "--config", config, "--trace", trace, code=3), 200e6)
+        self.assertGreater(trace.stat().st_size, 50e6)
 
     def test_plan(self):
         config = self.root / "plan.json"

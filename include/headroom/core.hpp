@@ -7,6 +7,7 @@
 #include "headroom/core/attention_reference.hpp"
 #include "headroom/core/dropout.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/core/finite.hpp"
 #include "headroom/core/executor.hpp"
 #include "headroom/core/mask.hpp"
 #include "headroom/core/nsdr.hpp"

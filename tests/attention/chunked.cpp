@@ -244,6 +244,21 @@ TEST_CASE("a query without keys gets 0, -inf and no gradient from chunked attent
   for (const Tensor& x : {q, k, v}) CHECK(x.grad()[0].equal(torch::zeros({2, 5, 4})));
 }
 
+TEST_CASE("a sink takes no gradient from a NaN of a query without keys, nor where there are no keys at all") {
+  for (const int64_t keys : {0, 3}) {
+    const Tensor q = torch::zeros({1, 1, 2, 4}), k = torch::zeros({1, 1, keys, 4}),
+                 sink = torch::ones({1}).requires_grad_();
+    const auto none = AttentionOptions().key_lengths(torch::zeros({1}, torch::kLong));
+    for (const auto& options : {keys == 0 ? AttentionOptions() : none, none}) {
+      const auto [output, lse] =
+          attention_with_lse(q, k, k, AttentionOptions(options).sink(sink).backend(AttentionBackend::chunked));
+      const Tensor grad_output = torch::full({1, 1, 2, 4}, std::nan(""));
+      const Tensor grad = torch::autograd::grad({output, lse}, {sink}, {grad_output, torch::ones_like(lse)})[0];
+      CHECK(grad.item<double>() == 2);  // of both log-sum-exps
+    }
+  }
+}
+
 TEST_CASE("chunked attention never asks for L x L elements") {
   const int64_t length = 4096;
   torch::manual_seed(8);

@@ -100,6 +100,36 @@ TEST_CASE("fused attention takes rows that overlap, expanded rows and gradients"
   CHECK(largest(gradient(AttentionBackend::fused) - gradient(AttentionBackend::reference)) < 1e-13);
 }
 
+TEST_CASE("fused attention takes heads that lie innermost, padded") {
+  torch::manual_seed(5);
+  const auto heads_innermost = [](int64_t length, int64_t dim) {
+    return torch::randn({3, length, dim, 2}, torch::kDouble).permute({0, 3, 1, 2});
+  };
+  const AttentionCase wide{"", heads_innermost(4, 8), heads_innermost(5, 8), heads_innermost(5, 3), {}, true};
+  check_same(run_case(wide, AttentionBackend::fused), run_case(wide, AttentionBackend::reference), 1e-13);
+}
+
+TEST_CASE("fused attention with a bias that leaves the logarithm of a sum no digits") {
+  torch::manual_seed(6);
+  const Tensor q = torch::randn({1, 2, 7, 8}, torch::kDouble), k = torch::randn({1, 2, 9, 8}, torch::kDouble),
+               v = torch::randn({1, 2, 9, 4}, torch::kDouble);
+  for (const double bias : {-1e9, 1e300, std::numeric_limits<double>::lowest()}) {
+    AttentionCase padded{"", q, k, v, AttentionOptions().bias(torch::full({1, 9}, bias, torch::kDouble)), false};
+    check_same(run_case(padded, AttentionBackend::fused), run_case(padded, AttentionBackend::reference), 1e-6);
+  }
+}
+
+TEST_CASE("a bias hides all keys that the first queries see with causal") {
+  const Tensor q = torch::randn({1, 1, 5, 4}, torch::kDouble), bias = torch::zeros({5, 5}, torch::kDouble);
+  bias.slice(1, 0, 2).fill_(-INFINITY);
+  const auto options = AttentionOptions().causal(true).bias(bias);
+  const auto fused = attention_with_lse(q, q, q, AttentionOptions(options).backend(AttentionBackend::fused));
+  const auto expected = attention_with_lse(q, q, q, AttentionOptions(options).backend(AttentionBackend::reference));
+  CHECK(fused.lse.slice(2, 0, 2).eq(-INFINITY).all().item<bool>());
+  CHECK(largest(fused.lse.slice(2, 2) - expected.lse.slice(2, 2)) < 1e-14);
+  CHECK(largest(fused.output - expected.output) < 1e-14);
+}
+
 TEST_CASE("a scale of 0 or below with causal is refused by fused attention, not NaN") {
   const Tensor q = torch::randn({1, 2, 6, 8});
   for (const double scale : {0.0, -0.5}) {
@@ -125,6 +155,14 @@ TEST_CASE("a NaN behind the causal mask does not leak out of fused attention") {
   const auto with_nan = values(k, v), without = values(clean, clean);
   for (size_t i = 0; i < without.size(); ++i) CHECK(largest(with_nan[i] - without[i]) < 1e-5);
   CHECK(attention(q, k, v, causal).slice(2, 6).isnan().all().item<bool>());
+
+  const Tensor hidden = torch::ones({9, 9}, torch::kBool).triu(1), bias = torch::randn({9, 9});
+  for (const double value : {std::nan(""), double{INFINITY}}) {
+    const auto with_bias = [&](const Tensor& x) {
+      return attention(q, clean, clean, AttentionOptions(causal).bias(x));
+    };
+    CHECK(largest(with_bias(bias.masked_fill(hidden, value)) - with_bias(bias)) < 1e-6);
+  }
 }
 
 TEST_CASE("a refusal names what is not served and who serves it") {

@@ -1,4 +1,5 @@
-"""Includes point one way: each folder of include/headroom uses only the folders and libraries below it.
+"""Includes point one way: each folder of include/headroom uses only the folders and libraries below it. And no header
+asks the standard library whether a number is finite, which a project that compiles it with -ffast-math asks in vain.
 
 Usage: includes.py <project folder>
 """
@@ -40,6 +41,8 @@ def problems(include):
             continue
         if text.splitlines()[:1] != ["#pragma once"]:
             yield f"headroom/{name}: the first line is not #pragma once"
+        for asked in re.findall(r"\bstd::(?:isfinite|isnan|isinf|isnormal|fpclassify)\b", text):
+            yield f"headroom/{name}: {asked} is left out under -ffast-math; see core/finite.hpp"
         libraries = [STANDARD, EIGEN]
         if folder not in ("core", "io"):
             libraries.append(TORCH)

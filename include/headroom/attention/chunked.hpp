@@ -21,6 +21,13 @@ struct ChunkSizes {
   }
 };
 
+/// True if some log-sum-exps are so large that even in double they have lost the logarithm of the sum.
+inline bool is_coarse_lse(const torch::Tensor& lse) {
+  static constexpr double kCoarse = 1 << 23;  // from here on, errors of weights may be above 2^-30
+  if (lse.is_meta() || lse.numel() == 0) return false;
+  return lse.masked_fill(lse == -std::numeric_limits<double>::infinity(), 0).abs().gt(kCoarse).any().item<bool>();
+}
+
 /// Attention by ATen operators over chunks of heads, queries and keys, with a running softmax. Computes in float, in
 /// double for double.
 class ChunkedAttention {
@@ -158,15 +165,14 @@ class ChunkedAttention {
   /// The log-sum-exp in two parts that the dtype of computation holds exactly; 0 for a query without keys.
   struct SplitLse {
     torch::Tensor high, low;  // [...,H,Lq]
-    bool coarse = false;      // some are so large that even in double they have lost the logarithm of the sum
+    bool coarse = false;
     SplitLse(torch::Tensor high, torch::Tensor low, bool coarse)
         : high(std::move(high)), low(std::move(low)), coarse(coarse) {}
     SplitLse(const torch::Tensor& lse, torch::ScalarType dtype) {
-      static constexpr double kCoarse = 1 << 23;  // from here on, errors of weights may be above 2^-30
       const torch::Tensor whole = lse.masked_fill(lse == -kInfinity, 0);
       high = whole.to(dtype);
       low = (whole - high).to(dtype);
-      coarse = !lse.is_meta() && lse.numel() > 0 && (whole.abs() > kCoarse).any().item<bool>();
+      coarse = is_coarse_lse(whole);
     }
     SplitLse of(const HeadBlock& block) const { return {block_of(high, block, 1), block_of(low, block, 1), coarse}; }
   };

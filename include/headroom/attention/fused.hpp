@@ -44,10 +44,7 @@ class FusedAttention {
       auto [part, lse, rest] = run(call);
       output.store(block, part);
       torch::Tensor seen = lse.flatten(2).slice(2, 0, request_.queries());
-      // Kernels differ in what they return for a row whose scores are all -inf
-      if (bias_.defined()) {
-        seen = seen.masked_fill((bias_of(block).amax(-1) == -std::numeric_limits<double>::infinity()), -INFINITY);
-      }
+      if (bias_.defined()) seen = seen.masked_fill(rows_without_keys(bias_of(block)), -INFINITY);
       block_of(result.lse, block, 1).copy_(seen);
       result.extra.push_back(lse);
       result.extra.insert(result.extra.end(), rest.begin(), rest.end());
@@ -133,11 +130,21 @@ class FusedAttention {
     return call.bias.expand({call.q.size(0), call.q.size(1), request_.queries(), request_.keys()});
   }
 
+  /// Rows [b or 1, h or 1, Lq or 1] of a bias that hides all keys their queries see. Kernels differ in the log-sum-exp
+  /// that they return for them.
+  torch::Tensor rows_without_keys(const torch::Tensor& bias) const {
+    const torch::Tensor allowed = bias != -std::numeric_limits<double>::infinity();
+    if (!request_.causal) return allowed.any(-1).logical_not();
+    const torch::Tensor first = allowed.to(torch::kByte).argmax(-1);
+    const torch::Tensor position = torch::arange(request_.queries(), first.options());
+    return (first > position).logical_or(allowed.any(-1).logical_not());
+  }
+
   int64_t padded_width(int64_t features) const {
     return compute_device(q_).is_cuda() ? (features + 7) / 8 * 8 : features;
   }
-  static torch::Tensor padded(const torch::Tensor& x, int64_t width) {
-    if (x.size(-1) < width) return at::constant_pad_nd(x, {0, width - x.size(-1)});
+  static torch::Tensor padded(torch::Tensor x, int64_t width) {
+    if (x.size(-1) < width) x = at::constant_pad_nd(x, {0, width - x.size(-1)});  // which may keep channels last
     // Rows next to each other, none over another; contiguous() would keep any stride of a dimension of one element
     return x.stride(-1) == 1 && x.stride(-2) >= x.size(-1) ? x : x.clone(at::MemoryFormat::Contiguous);
   }
@@ -215,14 +222,22 @@ class FusedAttention {
   torch::Tensor bias_;
 };
 
-/// Fused kernels multiply hidden keys by zero, which keeps a NaN: where keys are hidden and something is not finite,
-/// the chunked backend takes over.
+/// The chunked backend takes over where fused kernels would be wrong. They multiply hidden keys by zero, which keeps a
+/// NaN: where keys are hidden and something is not finite. Their backward pass takes the log-sum-exp as one number:
+/// where that is coarse. On CUDA only a bias is thought to make it so, and without one the program doesn't wait for the
+/// answer.
 struct FusedBackend {
   static constexpr bool kDifferentiableLse = true;
 
   static bool keeps_nan_apart(const AttentionRequest& request, std::initializer_list<torch::Tensor> tensors) {
     return !request.causal ||
-           std::none_of(tensors.begin(), tensors.end(), [](const auto& x) { return rows_not_finite(x).defined(); });
+           (std::none_of(tensors.begin(), tensors.end(), [](const auto& x) { return rows_not_finite(x).defined(); }) &&
+            !holds_nan_or_infinity(request.bias));
+  }
+  /// True for NaN and infinity; -infinity hides, and stays apart. False for no bias.
+  static bool holds_nan_or_infinity(const torch::Tensor& bias) {
+    if (!bias.defined() || bias.is_meta() || bias.numel() == 0) return false;
+    return !(bias.max().item<double>() < std::numeric_limits<double>::infinity());
   }
   static AttentionForward forward(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                   const AttentionRequest& request) {
@@ -233,7 +248,9 @@ struct FusedBackend {
                                      const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                      const AttentionForward& forward, const AttentionRequest& request,
                                      const std::array<bool, 7>& wanted) {
-    if (forward.extra.empty() || !keeps_nan_apart(request, {q, k, v, grad_output})) {
+    const bool may_be_coarse = request.bias.defined() || compute_device(q).is_cpu();
+    if (forward.extra.empty() || !keeps_nan_apart(request, {q, k, v, grad_output}) ||
+        (may_be_coarse && is_coarse_lse(forward.lse))) {
       return ChunkedBackend::backward(grad_output, grad_lse, q, k, v, forward, request, wanted);
     }
     return FusedAttention(q, k, v, request).backward(grad_output, grad_lse, forward);

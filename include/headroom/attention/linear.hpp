@@ -4,7 +4,7 @@
 
 #include "headroom/attention/dropout.hpp"
 #include "headroom/attention/tiled.hpp"
-#include "headroom/core/rows.hpp"
+#include "headroom/core/finite.hpp"
 
 namespace headroom::inline v0 {
 

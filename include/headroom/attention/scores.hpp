@@ -2,7 +2,7 @@
 
 #include "headroom/attention/dropout.hpp"
 #include "headroom/attention/request.hpp"
-#include "headroom/core/rows.hpp"
+#include "headroom/core/finite.hpp"
 
 namespace headroom::inline v0::detail {
 
@@ -133,10 +133,10 @@ class ScoreTerms {
     return part;
   }
 
-  /// True if there may be keys that a query must not see.
+  /// True if there may be keys that a query must not see, or none that it could.
   bool hides() const {
     return request_.causal || request_.window_left >= 0 || request_.window_right >= 0 || lengths_.defined() ||
-           request_.sequence_starts.defined() || mask_.defined() || block_mask_.defined();
+           request_.sequence_starts.defined() || mask_.defined() || block_mask_.defined() || request_.keys() == 0;
   }
 
   /// Keys outside of [begin, end) are hidden from all queries of [first, last).

@@ -5,7 +5,6 @@
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -17,6 +16,7 @@
 
 #include "headroom/audio/container.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/core/finite.hpp"
 #include "headroom/io/atomic_file.hpp"
 #include "headroom/io/input_file.hpp"
 
@@ -31,13 +31,11 @@ using SoundFile = std::unique_ptr<SNDFILE, CloseSoundFile>;
 
 inline constexpr std::int64_t kFramesPerBlock = 1 << 16;  ///< bounds the interleaved copies
 
-/// Refuses NaN and infinity in `count` interleaved samples that begin at frame `first_frame`. Looks at the bits, since
-/// a program compiled with -ffast-math can't ask isfinite.
+/// Refuses NaN and infinity in `count` interleaved samples that begin at frame `first_frame`.
 inline void require_finite(const float* samples, std::int64_t count, int channels, std::int64_t first_frame,
                            int sample_rate, const std::filesystem::path& path, const char* remedy) {
   for (std::int64_t i = 0; i < count; ++i) {
-    constexpr std::uint32_t exponent = 0x7f800000;
-    if ((std::bit_cast<std::uint32_t>(samples[i]) & exponent) == exponent) [[unlikely]] {
+    if (!core::detail::is_finite(samples[i])) [[unlikely]] {
       const std::int64_t frame = first_frame + i / channels;
       fail("headroom.audio.file.not_finite", path, " has a NaN or infinite sample at frame ", frame, " (",
            static_cast<double>(frame) / sample_rate, " s), channel ", i % channels, ", expected finite samples; ",

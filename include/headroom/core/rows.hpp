@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "headroom/core/attention_problem.hpp"
+#include "headroom/core/finite.hpp"
 #include "headroom/core/register_tile.hpp"
 
 /// How rows of q, k, v and of gradients come from memory into the kernels and go back: converted to the type that is
@@ -267,19 +268,6 @@ class RowSums {
   Half* lower_;
 };
 
-/// Whether x is neither infinite nor NaN; not optimised away under -ffast-math.
-template <class Scalar>
-bool is_finite(Scalar x) {
-  using Bits = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::uint64_t>;
-  constexpr Bits exponent = sizeof(Scalar) == 4 ? Bits(0x7f800000U) : static_cast<Bits>(0x7ff0000000000000ULL);
-  return (std::bit_cast<Bits>(x) & exponent) != exponent;
-}
-/// Whether x is 0; a NaN is not, also under -ffast-math.
-template <class Scalar>
-bool is_zero(Scalar x) {
-  using Bits = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::uint64_t>;
-  return static_cast<Bits>(std::bit_cast<Bits>(x) << 1) == 0;
-}
 template <class Scalar>
 bool row_is_finite(const Scalar* row, Index count) {
   bool finite = true;

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "headroom/core/error.hpp"
+#include "headroom/core/finite.hpp"
 #include "headroom/io/file_name.hpp"
 
 namespace headroom::inline v0::training {
@@ -122,7 +123,7 @@ inline std::string number_text(double value) {
 inline std::string bounds_text(const Accepted& accepted) {
   std::string text;
   const auto add = [&](const char* sign, double bound) {
-    if (std::isfinite(bound)) {
+    if (core::detail::is_finite(bound)) {
       text += (text.empty() ? " " : " and ") + std::string(sign) + " " + number_text(bound);
     }
   };

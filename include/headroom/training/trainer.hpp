@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <filesystem>
@@ -22,6 +21,7 @@
 #include "headroom/audio/metrics.hpp"
 #include "headroom/checkpoint/ambient_state.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/core/finite.hpp"
 #include "headroom/dry_run/phase.hpp"
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/run_within.hpp"
@@ -393,8 +393,8 @@ class Trainer {
     const int64_t count = config_.training.gradient_accumulation_steps * config_.training.batch_size;
     const int64_t first = state_.step * count;
     require(
-        std::isfinite(value), "headroom.training.non_finite", "the ", what, " is ", value, " at step ", state_.step + 1,
-        ", examples ", first, " to ", first + count - 1,
+        core::detail::is_finite(value), "headroom.training.non_finite", "the ", what, " is ", value, " at step ",
+        state_.step + 1, ", examples ", first, " to ", first + count - 1,
         "; the checkpoints on disk are those of before. Lower training.learning_rate, lengthen training.warmup_steps, "
         "or look for broken audio among these examples");
   }

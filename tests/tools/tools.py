@@ -36,9 +36,12 @@ def run(tool, *arguments):
     return subprocess.run([TOOLS / tool, *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
-def start(tool, *arguments, **options):
-    """A tool that runs on its own; signals that the tests' own shell may ignore have their default actions."""
+def start(tool, *arguments, limits={}, **options):
+    """A tool that runs on its own, under limits of resources; signals that the tests' own shell may ignore have their
+    default actions."""
     def defaults():
+        for what, limit in limits.items():
+            resource.setrlimit(what, (limit, limit))
         for number in [signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGQUIT, signal.SIGTERM]:
             signal.signal(number, signal.SIG_DFL)
     return subprocess.Popen([TOOLS / tool, *map(str, arguments)], preexec_fn=defaults, **options)
@@ -266,6 +269,19 @@ class Tools(unittest.TestCase):
         for value in ["nanx3s", "1xinf", "1x1e400", "0x10x3"]:
             self.fails(run("plan", "--config", self.root / "config.json", "--bucket", value), "headroom.training.bucket")
         self.assertFalse((self.root / "never").exists())
+
+    def test_memory_that_runs_out_is_explained(self):
+        config = self.root / "large.json"
+        config.write_text(json.dumps({**CONFIG, "training": {**CONFIG["training"], "batch_size": 20000}}))
+        arguments = ["--config", config, "--data", self.root / "data", "--out", self.root / "large"]
+        self.fails(run("train", *arguments), "headroom.train.memory", "--fit")
+        process = start("train", *arguments, "--unplanned", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                        limits={resource.RLIMIT_AS: 3 << 30})
+        printed, error = process.communicate(timeout=300)
+        self.assertEqual(process.returncode, 1, error)
+        self.assertIn("headroom.tools.memory", error)
+        self.assertIn("training.batch_size", error)
+        self.assertIn("this fits (the same training)", printed)
 
     def test_separate_warns_when_segments_do_not_fade(self):
         result = self.separate(self.song / "mixture.wav", self.root / "edges", "--overlap", 0)

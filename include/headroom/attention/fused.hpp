@@ -134,10 +134,10 @@ class FusedAttention {
   /// that they return for them.
   torch::Tensor rows_without_keys(const torch::Tensor& bias) const {
     const torch::Tensor allowed = bias != -std::numeric_limits<double>::infinity();
-    if (!request_.causal) return allowed.any(-1).logical_not();
+    const torch::Tensor none = allowed.any(-1).logical_not();
+    if (!request_.causal) return none;
     const torch::Tensor first = allowed.to(torch::kByte).argmax(-1);
-    const torch::Tensor position = torch::arange(request_.queries(), first.options());
-    return (first > position).logical_or(allowed.any(-1).logical_not());
+    return none.logical_or(first > torch::arange(request_.queries(), first.options()));
   }
 
   int64_t padded_width(int64_t features) const {
@@ -229,31 +229,30 @@ class FusedAttention {
 struct FusedBackend {
   static constexpr bool kDifferentiableLse = true;
 
-  static bool keeps_nan_apart(const AttentionRequest& request, std::initializer_list<torch::Tensor> tensors) {
-    return !request.causal ||
-           (std::none_of(tensors.begin(), tensors.end(), [](const auto& x) { return rows_not_finite(x).defined(); }) &&
-            !holds_nan_or_infinity(request.bias));
-  }
-  /// True for NaN and infinity; -infinity hides, and stays apart. False for no bias.
-  static bool holds_nan_or_infinity(const torch::Tensor& bias) {
-    if (!bias.defined() || bias.is_meta() || bias.numel() == 0) return false;
-    return !(bias.max().item<double>() < std::numeric_limits<double>::infinity());
-  }
   static AttentionForward forward(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                   const AttentionRequest& request) {
-    if (!keeps_nan_apart(request, {q, k, v})) return ChunkedBackend::forward(q, k, v, request);
-    return FusedAttention(q, k, v, request).forward();
+    const bool leaks = request.causal && (rows_not_finite(q).defined() || rows_not_finite(k).defined() ||
+                                          rows_not_finite(v).defined() || holds_nan_or_infinity(request.bias));
+    return leaks ? ChunkedBackend::forward(q, k, v, request) : FusedAttention(q, k, v, request).forward();
   }
   static AttentionGradients backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
                                      const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                      const AttentionForward& forward, const AttentionRequest& request,
                                      const std::array<bool, 7>& wanted) {
+    const bool was_chunked = forward.extra.empty();
+    const bool leaks = request.causal && rows_not_finite(grad_output).defined();  // forward asked for the others
     const bool may_be_coarse = request.bias.defined() || compute_device(q).is_cpu();
-    if (forward.extra.empty() || !keeps_nan_apart(request, {q, k, v, grad_output}) ||
-        (may_be_coarse && is_coarse_lse(forward.lse))) {
+    if (was_chunked || leaks || (may_be_coarse && is_coarse_lse(forward.lse))) {
       return ChunkedBackend::backward(grad_output, grad_lse, q, k, v, forward, request, wanted);
     }
     return FusedAttention(q, k, v, request).backward(grad_output, grad_lse, forward);
+  }
+
+ private:
+  /// True for NaN and infinity; -infinity hides, and stays apart. False for no bias.
+  static bool holds_nan_or_infinity(const torch::Tensor& bias) {
+    if (!bias.defined() || bias.is_meta() || bias.numel() == 0) return false;
+    return !(bias.max().item<double>() < std::numeric_limits<double>::infinity());
   }
 };
 

@@ -19,11 +19,11 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/checkpoint/ambient_state.hpp"
-#include "headroom/checkpoint/kept_results.hpp"
+#include "headroom/checkpoint/result_cache.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/phase.hpp"
+#include "headroom/runtime/ambient_state.hpp"
+#include "headroom/runtime/phase.hpp"
 
 namespace headroom::inline v0 {
 

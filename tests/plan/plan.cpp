@@ -1,4 +1,4 @@
-#include "headroom/memory/plan.hpp"
+#include "headroom/plan/plan.hpp"
 
 #include <torch/torch.h>
 
@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "headroom/audio.hpp"
-#include "headroom/memory/report.hpp"
 #include "headroom/nn.hpp"
+#include "headroom/plan/report.hpp"
 #include "support/catch.hpp"
 
 using namespace headroom;

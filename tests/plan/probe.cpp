@@ -1,8 +1,8 @@
-#include "headroom/memory/rehearsal.hpp"
+#include "headroom/plan/kernels/probe.hpp"
 
 #include <torch/torch.h>
 
-#include "headroom/memory/plan.hpp"
+#include "headroom/plan/plan.hpp"
 #include "support/catch.hpp"
 
 using namespace headroom;

@@ -23,13 +23,13 @@
 #include <vector>
 
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/device.hpp"
-#include "headroom/dry_run/phase.hpp"
-#include "headroom/dry_run/repetition.hpp"
-#include "headroom/memory/flops.hpp"
 #include "headroom/memory/meter.hpp"
-#include "headroom/memory/operator_memory.hpp"
-#include "headroom/memory/recorded_inputs.hpp"
+#include "headroom/plan/flops.hpp"
+#include "headroom/plan/operator_memory.hpp"
+#include "headroom/plan/recorded_inputs.hpp"
+#include "headroom/runtime/dry_run.hpp"
+#include "headroom/runtime/phase.hpp"
+#include "headroom/runtime/repetition.hpp"
 
 namespace headroom::inline v0 {
 

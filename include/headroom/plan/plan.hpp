@@ -15,13 +15,13 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/checkpoint/ambient_state.hpp"
 #include "headroom/core/error.hpp"
-#include "headroom/memory/allocator_model.hpp"
-#include "headroom/memory/device_profile.hpp"
-#include "headroom/memory/meta_autocast.hpp"
-#include "headroom/memory/meta_kernels.hpp"
-#include "headroom/memory/trace.hpp"
+#include "headroom/plan/allocator_model.hpp"
+#include "headroom/plan/device_profile.hpp"
+#include "headroom/plan/meta_autocast.hpp"
+#include "headroom/plan/meta_kernels.hpp"
+#include "headroom/plan/trace.hpp"
+#include "headroom/runtime/ambient_state.hpp"
 
 namespace headroom::inline v0 {
 

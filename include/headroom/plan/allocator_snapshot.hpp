@@ -17,8 +17,8 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/memory/allocator_model.hpp"
-#include "headroom/memory/plan.hpp"
+#include "headroom/plan/allocator_model.hpp"
+#include "headroom/plan/plan.hpp"
 
 namespace headroom::inline v0 {
 

@@ -16,7 +16,7 @@
 #include "headroom/checkpoint/operator_interception.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/operator.hpp"
+#include "headroom/runtime/operator.hpp"
 
 namespace headroom::inline v0 {
 

@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/dry_run/device.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::detail {
 

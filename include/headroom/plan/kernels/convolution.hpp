@@ -15,8 +15,8 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/memory/flops.hpp"
-#include "headroom/memory/rehearsal.hpp"
+#include "headroom/plan/flops.hpp"
+#include "headroom/plan/kernels/probe.hpp"
 
 namespace headroom::inline v0::detail::meta {
 

@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "headroom/memory/rehearsal.hpp"
+#include "headroom/plan/kernels/probe.hpp"
 
 namespace headroom::inline v0::detail {
 

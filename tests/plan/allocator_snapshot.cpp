@@ -1,4 +1,4 @@
-#include "headroom/memory/snapshot.hpp"
+#include "headroom/plan/allocator_snapshot.hpp"
 
 #include <torch/torch.h>
 

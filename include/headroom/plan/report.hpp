@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "headroom/memory/format.hpp"
-#include "headroom/memory/plan.hpp"
+#include "headroom/plan/plan.hpp"
 
 namespace headroom::inline v0 {
 

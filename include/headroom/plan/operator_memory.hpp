@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-#include "headroom/memory/product_workspace.hpp"
+#include "headroom/plan/kernels/product_workspace.hpp"
 
 namespace headroom::inline v0::detail {
 

@@ -1,15 +1,17 @@
-#include "headroom/memory/fit.hpp"
+#include "headroom/plan/policy_search.hpp"
 
 #include <torch/torch.h>
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "headroom/memory.hpp"
 #include "headroom/nn.hpp"
+#include "headroom/plan.hpp"
 #include "support/catch.hpp"
 
 using namespace headroom;
@@ -56,6 +58,43 @@ int64_t peak_of(const EncoderStep& step, const StackPolicy& policy, const Device
 }
 
 }  // namespace
+
+TEST_CASE("the cheapest policy is the first one by cost that an attempt accepts") {
+  const int64_t blocks = 7;
+  // All candidates in the order of their cost, and an attempt that accepts those from a place on
+  std::vector<StackPolicy> order{"none"};
+  const std::vector<CheckpointPolicy> policies = policies_by_cost();
+  for (size_t i = 1; i < policies.size(); ++i) {
+    for (int64_t count = 1; count < blocks; ++count) {
+      order.push_back(mixed_policy(policies[i - 1], policies[i], count, blocks));
+    }
+    order.emplace_back(policies[i]);
+  }
+  CHECK(order[1] == StackPolicy("1*selective,none"));
+  CHECK(order[2 * blocks + 1] == StackPolicy("6*full,tiled"));  // late blocks first
+  const auto search = [&](size_t first, const StackPolicy& given, int64_t size = 7) {
+    const auto attempt = [&](const StackPolicy& policy) -> std::optional<StackPolicy> {
+      const auto place = std::ranges::find(order, policy) - order.begin();
+      return place >= static_cast<int64_t>(first) ? std::optional(policy) : std::nullopt;
+    };
+    return cheapest_policy(attempt, size, given);
+  };
+  for (size_t first = 0; first < order.size(); ++first) {
+    CAPTURE(first, order[first].text());
+    CHECK(search(first, {}) == order[first]);
+    // From what was asked for on; a mix starts at the cheapest policy in it
+    CHECK(search(first, "full") == order[std::max<size_t>(first, 2 * blocks)]);
+    const size_t given = 2 * blocks - 3;
+    CHECK(search(first, order[given]) == order[first > given ? first : given]);
+  }
+  CHECK_FALSE(search(order.size() + 1, {}).has_value());
+  CHECK(search(3, "nested") == StackPolicy("nested"));  // accepted, as it stands in no order
+  CHECK(search(1, {}, 1) == StackPolicy("selective"));  // one block has no mix
+  const auto fussy = [](const StackPolicy& policy) -> std::optional<StackPolicy> {
+    return policy == StackPolicy("nested") || policy == StackPolicy("none") ? std::nullopt : std::optional(policy);
+  };
+  CHECK(cheapest_policy(fussy, blocks, "nested") == StackPolicy("full"));
+}
 
 TEST_CASE("peaks fall from each candidate policy to the next, so that bisection finds the first that fits") {
   for (const EncoderStep& step : {kSmall, kTiled, EncoderStep{kSmall.options, {1, 4, 32}}}) {

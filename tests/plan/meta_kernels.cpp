@@ -1,8 +1,8 @@
-#include "headroom/memory/meta_kernels.hpp"
+#include "headroom/plan/meta_kernels.hpp"
 
 #include <torch/torch.h>
 
-#include "headroom/memory/plan.hpp"
+#include "headroom/plan/plan.hpp"
 #include "support/catch.hpp"
 #include "support/operators.hpp"
 

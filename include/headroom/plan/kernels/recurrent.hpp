@@ -17,8 +17,8 @@
 #include <tuple>
 #include <vector>
 
-#include "headroom/dry_run/device.hpp"
-#include "headroom/memory/rehearsal.hpp"
+#include "headroom/plan/kernels/probe.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::detail::meta {
 

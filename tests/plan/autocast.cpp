@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "headroom/checkpoint.hpp"
-#include "headroom/memory/plan.hpp"
 #include "headroom/nn.hpp"
+#include "headroom/plan/plan.hpp"
 #include "support/catch.hpp"
 #include "support/operators.hpp"
 

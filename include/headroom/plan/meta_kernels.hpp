@@ -18,9 +18,9 @@
 #include <vector>
 
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/device.hpp"
-#include "headroom/memory/convolution_kernels.hpp"
-#include "headroom/memory/recurrent_kernels.hpp"
+#include "headroom/plan/kernels/convolution.hpp"
+#include "headroom/plan/kernels/recurrent.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0 {
 

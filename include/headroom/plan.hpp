@@ -1,0 +1,18 @@
+#pragma once
+
+#include "headroom/plan/allocator_model.hpp"
+#include "headroom/plan/allocator_snapshot.hpp"
+#include "headroom/plan/device_profile.hpp"
+#include "headroom/plan/flops.hpp"
+#include "headroom/plan/kernels/convolution.hpp"
+#include "headroom/plan/kernels/probe.hpp"
+#include "headroom/plan/kernels/product_workspace.hpp"
+#include "headroom/plan/kernels/recurrent.hpp"
+#include "headroom/plan/meta_autocast.hpp"
+#include "headroom/plan/meta_kernels.hpp"
+#include "headroom/plan/operator_memory.hpp"
+#include "headroom/plan/plan.hpp"
+#include "headroom/plan/policy_search.hpp"
+#include "headroom/plan/recorded_inputs.hpp"
+#include "headroom/plan/report.hpp"
+#include "headroom/plan/trace.hpp"

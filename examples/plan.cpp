@@ -18,6 +18,8 @@
 #include "headroom/io/atomic_file.hpp"
 #include "headroom/plan/allocator_snapshot.hpp"
 #include "headroom/plan/report.hpp"
+#include "headroom/plan/report_html.hpp"
+#include "headroom/plan/report_json.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/recommend.hpp"
 #include "headroom/training/sweep.hpp"

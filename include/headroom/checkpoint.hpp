@@ -1,5 +1,6 @@
 #pragma once
 
+#include "headroom/checkpoint/ambient_state.hpp"
 #include "headroom/checkpoint/function.hpp"
 #include "headroom/checkpoint/host_copies.hpp"
 #include "headroom/checkpoint/module.hpp"

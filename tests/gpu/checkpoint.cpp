@@ -7,7 +7,7 @@
 #include "gpu/device.hpp"
 #include "headroom/memory.hpp"
 #include "headroom/nn.hpp"
-#include "headroom/runtime/ambient_state.hpp"
+#include "headroom/runtime/autocast_state.hpp"
 
 using namespace headroom;
 using namespace headroom::testing;

@@ -10,6 +10,8 @@
 #include "headroom/audio.hpp"
 #include "headroom/nn.hpp"
 #include "headroom/plan/report.hpp"
+#include "headroom/plan/report_html.hpp"
+#include "headroom/plan/report_json.hpp"
 #include "support/catch.hpp"
 
 using namespace headroom;

@@ -278,13 +278,13 @@ TEST_CASE("nobody sees what a plan runs") {
 TEST_CASE("a script is replayed in the order in which it was recorded") {
   headroom::detail::AllocationScript script;
   {
-    headroom::detail::Rehearsal rehearsal;
-    script = rehearsal.record([] {
+    headroom::detail::KernelProbe probe;
+    script = probe.record([] {
       const Tensor a = torch::empty({10}, torch::kFloat);
       const Tensor b = torch::empty({5}, torch::kFloat);
       return std::vector{b};
     });
-    const auto stopped = rehearsal.record(
+    const auto stopped = probe.record(
         [] {
           std::vector<Tensor> many;
           for (int64_t i = 1;; ++i) many.push_back(torch::empty({i}, torch::kByte));

@@ -9,6 +9,7 @@
 
 #include "headroom/memory/resident.hpp"
 #include "headroom/plan/report.hpp"
+#include "headroom/plan/report_json.hpp"
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/recommend.hpp"
 #include "headroom/training/sweep.hpp"

@@ -33,7 +33,7 @@ class RecomputationScope {
  private:
   Phase phase_{"recomputation"};
   std::optional<SavedTensorHooks> plain_;
-  KeptResultsScope none_{nullptr, KeptResultsScope::Mode::store};
+  ResultCacheScope none_{nullptr, ResultCacheScope::Mode::store};
 };
 
 /// Parameters that a backward of ours will use, as they are now.

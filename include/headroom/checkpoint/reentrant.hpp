@@ -16,11 +16,11 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/checkpoint/ambient_state.hpp"
 #include "headroom/checkpoint/function.hpp"
 #include "headroom/checkpoint/piece_gradients.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
-#include "headroom/runtime/ambient_state.hpp"
 
 namespace headroom::inline v0 {
 

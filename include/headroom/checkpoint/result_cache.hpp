@@ -25,10 +25,10 @@ using KeptOperators = std::vector<std::string>;
 
 namespace detail {
 
-/// Results of operators of one checkpointed call, in the order of their calls.
-class KeptResults {
+/// The cache of a selective checkpoint: results of operators of one checkpointed call, in the order of their calls.
+class ResultCache {
  public:
-  explicit KeptResults(KeptOperators names) : names_(std::move(names)) {}
+  explicit ResultCache(KeptOperators names) : names_(std::move(names)) {}
 
   bool keeps(std::string_view name) const { return std::find(names_.begin(), names_.end(), name) != names_.end(); }
   /// Whether any of them is not headroom's own.
@@ -40,7 +40,7 @@ class KeptResults {
   void store(std::string_view name, at::TensorList results) {
     Entry& entry = entries_.emplace_back(Entry{std::string(name), {}});
     entry.results.emplace();
-    for (const at::Tensor& x : results) entry.results->push_back(x.defined() ? Snapshot(x) : Snapshot());
+    for (const at::Tensor& x : results) entry.results->push_back(x.defined() ? SavedTensor(x) : SavedTensor());
   }
 
   /// In forward: `x` is about to be changed in place. What shares its memory is computed again, as the product that
@@ -49,7 +49,7 @@ class KeptResults {
     if (!x.defined() || !x.has_storage()) return;
     for (Entry& entry : entries_) {
       if (!entry.results) continue;
-      for (const Snapshot& kept : *entry.results) {
+      for (const SavedTensor& kept : *entry.results) {
         if (!kept.holds_tensor() || !kept.unchecked().is_alias_of(x)) continue;
         entry.results.reset();
         break;
@@ -68,7 +68,7 @@ class KeptResults {
     const Entry& entry = entries_[next_++];
     if (!entry.results) return std::nullopt;
     std::vector<at::Tensor> results;
-    for (const Snapshot& x : *entry.results) {
+    for (const SavedTensor& x : *entry.results) {
       // a tensor of its own: autograd writes the new graph into it
       results.push_back(x.holds_tensor() ? x.tensor().detach() : at::Tensor());
     }
@@ -78,50 +78,50 @@ class KeptResults {
  private:
   struct Entry {
     std::string name;
-    std::optional<std::vector<Snapshot>> results;  // none: not kept after all
+    std::optional<std::vector<SavedTensor>> results;  // none: not kept after all
   };
   KeptOperators names_;
   std::vector<Entry> entries_;
   std::size_t next_ = 0;
 };
 
-/// While it lives, operators on this thread that `kept` names store their results there, or take them from there.
+/// While it lives, operators on this thread that `cache` names store their results in it, or take them from it.
 /// nullptr: none do, whatever an enclosing scope says.
-class KeptResultsScope final : private OperatorResults {
+class ResultCacheScope final : private OperatorResults {
  public:
   enum class Mode { store, take };
 
-  KeptResultsScope(KeptResults* kept, Mode mode) : kept_(kept), mode_(mode), outer_(std::exchange(current_, this)) {
-    if (kept_ == nullptr) return;
-    if (mode_ == Mode::take) kept_->rewind();
-    if (!kept_->keeps_foreign()) return;
+  ResultCacheScope(ResultCache* cache, Mode mode) : cache_(cache), mode_(mode), outer_(std::exchange(current_, this)) {
+    if (cache_ == nullptr) return;
+    if (mode_ == Mode::take) cache_->rewind();
+    if (!cache_->keeps_foreign()) return;
     interception_.emplace(*this);
   }
-  ~KeptResultsScope() override { current_ = outer_; }
+  ~ResultCacheScope() override { current_ = outer_; }
 
  private:
   Results call(std::string_view name, const std::function<Results()>& compute) override {
-    if (kept_ == nullptr || !kept_->keeps(name)) return compute();
+    if (cache_ == nullptr || !cache_->keeps(name)) return compute();
     if (mode_ == Mode::take) {
-      if (auto results = kept_->next(name)) return *std::move(results);
+      if (auto results = cache_->next(name)) return *std::move(results);
     }
-    const KeptResultsScope within(nullptr, mode_);  // what it calls belongs to it
+    const ResultCacheScope within(nullptr, mode_);  // what it calls belongs to it
     Results results = compute();
-    if (mode_ == Mode::store) kept_->store(name, results);
+    if (mode_ == Mode::store) cache_->store(name, results);
     return results;
   }
 
   /// LibTorch's operators, where any of them is kept.
   class Interception final : public OperatorInterception {
    public:
-    explicit Interception(KeptResultsScope& scope) : scope_(scope) {}
+    explicit Interception(ResultCacheScope& scope) : scope_(scope) {}
 
    private:
     void call(const Call& call) override {
-      KeptResultsScope::current_ == &scope_ ? scope_.intercept(call) : call.proceed();
+      ResultCacheScope::current_ == &scope_ ? scope_.intercept(call) : call.proceed();
     }
 
-    KeptResultsScope& scope_;
+    ResultCacheScope& scope_;
   };
 
   /// An operator whose results can be handed out again: it returns new tensors, and draws no random numbers, which its
@@ -135,14 +135,14 @@ class KeptResultsScope final : private OperatorResults {
            !schema.is_mutable() && !op.hasTag(at::Tag::nondeterministic_seeded);
   }
 
-  static void forget_changed(KeptResults& kept, const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  static void forget_changed(ResultCache& cache, const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
     const auto& arguments = op.schema().arguments();
     for (std::size_t i = 0; i < arguments.size(); ++i) {
       if (arguments[i].alias_info() == nullptr || !arguments[i].alias_info()->isWrite()) continue;
       const c10::IValue& value = stack[stack.size() - arguments.size() + i];
-      if (value.isTensor()) kept.forget(value.toTensor());
+      if (value.isTensor()) cache.forget(value.toTensor());
       if (value.isTensorList()) {
-        for (const at::Tensor& x : value.toTensorVector()) kept.forget(x);
+        for (const at::Tensor& x : value.toTensorVector()) cache.forget(x);
       }
     }
   }
@@ -151,28 +151,28 @@ class KeptResultsScope final : private OperatorResults {
     const c10::OperatorHandle& op = call.op;
     torch::jit::Stack& stack = call.stack;
     const std::string& name = op.operator_name().name;
-    if (mode_ == Mode::store && op.schema().is_mutable()) forget_changed(*kept_, op, stack);
-    if (!is_repeatable(op) || !kept_->keeps(name)) return call.proceed();
+    if (mode_ == Mode::store && op.schema().is_mutable()) forget_changed(*cache_, op, stack);
+    if (!is_repeatable(op) || !cache_->keeps(name)) return call.proceed();
     if (mode_ == Mode::take) {
-      if (const auto results = kept_->next(name)) {
+      if (const auto results = cache_->next(name)) {
         torch::jit::drop(stack, op.schema().arguments().size());
         stack.insert(stack.end(), results->begin(), results->end());
         return;
       }
     }
-    const KeptResultsScope within(nullptr, mode_);  // what it calls belongs to it
+    const ResultCacheScope within(nullptr, mode_);  // what it calls belongs to it
     call.proceed();
     if (mode_ == Mode::take) return;
     std::vector<at::Tensor> results;
     for (std::size_t i = op.schema().returns().size(); i > 0; --i) results.push_back(stack.end()[-i].toTensor());
-    kept_->store(name, results);
+    cache_->store(name, results);
   }
 
-  static inline thread_local KeptResultsScope* current_ = nullptr;
+  static inline thread_local ResultCacheScope* current_ = nullptr;
 
-  KeptResults* kept_;
+  ResultCache* cache_;
   Mode mode_;
-  KeptResultsScope* outer_;
+  ResultCacheScope* outer_;
   std::optional<Interception> interception_;
 };
 

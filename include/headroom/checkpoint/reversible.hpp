@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/checkpoint/ambient_state.hpp"
 #include "headroom/checkpoint/piece_gradients.hpp"
-#include "headroom/runtime/ambient_state.hpp"
 
 namespace headroom::inline v0 {
 

@@ -24,7 +24,7 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/memory/meter.hpp"
-#include "headroom/runtime/ambient_state.hpp"
+#include "headroom/runtime/random_state.hpp"
 
 namespace headroom::inline v0 {
 

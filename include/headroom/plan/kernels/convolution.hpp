@@ -64,7 +64,7 @@ class ConvolutionOnCpu {
 
  private:
   static constexpr double kSmall = 1 << 24;            // operations that cost no time worth saving
-  static constexpr int64_t kRoom = int64_t{16} << 20;  // bytes of input and output that a rehearsal may copy
+  static constexpr int64_t kRoom = int64_t{16} << 20;  // bytes of input and output that a probe may copy
 
   using Sizes = std::vector<int64_t>;
   using Backend = at::native::ConvBackend;
@@ -91,7 +91,7 @@ class ConvolutionOnCpu {
                  stride, padding, dilation, transposed, output_padding, groups, pass.wanted[0], pass.wanted[1],
                  pass.wanted[2], pass.is_forward() ? at::IntArrayRef() : pass.grad.strides(), at::get_num_threads(),
                  at::globalContext().userEnabledMkldnn());
-    return known_script(key, [&] { return rehearse(pass); });
+    return probed_script(key, [&] { return probe(pass); });
   }
   std::vector<at::Tensor> replay(const Pass& pass) const {
     const auto script = script_of(pass);
@@ -180,7 +180,7 @@ class ConvolutionOnCpu {
     }
 
     /// The output, or the wanted gradients.
-    AllocationScript record(Rehearsal& rehearsal, std::array<bool, 3> wanted, Rehearsal::Stop stop = {}) const {
+    AllocationScript record(KernelProbe& probe, std::array<bool, 3> wanted, KernelProbe::Stop stop = {}) const {
       const ConvolutionOnCpu& c = like_;
       const auto run = [&]() -> std::vector<at::Tensor> {
         if (!grad_.defined()) {
@@ -192,7 +192,7 @@ class ConvolutionOnCpu {
                                      c.dilation, c.transposed, c.output_padding, c.groups, wanted);
         return {dx, dw, db};
       };
-      return rehearsal.record(run, std::move(stop));
+      return probe.record(run, std::move(stop));
     }
 
    private:
@@ -203,10 +203,10 @@ class ConvolutionOnCpu {
   };
 
   /// None: it is too large to be run, and smaller ones or both parts of backward at once do not tell.
-  std::optional<AllocationScript> rehearse(const Pass& pass) const {
-    Rehearsal rehearsal;
+  std::optional<AllocationScript> probe(const Pass& pass) const {
+    KernelProbe probe;
     const auto record = [&](const Sizes& sizes) {
-      return Problem(*this, pass, sizes, true).record(rehearsal, pass.wanted);
+      return Problem(*this, pass, sizes, true).record(probe, pass.wanted);
     };
     const auto backend = [&](const Sizes& sizes) { return Problem(*this, pass, sizes, false).backend(); };
     if (flops(x.sizes()) <= kSmall) return record(x.sizes().vec());
@@ -214,7 +214,7 @@ class ConvolutionOnCpu {
     if (real != Backend::Mkldnn && real != Backend::MkldnnTranspose) return extrapolate(record);
     if (!pass.is_whole()) return std::nullopt;
     for (const int64_t samples : {2, 16}) {  // few are not always enough for oneDNN to be chosen
-      if (backend(tiny_sizes(samples)) == real) return enlarge(rehearsal, pass, tiny_sizes(samples));
+      if (backend(tiny_sizes(samples)) == real) return enlarge(probe, pass, tiny_sizes(samples));
     }
     return std::nullopt;
   }
@@ -263,11 +263,11 @@ class ConvolutionOnCpu {
   }
 
   /// The script of a tiny problem with the bytes of this one.
-  AllocationScript enlarge(Rehearsal& rehearsal, const Pass& pass, const Sizes& tiny) const {
+  AllocationScript enlarge(KernelProbe& probe, const Pass& pass, const Sizes& tiny) const {
     // Gradients of weights are asked for with that of a bias, which oneDNN makes last before it computes
     std::array<bool, 3> wanted = pass.wanted;
     wanted[2] = pass.is_of_weight();
-    AllocationScript script = Problem(*this, pass, tiny, true).record(rehearsal, wanted);
+    AllocationScript script = Problem(*this, pass, tiny, true).record(probe, wanted);
     const size_t ahead = before_computing(script, pass);
     const std::vector<Sizes> sizes = results(pass, x.sizes());
     for (size_t i = 0; i < sizes.size(); ++i) {  // the results, and copies of them
@@ -284,7 +284,7 @@ class ConvolutionOnCpu {
       const auto is_last = [&](size_t i, int64_t bytes) {
         return i == ahead || (i + 1 == ahead && (!pass.is_of_weight() || bytes == script.bytes[i]));
       };
-      return Problem(*this, pass, part, false).record(rehearsal, wanted, is_last).bytes;
+      return Problem(*this, pass, part, false).record(probe, wanted, is_last).bytes;
     };
     const Sizes part = cut_sizes();
     std::vector<int64_t> bytes = asked_for(part);
@@ -328,5 +328,33 @@ class ConvolutionOnCpu {
     return script;
   }
 };
+
+inline Tensor convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
+                          IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
+                          int64_t groups) {
+  const bool has_bias = bias.has_value() && bias->defined();
+  const ConvolutionOnCpu on_cpu{x, weight, has_bias, stride, padding, dilation, transposed, output_padding, groups};
+  return compute_device(x).is_cpu() ? on_cpu.forward() : shaped(x, on_cpu.output_sizes(x.sizes()));
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& x,
+                                                               const Tensor& weight, at::OptionalIntArrayRef,
+                                                               IntArrayRef stride, IntArrayRef padding,
+                                                               IntArrayRef dilation, bool transposed,
+                                                               IntArrayRef output_padding, int64_t groups,
+                                                               std::array<bool, 3> wanted) {
+  if (compute_device(x).is_cpu()) {
+    return ConvolutionOnCpu{x, weight, wanted[2], stride, padding, dilation, transposed, output_padding, groups}
+        .backward(grad, wanted);
+  }
+  const Tensor dense = grad.contiguous();
+  return {wanted[0] ? like_contiguous(x) : Tensor(), wanted[1] ? like_contiguous(weight) : Tensor(),
+          wanted[2] ? shaped(grad, {grad.size(1)}) : Tensor()};
+}
+
+inline void register_convolutions(KernelRegistry& add) {
+  add("convolution", &convolution);
+  add("convolution_backward", &convolution_backward);
+}
 
 }  // namespace headroom::inline v0::detail::meta

@@ -10,95 +10,17 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <iterator>
-#include <map>
-#include <mutex>
 #include <numeric>
 #include <optional>
-#include <set>
-#include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
-#include "headroom/memory/meter.hpp"
+#include "headroom/memory/counting_allocator.hpp"
+#include "headroom/memory/ledger.hpp"
+#include "headroom/plan/kernels/allocation_script.hpp"
 
 namespace headroom::inline v0::detail {
-
-/// What an operator allocates and frees, in order.
-struct AllocationScript {
-  struct Event {
-    size_t block;
-    bool begins;
-  };
-  struct Result {
-    bool is_there = false;             ///< the operator gave a tensor
-    std::optional<size_t> block = {};  ///< none: it is empty
-    at::MemoryFormat format = at::MemoryFormat::Contiguous;
-  };
-
-  std::vector<int64_t> bytes;  ///< of the blocks, in the order of their allocation
-  std::vector<Event> events;
-  std::vector<Result> results;
-  bool is_estimate = false;  ///< of a larger problem than the one that was run
-
-  /// Blocks that are allocated before the first one is freed.
-  size_t before_release() const {
-    const auto release = std::find_if(events.begin(), events.end(), [](const Event& event) { return !event.begins; });
-    return static_cast<size_t>(release - events.begin());
-  }
-
-  /// Adds a block that is allocated just before block `index` and freed just after that was allocated.
-  void insert_around(size_t index, int64_t size) {
-    bytes.insert(bytes.begin() + static_cast<std::ptrdiff_t>(index), size);
-    for (Event& event : events) event.block += event.block >= index ? 1 : 0;
-    for (Result& result : results) {
-      if (result.block.has_value() && *result.block >= index) ++*result.block;
-    }
-    auto inner = std::find_if(events.begin(), events.end(), [&](const Event& e) { return e.block == index + 1; });
-    inner = std::next(events.insert(inner, {index, true}));
-    events.insert(std::next(inner), {index, false});
-  }
-
-  /// Allocates and frees as the operator does, tensors without data. `make(i, format)` makes the i-th result.
-  template <class Make>
-  std::vector<at::Tensor> replay(Make&& make) const {
-    std::vector<at::Tensor> blocks(bytes.size()), made(results.size());
-    for (const Event& event : events) {
-      at::Tensor& block = blocks[event.block];
-      if (!event.begins) {
-        block.reset();
-        continue;
-      }
-      const auto result = std::find_if(results.begin(), results.end(),
-                                       [&](const Result& r) { return r.block.has_value() && *r.block == event.block; });
-      if (result == results.end()) {
-        block = at::empty({bytes[event.block]}, at::TensorOptions(at::kByte).device(at::kMeta));
-      } else {
-        const auto index = static_cast<size_t>(result - results.begin());
-        block = made[index] = make(index, result->format);
-      }
-    }
-    for (size_t i = 0; i < results.size(); ++i) {
-      if (results[i].is_there && !results[i].block.has_value()) made[i] = make(i, results[i].format);
-    }
-    return made;
-  }
-};
-
-/// The script of `key`, which is rehearsed the first time; none if that gives none.
-template <std::invocable Rehearse>
-std::optional<AllocationScript> known_script(const std::string& key, Rehearse&& rehearse) {
-  static auto& scripts = *new std::map<std::string, std::optional<AllocationScript>>;
-  static std::mutex mutex;
-  {
-    const std::scoped_lock lock(mutex);
-    if (const auto known = scripts.find(key); known != scripts.end()) return known->second;
-  }
-  std::optional<AllocationScript> script = std::invoke(std::forward<Rehearse>(rehearse));
-  const std::scoped_lock lock(mutex);
-  return scripts.emplace(key, std::move(script)).first->second;
-}
 
 /// A CPU tensor that lies in memory in the order in which `x` does, with other sizes; without data unless zeros.
 inline at::Tensor stand_in(const at::Tensor& x, at::IntArrayRef sizes, bool zeros) {
@@ -124,18 +46,18 @@ inline at::Tensor stand_in(const at::Tensor& x, at::IntArrayRef sizes, bool zero
 /// While it lives, this thread runs real operators of the CPU within a dry run, to learn what they allocate. Nobody
 /// else sees what it does: meters and recorders count nothing of it. Gradients are not recorded, GradMode is as
 /// outside.
-class Rehearsal : private AllocationListener {
+class KernelProbe : private AllocationListener {
  public:
-  Rehearsal() {
+  KernelProbe() {
     CountingAllocator::instance().open(window_);
     outer_ = CountingAllocator::set_aside(this);
   }
-  ~Rehearsal() override {
+  ~KernelProbe() override {
     CountingAllocator::set_aside(outer_);
     CountingAllocator::instance().close(window_);
   }
-  Rehearsal(const Rehearsal&) = delete;
-  Rehearsal& operator=(const Rehearsal&) = delete;
+  KernelProbe(const KernelProbe&) = delete;
+  KernelProbe& operator=(const KernelProbe&) = delete;
 
   /// Whether an operator shall stop at its allocation number `index`, counted from 0, of `bytes`.
   using Stop = std::function<bool(size_t index, int64_t bytes)>;
@@ -198,10 +120,5 @@ class Rehearsal : private AllocationListener {
   AllocationScript script_;
   std::unordered_map<const void*, size_t> live_;
 };
-
-namespace meta {
-/// Operators of this thread's dry run whose memory is not known exactly.
-inline thread_local std::set<std::string> estimated;
-}  // namespace meta
 
 }  // namespace headroom::inline v0::detail

@@ -83,7 +83,7 @@ class ProductWorkspace {
                                : MatrixLayout{{a.sizes[0], rows, columns}, {rows * columns, columns, 1}};
     const Untouched left(bytes_of(a)), right(bytes_of(b)), result(bytes_of(c));
     if (!left || !right || !result) return 0;
-    Rehearsal rehearsal;
+    KernelProbe probe;
     const auto multiply = [&] {
       at::Tensor out = result.view(c, type);
       const at::Tensor x = left.view(a, type), y = right.view(b, type);
@@ -94,7 +94,7 @@ class ProductWorkspace {
       return std::vector<at::Tensor>();
     };
     try {
-      const AllocationScript script = rehearsal.record(multiply, [](size_t, int64_t) { return true; });
+      const AllocationScript script = probe.record(multiply, [](size_t, int64_t) { return true; });
       return script.bytes.empty() ? 0 : script.bytes[0];
     } catch (const c10::Error&) {  // factors that do not fit: the step will be told
       return 0;

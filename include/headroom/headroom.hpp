@@ -11,3 +11,4 @@
 #include "headroom/nn.hpp"
 #include "headroom/optim.hpp"
 #include "headroom/training.hpp"
+#include "headroom/weights.hpp"

@@ -18,9 +18,10 @@ FOLDERS = {
     "optim": {"core", "dry_run", "optim"},
     "audio": {"core", "io", "dry_run", "audio"},
     "nn": {"core", "dry_run", "attention", "checkpoint", "memory", "nn"},
-    "models": {"core", "dry_run", "attention", "checkpoint", "memory", "audio", "nn", "models"},
+    "weights": {"core", "io", "weights"},
+    "models": {"core", "dry_run", "attention", "checkpoint", "memory", "audio", "nn", "weights", "models"},
     "training": {
-        "core", "io", "dry_run", "attention", "checkpoint", "memory", "optim", "audio", "nn", "models", "training"
+        "core", "io", "dry_run", "attention", "checkpoint", "memory", "optim", "audio", "nn", "weights", "models", "training"
     },
 }
 STANDARD = re.compile(r"[a-z_0-9]+|immintrin\.h|omp\.h|(sys/[a-z]+|unistd|fcntl|poll)\.h")

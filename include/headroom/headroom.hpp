@@ -12,3 +12,4 @@
 #include "headroom/plan.hpp"
 #include "headroom/runtime.hpp"
 #include "headroom/training.hpp"
+#include "headroom/weights.hpp"

@@ -19,10 +19,11 @@ FOLDERS = {
     "optim": {"core", "runtime", "optim"},
     "audio": {"core", "io", "runtime", "audio"},
     "nn": {"core", "runtime", "attention", "checkpoint", "nn"},
-    "models": {"core", "runtime", "attention", "checkpoint", "audio", "nn", "models"},
+    "weights": {"core", "io", "weights"},
+    "models": {"core", "runtime", "attention", "checkpoint", "audio", "nn", "weights", "models"},
     "training": {
-        "core", "io", "runtime", "attention", "checkpoint", "memory", "plan", "optim", "audio", "nn", "models",
-        "training"
+        "core", "io", "runtime", "attention", "checkpoint", "memory", "plan", "optim", "audio", "nn", "weights",
+        "models", "training"
     },
 }
 STANDARD = re.compile(r"[a-z_0-9]+|immintrin\.h|omp\.h|(sys/[a-z]+|unistd|fcntl|poll)\.h")

@@ -5,7 +5,7 @@
 #include <fstream>
 #include <type_traits>
 
-#include "headroom/memory/plan.hpp"
+#include "headroom/plan/plan.hpp"
 #include "headroom/nn/encoder.hpp"
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/plan.hpp"

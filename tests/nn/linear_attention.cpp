@@ -1,8 +1,7 @@
-#include "headroom/nn/linear_self_attention.hpp"
-
 #include <torch/torch.h>
 
 #include "headroom/memory.hpp"
+#include "headroom/nn/linear_self_attention.hpp"
 #include "support/catch.hpp"
 
 using namespace headroom;
@@ -176,7 +175,7 @@ TEST_CASE("LinearAttention has the parameters of BS-RoFormer's and is its formul
     for (size_t i = 0; i < exact.size(); ++i) CHECK(largest_difference(in_double[i], exact[i]) < 1e-10);
     check_accuracy(run(torch::kFloat, ours), run(torch::kFloat, formula), exact);
   }
-  const auto copy = std::dynamic_pointer_cast<nn::LinearAttentionImpl>(module->clone());
+  const auto copy = std::dynamic_pointer_cast<nn::LinearSelfAttentionImpl>(module->clone());
   CHECK(torch::equal(copy->forward(x), module->forward(x)));
   CHECK(module->forward(torch::zeros({4, 12})).abs().max().item<float>() == 0);
 }

@@ -15,7 +15,7 @@
 #include "headroom/attention/positions.hpp"
 #include "headroom/attention/request.hpp"
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/device.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::detail {
 

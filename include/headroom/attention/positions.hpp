@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "headroom/attention/request.hpp"
-#include "headroom/dry_run/device.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::detail {
 

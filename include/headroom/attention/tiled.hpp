@@ -14,9 +14,9 @@
 #include "headroom/attention/request.hpp"
 #include "headroom/core/attention.hpp"
 #include "headroom/core/separate_kernels.hpp"
-#include "headroom/dry_run/device.hpp"
-#include "headroom/dry_run/operator.hpp"
-#include "headroom/dry_run/repetition.hpp"
+#include "headroom/runtime/dry_run.hpp"
+#include "headroom/runtime/operator.hpp"
+#include "headroom/runtime/repetition.hpp"
 
 namespace headroom::inline v0::detail {
 

@@ -12,10 +12,10 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/checkpoint/kept_results.hpp"
+#include "headroom/checkpoint/result_cache.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/phase.hpp"
+#include "headroom/runtime/phase.hpp"
 
 namespace headroom::inline v0::detail {
 
@@ -33,7 +33,7 @@ class RecomputationScope {
  private:
   Phase phase_{"recomputation"};
   std::optional<SavedTensorHooks> plain_;
-  KeptResultsScope none_{nullptr, KeptResultsScope::Mode::store};
+  ResultCacheScope none_{nullptr, ResultCacheScope::Mode::store};
 };
 
 /// Parameters that a backward of ours will use, as they are now.
@@ -152,7 +152,11 @@ class PieceGradients {
 
   static void check_leaves(const torch::autograd::variable_list& roots, const torch::autograd::variable_list& leaves) {
     std::unordered_set<const void*> known;
-    for (const at::Tensor& x : leaves) known.insert(x.unsafeGetTensorImpl());
+    std::unordered_set<torch::autograd::Node*> seen;
+    for (const at::Tensor& x : leaves) {
+      known.insert(x.unsafeGetTensorImpl());
+      if (!x.is_leaf()) seen.insert(x.grad_fn().get());  // a parameter that depends on others ends the piece
+    }
     const auto check = [&](const at::Tensor& leaf) {
       require(known.contains(leaf.unsafeGetTensorImpl()), "headroom.checkpoint.captured", "forward uses a tensor ",
               leaf.sizes(),
@@ -160,7 +164,6 @@ class PieceGradients {
               "add it to the parameters, or use checkpoint()");
     };
     std::vector<torch::autograd::Node*> todo;
-    std::unordered_set<torch::autograd::Node*> seen;
     const auto visit = [&](torch::autograd::Node* node) {
       if (node != nullptr && seen.insert(node).second) todo.push_back(node);
     };

@@ -16,7 +16,7 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/core/separate_kernels.hpp"
-#include "headroom/dry_run/device.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::nn {
 

@@ -4,9 +4,10 @@ Run by hand, with einops, beartype, librosa and rotary-embedding-torch 0.6 besid
     pip download --no-deps bs-roformer-infer==0.1.5 audio-separator==0.47.1   (both unpacked into SOURCES)
     roformer_reference.py SOURCES tests/models/roformers
 
-A file is for one small model: its output, loss and gradients in double precision ("output", "loss", "grad.NAME"), each
-flat with one number more, the RMS error of the same in float: that of several mixtures, since the error of one number is
-a matter of luck. Parameters and signals are not in the file: both sides make them of hashed counters.
+A file is for one small model: its output and gradients for one mixture and its losses for several, in double precision
+("output", "grad.NAME", "loss"), each flat with one number more, the RMS error of the same in float. Some mixtures are
+harder than others, and the error of few numbers is a matter of luck: it is the greater of the error for that mixture
+and the RMS over all. Parameters and signals are not in the file: both sides make them of hashed counters.
 """
 
 import json
@@ -30,7 +31,7 @@ from audio_separator.separator.uvr_lib_v5.roformer import bs_roformer as separat
 from audio_separator.separator.uvr_lib_v5.roformer import mel_band_roformer as separator_mel  # noqa: E402
 from bs_roformer import bs_roformer as infer_bs  # noqa: E402
 
-MIXTURES = 8  # over which errors of floats are averaged
+MIXTURES = 8
 TINY = dict(heads=2, multi_stft_resolutions_window_sizes=(64, 32, 16), multi_stft_hop_size=7, flash_attn=False)
 MODELS = {
     "bs_mono": (infer_bs.BSRoformer, 203, dict(
@@ -137,18 +138,42 @@ torch.set_num_threads(1)
 in_float = separator_mel._rotate_queries_or_keys  # has angles in float, whatever the model's precision
 folder.mkdir(exist_ok=True)
 for name, (kind, samples, options) in MODELS.items():
-    squares = {}
+    squares, losses = {}, []
     for mixture in range(MIXTURES):
         separator_mel._rotate_queries_or_keys = separator_bs._rotate_queries_or_keys = in_float
         inexact = results(kind, options, samples, mixture, torch.float32)
         rotate = lambda rotary, x: rotary.rotate_queries_or_keys(x)  # noqa: E731
         separator_mel._rotate_queries_or_keys = separator_bs._rotate_queries_or_keys = rotate
         exact = results(kind, options, samples, mixture, torch.float64)
-        if mixture == 0:
-            kept = exact
+        kept = kept if mixture > 0 else exact
+        losses.append(exact["loss"])
         for key, x in exact.items():
             squares.setdefault(key, []).append((inexact[key] - x).square().mean())
+    kept["loss"] = torch.stack(losses)
     errors = {key: torch.stack(s).mean().sqrt() for key, s in squares.items()}
+    errors |= {key: max(errors[key], s[0].sqrt()) for key, s in squares.items() if key != "loss"}
     save(folder / f"{name}.safetensors", {key: torch.hstack([x.flatten(), errors[key]]) for key, x in kept.items()})
-    print(name, len(kept) - 2, "gradients, output", list(kept["output"].shape), "loss", kept["loss"].item(), "error",
+    print(name, len(kept) - 2, "gradients, output", list(kept["output"].shape), "errors",
           errors["output"].item(), errors["loss"].item())
+
+
+def fingerprint(model):
+    """Number, elements and FNV-1a hash of the names and shapes of a state dict."""
+    lines = [f"{name} {list(x.shape)}\n" for name, x in sorted(model.state_dict().items())]
+    hashed = 0xCBF29CE484222325
+    for byte in "".join(lines).encode():
+        hashed = (hashed ^ byte) * 0x100000001B3 % 2**64
+    return len(lines), sum(x.numel() for x in model.parameters()), f"0x{hashed:016x}"
+
+
+torch.set_default_dtype(torch.float32)
+ONE_BLOCK = dict(stereo=True, time_transformer_depth=1, freq_transformer_depth=1, flash_attn=False)
+PUBLISHED = {
+    "BS-RoFormer 512/12": (infer_bs.BSRoformer, dict(dim=512, depth=12, stft_hop_length=441)),
+    "BS-RoFormer 384/12": (infer_bs.BSRoformer, dict(dim=384, depth=12)),
+    "BS-RoFormer 384/8, 4 stems": (separator_bs.BSRoformer, dict(dim=384, depth=8, num_stems=4, mlp_expansion_factor=2)),
+    "Mel-Band RoFormer 384/6": (separator_mel.MelBandRoformer, dict(dim=384, depth=6, mask_estimator_depth=2)),
+    "small, linear attention": (separator_bs.BSRoformer, dict(dim=64, depth=2, linear_transformer_depth=1)),
+}
+for name, (kind, options) in PUBLISHED.items():
+    print(name, *fingerprint(kind(**ONE_BLOCK, **options)))

@@ -200,6 +200,9 @@ class RoformerImpl : public torch::nn::Module {
 
   /// tokens [B,T,K,dim] -> same shape
   torch::Tensor run_layers(torch::Tensor x) {
+    const StackPolicy& policy = shared_.gradient_checkpointing();
+    require(policy.named_blocks() <= shared_.blocks(), "headroom.checkpoint.policy", "the checkpoint policy is \"",
+            policy.text(), "\", which names ", policy.named_blocks(), " blocks; this model has ", shared_.blocks());
     const torch::Tensor along_time = time_rotary_->table(x.size(1)), along_bands = band_rotary_->table(x.size(2));
     std::vector<StackBlock> blocks;
     const auto append = [&](const RoformerTransformer& transformer, int64_t axis, const torch::Tensor& rotation) {
@@ -209,7 +212,7 @@ class RoformerImpl : public torch::nn::Module {
     int64_t done = 0;
     const auto run = [&] {
       const auto count = static_cast<int64_t>(blocks.size());
-      x = run_stack(blocks, std::move(x), detail::policy_of(shared_.gradient_checkpointing(), done, count));
+      x = run_stack(blocks, std::move(x), detail::policy_of(policy, done, count));
       done += count;
       blocks.clear();
     };

@@ -4,8 +4,10 @@
 
 #include "headroom/memory.hpp"
 #include "support/catch.hpp"
+#include "support/tensors.hpp"
 
 using namespace headroom;
+using testing::largest_difference;
 using torch::Tensor;
 
 namespace {
@@ -39,11 +41,6 @@ std::vector<Tensor> with_gradients(const Tensor& output, const std::vector<Tenso
   auto results = torch::autograd::grad({(output * noise_like(output)).sum()}, leaves);
   results.push_back(output.detach());
   return results;
-}
-
-double largest_difference(const Tensor& a, const Tensor& b) {
-  REQUIRE(a.sizes() == b.sizes());
-  return (a - b).abs().max().item<double>();
 }
 
 /// At most twice (RMS) and four times (largest) the errors of the plain computation in the same dtype.

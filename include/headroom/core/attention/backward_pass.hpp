@@ -48,22 +48,7 @@ class BackwardPass {
 
   /// Tasks start in ascending order; one may wait for those before.
   Index tasks() const { return tasks_.count(); }
-  void run(Index task, int worker) {
-    Worker group(workspace_ + worker * worker_bytes_, x_, score_);
-    const HeadFamily family = families_[tasks_.family(task)];
-    if (!tasks_.is_whole(task)) {
-      const Place place{task, worker, first_split_owner() + tasks_.family(task) - tasks_.whole, &family};
-      run_strip(group, place, tasks_.strip(task));
-      return in_order(task, [&] { add_strip(place, tasks_.strip(task)); });
-    }
-    const Place place{task, worker, worker, &family};
-    find_seen(family, worker);
-    for (Index strip = 0; strip < tasks_.strips; ++strip) {
-      run_strip(group, place, strip);
-      if (strip + 1 < tasks_.strips) add_strip(place, strip);
-    }
-    in_order(task, [&] { add_strip(place, tasks_.strips - 1); });
-  }
+  void run(Index task, int worker);
 
  private:
   /// Who works on what: a family uses the memory of heads of its owner, which is its worker or, where its strips are
@@ -173,6 +158,25 @@ class BackwardPass {
   std::vector<Normalisers<Scalar>> normalisers_;  // of each head in memory
   Turn<Index> committed_;
 };
+
+// Not inline: a program may compile it once, by an explicit instantiation
+template <class Scalar>
+void BackwardPass<Scalar>::run(Index task, int worker) {
+  Worker strip_worker(workspace_ + worker * worker_bytes_, x_, score_);
+  const HeadFamily family = families_[tasks_.family(task)];
+  if (!tasks_.is_whole(task)) {
+    const Place place{task, worker, first_split_owner() + tasks_.family(task) - tasks_.whole, &family};
+    run_strip(strip_worker, place, tasks_.strip(task));
+    return in_order(task, [&] { add_strip(place, tasks_.strip(task)); });
+  }
+  const Place place{task, worker, worker, &family};
+  find_seen(family, worker);
+  for (Index strip = 0; strip < tasks_.strips; ++strip) {
+    run_strip(strip_worker, place, strip);
+    if (strip + 1 < tasks_.strips) add_strip(place, strip);
+  }
+  in_order(task, [&] { add_strip(place, tasks_.strips - 1); });
+}
 
 }  // namespace detail
 

@@ -160,12 +160,7 @@ class ForwardPass {
 
   Index tasks() const { return x_.batch() * x_.heads() * strips_.count(); }
   Index workspace_bytes(int workers) const { return worker_bytes_ * workers; }
-  void run(Index task, int worker, std::byte* workspace) const {
-    const Index head = task / strips_.count();
-    const Index strip = strips_.count() - 1 - task % strips_.count();  // under a causal mask the longest first
-    Worker(workspace + worker * worker_bytes_, x_.q.dim(), x_.v.dim())
-        .run({x_, score_, {head / x_.heads(), head % x_.heads()}}, strips_, strip);
-  }
+  void run(Index task, int worker, std::byte* workspace) const;
 
  private:
   const ForwardProblem& x_;
@@ -173,6 +168,15 @@ class ForwardPass {
   Strips<Scalar> strips_;
   Index worker_bytes_;
 };
+
+// Not inline: a program may compile it once, by an explicit instantiation
+template <class Scalar>
+void ForwardPass<Scalar>::run(Index task, int worker, std::byte* workspace) const {
+  const Index head = task / strips_.count();
+  const Index strip = strips_.count() - 1 - task % strips_.count();  // under a causal mask the longest first
+  Worker(workspace + worker * worker_bytes_, x_.q.dim(), x_.v.dim())
+      .run({x_, score_, {head / x_.heads(), head % x_.heads()}}, strips_, strip);
+}
 
 }  // namespace detail
 

@@ -225,7 +225,7 @@ struct TiledBackend {
     AttentionGradients grad{empty_in_order_of(q, q.sizes(), q.options()), empty_in_order_of(k, k.sizes(), k.options()),
                             empty_in_order_of(v, v.sizes(), v.options())};
     const TiledParamGradients sums(q, request, wanted);
-    tiled_attention_backward(grad_output, grad_lse, q, k, v, forward, request, grad, sums);
+    tiled_attention_backward({q, k, v, forward, grad_output, grad_lse}, request, grad, sums);
     sums.store(grad, request);
     return grad;
   }

@@ -91,7 +91,7 @@ struct PackedAttention : torch::autograd::Function<PackedAttention<Backend>> {
       const auto [grad_q, grad_k, grad_v] = unpack_views(grad_packed, axis);
       const TiledParamGradients sums(q, request, wanted);
       AttentionGradients grad{grad_q, grad_k, grad_v};
-      tiled_attention_backward(grad_output, {}, q, k, v, forward, request, grad, sums);
+      tiled_attention_backward({q, k, v, forward, grad_output, torch::Tensor()}, request, grad, sums);
       sums.store(grad, request);
       return {grad_packed, grad};
     } else {

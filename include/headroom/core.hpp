@@ -14,6 +14,7 @@
 #include "headroom/core/register_tile.hpp"
 #include "headroom/core/rows.hpp"
 #include "headroom/core/scratch.hpp"
+#include "headroom/core/separate_kernels.hpp"
 #include "headroom/core/simd.hpp"
 #include "headroom/core/stft.hpp"
 #include "headroom/core/stored.hpp"

@@ -9,17 +9,14 @@
 #include <numeric>
 #include <vector>
 
+#include "headroom/attention/backend.hpp"
+#include "headroom/attention/positions.hpp"
 #include "headroom/attention/request.hpp"
 #include "headroom/core/attention.hpp"
+#include "headroom/core/separate_kernels.hpp"
 #include "headroom/runtime/dry_run.hpp"
 #include "headroom/runtime/operator.hpp"
 #include "headroom/runtime/repetition.hpp"
-
-#ifdef HEADROOM_SEPARATE_KERNELS
-#define HEADROOM_KERNEL
-#else
-#define HEADROOM_KERNEL inline
-#endif
 
 namespace headroom::inline v0::detail {
 
@@ -291,8 +288,7 @@ struct TiledParamGradients {
   }
 };
 
-/// The only functions that compile the kernels, which takes about a minute. With HEADROOM_SEPARATE_KERNELS defined they
-/// are just declared, and one unit of the program, which also defines HEADROOM_KERNELS_HERE, holds them.
+/// The only functions that compile core's kernels, which takes about a minute.
 HEADROOM_KERNEL AttentionForward tiled_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                                  const AttentionRequest& request);
 
@@ -309,7 +305,7 @@ struct TiledBackward {
 HEADROOM_KERNEL void tiled_attention_backward(const TiledBackward& pass, const AttentionRequest& request,
                                               const AttentionGradients& grad, const TiledParamGradients& param_grads);
 
-#if !defined(HEADROOM_SEPARATE_KERNELS) || defined(HEADROOM_KERNELS_HERE)
+#ifdef HEADROOM_DEFINE_KERNELS
 
 HEADROOM_KERNEL AttentionForward tiled_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                                  const AttentionRequest& request) {
@@ -373,8 +369,6 @@ HEADROOM_KERNEL void tiled_attention_backward(const TiledBackward& pass, const A
   });
 }
 
-#endif  // kernels
-
-#undef HEADROOM_KERNEL
+#endif
 
 }  // namespace headroom::inline v0::detail

@@ -136,7 +136,7 @@ EIGEN_ALWAYS_INLINE void multiply_row_blocks(const VnniProduct& p) {
 
 /// c(r,:) = sum_k a(r,k)·b(k,:), or += where it accumulates. Needs AmxTiles in this thread.
 template <int Vectors, bool Accumulates>
-void multiply(const VnniProduct& p) {
+EIGEN_DONT_INLINE void multiply(const VnniProduct& p) {
   static_assert(1 <= Vectors && Vectors <= 3);
   Index r = 0;
   for (; r + 2 * kVnniRows <= p.rows; r += 2 * kVnniRows) {
@@ -155,7 +155,8 @@ struct AmxTiles {
 };
 
 template <int Vectors, bool Accumulates>
-void multiply(const VnniProduct& p) {
+EIGEN_DONT_INLINE void multiply(const VnniProduct& product) {
+  const VnniProduct p = product;  // of its own: what is written to c cannot be p
   const Eigen::bfloat16* a = p.a;
   float* c = p.c;
   for (Index r = 0; r < p.rows; r += kTileRows, a += kTileRows * p.a_stride, c += kTileRows * p.c_stride) {

@@ -5,6 +5,7 @@
 #include "headroom/core/attention_forward.hpp"
 #include "headroom/core/attention_problem.hpp"
 #include "headroom/core/attention_reference.hpp"
+#include "headroom/core/bsseval.hpp"
 #include "headroom/core/dropout.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/core/executor.hpp"

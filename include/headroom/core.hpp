@@ -3,6 +3,7 @@
 #include "headroom/core/attention.hpp"
 #include "headroom/core/attention/reference.hpp"
 #include "headroom/core/bfloat16_product.hpp"
+#include "headroom/core/bsseval.hpp"
 #include "headroom/core/dropout.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/core/executor.hpp"

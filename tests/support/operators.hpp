@@ -56,13 +56,12 @@ inline Seen see(const OperatorCase& c, MemoryMeter& meter) {
 /// The same in a dry run.
 inline Seen see_dry(const OperatorCase& c, torch::Device device = torch::kCPU) {
   Seen dry;
-  int64_t values_read = 0;
   detail::dry_trace(
       [&] {
         MemoryMeter meter(torch::kMeta);
         dry = see(c, meter);
       },
-      device, std::nullopt, values_read);
+      device);
   return dry;
 }
 

@@ -46,8 +46,9 @@ inline std::vector<CheckpointPolicy> policies_by_cost() {
 /// late ones are gone.
 inline StackPolicy mixed_policy(const CheckpointPolicy& cheaper, const CheckpointPolicy& leaner, int64_t count,
                                 int64_t blocks) {
-  using Block = CheckpointPolicy::Block;
-  if (cheaper.block == Block::full && leaner.block == Block::tiled) return {{{blocks - count, cheaper}}, leaner};
+  using Recompute = CheckpointPolicy::Recompute;
+  if (cheaper.recompute == Recompute::full && leaner.recompute == Recompute::tiled)
+    return {{{blocks - count, cheaper}}, leaner};
   return {{{count, leaner}}, cheaper};
 }
 

@@ -2,6 +2,7 @@
 
 #include <torch/torch.h>
 
+#include "headroom/memory/meter.hpp"
 #include "headroom/plan/plan.hpp"
 #include "support/catch.hpp"
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "headroom/memory/meter.hpp"
 #include "headroom/plan/plan.hpp"
 
 namespace headroom::testing {

@@ -21,7 +21,7 @@ struct TiledBackend {
   static void write_gradients(const AttentionInputs& in, const AttentionForward& forward, const ResultGradients& grad,
                               const WantedGradients& wanted, AttentionGradients& result) {
     const TiledParamGradients sums(in.q, in.request, wanted);
-    tiled_attention_backward(grad.output, grad.lse, in.q, in.k, in.v, forward, in.request, result, sums);
+    tiled_attention_backward({in.q, in.k, in.v, forward, grad.output, grad.lse}, in.request, result, sums);
     sums.store(result, in.request);
   }
 };

@@ -67,12 +67,14 @@ training::Config config_of(const Case& c, const std::string& folder) {
   training::Config config;
   if (const size_t slash = name.find('/'); slash != std::string::npos) {
     config = training::load_config(folder + "/musdb18_small.json");
-    config.model.n_fft = 2048;
-    config.model.hop_length = 512;
-    config.model.emb_dim = std::stoll(name.substr(0, slash));
-    config.model.n_layers = std::stoll(name.substr(slash + 1));
-    config.model.n_heads = 8;
-    config.model.ffn_hidden_dim = {4 * config.model.emb_dim};
+    const int64_t width = std::stoll(name.substr(0, slash));
+    config.model.as<models::TimeFrequencyTransformerOptions>()
+        .n_fft(2048)
+        .hop_length(512)
+        .emb_dim(width)
+        .n_layers(std::stoll(name.substr(slash + 1)))
+        .n_heads(8)
+        .ffn_hidden_dim({4 * width});
   } else {
     config = training::load_config(folder + "/musdb18_" + name + ".json");
   }
@@ -87,7 +89,7 @@ training::Config config_of(const Case& c, const std::string& folder) {
 
 /// Two steps of a trainer, as plan_training replays them; the seconds of the second.
 double train(const training::Config& config, const benchmarks::Accelerator& gpu) {
-  models::TimeFrequencyTransformer model(training::model_options(config));
+  const models::Separator model = training::make_model(config);
   model->to(gpu.device);
   training::Trainer trainer(model, config, benchmarks::NoiseSource{{config}});
   trainer.step(config.training.learning_rate);
@@ -186,9 +188,9 @@ std::string guides_crash(const benchmarks::Accelerator& gpu, const std::string& 
   training::Config config = config_of({"memory_optimized_first", 10, 1, "full"}, folder);
   config.model.attention = "reference";
   try {
-    models::TimeFrequencyTransformer model(training::model_options(config));
+    const models::Separator model = training::make_model(config);
     model->to(gpu.device);
-    model->forward(torch::randn({1, 2, config.training.segment_length}).to(gpu.device));
+    model(torch::randn({1, 2, config.training.segment_length}).to(gpu.device));
     return "no error";
   } catch (const std::exception& error) {
     return std::string(is_out_of_memory(error) ? "" : "no out-of-memory error: ") + error.what();

@@ -7,7 +7,7 @@ namespace headroom::benchmarks {
 /// Examples of the shapes that a configuration describes, of noise.
 struct NoiseSource {
   training::ShapeSource shapes;
-  training::ShapeSource::Example operator()(int64_t first, int64_t count) const {
+  training::Example operator()(int64_t first, int64_t count) const {
     const auto example = shapes(first, count);
     example.stems.normal_();
     example.mixture.normal_();

@@ -111,7 +111,7 @@ struct EncoderStep {
 /// One optimizer step of a trainer, model and optimizer state included: its seconds.
 template <class Source>
 double train_step(const training::Config& config, Source source) {
-  models::TimeFrequencyTransformer model(training::model_options(config));
+  const models::Separator model = training::make_model(config);
   training::Trainer trainer(model, config, std::move(source));
   return seconds_of([&] { trainer.step(config.training.learning_rate); });
 }

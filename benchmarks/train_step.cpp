@@ -19,10 +19,6 @@ using namespace headroom;
 
 namespace {
 
-struct Example {
-  torch::Tensor mixture, stems;  // [B,C,S], [B,N,C,S]
-};
-
 /// A folder that goes away with its contents.
 struct TemporaryFolder {
   fs::path path = fs::temp_directory_path() / ("headroom_train_step_" + std::to_string(::getpid()));
@@ -32,7 +28,7 @@ struct TemporaryFolder {
 
 /// Everything that the twin needs, for torch.load.
 void write_for_python(const fs::path& path, const training::Config& config, int64_t steps, const std::string& device,
-                      const training::TensorMap& model, const Example& example) {
+                      const training::TensorMap& model, const training::Example& example) {
   c10::impl::GenericDict content(c10::StringType::get(), c10::AnyType::get());
   content.insert("config", training::to_json(config));
   content.insert("threads", static_cast<int64_t>(torch::get_num_threads()));
@@ -109,9 +105,9 @@ int main(int argc, char** argv) {
       nlohmann::ordered_json ours;
       {
         torch::manual_seed(0);
-        models::TimeFrequencyTransformer model(training::model_options(config));
+        const models::Separator model = training::make_model(config);
         const auto stems = static_cast<int64_t>(config.audio.stems.size());
-        Example example;
+        training::Example example;
         example.stems = 0.1 * torch::randn({config.training.batch_size, stems, config.audio.channels,
                                             config.training.segment_length});  // [B,N,C,S]
         example.mixture = example.stems.sum(1);                                // [B,C,S]

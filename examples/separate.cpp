@@ -1,6 +1,6 @@
 // separate: splits a recording of any length into the stems of a trained model, in the memory of one segment.
 //
-//   separate --model experiments/small/checkpoints/best.pt song.wav separated/song
+//   separate --model experiments/small/best.pt song.wav separated/song
 
 #include <unistd.h>
 
@@ -118,7 +118,7 @@ int main(int argc, char** argv) {
   const std::map<std::string, audio::Encoding> encodings = {
       {"wav16", audio::Encoding::pcm16}, {"wav24", audio::Encoding::pcm24}, {"wav32f", audio::Encoding::float32}};
   std::string format = "wav16";
-  add_path(app, "--model", arguments.model, "checkpoint written by train")->required();
+  add_path(app, "--model", arguments.model, "saved state written by train")->required();
   add_path(app, "INPUT", arguments.input,
            "recording: WAV, FLAC, AIFF or Ogg, with the model's sample rate; - is the standard input")
       ->required();

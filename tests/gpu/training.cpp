@@ -10,6 +10,7 @@
 #include "headroom/models.hpp"
 #include "support/files.hpp"
 #include "support/tiny_separator.hpp"
+#include "support/transformer_options.hpp"
 
 using namespace headroom;
 using namespace headroom::testing;
@@ -37,7 +38,7 @@ models::TimeFrequencyTransformer make_model(const training::Config& config) {
 }
 
 auto make_trainer(const models::TimeFrequencyTransformer& model, const training::Config& config) {
-  return training::Trainer<models::TimeFrequencyTransformer, NoiseExample (*)(int64_t, int64_t)>(model, config, source);
+  return training::Trainer(model, config, source);
 }
 
 std::vector<Tensor> step_values(models::TimeFrequencyTransformer& model, const training::Config& config,
@@ -84,7 +85,7 @@ TEST_CASE("50 steps on the device lower the loss; stopped, saved and resumed the
   make_trainer(first, config)
       .run({.steps = 50,
             .folder = folder.path(),
-            .on_step = [&](const training::Progress& p) { now = p.step; },
+            .on_step = [&](const training::StepReport& p) { now = p.step; },
             .stop_requested = [&] { return now == 23; }});
   torch::manual_seed(99);
   models::TimeFrequencyTransformer second = make_model(config);
@@ -129,15 +130,13 @@ TEST_CASE("a plan of training for the device is what its allocator then sees", "
   for (const char* policy : {"none", "full", "selective", "tiled"}) {
     CAPTURE(policy);
     training::Config config = small_config();
-    config.model.n_fft = 4096, config.model.hop_length = 1024;
-    config.model.emb_dim = 96, config.model.n_heads = 6, config.model.ffn_hidden_dim = {384, 384};
+    transformer(config).n_fft(4096).hop_length(1024).emb_dim(96).n_heads(6).ffn_hidden_dim({384, 384});
     config.model.gradient_checkpointing = policy;
     config.training.segment_length = 132300, config.training.batch_size = 1;
     const auto train = [&] {
       models::TimeFrequencyTransformer model = make_model(config);
       const auto examples = [&](int64_t first, int64_t count) { return noise_examples(first, count, 132300); };
-      training::Trainer<models::TimeFrequencyTransformer, std::decay_t<decltype(examples)>> trainer(model, config,
-                                                                                                    examples);
+      training::Trainer trainer(model, config, examples);
       for (int step = 0; step < 2; ++step) trainer.step(1e-3);
       synchronize();
     };

@@ -13,6 +13,7 @@
 #include "headroom/checkpoint/cheapest_policy.hpp"
 #include "headroom/training/bucket.hpp"
 #include "headroom/training/plan.hpp"
+#include "headroom/training/rules.hpp"
 
 namespace headroom::inline v0::training {
 
@@ -113,7 +114,8 @@ inline std::optional<Recommendation> recommend(const Config& config, const Devic
   Config asked = config;
   if (config.model.attention == "reference") asked.model.attention = "automatic";
   const StackPolicy& given = config.model.gradient_checkpointing;
-  const StackPolicy leanest = config.model.reversible ? given : policies_by_cost().back();
+  const bool recomputes = config.model.blocks() > 0;
+  const StackPolicy leanest = recomputes ? policies_by_cost().back() : given;
   // The candidate with as little recomputation, then as few splits as fit
   const auto fit = [&](Config candidate, int64_t part) -> std::optional<Recommendation> {
     const auto with = [&](const StackPolicy& policy) {
@@ -127,7 +129,7 @@ inline std::optional<Recommendation> recommend(const Config& config, const Devic
       return fits || adds || batch == 1 ? fits : attempt(with(policy), 1, part);
     };
     auto chosen = in_least(leanest);  // where the least of all does not fit, none does
-    if (chosen && !config.model.reversible) chosen = cheapest_policy(in_least, config.model.blocks(), given);
+    if (chosen && recomputes) chosen = cheapest_policy(in_least, config.model.blocks(), given);
     if (!chosen) return std::nullopt;
     const StackPolicy policy = chosen->config.model.gradient_checkpointing;
     for (int64_t split = 1; split < batch; ++split) {
@@ -136,11 +138,9 @@ inline std::optional<Recommendation> recommend(const Config& config, const Devic
     }
     return chosen;
   };
-  const int64_t longest_window =
-      std::max({config.model.n_fft, config.loss.min_n_fft, std::ranges::max(config.loss.windows)});
-  // Divided by the denominators of shorter segments; the shortest is what the STFT and its loss still take
+  // Divided by the denominators of shorter segments; the shortest is what the model and its loss still take
   for (const int64_t part : {1, 2, 3, 4, 6, 8, 12, 16}) {
-    if (shortest / part < longest_window) break;
+    if (!takes_segments(config, shortest / part)) break;
     for (const Config& candidate : detail::with_fewer_bits(asked)) {
       if (auto fits = fit(candidate, part)) return fits;
     }

@@ -132,8 +132,7 @@ inline void print_sweep(std::ostream& out, const std::vector<SweepRow>& rows, co
 /// The rows as JSON: {"device", "budget_bytes", "key", "rows": [...]}.
 inline std::string sweep_json(const std::vector<SweepRow>& rows, const Sweep& sweep, const DeviceProfile& device,
                               int64_t budget) {
-  nlohmann::ordered_json json = {
-      {"device", device.name}, {"budget_bytes", budget}, {"key", sweep.section + "." + sweep.key}};
+  Json json = {{"device", device.name}, {"budget_bytes", budget}, {"key", sweep.section + "." + sweep.key}};
   for (const SweepRow& row : rows) {
     json["rows"].push_back({{"configuration", row.configuration},
                             {"value", row.value},

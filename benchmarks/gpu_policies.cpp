@@ -4,8 +4,8 @@
 #include <torch/torch.h>
 
 #include "accelerator.hpp"
-#include "headroom/memory.hpp"
 #include "headroom/nn.hpp"
+#include "headroom/plan.hpp"
 
 using namespace headroom;
 using torch::Tensor;

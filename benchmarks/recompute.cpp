@@ -13,6 +13,7 @@
 
 #include "headroom/memory.hpp"
 #include "headroom/nn.hpp"
+#include "headroom/plan.hpp"
 #include "headroom/training.hpp"
 #include "noise_source.hpp"
 #include "report.hpp"

@@ -1,7 +1,7 @@
 // What a training step will need on a card that is not here, found without running it.
 
-#include <headroom/memory.hpp>
 #include <headroom/nn.hpp>
+#include <headroom/plan.hpp>
 #include <iostream>
 
 int main() {

@@ -2,8 +2,8 @@
 // budget asks for, block by block.
 
 #include <headroom/checkpoint.hpp>
-#include <headroom/memory.hpp>
 #include <headroom/nn.hpp>
+#include <headroom/plan.hpp>
 #include <iostream>
 
 using namespace headroom;

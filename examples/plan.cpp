@@ -16,8 +16,10 @@
 
 #include "command_line.hpp"
 #include "headroom/io/atomic_file.hpp"
-#include "headroom/memory/report.hpp"
-#include "headroom/memory/snapshot.hpp"
+#include "headroom/plan/allocator_snapshot.hpp"
+#include "headroom/plan/report.hpp"
+#include "headroom/plan/report_html.hpp"
+#include "headroom/plan/report_json.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/recommend.hpp"
 #include "headroom/training/sweep.hpp"

@@ -4,7 +4,7 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/memory/format.hpp"
-#include "headroom/memory/report.hpp"
+#include "headroom/plan/report.hpp"
 #include "headroom/training/plan.hpp"
 #include "headroom/training/recommend.hpp"
 

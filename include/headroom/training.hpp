@@ -10,7 +10,6 @@
 #include "headroom/training/json.hpp"
 #include "headroom/training/model_type.hpp"
 #include "headroom/training/models.hpp"
-#include "headroom/training/nearest_word.hpp"
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/plan.hpp"
 #include "headroom/training/recommend.hpp"

@@ -2,7 +2,7 @@
 
 #include <torch/torch.h>
 
-#include "headroom/checkpoint/ambient_state.hpp"
+#include "headroom/runtime/autocast_state.hpp"
 #include "support/catch.hpp"
 
 using namespace headroom;

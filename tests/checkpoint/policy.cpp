@@ -12,6 +12,7 @@
 #include "headroom/checkpoint.hpp"
 #include "headroom/memory.hpp"
 #include "headroom/nn.hpp"
+#include "headroom/plan.hpp"
 #include "support/catch.hpp"
 #include "support/files.hpp"
 
@@ -162,43 +163,6 @@ TEST_CASE("each block is kept as its part of the policy says") {
   CHECK(recomputed("1*full,none") == "0");
   CHECK(recomputed("2*none,full") == "23");
   CHECK(recomputed("1*none,2*full,none") == "12");
-}
-
-TEST_CASE("the cheapest policy is the first one by cost that an attempt accepts") {
-  const int64_t blocks = 7;
-  // All candidates in the order of their cost, and an attempt that accepts those from a place on
-  std::vector<StackPolicy> order{"none"};
-  const std::vector<CheckpointPolicy> policies = policies_by_cost();
-  for (size_t i = 1; i < policies.size(); ++i) {
-    for (int64_t count = 1; count < blocks; ++count) {
-      order.push_back(mixed_policy(policies[i - 1], policies[i], count, blocks));
-    }
-    order.emplace_back(policies[i]);
-  }
-  CHECK(order[1] == StackPolicy("1*selective,none"));
-  CHECK(order[2 * blocks + 1] == StackPolicy("6*full,tiled"));  // late blocks first
-  const auto search = [&](size_t first, const StackPolicy& given, int64_t size = 7) {
-    const auto attempt = [&](const StackPolicy& policy) -> std::optional<StackPolicy> {
-      const auto place = std::ranges::find(order, policy) - order.begin();
-      return place >= static_cast<int64_t>(first) ? std::optional(policy) : std::nullopt;
-    };
-    return cheapest_policy(attempt, size, given);
-  };
-  for (size_t first = 0; first < order.size(); ++first) {
-    CAPTURE(first, order[first].text());
-    CHECK(search(first, {}) == order[first]);
-    // From what was asked for on; a mix starts at the cheapest policy in it
-    CHECK(search(first, "full") == order[std::max<size_t>(first, 2 * blocks)]);
-    const size_t given = 2 * blocks - 3;
-    CHECK(search(first, order[given]) == order[first > given ? first : given]);
-  }
-  CHECK_FALSE(search(order.size() + 1, {}).has_value());
-  CHECK(search(3, "nested") == StackPolicy("nested"));  // accepted, as it stands in no order
-  CHECK(search(1, {}, 1) == StackPolicy("selective"));  // one block has no mix
-  const auto fussy = [](const StackPolicy& policy) -> std::optional<StackPolicy> {
-    return policy == StackPolicy("nested") || policy == StackPolicy("none") ? std::nullopt : std::optional(policy);
-  };
-  CHECK(cheapest_policy(fussy, blocks, "nested") == StackPolicy("full"));
 }
 
 TEST_CASE("every policy that computes the same arithmetic gives the plain gradients, bit for bit") {

@@ -13,6 +13,7 @@
 #include "headroom/checkpoint.hpp"
 #include "headroom/memory.hpp"
 #include "headroom/nn.hpp"
+#include "headroom/plan.hpp"
 #include "support/catch.hpp"
 #include "support/files.hpp"
 

@@ -5,9 +5,9 @@
 #include <vector>
 
 #include "gpu/device.hpp"
-#include "headroom/checkpoint/ambient_state.hpp"
 #include "headroom/memory.hpp"
 #include "headroom/nn.hpp"
+#include "headroom/runtime/autocast_state.hpp"
 
 using namespace headroom;
 using namespace headroom::testing;

@@ -11,6 +11,7 @@
 
 #include "headroom/memory.hpp"
 #include "headroom/optim.hpp"
+#include "headroom/plan.hpp"
 #include "support/catch.hpp"
 #include "support/one_thread.hpp"
 

@@ -1,8 +1,8 @@
 """Compiles each header by itself, with the flags of one unit of the build.
 
-Usage: headers_alone.py <compile_commands.json> <compiler> <source> <header>...
+Usage: headers_alone.py <compile_commands.json> <compiler> <target> <header>...
 
-<source> is the unit whose flags are taken. When it has a precompiled header (torch/torch.h), a header is checked after
+<target> is the one whose flags are taken. When it has a precompiled header (torch/torch.h), a header is checked after
 it, so a missing LibTorch or standard include goes unseen there; a missing headroom include does not. With
 HEADROOM_HEADERS_ALONE=full in the environment it is left out: 8 to 18 s a header. Either way a unit ends at a failing
 assertion: the compiler stops there, before it instantiates all that LibTorch left pending (8 s a unit).
@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 END = "the header compiles alone"
-database, compiler, source, *headers = sys.argv[1:]
-entry = next(e for e in json.loads(Path(database).read_text()) if os.path.samefile(e["file"], source))
+database, compiler, target, *headers = sys.argv[1:]
+entry = next(e for e in json.loads(Path(database).read_text()) if f"/{target}.dir/" in e["command"].split(" -o ")[1])
 command = shlex.split(entry["command"])
 command = command[command.index(compiler) : command.index("-o")]
 uses_torch = "-include" in command

@@ -11,16 +11,19 @@ from pathlib import Path
 FOLDERS = {
     "core": {"core"},
     "io": {"core", "io"},
-    "dry_run": {"dry_run"},
-    "attention": {"core", "dry_run", "attention"},
-    "checkpoint": {"core", "dry_run", "checkpoint"},
-    "memory": {"core", "dry_run", "checkpoint", "memory"},
-    "optim": {"core", "dry_run", "optim"},
-    "audio": {"core", "io", "dry_run", "audio"},
-    "nn": {"core", "dry_run", "attention", "checkpoint", "memory", "nn"},
-    "models": {"core", "dry_run", "attention", "checkpoint", "memory", "audio", "nn", "models"},
+    "runtime": {"core", "runtime"},
+    "attention": {"core", "runtime", "attention"},
+    "checkpoint": {"core", "runtime", "checkpoint"},
+    "memory": {"core", "runtime", "memory"},
+    "plan": {"core", "runtime", "checkpoint", "memory", "plan"},
+    "optim": {"core", "runtime", "optim"},
+    "audio": {"core", "io", "runtime", "audio"},
+    "nn": {"core", "runtime", "attention", "checkpoint", "nn"},
+    "weights": {"core", "io", "weights"},
+    "models": {"core", "runtime", "attention", "checkpoint", "audio", "nn", "weights", "models"},
     "training": {
-        "core", "io", "dry_run", "attention", "checkpoint", "memory", "optim", "audio", "nn", "models", "training"
+        "core", "io", "runtime", "attention", "checkpoint", "memory", "plan", "optim", "audio", "nn", "weights",
+        "models", "training"
     },
 }
 STANDARD = re.compile(r"[a-z_0-9]+|immintrin\.h|omp\.h|(sys/[a-z]+|unistd|fcntl|poll)\.h")

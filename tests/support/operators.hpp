@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "headroom/memory/plan.hpp"
+#include "headroom/plan/plan.hpp"
 
 namespace headroom::testing {
 

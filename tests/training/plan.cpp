@@ -7,8 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "headroom/memory/report.hpp"
 #include "headroom/memory/resident.hpp"
+#include "headroom/plan/report.hpp"
+#include "headroom/plan/report_json.hpp"
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/recommend.hpp"
 #include "headroom/training/sweep.hpp"

@@ -9,7 +9,7 @@
 #include "headroom/attention/merge.hpp"
 #include "headroom/attention/reference.hpp"
 #include "headroom/attention/tiled.hpp"
-#include "headroom/dry_run/operator.hpp"
+#include "headroom/runtime/operator.hpp"
 
 namespace headroom::inline v0 {
 

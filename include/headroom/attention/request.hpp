@@ -13,7 +13,7 @@
 #include "headroom/attention/options.hpp"
 #include "headroom/core/dropout.hpp"
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/device.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::detail {
 

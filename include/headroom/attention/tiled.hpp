@@ -11,9 +11,9 @@
 
 #include "headroom/attention/request.hpp"
 #include "headroom/core/attention.hpp"
-#include "headroom/dry_run/device.hpp"
-#include "headroom/dry_run/operator.hpp"
-#include "headroom/dry_run/repetition.hpp"
+#include "headroom/runtime/dry_run.hpp"
+#include "headroom/runtime/operator.hpp"
+#include "headroom/runtime/repetition.hpp"
 
 #ifdef HEADROOM_SEPARATE_KERNELS
 #define HEADROOM_KERNEL

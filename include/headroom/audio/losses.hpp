@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "headroom/audio/stft.hpp"
-#include "headroom/dry_run/device.hpp"
-#include "headroom/dry_run/repetition.hpp"
+#include "headroom/runtime/dry_run.hpp"
+#include "headroom/runtime/repetition.hpp"
 
 namespace headroom::inline v0::audio {
 

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "headroom/core/stft.hpp"
-#include "headroom/dry_run/device.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::audio {
 

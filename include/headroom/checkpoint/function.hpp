@@ -20,10 +20,10 @@
 #include <vector>
 
 #include "headroom/checkpoint/ambient_state.hpp"
-#include "headroom/checkpoint/kept_results.hpp"
+#include "headroom/checkpoint/result_cache.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/phase.hpp"
+#include "headroom/runtime/phase.hpp"
 
 namespace headroom::inline v0 {
 
@@ -39,7 +39,7 @@ struct Slot {
             "recomputation saved ", described(operator_of(x)), " ", x.sizes(), " ", x.scalar_type(), " on ", x.device(),
             ", expected ", described(made_by), " ", at::IntArrayRef(sizes), " ", dtype, " on ", device,
             " as in forward; forward must not depend on anything that changes in between");
-    value = Snapshot(x);
+    value = SavedTensor(x);
   }
 
   /// The node of the graph that made `x`; nullptr for an input, and for a result of the operator that saves it.
@@ -63,14 +63,14 @@ struct Slot {
   c10::ScalarType dtype;
   c10::Device device;
   const std::type_info* made_by;
-  Snapshot value;
+  SavedTensor value;
 };
 
 /// One checkpointed call. The graph is built as usual, but of the tensors that autograd saves only their order is
 /// remembered. The first one that backward asks for runs forward again, which saves the same tensors in the same order.
 class Recomputation : public std::enable_shared_from_this<Recomputation> {
  public:
-  explicit Recomputation(std::optional<KeptResults> kept = {}) : kept_(std::move(kept)) {}
+  explicit Recomputation(std::optional<ResultCache> cache = {}) : cache_(std::move(cache)) {}
   virtual ~Recomputation() = default;
 
   /// Packs what autograd saves in forward.
@@ -86,7 +86,7 @@ class Recomputation : public std::enable_shared_from_this<Recomputation> {
   }
 
   /// Where this call's operators store their results in forward; nullptr: nowhere.
-  KeptResults* kept() { return kept_ ? &*kept_ : nullptr; }
+  ResultCache* cache() { return cache_ ? &*cache_ : nullptr; }
 
   /// Ends forward.
   void close() { state_.random.forget_unused(); }
@@ -111,7 +111,7 @@ class Recomputation : public std::enable_shared_from_this<Recomputation> {
   }
 
   void recompute() {
-    for (const Snapshot& parameter : parameters_) {
+    for (const SavedTensor& parameter : parameters_) {
       parameter.check_unmodified();
     }
     std::size_t last = slots_.size();
@@ -120,7 +120,7 @@ class Recomputation : public std::enable_shared_from_this<Recomputation> {
     }
     const AmbientStateGuard state(state_);
     const Phase phase("recomputation");
-    const KeptResultsScope kept_results(kept(), KeptResultsScope::Mode::take);
+    const ResultCacheScope results(cache(), ResultCacheScope::Mode::take);
     std::size_t remaining = last;
     const SavedTensorHooks hooks(
         [&](const at::Tensor& x) -> Unpack {
@@ -148,9 +148,9 @@ class Recomputation : public std::enable_shared_from_this<Recomputation> {
   }
 
   AmbientState state_;
-  std::optional<KeptResults> kept_;
+  std::optional<ResultCache> cache_;
   std::vector<std::weak_ptr<Slot>> slots_;  // in the order of saving; a slot lives as long as the graph wants it
-  std::vector<Snapshot> parameters_;
+  std::vector<SavedTensor> parameters_;
   std::recursive_mutex mutex_;
 };
 
@@ -199,8 +199,8 @@ class StoredInput<at::Generator> {
 template <class F, class... Inputs>
 class RecomputedCall final : public Recomputation {
  public:
-  RecomputedCall(std::optional<KeptResults> kept, F forward, const Inputs&... inputs)
-      : Recomputation(std::move(kept)), forward_(std::move(forward)), inputs_(inputs...) {}
+  RecomputedCall(std::optional<ResultCache> cache, F forward, const Inputs&... inputs)
+      : Recomputation(std::move(cache)), forward_(std::move(forward)), inputs_(inputs...) {}
 
   template <class... Arguments>
   auto operator()(Arguments&&... arguments) {
@@ -218,14 +218,14 @@ class RecomputedCall final : public Recomputation {
 
 /// A call of forward that is recomputed in backward, where gradients are enabled.
 template <class F, class... Inputs>
-auto recomputed_call(std::optional<KeptResults> kept, F&& forward, Inputs&&... inputs) {
+auto recomputed_call(std::optional<ResultCache> cache, F&& forward, Inputs&&... inputs) {
   if (!at::GradMode::is_enabled()) {
     return std::invoke(std::forward<F>(forward), std::forward<Inputs>(inputs)...);
   }
   using Call = RecomputedCall<std::decay_t<F>, std::decay_t<Inputs>...>;
-  const auto call = std::make_shared<Call>(std::move(kept), std::forward<F>(forward), inputs...);
+  const auto call = std::make_shared<Call>(std::move(cache), std::forward<F>(forward), inputs...);
   const SavedTensorHooks hooks([&](const at::Tensor& x) { return call->pack(x); });
-  const KeptResultsScope kept_results(call->kept(), KeptResultsScope::Mode::store);
+  const ResultCacheScope results(call->cache(), ResultCacheScope::Mode::store);
   auto output = (*call)(std::forward<Inputs>(inputs)...);
   call->close();
   return output;
@@ -260,7 +260,7 @@ auto checkpoint(F&& forward, Inputs&&... inputs) {
 /// Source: Korthikanti et al. 2022, arXiv:2205.05198 (selective activation recomputation).
 template <class F, class... Inputs>
 auto selective_checkpoint(KeptOperators keep, F&& forward, Inputs&&... inputs) {
-  return detail::recomputed_call(std::optional<detail::KeptResults>(std::in_place, std::move(keep)),
+  return detail::recomputed_call(std::optional<detail::ResultCache>(std::in_place, std::move(keep)),
                                  std::forward<F>(forward), std::forward<Inputs>(inputs)...);
 }
 

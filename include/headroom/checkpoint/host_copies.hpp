@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "headroom/checkpoint/saved_tensors.hpp"
-#include "headroom/dry_run/device.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::detail {
 

@@ -12,10 +12,10 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/checkpoint/kept_results.hpp"
+#include "headroom/checkpoint/result_cache.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/phase.hpp"
+#include "headroom/runtime/phase.hpp"
 
 namespace headroom::inline v0::detail {
 
@@ -33,7 +33,7 @@ class RecomputationScope {
  private:
   Phase phase_{"recomputation"};
   std::optional<SavedTensorHooks> plain_;
-  KeptResultsScope none_{nullptr, KeptResultsScope::Mode::store};
+  ResultCacheScope none_{nullptr, ResultCacheScope::Mode::store};
 };
 
 /// Parameters that a backward of ours will use, as they are now.

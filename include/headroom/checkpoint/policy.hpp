@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/checkpoint/kept_results.hpp"
+#include "headroom/checkpoint/result_cache.hpp"
 #include "headroom/checkpoint/storage.hpp"
 #include "headroom/core/error.hpp"
 

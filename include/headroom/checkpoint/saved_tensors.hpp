@@ -152,10 +152,10 @@ inline std::uint32_t version_of(const at::Tensor& x) { return x.is_inference() ?
 
 /// A tensor without its graph, and its version, which counts changes of the original too: LibTorch skips the version
 /// check of tensors that go through hooks.
-class Snapshot {
+class SavedTensor {
  public:
-  Snapshot() = default;
-  explicit Snapshot(const at::Tensor& x) : tensor_(x.tensor_data()), version_(version_of(tensor_)) {}
+  SavedTensor() = default;
+  explicit SavedTensor(const at::Tensor& x) : tensor_(x.tensor_data()), version_(version_of(tensor_)) {}
 
   bool holds_tensor() const { return tensor_.defined(); }
   /// As it is now, modified or not.
@@ -179,7 +179,7 @@ class Snapshot {
 
 /// Keeps `x` as autograd does without hooks.
 inline Unpack keep(const at::Tensor& x) {
-  return [kept = Snapshot(x)] { return kept.tensor(); };
+  return [kept = SavedTensor(x)] { return kept.tensor(); };
 }
 
 /// Where checkpoints of this thread keep their inputs while it lives: through `pack`. Scopes nest, the innermost

@@ -20,7 +20,7 @@
 #include "headroom/checkpoint/host_copies.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/device.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0 {
 

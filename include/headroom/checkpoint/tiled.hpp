@@ -12,8 +12,8 @@
 
 #include "headroom/checkpoint/reentrant.hpp"
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/device.hpp"
-#include "headroom/dry_run/repetition.hpp"
+#include "headroom/runtime/dry_run.hpp"
+#include "headroom/runtime/repetition.hpp"
 
 namespace headroom::inline v0 {
 

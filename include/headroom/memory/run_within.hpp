@@ -22,9 +22,9 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/checkpoint/ambient_state.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/memory/meter.hpp"
+#include "headroom/runtime/random_state.hpp"
 
 namespace headroom::inline v0 {
 

@@ -7,9 +7,9 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/dry_run/device.hpp"
 #include "headroom/nn/chain_layout.hpp"
 #include "headroom/nn/rms_norm.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::nn::detail {
 

@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "headroom/core/register_tile.hpp"
-#include "headroom/dry_run/device.hpp"
-#include "headroom/dry_run/operator.hpp"
+#include "headroom/runtime/dry_run.hpp"
+#include "headroom/runtime/operator.hpp"
 
 namespace headroom::inline v0::nn::detail {
 

@@ -14,7 +14,7 @@
 #include <tuple>
 
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/device.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::nn {
 

@@ -19,9 +19,9 @@
 #include <vector>
 
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/device.hpp"
 #include "headroom/optim/adamw_state.hpp"
 #include "headroom/optim/moment.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::optim {
 

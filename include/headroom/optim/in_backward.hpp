@@ -10,8 +10,8 @@
 #include <utility>
 
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/phase.hpp"
 #include "headroom/optim/adamw.hpp"
+#include "headroom/runtime/phase.hpp"
 
 namespace headroom::inline v0::optim {
 

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "headroom/core/error.hpp"
-#include "headroom/dry_run/device.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::optim {
 

@@ -6,9 +6,9 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/io/nearest.hpp"
 #include "headroom/training/field.hpp"
 #include "headroom/training/json.hpp"
-#include "headroom/training/nearest_word.hpp"
 
 namespace headroom::inline v0::training {
 
@@ -53,6 +53,12 @@ std::vector<Field> fields_of(T& value) {
   Fields fields;
   T::describe(value, fields);
   return fields.take();
+}
+
+/// "; did you mean `n_heads`?", or nothing where no word of `valid` is near.
+inline std::string did_you_mean(const std::string& given, const std::vector<std::string>& valid) {
+  const auto meant = io::nearest(given, valid);
+  return meant ? "; did you mean `" + *meant + "`?" : "";
 }
 
 /// Reads the members of `json` into fields and appends everything that is wrong to `problems`: keys that are unknown

@@ -14,12 +14,12 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/dry_run/phase.hpp"
 #include "headroom/memory/format.hpp"
-#include "headroom/memory/plan.hpp"
-#include "headroom/memory/report.hpp"
-#include "headroom/memory/trace.hpp"
 #include "headroom/models/separator.hpp"
+#include "headroom/plan/plan.hpp"
+#include "headroom/plan/recorder.hpp"
+#include "headroom/plan/report_json.hpp"
+#include "headroom/runtime/phase.hpp"
 #include "headroom/training/bucket.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/described.hpp"

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/checkpoint/cheapest_policy.hpp"
+#include "headroom/plan/policy_search.hpp"
 #include "headroom/training/bucket.hpp"
 #include "headroom/training/plan.hpp"
 #include "headroom/training/rules.hpp"

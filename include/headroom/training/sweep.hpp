@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "headroom/memory/format.hpp"
-#include "headroom/memory/report.hpp"
+#include "headroom/plan/report.hpp"
 #include "headroom/training/bucket.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/plan.hpp"

@@ -16,16 +16,16 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/checkpoint/ambient_state.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/core/finite.hpp"
-#include "headroom/dry_run/phase.hpp"
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/run_within.hpp"
-#include "headroom/memory/trace.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/optim/adamw.hpp"
 #include "headroom/optim/in_backward.hpp"
+#include "headroom/plan/recorder.hpp"
+#include "headroom/runtime/autocast_state.hpp"
+#include "headroom/runtime/phase.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/example.hpp"
 #include "headroom/training/models.hpp"

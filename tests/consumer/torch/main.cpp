@@ -8,7 +8,7 @@
 #include <set>
 
 #include "headroom/core/error.hpp"
-#include "headroom/memory/plan.hpp"
+#include "headroom/plan/plan.hpp"
 
 /// OpenMP runtimes in this process; two would each start their own threads.
 std::set<std::string> openmp_runtimes() {

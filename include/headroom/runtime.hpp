@@ -1,0 +1,8 @@
+#pragma once
+
+#include "headroom/runtime/autocast_state.hpp"
+#include "headroom/runtime/dry_run.hpp"
+#include "headroom/runtime/operator.hpp"
+#include "headroom/runtime/phase.hpp"
+#include "headroom/runtime/random_state.hpp"
+#include "headroom/runtime/repetition.hpp"

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "headroom/weights/bytes.hpp"
+#include "headroom/weights/dtype.hpp"
+#include "headroom/weights/file.hpp"
+#include "headroom/weights/file_map.hpp"
+#include "headroom/weights/json_text.hpp"
+#include "headroom/weights/load.hpp"
+#include "headroom/weights/pickle.hpp"
+#include "headroom/weights/pickle_machine.hpp"
+#include "headroom/weights/pytorch.hpp"
+#include "headroom/weights/safetensors.hpp"
+#include "headroom/weights/safetensors_writer.hpp"
+#include "headroom/weights/state_dict.hpp"
+#include "headroom/weights/tensor_record.hpp"
+#include "headroom/weights/tensors.hpp"
+#include "headroom/weights/zip.hpp"

@@ -1,0 +1,106 @@
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <ostream>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "headroom/core/error.hpp"
+#include "headroom/io/atomic_file.hpp"
+#include "headroom/weights/bytes.hpp"
+#include "headroom/weights/dtype.hpp"
+#include "headroom/weights/json_text.hpp"
+#include "headroom/weights/tensor_record.hpp"
+
+namespace headroom::inline v0::weights {
+
+/// A tensor that is to be written.
+struct TensorHeader {
+  std::string name;
+  DType dtype = DType::f32;
+  std::vector<std::int64_t> shape;
+};
+
+namespace detail {
+
+inline std::uint64_t data_bytes(const TensorHeader& tensor) {
+  return is_empty(tensor.shape) ? 0
+                                : static_cast<std::uint64_t>(*span_of_shape(tensor.shape, bytes_of(tensor.dtype))) *
+                                      bytes_of(tensor.dtype);
+}
+
+/// The length of the header and the header, padded with spaces so that the elements behind it are aligned.
+inline std::string safetensors_header(std::span<const TensorHeader* const> tensors,
+                                      const std::map<std::string, std::string>& metadata) {
+  std::string header = "{";
+  const auto member = [&](std::string& object, std::string_view key) -> std::string& {
+    return (object += object == "{" ? "" : ",") += json_string(key) + ":";
+  };
+  if (!metadata.empty()) {
+    std::string texts = "{";
+    for (const auto& [key, text] : metadata) member(texts, key) += json_string(text);
+    member(header, "__metadata__") += texts + "}";
+  }
+  std::uint64_t begin = 0;
+  for (const TensorHeader* const tensor : tensors) {
+    const std::uint64_t end = begin + data_bytes(*tensor);
+    std::string shape;
+    for (const std::int64_t size : tensor->shape) shape += (shape.empty() ? "" : ",") + std::to_string(size);
+    member(header, tensor->name) += "{\"dtype\":\"" + std::string(names_of(tensor->dtype).safetensors) +
+                                    "\",\"shape\":[" + shape + "],\"data_offsets\":[" + std::to_string(begin) + "," +
+                                    std::to_string(end) + "]}";
+    begin = end;
+  }
+  header += "}";
+  header.resize((header.size() + 7) / 8 * 8, ' ');
+  std::string length(8, '\0');
+  for (int i = 0; i < 8; ++i) length[i] = static_cast<char>(header.size() >> 8 * i);
+  return length + header;
+}
+
+inline void check_safetensors_names(std::span<const TensorHeader> tensors,
+                                    const std::map<std::string, std::string>& metadata) {
+  static constexpr auto kId = "headroom.weights.names";
+  std::set<std::string_view> names;
+  for (const TensorHeader& tensor : tensors) {
+    require(is_utf8(tensor.name) && tensor.name != "__metadata__" && names.insert(tensor.name).second, kId,
+            "got a tensor ", in_quotes(tensor.name),
+            " to write; expected names in UTF-8, each once, and none of them __metadata__");
+  }
+  for (const auto& [key, text] : metadata) {
+    require(is_utf8(key) && is_utf8(text), kId, "got metadata ", in_quotes(key), " to write; expected UTF-8");
+  }
+}
+
+}  // namespace detail
+
+/// Writes a safetensors file, which appears under its name when it is whole, see io::write_file. `write(i, stream)`
+/// writes the elements of tensors[i], the last axis innermost. They are asked for in the order of the file, which is
+/// the reference implementation's: wide types first, so that all are aligned, then by name. Throws
+/// headroom.weights.write, and headroom.weights.names for names that the format cannot hold.
+template <std::invocable<std::size_t, std::ostream&> Write>
+void write_safetensors(const std::filesystem::path& path, std::span<const TensorHeader> tensors,
+                       const std::map<std::string, std::string>& metadata, Write&& write) {
+  detail::check_safetensors_names(tensors, metadata);
+  std::vector<const TensorHeader*> order;
+  for (const TensorHeader& tensor : tensors) order.push_back(&tensor);
+  std::ranges::sort(order, [](const TensorHeader* a, const TensorHeader* b) {
+    const std::size_t first = bytes_of(a->dtype), second = bytes_of(b->dtype);
+    return first != second ? first > second : a->name < b->name;
+  });
+  const std::string header = detail::safetensors_header(order, metadata);
+  io::write_file(path, "headroom.weights.write", [&](std::ostream& stream) {
+    stream.write(header.data(), static_cast<std::streamsize>(header.size()));
+    for (const TensorHeader* const tensor : order) write(static_cast<std::size_t>(tensor - tensors.data()), stream);
+  });
+}
+
+}  // namespace headroom::inline v0::weights

@@ -97,15 +97,15 @@ void run(const fs::path& reference, const fs::path& estimate, const std::vector<
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Compares separated stems with the true ones: nSDR in dB of each stem and track."};
+  CommandLine line("Compares separated stems with the true ones: nSDR in dB of each stem and track.");
   fs::path reference, estimate, json;
   std::vector<std::string> stems = {"vocals", "drums", "bass", "other"};
-  add_path(app, "--reference", reference, "track folder with mixture.wav and the true stems, or a folder of such")
-      ->required();
-  add_path(app, "--estimate", estimate, "separated stems in the same layout and with the same names")->required();
-  app.add_option("--stems", stems, "file names without .wav")->delimiter(',')->capture_default_str();
-  add_path(app, "--json", json, "also write the result to this file");
-  return run_tool("evaluate", app, argc, argv, [&] {
+  line.path("--reference", reference, "track folder with mixture.wav and the true stems, or a folder of such")
+      .required();
+  line.path("--estimate", estimate, "separated stems in the same layout and with the same names").required();
+  line.texts("--stems", stems, "file names without .wav").separated_by(',').with_default();
+  line.path("--json", json, "also write the result to this file");
+  return line.run("evaluate", argc, argv, [&] {
     run(reference, estimate, stems, json);
     return 0;
   });

@@ -176,21 +176,21 @@ int run(const Arguments& arguments) {
 int main(int argc, char** argv) {
   CLI::App app{"Trains a separator on a MUSDB18-HQ folder; writes last.pt, best.pt, config.json and summary.json."};
   Arguments arguments;
-  add_path(app, "--config", arguments.config, "configuration, such as examples/configs/musdb18_small.json")->required();
-  add_path(app, "--resume", arguments.resume, "saved state to go on from, of the same model");
-  add_path(app, "--data", arguments.data, "folder with `train` and, optionally, `valid`; default: data.path");
-  add_path(app, "--out", arguments.out, "folder for what is written")->capture_default_str();
-  app.add_flag("--overwrite", arguments.overwrite, "start anew in a folder that holds another run");
-  add_number(app, "--steps", arguments.steps, Bounds<int64_t>{1, 1'000'000'000'000'000},
-             "end at this step; default: epochs x steps_per_epoch");
-  add_number(app, "--seconds", arguments.seconds, Bounds<double>{1e-3, 1e9},
-             "end after this time; the learning rate reaches its end then");
-  add_number(app, "--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
-  app.add_option("--card", arguments.card, "device profile to plan for, see plan --help; default: cpu on the CPU");
-  app.add_option("--budget", arguments.budget, "what tensors may take, e.g. 8GiB; default: what the card has");
-  app.add_flag("--fit", arguments.fit, "apply the smallest change that makes a run fit that does not");
-  app.add_flag("--memory-summary", arguments.memory_summary, "end with the allocator's statistics");
-  app.add_flag("--unplanned", arguments.unplanned, "start without planning the memory");
-  app.add_option("--device", arguments.device, "where the model runs, e.g. cpu or cuda")->capture_default_str();
-  return run_tool("train", app, argc, argv, [&] { return run(arguments); });
+  line.path("--config", arguments.config, "configuration, such as examples/configs/musdb18_small.json").required();
+  line.path("--resume", arguments.resume, "saved state to go on from, of the same model");
+  line.path("--data", arguments.data, "folder with `train` and, optionally, `valid`; default: data.path");
+  line.path("--out", arguments.out, "folder for what is written").with_default();
+  line.flag("--overwrite", arguments.overwrite, "start anew in a folder that holds another run");
+  line.number("--steps", arguments.steps, Bounds<int64_t>{1, 1'000'000'000'000'000},
+              "end at this step; default: epochs x steps_per_epoch");
+  line.number("--seconds", arguments.seconds, Bounds<double>{1e-3, 1e9},
+              "end after this time; the learning rate reaches its end then");
+  line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
+  line.text("--card", arguments.card, "device profile to plan for, see plan --help; default: cpu on the CPU");
+  line.text("--budget", arguments.budget, "what tensors may take, e.g. 8GiB; default: what the card has");
+  line.flag("--fit", arguments.fit, "apply the smallest change that makes a run fit that does not");
+  line.flag("--memory-summary", arguments.memory_summary, "end with the allocator's statistics");
+  line.flag("--unplanned", arguments.unplanned, "start without planning the memory");
+  line.text("--device", arguments.device, "where the model runs, e.g. cpu or cuda").with_default();
+  return line.run("train", argc, argv, [&] { return run(arguments); });
 }

@@ -43,13 +43,7 @@ inline audio::SeparationLoss make_loss(const Config& config) {
 }
 
 /// The loss that the model of a configuration is trained with: its own, or that of the section `loss`.
-inline Loss loss_of(const Config& config) {
-  const ModelEntry<std::any>& entry = config.model.entry();
-  if (entry.loss) return entry.loss(config.model.options(), config);
-  return [loss = make_loss(config)](const torch::Tensor& estimate, const torch::Tensor& stems) mutable {
-    return loss->forward(estimate, stems);
-  };
-}
+HEADROOM_TRAINING Loss loss_of(const Config& config);
 
 /// The model of a configuration, on the CPU, with parameters drawn from LibTorch's generator of random numbers.
 inline models::Separator make_model(const Config& config) {
@@ -70,18 +64,7 @@ inline std::string model_table(const std::string& type) { return describe_markdo
 HEADROOM_TRAINING std::map<std::string, ModelType>& model_types();
 
 /// What is wrong with the name of a type of model; nothing when there is one of this name.
-inline std::string why_no_model_type(const std::string& name) {
-  std::vector<std::string> names;
-  for (const auto& [known, type] : model_types()) names.push_back(known);
-  if (model_types().contains(name)) return "";
-  return "got " + detail::given_text(name) + ", expected " + detail::one_of(names) + did_you_mean(name, names);
-}
-
-inline const ModelType& model_type(const std::string& name) {
-  const std::string reason = why_no_model_type(name);
-  require(reason.empty(), "headroom.training.model_type", reason);
-  return model_types().at(name);
-}
+HEADROOM_TRAINING std::string why_no_model_type(const std::string& name);
 
 #ifdef HEADROOM_TRAINING_HERE
 namespace detail {
@@ -139,6 +122,27 @@ HEADROOM_TRAINING std::map<std::string, ModelType>& model_types() {
       {"time_frequency_transformer", detail::erased(detail::time_frequency_transformer())},
   };
   return types;
+}
+
+HEADROOM_TRAINING std::string why_no_model_type(const std::string& name) {
+  std::vector<std::string> names;
+  for (const auto& [known, type] : model_types()) names.push_back(known);
+  if (model_types().contains(name)) return "";
+  return "got " + detail::given_text(name) + ", expected " + detail::one_of(names) + did_you_mean(name, names);
+}
+
+HEADROOM_TRAINING const ModelType& model_type(const std::string& name) {
+  const std::string reason = why_no_model_type(name);
+  require(reason.empty(), "headroom.training.model_type", reason);
+  return model_types().at(name);
+}
+
+HEADROOM_TRAINING Loss loss_of(const Config& config) {
+  const ModelEntry<std::any>& entry = config.model.entry();
+  if (entry.loss) return entry.loss(config.model.options(), config);
+  return [loss = make_loss(config)](const torch::Tensor& estimate, const torch::Tensor& stems) mutable {
+    return loss->forward(estimate, stems);
+  };
 }
 #endif
 

@@ -67,10 +67,11 @@ inline double steady_seconds() {
 class Trainer {
  public:
   /// With the loss of the configuration's model.
-  Trainer(models::Separator model, const Config& config, BatchSource source)
-      : Trainer(std::move(model), config, std::move(source), loss_of(config)) {}
-
+  Trainer(models::Separator model, const Config& config, BatchSource source);
   Trainer(models::Separator model, const Config& config, BatchSource source, Loss loss);
+  Trainer(const Trainer&) = delete;
+  Trainer& operator=(const Trainer&) = delete;
+  ~Trainer();
 
   /// Trains until the end that `options` names, or until it is told to stop. Saved states: last.pt every
   /// checkpoint_every epochs and at the end, best.pt after each epoch that is better than all before.
@@ -311,6 +312,11 @@ HEADROOM_TRAINING Trainer::Trainer(models::Separator model, const Config& config
     });
   }
 }
+
+HEADROOM_TRAINING Trainer::Trainer(models::Separator model, const Config& config, BatchSource source)
+    : Trainer(std::move(model), config, std::move(source), loss_of(config)) {}
+
+HEADROOM_TRAINING Trainer::~Trainer() = default;
 
 HEADROOM_TRAINING Summary Trainer::run(const RunOptions& options) {
   // LibTorch's first call of exp, log or sqrt settles how all are computed; threads that make it at once may get half

@@ -9,13 +9,17 @@
 #include "headroom/core/error.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/training/example.hpp"
+#include "headroom/training/separate.hpp"
 
 namespace headroom::inline v0::training {
 
 /// Mean over the stems of the nSDR in dB that a model reaches on the first `count` examples of a source, taken
 /// together. Stems that are silent in all of them say nothing and are left out.
 /// Throws headroom.training.validation_silent when all are.
-inline double validation_nsdr(const models::Separator& model, const BatchSource& source, int64_t count) {
+HEADROOM_TRAINING double validation_nsdr(const models::Separator& model, const BatchSource& source, int64_t count);
+
+#ifdef HEADROOM_TRAINING_HERE
+HEADROOM_TRAINING double validation_nsdr(const models::Separator& model, const BatchSource& source, int64_t count) {
   const torch::NoGradGuard guard;
   const bool was_training = model->is_training();
   model->eval();
@@ -42,5 +46,6 @@ inline double validation_nsdr(const models::Separator& model, const BatchSource&
           " validation examples; raise training.validation_segments or choose other tracks for `valid`");
   return sum / sounding;
 }
+#endif
 
 }  // namespace headroom::inline v0::training

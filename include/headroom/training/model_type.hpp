@@ -56,7 +56,7 @@ struct ModelType {
 std::map<std::string, ModelType>& model_types();
 
 /// The type of this name. Throws headroom.training.model_type, with the known ones and the nearest of them.
-const ModelType& model_type(const std::string& name);
+const ModelType& find_model(const std::string& name);
 
 namespace detail {
 

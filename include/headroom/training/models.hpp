@@ -131,7 +131,7 @@ HEADROOM_TRAINING std::string why_no_model_type(const std::string& name) {
   return "got " + detail::given_text(name) + ", expected " + detail::one_of(names) + did_you_mean(name, names);
 }
 
-HEADROOM_TRAINING const ModelType& model_type(const std::string& name) {
+HEADROOM_TRAINING const ModelType& find_model(const std::string& name) {
   const std::string reason = why_no_model_type(name);
   require(reason.empty(), "headroom.training.model_type", reason);
   return model_types().at(name);

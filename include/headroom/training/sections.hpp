@@ -36,7 +36,7 @@ class ModelConfig {
   /// The time-frequency transformer.
   ModelConfig() : ModelConfig("time_frequency_transformer") {}
   /// A model of a registered type with the default options. Throws headroom.training.model_type.
-  explicit ModelConfig(const std::string& type) : type_(type), entry_(&model_type(type)), options_(entry_->defaults) {}
+  explicit ModelConfig(const std::string& type) : type_(type), entry_(&find_model(type)), options_(entry_->defaults) {}
 
   StackPolicy gradient_checkpointing = {};
   std::string attention = "automatic";

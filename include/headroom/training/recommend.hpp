@@ -94,22 +94,21 @@ class Recommender {
   }
 
   std::optional<Recommendation> find() const {
-    if (auto fits = attempt(config_, 1, 1)) return fits;
+    if (auto fits = replay(config_, 1, 1)) return fits;
     Config asked = config_;
     if (config_.model.attention == "reference") asked.model.attention = "automatic";
+    const std::vector<Config> by_bits = with_fewer_bits(asked);
     // Divided by the denominators of shorter segments; the shortest is what the model and its loss still take
-    for (const int64_t part : {1, 2, 3, 4, 6, 8, 12, 16}) {
-      if (!takes_segments(config_, shortest_ / part)) break;
-      for (const Config& candidate : with_fewer_bits(asked)) {
-        if (auto fits = fit(candidate, part)) return fits;
-      }
-    }
-    return std::nullopt;
+    std::vector<int64_t> parts{1, 2, 3, 4, 6, 8, 12, 16};
+    std::erase_if(parts, [&](int64_t part) { return !takes_segments(config_, shortest_ / part); });
+    return first_that_fits(parts, [&](int64_t part) {
+      return first_that_fits(by_bits, [&](const Config& candidate) { return with_least_work(candidate, part); });
+    });
   }
 
  private:
   /// The candidate with batches split into so many parts and segments shortened to one of so many, if that fits.
-  std::optional<Recommendation> attempt(Config candidate, int64_t split, int64_t part) const {
+  std::optional<Recommendation> replay(Config candidate, int64_t split, int64_t part) const {
     Recommendation result;
     result.buckets = wanted_;
     result.same_training = part == 1 && candidate.training.bf16 == config_.training.bf16 &&
@@ -128,28 +127,28 @@ class Recommender {
   }
 
   /// The candidate with as little recomputation, then as few splits as fit.
-  std::optional<Recommendation> fit(Config candidate, int64_t part) const {
-    const auto with = [&](const StackPolicy& policy) {
-      candidate.model.gradient_checkpointing = policy;
-      return candidate;
-    };
-    const auto in_least = [&](const StackPolicy& policy) {
-      auto fits = attempt(with(policy), batch_, part);
-      // Gradients that are added to are there during a pass: few tokens may need less memory in one pass
-      const bool adds = config_.training.gradient_accumulation_steps > 1;
-      return fits || adds || batch_ == 1 ? fits : attempt(with(policy), 1, part);
+  std::optional<Recommendation> with_least_work(Config candidate, int64_t part) const {
+    StackPolicy& policy = candidate.model.gradient_checkpointing;
+    const auto in_splits = [&](int64_t split) { return replay(candidate, split, part); };
+    // Gradients that are added to are there during a pass: few tokens may need less memory in one pass
+    std::vector<int64_t> leanest_splits{batch_};
+    if (config_.training.gradient_accumulation_steps == 1 && batch_ > 1) leanest_splits.push_back(1);
+    const auto in_least = [&](const StackPolicy& under) {
+      policy = under;
+      return first_that_fits(leanest_splits, in_splits);
     };
     const StackPolicy& given = config_.model.gradient_checkpointing;
     // Where the least of all does not fit, none does
     auto chosen = in_least(recomputes_ ? StackPolicy(policies_by_cost().back()) : given);
     if (chosen && recomputes_) chosen = cheapest_policy(in_least, config_.model.blocks(), given);
     if (!chosen) return std::nullopt;
-    const StackPolicy policy = chosen->config.model.gradient_checkpointing;
+    policy = chosen->config.model.gradient_checkpointing;
+    std::vector<int64_t> fewer_splits;
     for (int64_t split = 1; split < batch_; ++split) {
-      if (batch_ % split != 0) continue;
-      if (auto fits = attempt(with(policy), split, part)) return fits;
+      if (batch_ % split == 0) fewer_splits.push_back(split);
     }
-    return chosen;
+    auto with_fewer = first_that_fits(fewer_splits, in_splits);
+    return with_fewer ? std::move(with_fewer) : std::move(chosen);
   }
 
   const Config& config_;

@@ -3,9 +3,13 @@
 #include <malloc.h>
 #include <torch/torch.h>
 
+#include <algorithm>
+#include <cstdio>
+
 #include "attention_capabilities.hpp"
-#include "headroom/memory.hpp"
-#include "report.hpp"
+#include "benchmark.hpp"
+#include "headroom/memory/meter.hpp"
+#include "headroom/memory/resident.hpp"
 
 using namespace headroom;
 using namespace headroom::benchmarks;
@@ -35,9 +39,16 @@ Peak peak_of(const std::function<void()>& step) {
   return peak;
 }
 
+/// What is measured, by whom.
+struct Subject {
+  std::string implementation, variant;
+  AttentionSizes sizes;
+};
+
 /// Prints and keeps a row for each pass of a step whose output comes from `forward`.
-void measure(Report& report, const std::string& implementation, const std::string& variant, const AttentionSizes& sizes,
-             const AttentionStep& step, const std::function<std::vector<Tensor>()>& forward) {
+void measure(Benchmark& benchmark, const Subject& subject, const AttentionStep& step,
+             const std::function<std::vector<Tensor>()>& forward) {
+  const auto& [implementation, variant, sizes] = subject;
   for (const bool with_backward : {false, true}) {
     const Peak peak = peak_of([&] {
       const torch::AutoGradMode mode(with_backward);
@@ -57,36 +68,35 @@ void measure(Report& report, const std::string& implementation, const std::strin
                 format_bytes(extra / threads).c_str(), format_bytes(resident_extra / threads).c_str(),
                 std::max(extra, resident_extra) > bar * threads ? "above the bar" : "");
     std::fflush(stdout);
-    report.json["rows"].push_back({{"implementation", implementation},
-                                   {"variant", variant},
-                                   {"pass", pass},
-                                   {"batch", sizes.batch},
-                                   {"heads", sizes.heads},
-                                   {"length", sizes.length},
-                                   {"head_dim", sizes.head_dim},
-                                   {"peak_bytes", inputs + peak.counted},
-                                   {"floor_bytes", inputs + floor},
-                                   {"largest_bytes", peak.largest},
-                                   {"extra_bytes", extra},
-                                   {"extra_bytes_per_thread", extra / threads},
-                                   {"resident_extra_bytes", resident_extra},
-                                   {"resident_extra_bytes_per_thread", resident_extra / threads},
-                                   {"bar_bytes_per_thread", bar}});
+    benchmark.add_row({{"implementation", implementation},
+                       {"variant", variant},
+                       {"pass", pass},
+                       {"batch", sizes.batch},
+                       {"heads", sizes.heads},
+                       {"length", sizes.length},
+                       {"head_dim", sizes.head_dim},
+                       {"peak_bytes", inputs + peak.counted},
+                       {"floor_bytes", inputs + floor},
+                       {"largest_bytes", peak.largest},
+                       {"extra_bytes", extra},
+                       {"extra_bytes_per_thread", extra / threads},
+                       {"resident_extra_bytes", resident_extra},
+                       {"resident_extra_bytes_per_thread", resident_extra / threads},
+                       {"bar_bytes_per_thread", bar}});
   }
 }
 
 /// The plain request, and LibTorch's with dropout, which stores scores without a word.
-void measure_growth(Report& report, const std::string& implementation, const AttentionSizes& sizes) {
-  const auto plain = attention_capabilities().front().make;
-  const AttentionStep step = plain(sizes);
+void measure_growth(Benchmark& benchmark, const std::string& implementation, const AttentionSizes& sizes) {
+  const AttentionStep step = attention_capabilities().front().make(sizes);
   if (implementation == "torch" || implementation == "torch dropout") {
     const double dropout = implementation == "torch" ? 0.0 : 0.1;
-    measure(report, "torch", dropout > 0 ? "dropout" : "plain", sizes, step, [&]() -> std::vector<Tensor> {
+    measure(benchmark, {"torch", dropout > 0 ? "dropout" : "plain", sizes}, step, [&]() -> std::vector<Tensor> {
       return {torch::scaled_dot_product_attention(step.q, step.k, step.v, {}, dropout)};
     });
   } else {
     const auto backend = implementation == "naive" ? AttentionBackend::reference : AttentionBackend::tiled;
-    measure(report, implementation, "plain", sizes, step, [&]() -> std::vector<Tensor> {
+    measure(benchmark, {implementation, "plain", sizes}, step, [&]() -> std::vector<Tensor> {
       return {attention(step.q, step.k, step.v, AttentionOptions().backend(backend))};
     });
   }
@@ -95,35 +105,33 @@ void measure_growth(Report& report, const std::string& implementation, const Att
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Peak bytes of attention beside the floor: every option, and growth with the length",
-               "attention_memory");
-  Report report;
+  Benchmark benchmark("attention_memory",
+                      "Peak bytes of attention beside the floor: every option, and growth with the length");
   std::vector<int64_t> lengths{2049, 8193};
   std::vector<std::string> implementations{"naive", "torch dropout", "torch", "tiled"};
   AttentionSizes sizes;
   int64_t max_length = 8192;
   double scores_gib = 6;
-  app.add_option("--options-at", lengths, "Lengths at which every option is measured; 0: none")->capture_default_str();
-  app.add_option("--max-length", max_length, "Longest sequence of the growth; lengths double from 256; 0: no growth")
-      ->check(CLI::Range(0, 1 << 20))
-      ->capture_default_str();
-  app.add_option("--implementation", implementations, "Whose growth")
-      ->check(CLI::IsMember(implementations))
-      ->capture_default_str();
-  app.add_option("--batch", sizes.batch, "Batch size")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--heads", sizes.heads, "Heads")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--head-dim", sizes.head_dim, "Head dim")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--scores-limit", scores_gib, "Leave out who stores scores where that takes more GiB than this")
-      ->capture_default_str();
-  return run_benchmark(app, report, argc, argv, [&] {
-    if (report.threads > 0) torch::set_num_threads(report.threads);
+  benchmark.add(
+      {.name = "--options-at", .help = "Lengths at which every option is measured; 0: none", .target = &lengths});
+  benchmark.add({.name = "--max-length",
+                 .help = "Longest sequence of the growth; lengths double from 256; 0: no growth",
+                 .target = &max_length});
+  benchmark.add(
+      {.name = "--implementation", .help = "Whose growth", .target = &implementations, .choices = implementations});
+  benchmark.add({.name = "--batch", .help = "Batch size", .target = &sizes.batch, .least = 1});
+  benchmark.add({.name = "--heads", .help = "Heads", .target = &sizes.heads, .least = 1});
+  benchmark.add({.name = "--head-dim", .help = "Head dim", .target = &sizes.head_dim, .least = 1});
+  benchmark.add({.name = "--scores-limit",
+                 .help = "Leave out who stores scores where that takes more GiB than this",
+                 .target = &scores_gib});
+  return benchmark.run(argc, argv, [&] {
     torch::manual_seed(0);
     // Blocks of 64 KiB and more go back to the system when freed, so that the resident size follows them
     require(mallopt(M_MMAP_THRESHOLD, 64 << 10) == 1, "headroom.benchmarks.malloc",
             "mallopt refused M_MMAP_THRESHOLD; "
             "resident sizes need glibc's malloc");
-    report.json = {{"machine", {{"cpu", processor()}, {"threads", torch::get_num_threads()}}},
-                   {"rows", nlohmann::ordered_json::array()}};
+    benchmark.note("machine", Row{{"cpu", processor()}, {"threads", torch::get_num_threads()}});
     std::printf(
         "%d threads; peak and floor with q, k, v and the gradient of the output; extra by the allocator and by "
         "resident size, a thread\n",
@@ -135,7 +143,7 @@ int main(int argc, char** argv) {
         const double scores = static_cast<double>(sizes.batch * sizes.heads * sizes.length * sizes.length) * 4;
         const bool stored = implementation == "naive" || implementation == "torch dropout";
         if (stored && 5 * scores > scores_gib * (1 << 30)) break;
-        measure_growth(report, implementation, sizes);
+        measure_growth(benchmark, implementation, sizes);
       }
     }
     for (const int64_t length : lengths) {
@@ -143,7 +151,7 @@ int main(int argc, char** argv) {
       sizes.length = length;
       for (const auto& [name, make] : attention_capabilities()) {
         const AttentionStep step = make(sizes);
-        measure(report, "tiled", name, sizes, step, [&] { return step.forward(); });
+        measure(benchmark, {"tiled", name, sizes}, step, [&] { return step.forward(); });
       }
     }
   });

@@ -4,14 +4,13 @@
 
 #include <torch/torch.h>
 
-#include <cstdlib>
-#include <functional>
+#include <cstdio>
 
-#include "accelerator.hpp"
-#include "headroom/training.hpp"
-#include "noise_source.hpp"
+#include "headroom/memory/format.hpp"
+#include "steps.hpp"
 
 using namespace headroom;
+using benchmarks::Planned;
 using torch::Tensor;
 
 namespace {
@@ -64,17 +63,16 @@ const std::vector<Case> kCases = {
 
 training::Config config_of(const Case& c, const std::string& folder) {
   const std::string name = c.configuration;
-  training::Config config;
-  if (const size_t slash = name.find('/'); slash != std::string::npos) {
-    config = training::load_config(folder + "/musdb18_small.json");
+  const size_t slash = name.find('/');
+  const bool published = slash != std::string::npos;
+  training::Config config = benchmarks::configuration(folder + "/musdb18_" + (published ? "small" : name) + ".json");
+  if (published) {
     config.model.n_fft = 2048;
     config.model.hop_length = 512;
     config.model.emb_dim = std::stoll(name.substr(0, slash));
     config.model.n_layers = std::stoll(name.substr(slash + 1));
     config.model.n_heads = 8;
     config.model.ffn_hidden_dim = {4 * config.model.emb_dim};
-  } else {
-    config = training::load_config(folder + "/musdb18_" + name + ".json");
   }
   config.training.segment_length = static_cast<int64_t>(c.seconds * 44100);
   config.training.batch_size = c.batch;
@@ -83,15 +81,6 @@ training::Config config_of(const Case& c, const std::string& folder) {
   config.training.optimizer_state = c.optimizer_state;
   config.model.gradient_checkpointing = c.policy;
   return config;
-}
-
-/// Two steps of a trainer, as plan_training replays them; the seconds of the second.
-double train(const training::Config& config, const benchmarks::Accelerator& gpu) {
-  models::TimeFrequencyTransformer model(training::model_options(config));
-  model->to(gpu.device);
-  training::Trainer trainer(model, config, benchmarks::NoiseSource{{config}});
-  trainer.step(config.training.learning_rate);
-  return gpu.seconds_of([&] { trainer.step(config.training.learning_rate); });
 }
 
 /// What convolutions do to a plan: a U-Net with batch norm over spectrograms.
@@ -136,126 +125,123 @@ void train_unet(int64_t batch, torch::Device device) {
   }
 }
 
+/// Plans steps for the card, runs them on it, and prints and keeps both.
 class Table {
  public:
-  Table(const benchmarks::Accelerator& gpu, nlohmann::ordered_json& json, const DeviceProfile& profile)
-      : gpu_(gpu), json_(json), profile_(profile) {
+  Table(const benchmarks::Accelerator& gpu, benchmarks::Benchmark& benchmark, std::string folder)
+      : gpu_(gpu), benchmark_(benchmark), folder_(std::move(folder)) {
     std::printf("%-24s %5s %2s %-15s %-4s | %10s %10s %6s | %10s %10s %6s | %10s %7s\n", "configuration", "s", "B",
                 "policy", "", "planned", "allocated", "", "planned", "reserved", "", "driver", "s/step");
   }
 
-  void add(const std::string& name, double music, int64_t batch, const std::string& policy, bool bf16,
-           const std::function<Plan(const DeviceProfile&)>& make_plan, const std::function<double()>& run) {
-    nlohmann::ordered_json row = {
-        {"configuration", name}, {"seconds_of_music", music}, {"batch", batch}, {"policy", policy}, {"bf16", bf16}};
-    std::printf("%-24s %5.1f %2ld %-15s %-4s | ", name.c_str(), music, batch, policy.c_str(), bf16 ? "bf16" : "");
+  /// Two steps of a trainer, as plan_training replays them; the seconds are those of the second.
+  void add(const Case& c) {
+    const training::Config config = config_of(c, folder_);
+    add(c, benchmarks::planned_training(config, gpu_.total_bytes()),
+        [&] { return benchmarks::train(config, 2, &gpu_); });
+  }
+  void add_unet(int64_t batch) {
+    add({"unet", 0, batch, "none"},
+        benchmarks::planned_on_gpu([&] { train_unet(batch, torch::kMeta); }, gpu_.total_bytes()), [&] {
+          train_unet(batch, gpu_.device);
+          return 0.0;
+        });
+  }
+
+ private:
+  void add(const Case& c, const Planned& planned, const std::function<double()>& run) {
+    benchmarks::Row row = {{"configuration", c.configuration},
+                           {"seconds_of_music", c.seconds},
+                           {"batch", c.batch},
+                           {"policy", c.policy},
+                           {"bf16", c.bf16}};
+    std::printf("%-24s %5.1f %2ld %-15s %-4s | ", c.configuration, c.seconds, c.batch, c.policy, c.bf16 ? "bf16" : "");
     try {
-      const Plan planned = make_plan(profile_);
       double seconds = 0;
       const auto real = gpu_.peak_of([&] { seconds = run(); });
       const auto percent = [](int64_t plan, int64_t truth) {
         return 100.0 * (static_cast<double>(plan) / static_cast<double>(truth) - 1);
       };
-      row.update({{"planned_peak", planned.peak_bytes},
-                  {"allocated_peak", real.allocated},
-                  {"planned_reserved", planned.reserved_bytes},
-                  {"reserved_peak", real.reserved},
-                  {"largest_block", planned.largest_block()->bytes},
-                  {"driver_growth", real.used},
-                  {"step_seconds", seconds}});
+      row.insert(row.end(), {{"planned_peak", planned.peak_bytes},
+                             {"allocated_peak", real.allocated},
+                             {"planned_reserved", planned.reserved_bytes},
+                             {"reserved_peak", real.reserved},
+                             {"largest_block", planned.largest_block},
+                             {"driver_growth", real.used},
+                             {"step_seconds", seconds}});
       std::printf("%10s %10s %+5.2f%% | %10s %10s %+5.2f%% | %10s %7.2f\n", format_bytes(planned.peak_bytes).c_str(),
                   format_bytes(real.allocated).c_str(), percent(planned.peak_bytes, real.allocated),
                   format_bytes(planned.reserved_bytes).c_str(), format_bytes(real.reserved).c_str(),
                   percent(planned.reserved_bytes, real.reserved), format_bytes(real.used).c_str(), seconds);
     } catch (const std::exception& error) {
-      row["error"] = error.what();
+      row.emplace_back("error", error.what());
       std::printf("%s\n", std::string(error.what()).substr(0, 300).c_str());
     }
     std::fflush(stdout);
-    json_["rows"].push_back(row);
+    benchmark_.add_row(row);
   }
 
- private:
   const benchmarks::Accelerator& gpu_;
-  nlohmann::ordered_json& json_;
-  const DeviceProfile& profile_;
+  benchmarks::Benchmark& benchmark_;
+  std::string folder_;
 };
+
+/// Makes libraries load, and set up the handles and the workspace that they do with the first products, transforms and
+/// attention. Notes what that took beside the `context`.
+void load_libraries(const benchmarks::Accelerator& gpu, benchmarks::Benchmark& benchmark, const std::string& folder) {
+  const int64_t context = gpu.used_bytes();
+  for (const bool bf16 : {false, true}) {
+    benchmarks::train(config_of({"small", 0.5, 1, "none", bf16}, folder), 2, &gpu);
+  }
+  train_unet(1, gpu.device);
+  gpu.synchronize();
+  gpu.allocator->emptyCache();
+  const auto stats = gpu.allocator->getDeviceStats(gpu.index);
+  const int64_t workspace = stats.allocated_bytes[0].current;
+  const int64_t loaded = gpu.used_bytes() - stats.reserved_bytes[0].current;
+  benchmark.note("context_bytes", context);
+  benchmark.note("workspace_bytes", workspace);
+  benchmark.note("context_and_libraries_bytes", loaded);
+  std::printf("context %s, with libraries loaded %s; workspace that stays allocated %s\n",
+              format_bytes(context).c_str(), format_bytes(loaded).c_str(), format_bytes(workspace).c_str());
+}
 
 /// The guide's crash: what LibTorch says when the scores are stored.
 std::string guides_crash(const benchmarks::Accelerator& gpu, const std::string& folder) {
   training::Config config = config_of({"memory_optimized_first", 10, 1, "full"}, folder);
   config.model.attention = "reference";
-  try {
-    models::TimeFrequencyTransformer model(training::model_options(config));
-    model->to(gpu.device);
-    model->forward(torch::randn({1, 2, config.training.segment_length}).to(gpu.device));
-    return "no error";
-  } catch (const std::exception& error) {
-    return std::string(is_out_of_memory(error) ? "" : "no out-of-memory error: ") + error.what();
-  }
+  return benchmarks::out_of_memory_error(config, gpu.device);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Plans against what a GPU's allocator and driver see", "gpu_plan");
-  benchmarks::Report report;
+  benchmarks::Benchmark benchmark("gpu_plan", "Plans against what a GPU's allocator and driver see");
   std::string device = "cuda", folder = "examples/configs", only;
   bool no_headline = false;
-  app.add_option("--device", device, "The GPU")->capture_default_str();
-  app.add_option("--configs", folder, "Folder of the guide's configurations")->capture_default_str();
-  app.add_option("--only", only, "Only configurations of this name");
-  app.add_flag("--no-headline", no_headline, "Leave out the guide's 10 s step");
-  return benchmarks::run_benchmark(app, report, argc, argv, [&] {
+  benchmark.add({.name = "--device", .help = "The GPU", .target = &device});
+  benchmark.add({.name = "--configs", .help = "Folder of the guide's configurations", .target = &folder});
+  benchmark.add({.name = "--only", .help = "Only configurations of this name", .target = &only});
+  benchmark.add({.name = "--no-headline", .help = "Leave out the guide's 10 s step", .target = &no_headline});
+  return benchmark.run(argc, argv, [&] {
     const benchmarks::Accelerator gpu(device);
-    const int64_t context = gpu.used_bytes();
-    report.json = {{"machine", gpu.describe()}, {"context_bytes", context}, {"rows", nlohmann::json::array()}};
-    DeviceProfile profile = device_profile("h100-80gb");
-    profile.total_bytes = gpu.total_bytes();
+    const benchmarks::Row machine = gpu.describe();
+    benchmark.note("machine", machine);
+    std::printf("%s\n", std::get<std::string>(machine[0].second).c_str());
+    load_libraries(gpu, benchmark, folder);
 
-    // Libraries make their handles and workspace with the first products, transforms and attention
-    for (const bool bf16 : {false, true}) train(config_of({"small", 0.5, 1, "none", bf16}, folder), gpu);
-    train_unet(1, gpu.device);
-    gpu.synchronize();
-    gpu.allocator->emptyCache();
-    const int64_t workspace = gpu.allocator->getDeviceStats(gpu.index).allocated_bytes[0].current;
-    const int64_t loaded = gpu.used_bytes() - gpu.allocator->getDeviceStats(gpu.index).reserved_bytes[0].current;
-    report.json["workspace_bytes"] = workspace;
-    report.json["context_and_libraries_bytes"] = loaded;
-    std::printf("%s\ncontext %s, with libraries loaded %s; workspace that stays allocated %s\n",
-                report.json["machine"]["card"].get<std::string>().c_str(), format_bytes(context).c_str(),
-                format_bytes(loaded).c_str(), format_bytes(workspace).c_str());
-
-    Table table(gpu, report.json, profile);
+    Table table(gpu, benchmark, folder);
     for (const Case& c : kCases) {
-      if (!only.empty() && only != c.configuration) continue;
-      const training::Config config = config_of(c, folder);
-      table.add(
-          c.configuration, c.seconds, c.batch, c.policy, c.bf16,
-          [&](const DeviceProfile& card) { return training::plan_training(config, card); },
-          [&] { return train(config, gpu); });
+      if (only.empty() || only == c.configuration) table.add(c);
     }
     for (const int64_t batch : {1, 4, 8}) {
-      if (!only.empty() && only != "unet") break;
-      table.add(
-          "unet", 0, batch, "none", false,
-          [&](const DeviceProfile& card) { return plan([&] { train_unet(batch, torch::kMeta); }, card); },
-          [&] {
-            train_unet(batch, gpu.device);
-            return 0.0;
-          });
+      if (only.empty() || only == "unet") table.add_unet(batch);
     }
     if (no_headline) return;
     const std::string crash = guides_crash(gpu, folder);
-    report.json["guides_crash"] = crash;
+    benchmark.note("guides_crash", crash);
     std::printf("the guide's step with stored scores: %s\n", crash.substr(0, crash.find('\n')).c_str());
     gpu.allocator->emptyCache();
-    for (const bool bf16 : {true, false}) {
-      const training::Config config = config_of({"memory_optimized_first", 10, 1, "full", bf16}, folder);
-      table.add(
-          "memory_optimized_first", 10, 1, "full", bf16,
-          [&](const DeviceProfile& card) { return training::plan_training(config, card); },
-          [&] { return train(config, gpu); });
-    }
+    for (const bool bf16 : {true, false}) table.add({"memory_optimized_first", 10, 1, "full", bf16});
   });
 }

@@ -3,103 +3,97 @@
 
 #include <torch/torch.h>
 
-#include "accelerator.hpp"
-#include "headroom/nn.hpp"
-#include "headroom/plan.hpp"
+#include <cstdio>
+#include <map>
+
+#include "headroom/memory/format.hpp"
+#include "steps.hpp"
+#include "timing.hpp"
 
 using namespace headroom;
+using benchmarks::EncoderSizes;
 using torch::Tensor;
 
 namespace {
 
-struct Stack {
-  int64_t layers = 12, batch = 16, length = 2049, dim = 256, heads = 8;
-  std::vector<int64_t> hidden{1024};
-
-  nn::Encoder make(const std::string& policy) const {
-    nn::EncoderOptions options(dim, heads, hidden, layers);
-    if (policy == "reversible") {
-      options.reversible(true);
-    } else {
-      options.gradient_checkpointing(policy);
-    }
-    return nn::Encoder(options);
-  }
-  int64_t input_bytes() const { return batch * length * dim * 4; }
-};
+int64_t input_bytes(const EncoderSizes& sizes) { return sizes.batch * sizes.length * sizes.dim * 4; }
 
 /// Seconds that copies of the blocks' inputs to pinned memory and back take on their own.
-double copy_seconds(const benchmarks::Accelerator& gpu, const Stack& stack) {
-  const Tensor there = torch::empty({stack.input_bytes() / 4}, torch::TensorOptions(gpu.device));
-  const Tensor here = torch::empty({stack.input_bytes() / 4}, torch::TensorOptions().pinned_memory(true));
-  Tensor back = torch::empty_like(there), host = here;
-  const double once = gpu.shortest_of(5, [&] {
+double copy_seconds(const benchmarks::Accelerator& gpu, const EncoderSizes& sizes) {
+  const int64_t elements = input_bytes(sizes) / 4;
+  const Tensor there = torch::empty({elements}, torch::TensorOptions(gpu.device));
+  Tensor host = torch::empty({elements}, torch::TensorOptions().pinned_memory(true)), back = torch::empty_like(there);
+  const auto copy = [&] {
     host.copy_(there, /*non_blocking=*/true);
     back.copy_(host, /*non_blocking=*/true);
-  });
-  return once * static_cast<double>(stack.layers);
+  };
+  return benchmarks::shortest_of([&] { return gpu.seconds_of(copy); }, {.warm_up = false, .least = 5}) *
+         static_cast<double>(sizes.layers);
+}
+
+struct Measurement {
+  double seconds = 0;
+  int64_t planned_bytes = 0, measured_bytes = 0;
+};
+
+Measurement measure(const benchmarks::Accelerator& gpu, const EncoderSizes& sizes, const std::string& policy) {
+  torch::manual_seed(0);
+  const auto [encoder, x, run] = benchmarks::make_encoder_step(sizes, policy, gpu.device);
+  const auto step = [encoder = encoder, run = run] {
+    encoder->zero_grad();
+    run();
+  };
+  Measurement result;
+  result.seconds = benchmarks::shortest_of([&] { return gpu.seconds_of(step); }, {.least = 4});
+  encoder->zero_grad();
+  result.measured_bytes = gpu.peak_of(step).allocated;
+  int64_t fixed = input_bytes(sizes);  // planned with the step, there before it is measured
+  for (const Tensor& p : encoder->parameters()) fixed += static_cast<int64_t>(p.nbytes());
+  result.planned_bytes =
+      benchmarks::planned_on_gpu([&] { benchmarks::make_encoder_step(sizes, policy).run(); }, gpu.total_bytes())
+          .peak_bytes -
+      fixed;
+  return result;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Checkpoint policies on a GPU", "gpu_policies");
-  benchmarks::Report report;
+  benchmarks::Benchmark benchmark("gpu_policies", "Checkpoint policies on a GPU");
   std::string device = "cuda";
-  Stack stack;
+  EncoderSizes sizes{.layers = 12, .batch = 16, .length = 2049, .dim = 256, .heads = 8, .hidden = {1024}};
   std::vector<std::string> policies{"none",         "selective",         "full",      "tiled",     "nested",
                                     "full+offload", "selective+offload", "full+bf16", "reversible"};
-  app.add_option("--device", device, "The GPU")->capture_default_str();
-  app.add_option("--policies", policies, "Policies")->capture_default_str();
-  app.add_option("--batch", stack.batch, "Sequences")->capture_default_str();
-  app.add_option("--layers", stack.layers, "Blocks")->capture_default_str();
-  return benchmarks::run_benchmark(app, report, argc, argv, [&] {
+  benchmark.add({.name = "--device", .help = "The GPU", .target = &device});
+  benchmark.add({.name = "--policies", .help = "Policies", .target = &policies});
+  benchmark.add({.name = "--batch", .help = "Sequences", .target = &sizes.batch, .least = 1});
+  benchmark.add({.name = "--layers", .help = "Blocks", .target = &sizes.layers, .least = 1});
+  return benchmark.run(argc, argv, [&] {
     const benchmarks::Accelerator gpu(device);
-    report.json = {{"machine", gpu.describe()}, {"rows", nlohmann::json::array()}};
-    DeviceProfile profile = device_profile("h100-80gb");
-    profile.total_bytes = gpu.total_bytes();
-    const double copies = copy_seconds(gpu, stack);
-    report.json["copies_seconds"] = copies;
+    benchmark.note("machine", gpu.describe());
+    const double copies = copy_seconds(gpu, sizes);
+    benchmark.note("copies_seconds", copies);
     std::printf("copies of all inputs, out and back: %.1f ms\n", copies * 1e3);
     std::printf("%-20s %10s %12s %12s %12s\n", "policy", "ms", "planned", "measured", "copies hidden");
-    double full = 0, selective = 0;
+    std::map<std::string, double> seconds;
     for (const std::string& policy : policies) {
-      torch::manual_seed(0);
-      nn::Encoder encoder = stack.make(policy);
-      encoder->to(gpu.device);
-      const Tensor x = torch::randn({stack.batch, stack.length, stack.dim}, torch::TensorOptions(gpu.device));
-      const auto step = [&] {
-        encoder->zero_grad();
-        encoder->forward(x).square().mean().backward();
-      };
-      step();
-      const double seconds = gpu.shortest_of(4, step);
-      encoder->zero_grad();
-      const int64_t measured = gpu.peak_of(step).allocated;
-      const int64_t planned =
-          plan(
-              [&] {
-                nn::Encoder dry = stack.make(policy);
-                dry->forward(torch::randn({stack.batch, stack.length, stack.dim})).square().mean().backward();
-              },
-              profile)
-              .peak_bytes;
-      int64_t fixed = stack.input_bytes();  // planned with the step, there before it is measured
-      for (const Tensor& p : encoder->parameters()) fixed += static_cast<int64_t>(p.nbytes());
-      nlohmann::ordered_json row = {
-          {"policy", policy}, {"seconds", seconds}, {"planned_bytes", planned - fixed}, {"measured_bytes", measured}};
-      if (policy == "full") full = seconds;
-      if (policy == "selective") selective = seconds;
-      const double without = policy == "full+offload" ? full : policy == "selective+offload" ? selective : 0;
-      std::printf("%-20s %10.1f %12s %12s", policy.c_str(), seconds * 1e3, format_bytes(planned - fixed).c_str(),
-                  format_bytes(measured).c_str());
-      if (without > 0) {
-        row["copies_hidden"] = 1 - (seconds - without) / copies;
-        std::printf(" %11.0f %%", 100 * row["copies_hidden"].get<double>());
+      const Measurement now = measure(gpu, sizes, policy);
+      seconds[policy] = now.seconds;
+      benchmarks::Row row = {{"policy", policy},
+                             {"seconds", now.seconds},
+                             {"planned_bytes", now.planned_bytes},
+                             {"measured_bytes", now.measured_bytes}};
+      std::printf("%-20s %10.1f %12s %12s", policy.c_str(), now.seconds * 1e3, format_bytes(now.planned_bytes).c_str(),
+                  format_bytes(now.measured_bytes).c_str());
+      const auto without = seconds.find(policy.substr(0, policy.find("+offload")));
+      if (policy.ends_with("+offload") && without != seconds.end()) {
+        const double hidden = 1 - (now.seconds - without->second) / copies;
+        row.emplace_back("copies_hidden", hidden);
+        std::printf(" %11.0f %%", 100 * hidden);
       }
       std::printf("\n");
       std::fflush(stdout);
-      report.json["rows"].push_back(row);
+      benchmark.add_row(row);
     }
   });
 }

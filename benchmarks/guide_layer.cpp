@@ -3,28 +3,24 @@
 
 #include <torch/torch.h>
 
-#include <chrono>
+#include <cstdio>
 
-#include "headroom/attention.hpp"
-#include "headroom/memory.hpp"
-#include "report.hpp"
+#include "benchmark.hpp"
+#include "headroom/attention/attention.hpp"
+#include "headroom/memory/meter.hpp"
+#include "headroom/memory/resident.hpp"
+#include "timing.hpp"
 
 using namespace headroom;
 using torch::Tensor;
 
 int main(int argc, char** argv) {
-  CLI::App app("The guide's frequency-axis attention, forward and backward", "guide_layer");
-  benchmarks::Report report;
-  int64_t frames = 431, heads = 12, bins = 2049, head_dim = 16;
-  app.add_option("--frames", frames, "Frames in the batch")->check(CLI::PositiveNumber)->capture_default_str();
-  return benchmarks::run_benchmark(app, report, argc, argv, [&] {
-    if (report.threads > 0) torch::set_num_threads(report.threads);
+  benchmarks::Benchmark benchmark("guide_layer", "The guide's frequency-axis attention, forward and backward");
+  int64_t frames = 431;
+  const int64_t heads = 12, bins = 2049, head_dim = 16;
+  benchmark.add({.name = "--frames", .help = "Frames in the batch", .target = &frames, .least = 1});
+  return benchmark.run(argc, argv, [&] {
     torch::manual_seed(0);
-    const auto seconds = [](auto&& body) {
-      const auto start = std::chrono::steady_clock::now();
-      body();
-      return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    };
     const int64_t rows = frames * heads * bins;
     const int64_t floor = 8 * rows * head_dim * 4 + 2 * rows * 4;  // q,k,v,o,do,dq,dk,dv + LSE + delta
     const int64_t stored_scores = rows * bins * 4;
@@ -36,21 +32,23 @@ int main(int argc, char** argv) {
       const auto make = [&] { return torch::randn({frames, heads, bins, head_dim}); };
       const Tensor q = make().requires_grad_(), k = make().requires_grad_(), v = make().requires_grad_(), grad = make();
       Tensor output;
-      forward = seconds([&] { output = attention(q, k, v); });
-      backward = seconds([&] { output.backward(grad); });
+      forward = benchmarks::seconds_of([&] { output = attention(q, k, v); });
+      backward = benchmarks::seconds_of([&] { output.backward(grad); });
     });
     const double gflop = 4.0 * static_cast<double>(rows) * static_cast<double>(bins * head_dim) * 1e-9;
 
-    report.json = {{"peak_bytes", memory.added_peak()},
-                   {"largest_allocation_bytes", *memory.largest},
-                   {"resident_start_bytes", resident_start},
-                   {"resident_peak_bytes", peak_resident_bytes()},
-                   {"floor_bytes", floor},
-                   {"stored_scores_bytes", stored_scores},
-                   {"forward_seconds", forward},
-                   {"backward_seconds", backward},
-                   {"threads", torch::get_num_threads()},
-                   {"shape", {frames, heads, bins, head_dim}}};
+    for (const auto& [name, value] : benchmarks::Row{{"peak_bytes", memory.added_peak()},
+                                                     {"largest_allocation_bytes", *memory.largest},
+                                                     {"resident_start_bytes", resident_start},
+                                                     {"resident_peak_bytes", peak_resident_bytes()},
+                                                     {"floor_bytes", floor},
+                                                     {"stored_scores_bytes", stored_scores},
+                                                     {"forward_seconds", forward},
+                                                     {"backward_seconds", backward},
+                                                     {"threads", torch::get_num_threads()},
+                                                     {"shape", std::vector{frames, heads, bins, head_dim}}}) {
+      benchmark.note(name, value);
+    }
     std::printf("attention over q,k,v [%ld,%ld,%ld,%ld], float, %d threads\n", frames, heads, bins, head_dim,
                 torch::get_num_threads());
     std::printf("  scores, if stored            %12s  in one tensor\n", format_bytes(stored_scores).c_str());

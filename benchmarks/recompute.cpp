@@ -5,20 +5,17 @@
 #include <malloc.h>
 #include <torch/torch.h>
 
-#include <chrono>
 #include <cstdio>
 #include <sstream>
-#include <string>
-#include <vector>
 
-#include "headroom/memory.hpp"
-#include "headroom/nn.hpp"
-#include "headroom/plan.hpp"
-#include "headroom/training.hpp"
-#include "noise_source.hpp"
-#include "report.hpp"
+#include "headroom/memory/meter.hpp"
+#include "headroom/memory/resident.hpp"
+#include "steps.hpp"
+#include "timing.hpp"
 
 using namespace headroom;
+using benchmarks::EncoderSizes;
+using benchmarks::Planned;
 using torch::Tensor;
 
 namespace {
@@ -26,16 +23,14 @@ namespace {
 const std::vector<std::string> kPolicies = {
     "none",     "selective", "selective+offload", "every-3",       "full",        "full+bf16", "full+offload", "nested",
     "nested-3", "tiled",     "tiled+bf16",        "tiled+offload", "tiled+nested"};
-const std::string kReversible = "reversible";  // another model, not a policy
 
 struct Measurement {
-  int64_t peak_bytes, resident_peak_bytes;
-  double seconds;
+  int64_t peak_bytes = 0, resident_peak_bytes = 0;
+  double seconds = 0;
 };
 
 /// Runs `step`, which returns the seconds of what counts in it.
-template <class Step>
-Measurement measured(const Step& step) {
+Measurement measured(const std::function<double()>& step) {
   ::malloc_trim(0);
   reset_peak_resident_bytes();
   double seconds = 0;
@@ -43,177 +38,165 @@ Measurement measured(const Step& step) {
   return {memory.added_peak(), peak_resident_bytes(), seconds};
 }
 
-template <class Body>
-double seconds_of(Body&& body) {
-  const auto start = std::chrono::steady_clock::now();
-  body();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
+/// A row of the table.
+struct Entry {
+  std::string configuration, policy;
+  int64_t planned = 0;
+  std::optional<Measurement> real = {};
+  benchmarks::Row more = {};  ///< further figures
+};
 
 class Table {
  public:
-  explicit Table(nlohmann::ordered_json& rows) : rows_(rows) {}
+  explicit Table(benchmarks::Benchmark& benchmark) : benchmark_(benchmark) {
+    std::printf("%-26s %-18s %12s %12s %12s %10s\n", "configuration", "policy", "planned", "peak", "resident",
+                "seconds");
+  }
 
-  /// A plan, and what was measured, if anything was. Further figures go into the row as they are.
-  void add(const std::string& configuration, const std::string& policy, int64_t planned,
-           const std::optional<Measurement>& real, const nlohmann::ordered_json& more = {}) {
-    if (rows_.empty()) {
-      std::printf("%-26s %-18s %12s %12s %12s %10s\n", "configuration", "policy", "planned", "peak", "resident",
-                  "seconds");
-    }
-    nlohmann::ordered_json row = {{"configuration", configuration}, {"policy", policy},         {"peak_bytes", nullptr},
-                                  {"resident_peak_bytes", nullptr}, {"planned_bytes", planned}, {"seconds", nullptr}};
-    std::printf("%-26s %-18s %12s", configuration.c_str(), policy.c_str(), format_bytes(planned).c_str());
+  void add(const Entry& entry) {
+    const auto& real = entry.real;
+    benchmarks::Row row = {{"configuration", entry.configuration},
+                           {"policy", entry.policy},
+                           {"peak_bytes", {}},
+                           {"resident_peak_bytes", {}},
+                           {"seconds", {}},
+                           {"planned_bytes", entry.planned}};
+    std::printf("%-26s %-18s %12s", entry.configuration.c_str(), entry.policy.c_str(),
+                format_bytes(entry.planned).c_str());
     if (real) {
-      row["peak_bytes"] = real->peak_bytes;
-      row["resident_peak_bytes"] = real->resident_peak_bytes;
-      row["seconds"] = real->seconds;
+      row[2].second = real->peak_bytes, row[3].second = real->resident_peak_bytes, row[4].second = real->seconds;
       std::printf(" %12s %12s %10.2f%s", format_bytes(real->peak_bytes).c_str(),
                   format_bytes(real->resident_peak_bytes).c_str(), real->seconds,
-                  real->peak_bytes == planned ? "" : "  not as planned");
+                  real->peak_bytes == entry.planned ? "" : "  not as planned");
     }
     std::printf("\n");
     std::fflush(stdout);
-    row.update(more);
-    rows_.push_back(row);
+    row.insert(row.end(), entry.more.begin(), entry.more.end());
+    benchmark_.add_row(row);
   }
 
  private:
-  nlohmann::ordered_json& rows_;
+  benchmarks::Benchmark& benchmark_;
 };
 
-/// A stack of axial blocks over tokens [batch, length, dim], forward and backward.
-struct EncoderStep {
-  int64_t layers, batch, length, dim, heads;
-  std::vector<int64_t> hidden;
+/// Seconds of forward and backward; the gradients of the parameters are there before.
+double run_encoder(const EncoderSizes& sizes, const std::string& policy) {
+  const auto [encoder, x, step] = benchmarks::make_encoder_step(sizes, policy);
+  for (const Tensor& p : encoder->parameters()) p.mutable_grad() = torch::zeros_like(p);
+  return benchmarks::seconds_of(step);
+}
+/// Parameters, their gradients and the input.
+int64_t fixed_bytes(const EncoderSizes& sizes) {
+  const auto [encoder, x, step] = benchmarks::make_encoder_step(sizes, "none");
+  auto bytes = static_cast<int64_t>(x.nbytes());
+  for (const Tensor& p : encoder->parameters()) bytes += 2 * static_cast<int64_t>(p.nbytes());
+  return bytes;
+}
 
-  /// Seconds of forward and backward; the gradients of the parameters are there before.
-  double operator()(const std::string& policy) const {
-    nn::EncoderOptions options(dim, heads, hidden, layers);
-    if (policy == kReversible) {
-      options.reversible(true);
-    } else {
-      options.gradient_checkpointing(policy);
-    }
-    nn::Encoder encoder(options);
-    for (const Tensor& p : encoder->parameters()) p.mutable_grad() = torch::zeros_like(p);
-    const Tensor x = torch::randn({batch, length, dim});
-    return seconds_of([&] { encoder->forward(x).square().mean().backward(); });
+/// Every policy in turns, `repetitions` times.
+void measure_encoder(Table& table, const EncoderSizes& sizes, const std::vector<std::string>& policies,
+                     int repetitions) {
+  EncoderSizes small = sizes;
+  small.layers = 1;
+  for (const auto& policy : {"none", "tiled"}) run_encoder(small, policy);  // what a process loads once
+  std::ostringstream name;
+  name << "encoder " << sizes.layers << " x " << sizes.length << ", " << at::IntArrayRef(sizes.hidden);
+  std::vector<Measurement> best(policies.size());
+  std::vector<benchmarks::Contender> contenders;
+  for (size_t i = 0; i < policies.size(); ++i) {
+    contenders.push_back({policies[i], [&, i] {
+                            const Measurement now = measured([&] { return run_encoder(sizes, policies[i]); });
+                            if (now.seconds < contenders[i].best) best[i] = now;
+                            return now.seconds;
+                          }});
   }
-  /// Parameters, their gradients and x.
-  int64_t fixed_bytes() const {
-    nn::Encoder encoder(nn::EncoderOptions(dim, heads, hidden, layers));
-    int64_t bytes = batch * length * dim * 4;
-    for (const Tensor& p : encoder->parameters()) bytes += 2 * static_cast<int64_t>(p.nbytes());
-    return bytes;
+  benchmarks::race(contenders, {.warm_up = false, .least = repetitions});
+  for (size_t i = 0; i < policies.size(); ++i) {
+    const Planned planned = benchmarks::planned([&] { run_encoder(sizes, policies[i]); });
+    table.add({name.str(),
+               policies[i],
+               planned.peak_bytes,
+               best[i],
+               {{"what", "forward and backward"},
+                {"activation_bytes", planned.peak_bytes - fixed_bytes(sizes)},
+                {"flops", planned.flops}}});
   }
-};
-
-/// One optimizer step of a trainer, model and optimizer state included: its seconds.
-template <class Source>
-double train_step(const training::Config& config, Source source) {
-  models::TimeFrequencyTransformer model(training::model_options(config));
-  training::Trainer trainer(model, config, std::move(source));
-  return seconds_of([&] { trainer.step(config.training.learning_rate); });
 }
 
 training::Config guide(const std::string& folder, const std::string& name) {
-  training::Config config = training::load_config(folder + "/musdb18_" + name + ".json");
+  training::Config config = benchmarks::configuration(folder + "/musdb18_" + name + ".json");
   config.training.gradient_accumulation_steps = 1;
   config.training.batch_size = 1;
   return config;
 }
 
-Plan planned_step(const training::Config& config) {
-  return plan([&] { train_step(config, training::ShapeSource{config}); }, this_machine(), {.value = 1});
+void plan_guide(Table& table, const std::string& folder) {
+  for (const char* name : {"small", "ultra_safe", "memory_optimized", "memory_optimized_first", "xlarge"}) {
+    for (const std::string& policy : kPolicies) {
+      training::Config config = guide(folder, name);
+      config.model.gradient_checkpointing = policy;
+      const Planned planned = benchmarks::planned_first_step(config);
+      table.add({name, policy, planned.peak_bytes, {}, {{"what", "training step"}, {"flops", planned.flops}}});
+    }
+  }
 }
 
 /// Plans first and refuses to run what does not fit.
 void run_headline(Table& table, const std::string& folder, const std::string& name, int64_t budget) {
-  const auto found = training::recommend(guide(folder, name), this_machine(), {.budget = budget});
-  require(found && found->same_training, "headroom.benchmarks.headline", "nothing fits ", format_bytes(budget),
-          "; give a larger --budget");
-  const training::Config& config = found->config;
-  const Plan before = planned_step(config);
-  std::printf("%s: policy %s, planned peak %s of %s, %.0f TFLOP\n", name.c_str(),
-              config.model.gradient_checkpointing.text().c_str(), format_bytes(before.peak_bytes).c_str(),
-              format_bytes(budget).c_str(), before.flops * 1e-12);
+  const training::Config config = benchmarks::fitted(guide(folder, name), budget);
+  const Planned before = benchmarks::planned_first_step(config);
+  const std::string policy = config.model.gradient_checkpointing.text();
+  std::printf("%s: policy %s, planned peak %s of %s, %.0f TFLOP\n", name.c_str(), policy.c_str(),
+              format_bytes(before.peak_bytes).c_str(), format_bytes(budget).c_str(), before.flops * 1e-12);
   std::fflush(stdout);
   torch::manual_seed(0);
-  const Measurement real = measured([&] { return train_step(config, benchmarks::NoiseSource{{config}}); });
+  const Measurement real = measured([&] { return benchmarks::train(config, 1); });
   // The step chose which kernel multiplies what: until a product's was chosen it needed what the plan before it says,
   // from then on what a plan after it says
-  const int64_t after = planned_step(config).peak_bytes;
-  table.add(name, config.model.gradient_checkpointing.text(),
-            real.peak_bytes == before.peak_bytes ? before.peak_bytes : after, real,
-            {{"what", "training step"}, {"planned_before_bytes", before.peak_bytes}, {"flops", before.flops}});
+  const int64_t after = benchmarks::planned_first_step(config).peak_bytes;
+  table.add({name,
+             policy,
+             real.peak_bytes == before.peak_bytes ? before.peak_bytes : after,
+             real,
+             {{"what", "training step"}, {"planned_before_bytes", before.peak_bytes}, {"flops", before.flops}}});
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Memory and time of checkpoint policies", "recompute");
-  benchmarks::Report report;
+  benchmarks::Benchmark benchmark("recompute", "Memory and time of checkpoint policies");
   bool headline = false, no_guide = false;
   std::string folder = "examples/configs", configuration = "memory_optimized_first";
   double budget_gib = 7.5;  // of 8 GiB resident: the rest is for what is no tensor
-  EncoderStep encoder{.layers = 12, .batch = 2, .length = 2049, .dim = 192, .heads = 12, .hidden = {768, 768}};
+  EncoderSizes encoder;
   std::vector<std::string> policies = kPolicies;
-  policies.push_back(kReversible);
+  policies.emplace_back("reversible");
   int repetitions = 1;
-  app.add_flag("--headline", headline, "Only one training step of one of the guide's configurations, batch 1");
-  app.add_option("--configuration", configuration, "Which one the headline is")->capture_default_str();
-  app.add_option("--budget", budget_gib, "GiB that tensors of the headline may take")->capture_default_str();
-  app.add_option("--configs", folder, "Folder of the guide's configurations")->capture_default_str();
-  app.add_flag("--no-guide", no_guide, "Leave out the plans of the guide's configurations");
-  app.add_option("--policies", policies, "Policies to measure on the encoder")->capture_default_str();
-  app.add_option("--layers", encoder.layers, "Blocks of the encoder")->capture_default_str();
-  app.add_option("--batch", encoder.batch, "Sequences that it works on")->capture_default_str();
-  app.add_option("--length", encoder.length, "Their length")->capture_default_str();
-  app.add_option("--hidden", encoder.hidden, "Hidden widths of its feed-forward networks")
-      ->delimiter(',')
-      ->capture_default_str();
-  app.add_option("--repetitions", repetitions, "Steps of each policy, in turn; the shortest counts")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  return benchmarks::run_benchmark(app, report, argc, argv, [&] {
-    if (report.threads > 0) torch::set_num_threads(report.threads);
-    report.json = {{"processor", benchmarks::processor()},
-                   {"threads", torch::get_num_threads()},
-                   {"rows", nlohmann::json::array()}};
-    Table table(report.json["rows"]);
+  benchmark.add({.name = "--headline",
+                 .help = "Only one training step of one of the guide's configurations, batch 1",
+                 .target = &headline});
+  benchmark.add({.name = "--configuration", .help = "Which one the headline is", .target = &configuration});
+  benchmark.add({.name = "--budget", .help = "GiB that tensors of the headline may take", .target = &budget_gib});
+  benchmark.add({.name = "--configs", .help = "Folder of the guide's configurations", .target = &folder});
+  benchmark.add(
+      {.name = "--no-guide", .help = "Leave out the plans of the guide's configurations", .target = &no_guide});
+  benchmark.add({.name = "--policies", .help = "Policies to measure on the encoder", .target = &policies});
+  benchmark.add({.name = "--layers", .help = "Blocks of the encoder", .target = &encoder.layers, .least = 1});
+  benchmark.add({.name = "--batch", .help = "Sequences that it works on", .target = &encoder.batch, .least = 1});
+  benchmark.add({.name = "--length", .help = "Their length", .target = &encoder.length, .least = 1});
+  benchmark.add({.name = "--hidden", .help = "Hidden widths of its feed-forward networks", .target = &encoder.hidden});
+  benchmark.add({.name = "--repetitions",
+                 .help = "Steps of each policy, in turn; the shortest counts",
+                 .target = &repetitions,
+                 .least = 1});
+  return benchmark.run(argc, argv, [&] {
+    benchmark.note("processor", benchmarks::processor());
+    benchmark.note("threads", torch::get_num_threads());
+    Table table(benchmark);
     if (headline) {
       return run_headline(table, folder, configuration, static_cast<int64_t>(budget_gib * (int64_t{1} << 30)));
     }
-
-    EncoderStep small = encoder;
-    small.layers = 1;
-    for (const auto& policy : {"none", "tiled"}) small(policy);  // what a process loads once
-    std::ostringstream name;
-    name << "encoder " << encoder.layers << " x " << encoder.length << ", " << at::IntArrayRef(encoder.hidden);
-    std::vector<std::optional<Measurement>> best(policies.size());
-    for (int repetition = 0; repetition < repetitions; ++repetition) {
-      for (size_t i = 0; i < policies.size(); ++i) {
-        const Measurement now = measured([&] { return encoder(policies[i]); });
-        if (!best[i] || now.seconds < best[i]->seconds) best[i] = now;
-      }
-    }
-    for (size_t i = 0; i < policies.size(); ++i) {
-      const Plan planned = plan([&] { encoder(policies[i]); }, this_machine());
-      table.add(name.str(), policies[i], planned.peak_bytes, best[i],
-                {{"what", "forward and backward"},
-                 {"activation_bytes", planned.peak_bytes - encoder.fixed_bytes()},
-                 {"flops", planned.flops}});
-    }
-    if (no_guide) return;
-    for (const char* configuration : {"small", "ultra_safe", "memory_optimized", "memory_optimized_first", "xlarge"}) {
-      for (const std::string& policy : kPolicies) {
-        training::Config config = guide(folder, configuration);
-        config.model.gradient_checkpointing = policy;
-        const Plan planned = planned_step(config);
-        table.add(configuration, policy, planned.peak_bytes, std::nullopt,
-                  {{"what", "training step"}, {"flops", planned.flops}});
-      }
-    }
+    measure_encoder(table, encoder, policies, repetitions);
+    if (!no_guide) plan_guide(table, folder);
   });
 }

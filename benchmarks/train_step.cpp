@@ -2,26 +2,23 @@
 // the same step in plain PyTorch (train_step.py), eager and compiled, on the same weights and inputs.
 
 #include <torch/torch.h>
+#include <unistd.h>
 
-#include <chrono>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
-#include <optional>
+#include <map>
 
-#include "accelerator.hpp"
-#include "headroom/memory.hpp"
-#include "headroom/training.hpp"
+#include "headroom/memory/format.hpp"
+#include "headroom/memory/resident.hpp"
+#include "steps.hpp"
+#include "timing.hpp"
 
 namespace fs = std::filesystem;
 using namespace headroom;
 
 namespace {
-
-struct Example {
-  torch::Tensor mixture, stems;  // [B,C,S], [B,N,C,S]
-};
 
 /// A folder that goes away with its contents.
 struct TemporaryFolder {
@@ -30,131 +27,122 @@ struct TemporaryFolder {
   ~TemporaryFolder() { fs::remove_all(path); }
 };
 
-/// Everything that the twin needs, for torch.load.
-void write_for_python(const fs::path& path, const training::Config& config, int64_t steps, const std::string& device,
-                      const training::TensorMap& model, const Example& example) {
-  c10::impl::GenericDict content(c10::StringType::get(), c10::AnyType::get());
-  content.insert("config", training::to_json(config));
-  content.insert("threads", static_cast<int64_t>(torch::get_num_threads()));
-  content.insert("steps", steps);
-  content.insert("device", device);
-  content.insert("model", training::detail::to_dictionary(model));
-  content.insert("mixture", example.mixture);
-  content.insert("stems", example.stems);
-  const std::vector<char> archive = torch::pickle_save(content);
-  std::ofstream(path, std::ios::binary).write(archive.data(), static_cast<std::streamsize>(archive.size()));
+/// What some steps of an implementation took.
+struct Measurement {
+  double seconds = 0;  ///< of the shortest
+  int64_t memory_bytes = 0;
+  double loss = 0, last_loss = 0;
+};
+
+/// The trainer's steps. Memory is what the device's allocator peaked at, on the CPU what the resident size grew by.
+Measurement run_ours(const training::Config& config, const benchmarks::PythonTwin& twin,
+                     const benchmarks::Accelerator* gpu) {
+  const auto step = benchmarks::make_repeated_step(config, twin, gpu);
+  std::vector<double> losses;
+  Measurement result;
+  const auto once = [&] { losses.push_back(step.run()); };
+  const auto all = [&] {
+    result.seconds =
+        benchmarks::shortest_of([&] { return gpu != nullptr ? gpu->seconds_of(once) : benchmarks::seconds_of(once); },
+                                {.warm_up = false, .least = static_cast<int>(twin.steps)});
+  };
+  if (gpu != nullptr) {
+    result.memory_bytes = gpu->peak_of(all).allocated;
+  } else {
+    reset_peak_resident_bytes();
+    const int64_t before = resident_bytes();
+    all();
+    result.memory_bytes = peak_resident_bytes() - before;
+  }
+  result.loss = losses.front(), result.last_loss = losses.back();
+  return result;
 }
 
-nlohmann::ordered_json run_python(const std::string& python, const std::string& script, const fs::path& folder,
-                                  const std::string& mode) {
-  const fs::path row = folder / "row.json";
-  const auto quoted = [](const std::string& text) { return "'" + text + "'"; };
-  const std::string command = quoted(python) + " " + quoted(script) + " " + quoted((folder / "step.pt").string()) +
-                              " " + mode + " > " + quoted(row.string());
+/// The twin's steps. It prints `{"seconds": 1.5, "memory_bytes": …, "loss": …, "last_loss": …}`.
+Measurement run_python(const std::string& interpreter_and_script, const std::string& step_file,
+                       const std::string& mode) {
+  const std::string row_file = step_file + ".json";
+  const std::string command = interpreter_and_script + " '" + step_file + "' " + mode + " > '" + row_file + "'";
   require(std::system(command.c_str()) == 0, "headroom.benchmarks.python", "failed: ", command,
           "; expected a Python with torch and the script train_step.py");
-  std::ifstream file(row);
-  return nlohmann::ordered_json::parse(file);
+  const std::map<std::string, double> row = benchmarks::read_numbers(row_file);
+  return {row.at("seconds"), static_cast<int64_t>(row.at("memory_bytes")), row.at("loss"), row.at("last_loss")};
 }
+
+/// Prints and keeps the measurements of one configuration.
+struct Table {
+  benchmarks::Benchmark& benchmark;
+  std::string configuration;
+  int64_t segment_length;
+
+  void add(const char* implementation, const Measurement& now) const {
+    std::printf("%-24s %-10s %10.3f %14s %12.6f %12.6f\n", configuration.c_str(), implementation, now.seconds,
+                format_bytes(now.memory_bytes).c_str(), now.loss, now.last_loss);
+    std::fflush(stdout);
+    benchmark.add_row({{"seconds", now.seconds},
+                       {"memory_bytes", now.memory_bytes},
+                       {"loss", now.loss},
+                       {"last_loss", now.last_loss},
+                       {"configuration", configuration},
+                       {"implementation", implementation},
+                       {"segment_length", segment_length}});
+  }
+  void compare(const Measurement& ours, const Measurement& theirs) const {
+    std::printf("%-24s %-10s %9.2fx %13.2fx %12.1e %12.1e\n", configuration.c_str(), "ratio",
+                theirs.seconds / ours.seconds,
+                static_cast<double>(ours.memory_bytes) / static_cast<double>(theirs.memory_bytes),
+                theirs.loss / ours.loss - 1, theirs.last_loss / ours.last_loss - 1);
+  }
+};
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Seconds and memory of one training step, beside plain PyTorch's", "train_step");
-  benchmarks::Report report;
+  benchmarks::Benchmark benchmark("train_step", "Seconds and memory of one training step, beside plain PyTorch's");
   std::vector<std::string> files = {"examples/configs/demo.json", "examples/configs/musdb18_small.json"};
   std::string python, script = "benchmarks/train_step.py", device = "cpu";
   int64_t steps = 5, segment = 0;
   bool bf16 = false, compiled = false;
-  app.add_option("configurations", files, "Configuration files, those with small models first")->capture_default_str();
-  app.add_option("--python", python, "Also run the same steps in plain PyTorch with this interpreter");
-  app.add_option("--script", script, "The script that it runs")->capture_default_str();
-  app.add_option("--steps", steps, "Steps of each; the shortest counts")
-      ->check(CLI::Range(2, 1000))
-      ->capture_default_str();
-  app.add_option("--segment", segment, "Samples of an example, instead of the configuration's")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--device", device, "Where the steps run; memory is what its allocator peaked at, on the CPU resident")
-      ->capture_default_str();
-  app.add_flag("--bf16", bf16, "Under bfloat16 autocast");
-  app.add_flag("--compiled", compiled, "Also PyTorch with torch.compile");
-  return benchmarks::run_benchmark(app, report, argc, argv, [&] {
-    if (report.threads > 0) torch::set_num_threads(report.threads);
-    report.json = {{"threads", torch::get_num_threads()}, {"rows", nlohmann::json::array()}};
+  benchmark.add(
+      {.name = "configurations", .help = "Configuration files, those with small models first", .target = &files});
+  benchmark.add({.name = "--python",
+                 .help = "Also run the same steps in plain PyTorch with this interpreter",
+                 .target = &python});
+  benchmark.add({.name = "--script", .help = "The script that it runs", .target = &script});
+  benchmark.add({.name = "--steps", .help = "Steps of each; the shortest counts", .target = &steps, .least = 2});
+  benchmark.add(
+      {.name = "--segment", .help = "Samples of an example, instead of the configuration's (0)", .target = &segment});
+  benchmark.add({.name = "--device",
+                 .help = "Where the steps run; memory is what its allocator peaked at, on the CPU resident",
+                 .target = &device});
+  benchmark.add({.name = "--bf16", .help = "Under bfloat16 autocast", .target = &bf16});
+  benchmark.add({.name = "--compiled", .help = "Also PyTorch with torch.compile", .target = &compiled});
+  return benchmark.run(argc, argv, [&] {
+    benchmark.note("threads", torch::get_num_threads());
     std::optional<benchmarks::Accelerator> gpu;
-    if (device != "cpu") report.json["machine"] = gpu.emplace(device).describe();
-    report.json["device"] = device;
+    if (device != "cpu") benchmark.note("machine", gpu.emplace(device).describe());
+    benchmark.note("device", device);
     std::printf("%-24s %-10s %10s %14s %12s %12s\n", "", "", "seconds", gpu ? "peak" : "resident", "first loss",
                 "last loss");
     for (const std::string& file : files) {
-      training::Config config = training::load_config(file);
+      training::Config config = benchmarks::configuration(file);
       config.model.gradient_checkpointing = false;
       config.training.gradient_accumulation_steps = 1;  // as the twin
       config.training.bf16 = bf16;
       if (segment > 0) config.training.segment_length = segment;
-      const std::string name = fs::path(file).stem().string();
-      const auto add_row = [&](const char* implementation, nlohmann::ordered_json row) {
-        std::printf("%-24s %-10s %10.3f %14s %12.6f %12.6f\n", name.c_str(), implementation,
-                    row["seconds"].get<double>(), format_bytes(row["memory_bytes"].get<int64_t>()).c_str(),
-                    row["loss"].get<double>(), row["last_loss"].get<double>());
-        std::fflush(stdout);
-        row["configuration"] = name;
-        row["implementation"] = implementation;
-        row["segment_length"] = config.training.segment_length;
-        report.json["rows"].push_back(row);
-        return row;
-      };
-
+      const Table table{benchmark, fs::path(file).stem().string(), config.training.segment_length};
       const TemporaryFolder folder;
-      nlohmann::ordered_json ours;
-      {
-        torch::manual_seed(0);
-        models::TimeFrequencyTransformer model(training::model_options(config));
-        const auto stems = static_cast<int64_t>(config.audio.stems.size());
-        Example example;
-        example.stems = 0.1 * torch::randn({config.training.batch_size, stems, config.audio.channels,
-                                            config.training.segment_length});  // [B,N,C,S]
-        example.mixture = example.stems.sum(1);                                // [B,C,S]
-        if (!python.empty()) {
-          write_for_python(folder.path / "step.pt", config, steps, device, training::tensors_of(*model), example);
-        }
-        if (gpu) {
-          model->to(gpu->device);
-          example = {example.mixture.to(gpu->device), example.stems.to(gpu->device)};
-        }
-        training::Trainer trainer(model, config, [&](int64_t, int64_t) { return example; });
-        double shortest = std::numeric_limits<double>::infinity();
-        std::vector<double> losses;
-        const auto run_steps = [&] {
-          for (int64_t i = 0; i < steps; ++i) {
-            const auto start = std::chrono::steady_clock::now();
-            losses.push_back(trainer.step(config.training.learning_rate));
-            if (gpu) gpu->synchronize();
-            const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-            shortest = std::min(shortest, seconds.count());
-          }
-        };
-        int64_t memory = 0;
-        if (gpu) {
-          memory = gpu->peak_of(run_steps).allocated;
-        } else {
-          reset_peak_resident_bytes();
-          const int64_t before = resident_bytes();
-          run_steps();
-          memory = peak_resident_bytes() - before;
-        }
-        ours = add_row(
-            "headroom",
-            {{"seconds", shortest}, {"memory_bytes", memory}, {"loss", losses.front()}, {"last_loss", losses.back()}});
-      }
+      const std::string step_file = python.empty() ? "" : (folder.path / "step.pt").string();
+      const benchmarks::PythonTwin twin{step_file, steps};
+      const Measurement ours = run_ours(config, twin, gpu ? &*gpu : nullptr);
+      table.add("headroom", ours);
       if (python.empty()) continue;
       if (gpu) gpu->allocator->emptyCache();  // the twin is another process
       for (const char* mode : {"eager", "compiled"}) {
         if (mode == std::string("compiled") && !compiled) continue;
-        const auto theirs = add_row(mode, run_python(python, script, folder.path, mode));
-        const auto ratio = [&](const char* key) { return theirs[key].get<double>() / ours[key].get<double>(); };
-        std::printf("%-24s %-10s %9.2fx %13.2fx %12.1e %12.1e\n", name.c_str(), "ratio", ratio("seconds"),
-                    1 / ratio("memory_bytes"), ratio("loss") - 1, ratio("last_loss") - 1);
+        const Measurement theirs = run_python("'" + python + "' '" + script + "'", twin.file, mode);
+        table.add(mode, theirs);
+        table.compare(ours, theirs);
       }
     }
   });

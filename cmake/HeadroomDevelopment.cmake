@@ -49,9 +49,9 @@ foreach(pch IN ITEMS headroom_pch headroom_test_pch)
   target_compile_options(${pch} PRIVATE ${${pch}_options})
 endforeach()
 
-# So are the attention kernels, which take a minute to compile
+# So is what core/separate_kernels.hpp speaks of: a minute
 file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/kernels.cpp" CONTENT
-     "#define HEADROOM_KERNELS_HERE\n#include \"headroom/attention/tiled.hpp\"\n")
+     "#define HEADROOM_KERNELS_HERE\n#include \"headroom/nn.hpp\"\n")
 add_library(headroom_kernels OBJECT "${CMAKE_CURRENT_BINARY_DIR}/kernels.cpp")
 target_link_libraries(headroom_kernels PRIVATE headroom_training headroom_development)
 target_compile_options(headroom_kernels PRIVATE ${headroom_pch_options})

@@ -1,6 +1,8 @@
 #pragma once
 
 #include "headroom/attention/attention.hpp"
+#include "headroom/attention/backend.hpp"
+#include "headroom/attention/checks.hpp"
 #include "headroom/attention/chunked.hpp"
 #include "headroom/attention/dropout.hpp"
 #include "headroom/attention/fused.hpp"
@@ -8,6 +10,7 @@
 #include "headroom/attention/merge.hpp"
 #include "headroom/attention/options.hpp"
 #include "headroom/attention/packed.hpp"
+#include "headroom/attention/positions.hpp"
 #include "headroom/attention/reference.hpp"
 #include "headroom/attention/request.hpp"
 #include "headroom/attention/rotation.hpp"

@@ -211,10 +211,10 @@ TEST_CASE("an output may be changed in place") {
   linear += x;  // and that one does not need its output in the backward pass
   CHECK(torch::autograd::grad({linear.sum()}, {base})[0].equal(
       torch::autograd::grad({linear_attention(q, q, q).sum()}, {base})[0]));
-  nn::Attention layer(nn::AttentionOptions(8, 2));
+  nn::SelfAttention layer(nn::SelfAttentionOptions(8, 2));
   CHECK_NOTHROW(layer->forward(torch::randn({2, 9, 8})).add_(1));
-  const Tensor packed = torch::randn({2, 9, 3, 2, 4}).requires_grad_();
-  CHECK_NOTHROW(headroom::detail::packed_attention(packed * 1, std::nullopt, 1, {}).add_(1));
+  const Tensor packed = torch::randn({2, 9, 6, 4}).requires_grad_();
+  CHECK_NOTHROW(headroom::detail::packed_attention(packed * 1, 2, std::nullopt, 1, {}).add_(1));
 }
 
 TEST_CASE("the reference computes 16 bits in float") {

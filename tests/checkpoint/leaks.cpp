@@ -88,8 +88,9 @@ std::vector<Differentiable> all_functions() {
   all.push_back(of_module("RMSNorm", nn::RMSNorm(nn::RMSNormOptions(16))));
   all.push_back(of_module("Linear", nn::Linear(16, 16)));
   all.push_back(of_module("FeedForward", nn::FeedForward(nn::FeedForwardOptions(16, {24}))));
-  all.push_back(of_module("Attention", nn::Attention(nn::AttentionOptions(16, 2))));
-  all.push_back(of_module("LinearAttention", nn::LinearAttention(nn::LinearAttentionOptions(16, 2).head_dim(8))));
+  all.push_back(of_module("SelfAttention", nn::SelfAttention(nn::SelfAttentionOptions(16, 2))));
+  all.push_back(
+      of_module("LinearSelfAttention", nn::LinearSelfAttention(nn::LinearSelfAttentionOptions(16, 2).head_dim(8))));
   all.push_back(of_module("Encoder", nn::Encoder(nn::EncoderOptions(16, 2, {24}, 1))));
   all.push_back(of_module("reversible Encoder", nn::Encoder(nn::EncoderOptions(16, 2, {24}, 2).reversible(true))));
   audio::MultiResolutionStftLoss loss(audio::MultiResolutionStftLossOptions().windows({128, 64}).min_n_fft(128));

@@ -408,7 +408,7 @@ TEST_CASE("a block holds the same tensors in any dtype, under autocast too, and 
   torch::manual_seed(17);
   const auto options = [](AttentionBackend backend) {
     nn::EncoderOptions block(32, 2, {64, 48}, 1);
-    block.attention(nn::AttentionOptions(32, 2).backend(backend));
+    block.attention(nn::SelfAttentionOptions(32, 2).request(AttentionOptions().backend(backend)));
     return block;
   };
   const int64_t tokens = 10 * 30, lse = tokens * 2 * 8;

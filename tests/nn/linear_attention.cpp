@@ -1,11 +1,12 @@
-#include "headroom/nn/linear_attention.hpp"
-
 #include <torch/torch.h>
 
 #include "headroom/memory.hpp"
+#include "headroom/nn/linear_self_attention.hpp"
 #include "support/catch.hpp"
+#include "support/tensors.hpp"
 
 using namespace headroom;
+using testing::largest_difference;
 using torch::Tensor;
 
 namespace {
@@ -19,7 +20,7 @@ Tensor by_formula(const Tensor& q, const Tensor& k, const Tensor& v, double scal
 }
 
 /// The module's formula along dimension `axis`.
-Tensor by_formula(const nn::LinearAttention& module, const Tensor& x, int64_t axis) {
+Tensor by_formula(const nn::LinearSelfAttention& module, const Tensor& x, int64_t axis) {
   const auto parameters = module->named_parameters();
   const Tensor normed = x / x.norm(2, {-1}, true) * std::sqrt(x.size(-1)) * parameters["norm.gamma"];
   const auto parts = torch::matmul(normed, parameters["to_qkv.0.weight"].t()).chunk(3, -1);
@@ -39,11 +40,6 @@ std::vector<Tensor> with_gradients(const Tensor& output, const std::vector<Tenso
   auto results = torch::autograd::grad({(output * noise_like(output)).sum()}, leaves);
   results.push_back(output.detach());
   return results;
-}
-
-double largest_difference(const Tensor& a, const Tensor& b) {
-  REQUIRE(a.sizes() == b.sizes());
-  return (a - b).abs().max().item<double>();
 }
 
 /// At most twice (RMS) and four times (largest) the errors of the plain computation in the same dtype.
@@ -152,7 +148,7 @@ TEST_CASE("dropout of linear attention is the same in the backward pass and righ
 
 TEST_CASE("LinearAttention has the parameters of BS-RoFormer's and is its formula along any axis") {
   torch::manual_seed(25);
-  nn::LinearAttention module(nn::LinearAttentionOptions(12, 3).head_dim(5));
+  nn::LinearSelfAttention module(nn::LinearSelfAttentionOptions(12, 3).head_dim(5));
   std::vector<std::string> names;
   for (const auto& entry : module->named_parameters()) names.push_back(entry.key());
   std::sort(names.begin(), names.end());
@@ -176,14 +172,14 @@ TEST_CASE("LinearAttention has the parameters of BS-RoFormer's and is its formul
     for (size_t i = 0; i < exact.size(); ++i) CHECK(largest_difference(in_double[i], exact[i]) < 1e-10);
     check_accuracy(run(torch::kFloat, ours), run(torch::kFloat, formula), exact);
   }
-  const auto copy = std::dynamic_pointer_cast<nn::LinearAttentionImpl>(module->clone());
+  const auto copy = std::dynamic_pointer_cast<nn::LinearSelfAttentionImpl>(module->clone());
   CHECK(torch::equal(copy->forward(x), module->forward(x)));
   CHECK(module->forward(torch::zeros({4, 12})).abs().max().item<float>() == 0);
 }
 
 TEST_CASE("LinearAttention holds its projection, what the heads give and its own: linear in the length") {
   torch::manual_seed(26);
-  nn::LinearAttention module(nn::LinearAttentionOptions(32, 4).head_dim(16));
+  nn::LinearSelfAttention module(nn::LinearSelfAttentionOptions(32, 4).head_dim(16));
   MemoryMeter meter;
   for (const int64_t axis : {1, 2}) {
     int64_t peak[2];
@@ -214,8 +210,8 @@ TEST_CASE("linear attention refuses what does not fit, and says what it expects"
   CHECK(id_of([&] { linear_attention(x, x, x, LinearAttentionOptions().scale(NAN)); }) == id);
   CHECK(id_of([&] { linear_attention(x, x, x, LinearAttentionOptions().log_temperature(torch::ones({2}))); }) == id);
   CHECK(id_of([&] { linear_attention(x, x, x, LinearAttentionOptions().dropout(1)); }) == "headroom.attention.dropout");
-  CHECK(id_of([] { nn::LinearAttention(8, 0); }) == "headroom.nn.linear_attention.options");
-  nn::LinearAttention module(16, 2);
+  CHECK(id_of([] { nn::LinearSelfAttention(8, 0); }) == "headroom.nn.linear_attention.options");
+  nn::LinearSelfAttention module(16, 2);
   const auto error = testing::error_of([&] { module->forward(torch::randn({3, 16}), 1); });
   CHECK(error.id() == "headroom.nn.linear_attention.shape");
   CHECK(testing::contains(error.what(), "x is [3, 16] and the axis 1; expected [...,L,16]"));

@@ -4,13 +4,13 @@
 
 #include "headroom/memory.hpp"
 #include "support/catch.hpp"
+#include "support/tensors.hpp"
 
 using namespace headroom;
+using testing::largest_difference;
 using torch::Tensor;
 
 namespace {
-
-double largest_difference(const Tensor& a, const Tensor& b) { return (a - b).abs().max().item<double>(); }
 
 std::vector<Tensor> gradients(torch::nn::Module& module, const Tensor& output, const Tensor& grad) {
   module.zero_grad();
@@ -98,7 +98,7 @@ TEST_CASE("the rotary table rotates by position times frequency, so that scores 
 TEST_CASE("the attention layer is projection, rotation, attention, projection, along any axis") {
   torch::manual_seed(3);
   for (const bool rotary : {true, false}) {
-    nn::Attention layer(nn::AttentionOptions(24, 3).rotary(rotary).bias(true));
+    nn::SelfAttention layer(nn::SelfAttentionOptions(24, 3).rotary(rotary).bias(true));
     const Tensor x = torch::randn({2, 9, 7, 24}).requires_grad_(), grad = torch::randn({2, 9, 7, 24});
     for (const int64_t axis : {1, 2, -2}) {
       const Tensor output = layer->forward(x, axis);
@@ -127,8 +127,9 @@ TEST_CASE("the attention layer is projection, rotation, attention, projection, a
 
 TEST_CASE("the attention layer's backends agree, causal too, and it follows the sequence length") {
   torch::manual_seed(4);
-  nn::Attention tiled(nn::AttentionOptions(16, 2).causal(true));
-  nn::Attention reference(nn::AttentionOptions(16, 2).causal(true).backend(AttentionBackend::reference));
+  nn::SelfAttention tiled(nn::SelfAttentionOptions(16, 2).request(AttentionOptions().causal(true)));
+  nn::SelfAttention reference(
+      nn::SelfAttentionOptions(16, 2).request(AttentionOptions().causal(true).backend(AttentionBackend::reference)));
   torch::nn::utils::vector_to_parameters(torch::nn::utils::parameters_to_vector(tiled->parameters()),
                                          reference->parameters());
   for (const int64_t length : {1, 40, 13}) {
@@ -138,7 +139,7 @@ TEST_CASE("the attention layer's backends agree, causal too, and it follows the 
 }
 
 TEST_CASE("the attention layer copies nothing: projection, output and its projection") {
-  nn::Attention layer(nn::AttentionOptions(16, 2).rotary(true));
+  nn::SelfAttention layer(nn::SelfAttentionOptions(16, 2).rotary(true));
   const Tensor x = torch::randn({1, 64, 50, 16}).requires_grad_();
   layer->forward(x, 1);  // makes the rotary table
   MemoryMeter meter;
@@ -152,7 +153,7 @@ TEST_CASE("the attention layer copies nothing: projection, output and its projec
 }
 
 TEST_CASE("second derivatives through the attention layer are refused") {
-  nn::Attention layer(nn::AttentionOptions(8, 2));
+  nn::SelfAttention layer(nn::SelfAttentionOptions(8, 2));
   const Tensor x = torch::randn({1, 4, 8}).requires_grad_();
   const Tensor gradient = torch::autograd::grad({layer->forward(x).sum()}, {x}, {}, true, true)[0];
   CHECK(testing::error_of([&] { gradient.sum().backward(); }).id() == "headroom.attention.double_backward");
@@ -228,12 +229,12 @@ TEST_CASE("with gradient checkpointing an encoder holds one input per block") {
 
 TEST_CASE("widths that heads do not divide, odd head dims and foreign shapes are refused") {
   const auto error = [](int64_t dim, int64_t heads) {
-    return testing::error_of([&] { nn::Attention(nn::AttentionOptions(dim, heads)); });
+    return testing::error_of([&] { nn::SelfAttention(nn::SelfAttentionOptions(dim, heads)); });
   };
   CHECK(error(16, 3).id() == "headroom.nn.attention.heads");
   CHECK(testing::contains(error(16, 3).what(), "3 heads do not divide the width 16"));
   CHECK(error(6, 2).id() == "headroom.nn.rotary.dim");
-  nn::Attention layer(nn::AttentionOptions(8, 2));
+  nn::SelfAttention layer(nn::SelfAttentionOptions(8, 2));
   CHECK(testing::error_of([&] { layer->forward(torch::randn({2, 3, 9})); }).id() == "headroom.nn.attention.shape");
   CHECK(testing::error_of([&] { layer->forward(torch::randn({2, 3, 8}), 2); }).id() == "headroom.nn.attention.shape");
 }

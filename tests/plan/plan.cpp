@@ -70,8 +70,9 @@ TEST_CASE("the planned peak of a training step of every nn module is the measure
   }
   SECTION("attention") {
     for (const bool causal : {false, true}) {
-      check_exact<nn::Attention>([=] { return nn::Attention(nn::AttentionOptions(48, 3).causal(causal)); },
-                                 {3, 50, 48});
+      check_exact<nn::SelfAttention>(
+          [=] { return nn::SelfAttention(nn::SelfAttentionOptions(48, 3).request(AttentionOptions().causal(causal))); },
+          {3, 50, 48});
     }
   }
   SECTION("encoder") {
@@ -117,8 +118,12 @@ TEST_CASE("what depends on the moment is planned at its most") {
     CHECK(planned <= measured + slack);
   };
   // LibTorch's fused kernel on the CPU: each thread makes a small tensor, at the same time or not
-  const auto fused = training_of<nn::Attention>(
-      [] { return nn::Attention(nn::AttentionOptions(48, 3).backend(AttentionBackend::fused)); }, {3, 50, 48});
+  const auto fused = training_of<nn::SelfAttention>(
+      [] {
+        const auto fused = AttentionOptions().backend(AttentionBackend::fused);
+        return nn::SelfAttention(nn::SelfAttentionOptions(48, 3).request(fused));
+      },
+      {3, 50, 48});
   const int64_t measured = measured_peak(fused);
   fits_within(plan(fused, cpu(), {.value = 1}).peak_bytes, measured, 128 * at::get_num_threads());
 }

@@ -4,6 +4,7 @@
 
 #include <functional>
 
+#include "headroom/attention/checks.hpp"
 #include "headroom/attention/chunked.hpp"
 #include "headroom/attention/fused.hpp"
 #include "headroom/attention/merge.hpp"
@@ -225,7 +226,7 @@ struct TiledBackend {
     AttentionGradients grad{empty_in_order_of(q, q.sizes(), q.options()), empty_in_order_of(k, k.sizes(), k.options()),
                             empty_in_order_of(v, v.sizes(), v.options())};
     const TiledParamGradients sums(q, request, wanted);
-    tiled_attention_backward(grad_output, grad_lse, q, k, v, forward, request, grad, sums);
+    tiled_attention_backward({q, k, v, forward, grad_output, grad_lse}, request, grad, sums);
     sums.store(grad, request);
     return grad;
   }
@@ -239,8 +240,14 @@ inline torch::Tensor with_batch_of(const torch::Tensor& q, const torch::Tensor& 
 }
 
 /// The log-sum-exp is in double; it may be undefined unless wanted.
-inline AttentionForward run_backend(const torch::Tensor& given_q, const torch::Tensor& given_k,
-                                    const torch::Tensor& given_v, const AttentionOptions& options, bool with_lse) {
+HEADROOM_KERNEL AttentionForward run_backend(const torch::Tensor& given_q, const torch::Tensor& given_k,
+                                             const torch::Tensor& given_v, const AttentionOptions& options,
+                                             bool with_lse);
+
+#ifdef HEADROOM_DEFINE_KERNELS
+HEADROOM_KERNEL AttentionForward run_backend(const torch::Tensor& given_q, const torch::Tensor& given_k,
+                                             const torch::Tensor& given_v, const AttentionOptions& options,
+                                             bool with_lse) {
   const auto request = AttentionRequest::check(given_q, given_k, given_v, options);
   // The imaginary part of a conjugate has its minus sign beside its memory
   const torch::Tensor q = given_q.resolve_neg(), k = given_k.resolve_neg(), v = given_v.resolve_neg();
@@ -257,6 +264,7 @@ inline AttentionForward run_backend(const torch::Tensor& given_q, const torch::T
       return reference_attention(q, k, v, request, with_lse, compute_type(q));
   }
 }
+#endif
 
 /// The log-sum-exp is undefined unless wanted.
 inline AttentionResult run_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "headroom/attention/checks.hpp"
 #include "headroom/attention/dropout.hpp"
 #include "headroom/attention/tiled.hpp"
 #include "headroom/core/finite.hpp"
@@ -148,8 +149,12 @@ struct LinearAttentionFunction : torch::autograd::Function<LinearAttentionFuncti
 /// q, k, v [..., H, L, D] of one shape and floating-point dtype (computed in float, in double for double), any strides
 /// -> [..., H, L, D], in memory in the order of q's dimensions. Differentiable in q, k, v and log_temperature, any
 /// number of times. Saved for backward: q, k, v. Throws headroom.attention.linear, headroom.attention.dropout.
-inline torch::Tensor linear_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                      const LinearAttentionOptions& options = {}) {
+HEADROOM_KERNEL torch::Tensor linear_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                               const LinearAttentionOptions& options = {});
+
+#ifdef HEADROOM_DEFINE_KERNELS
+HEADROOM_KERNEL torch::Tensor linear_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                                               const LinearAttentionOptions& options) {
   for (const torch::Tensor* x : {&q, &k, &v}) {
     require(x->defined() && x->is_floating_point() && x->layout() == torch::kStrided && x->dim() >= 3 &&
                 x->sizes() == q.sizes() && x->dtype() == q.dtype() && x->device() == q.device(),
@@ -170,5 +175,6 @@ inline torch::Tensor linear_attention(const torch::Tensor& q, const torch::Tenso
       q, k, v, options.log_temperature(), options.scale(),
       detail::checked_dropout(options.dropout(), std::nullopt, options.generator()));
 }
+#endif
 
 }  // namespace headroom::inline v0

@@ -9,17 +9,18 @@
 
 namespace headroom::inline v0::detail {
 
-/// Views of packed projections [..., 3, H, D] as q, k, v [..., H, L, D] with the sequence dimension `axis` moved behind
-/// the heads. No copy.
-inline std::array<torch::Tensor, 3> unpack_views(const torch::Tensor& packed, int64_t axis) {
-  const auto part = [&](int64_t i) { return packed.select(-3, i).movedim(axis, -2); };
-  return {part(0), part(1), part(2)};
+/// Views of packed projections [..., H+2Hk, D] as q [..., H, L, D], k and v [..., Hk, L, D], with the sequence
+/// dimension `axis` moved behind the heads. No copy.
+inline std::array<torch::Tensor, 3> unpack_views(const torch::Tensor& packed, int64_t heads, int64_t axis) {
+  const int64_t kv_heads = (packed.size(-2) - heads) / 2;
+  const auto part = [&](int64_t first, int64_t count) { return packed.narrow(-2, first, count).movedim(axis, -2); };
+  return {part(0, heads), part(heads, kv_heads), part(heads + kv_heads, kv_heads)};
 }
 
 /// Rotates q and k of packed projections in place: complex pairs of features times `rotation`, complex, broadcastable
-/// to [..., 2, H, D/2]. Narrow types are rotated in float.
-inline void rotate_packed(const torch::Tensor& packed, const torch::Tensor& rotation) {
-  const torch::Tensor qk = packed.narrow(-3, 0, 2), wide = qk.to(compute_type(qk));
+/// to [..., H+Hk, D/2]. Narrow types are rotated in float.
+inline void rotate_packed(const torch::Tensor& packed, int64_t heads, const torch::Tensor& rotation) {
+  const torch::Tensor qk = packed.narrow(-2, 0, (packed.size(-2) + heads) / 2), wide = qk.to(compute_type(qk));
   torch::view_as_complex(wide.unflatten(-1, {-1, 2})).mul_(rotation);
   if (!wide.is_same(qk)) qk.copy_(wide);
 }
@@ -34,8 +35,8 @@ struct PackedAttention : torch::autograd::Function<PackedAttention<Backend>> {
   static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& packed, const Optional&,
                                const Optional&, const Optional&, const Optional&, const Optional& rotation,
                                int64_t axis, AttentionRequest request) {
-    if (rotation.has_value()) rotate_packed(packed, *rotation);
-    const auto [q, k, v] = unpack_views(packed, axis);
+    if (rotation.has_value()) rotate_packed(packed, request.heads(), *rotation);
+    const auto [q, k, v] = unpack_views(packed, request.heads(), axis);
     const AttentionForward result =
         attention_result([&, q = q, k = k, v = v] { return Backend::forward(q, k, v, request); });
     torch::autograd::variable_list saved{packed, result.output, result.lse, rotation.value_or(torch::Tensor())};
@@ -62,7 +63,7 @@ struct PackedAttention : torch::autograd::Function<PackedAttention<Backend>> {
     }
     auto grads = first_derivatives(inputs, [&]() -> torch::autograd::variable_list {
       const auto [grad_packed, grad] = gradients(grad_output[0].resolve_neg(), packed, axis, forward, request, wanted);
-      if (rotation.defined()) rotate_packed(grad_packed, rotation.conj());
+      if (rotation.defined()) rotate_packed(grad_packed, request.heads(), rotation.conj());
       return {grad_packed, grad.bias, grad.relative_bias, grad.alibi_slopes, grad.sink};
     });
     grads.resize(8);  // rotation, axis and request have no gradient
@@ -85,19 +86,19 @@ struct PackedAttention : torch::autograd::Function<PackedAttention<Backend>> {
                                                                 const AttentionForward& forward,
                                                                 const AttentionRequest& request,
                                                                 const std::array<bool, 7>& wanted) {
-    const auto [q, k, v] = unpack_views(packed, axis);
+    const auto [q, k, v] = unpack_views(packed, request.heads(), axis);
     if constexpr (std::is_same_v<Backend, TiledBackend>) {  // writes with any strides
       const torch::Tensor grad_packed = torch::empty_like(packed);
-      const auto [grad_q, grad_k, grad_v] = unpack_views(grad_packed, axis);
+      const auto [grad_q, grad_k, grad_v] = unpack_views(grad_packed, request.heads(), axis);
       const TiledParamGradients sums(q, request, wanted);
       AttentionGradients grad{grad_q, grad_k, grad_v};
-      tiled_attention_backward(grad_output, {}, q, k, v, forward, request, grad, sums);
+      tiled_attention_backward({q, k, v, forward, grad_output, torch::Tensor()}, request, grad, sums);
       sums.store(grad, request);
       return {grad_packed, grad};
     } else {
       AttentionGradients grad = Backend::backward(grad_output, {}, q, k, v, forward, request, wanted);
       const torch::Tensor grad_packed = torch::empty_like(packed);
-      const auto targets = unpack_views(grad_packed, axis);
+      const auto targets = unpack_views(grad_packed, request.heads(), axis);
       targets[0].copy_(std::exchange(grad.q, {}));
       targets[1].copy_(std::exchange(grad.k, {}));
       targets[2].copy_(std::exchange(grad.v, {}));
@@ -106,12 +107,19 @@ struct PackedAttention : torch::autograd::Function<PackedAttention<Backend>> {
   }
 };
 
-/// packed [..., 3, H, D] -> [..., H, D]: attention along dimension `axis` (counted from the front) of the leading ones.
-/// Saved for backward: packed, rotated in place, the output and the log-sum-exp; the backend reference saves scores.
-inline torch::Tensor packed_attention(const torch::Tensor& packed, const std::optional<torch::Tensor>& rotation,
-                                      int64_t axis, const AttentionOptions& options) {
+/// packed [..., H+2Hk, D] -> [..., H, D]: attention of so many heads H along dimension `axis` (counted from the front)
+/// of the leading ones. Saved for backward: packed, rotated in place, the output and the log-sum-exp; the backend
+/// reference saves scores.
+HEADROOM_KERNEL torch::Tensor packed_attention(const torch::Tensor& packed, int64_t heads,
+                                               const std::optional<torch::Tensor>& rotation, int64_t axis,
+                                               const AttentionOptions& options);
+
+#ifdef HEADROOM_DEFINE_KERNELS
+HEADROOM_KERNEL torch::Tensor packed_attention(const torch::Tensor& packed, int64_t heads,
+                                               const std::optional<torch::Tensor>& rotation, int64_t axis,
+                                               const AttentionOptions& options) {
   {
-    const auto [q, k, v] = unpack_views(packed, axis);
+    const auto [q, k, v] = unpack_views(packed, heads, axis);
     const auto request = AttentionRequest::check(q, k, v, options);
     switch (resolve_backend(q, request, options.backend())) {
       case AttentionBackend::tiled:
@@ -127,10 +135,11 @@ inline torch::Tensor packed_attention(const torch::Tensor& packed, const std::op
   torch::Tensor rotated = packed;
   if (rotation.has_value()) {
     rotated = packed.clone();
-    rotate_packed(rotated, *rotation);
+    rotate_packed(rotated, heads, *rotation);
   }
-  const auto [q, k, v] = unpack_views(rotated, axis);
+  const auto [q, k, v] = unpack_views(rotated, heads, axis);
   return run_attention(q, k, v, options, /*with_lse=*/false).output.movedim(-2, axis);
 }
+#endif
 
 }  // namespace headroom::inline v0::detail

@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "headroom/attention/backend.hpp"
 #include "headroom/attention/rotation.hpp"
 #include "headroom/attention/scores.hpp"
 

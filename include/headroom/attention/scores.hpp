@@ -1,6 +1,7 @@
 #pragma once
 
 #include "headroom/attention/dropout.hpp"
+#include "headroom/attention/positions.hpp"
 #include "headroom/attention/request.hpp"
 #include "headroom/core/finite.hpp"
 

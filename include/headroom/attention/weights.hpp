@@ -30,8 +30,12 @@ struct WeightsBackend {
 /// the heads [..., Lq, Lk], which is summed up chunk by chunk. Differentiable like attention; the backward pass
 /// recomputes the weights from q, k and the log-sum-exp. By ATen operators on any device, whatever the backend in the
 /// options. A query without keys has weights 0; the sink's share is left out. Throws headroom.attention.*.
-inline torch::Tensor attention_weights(const torch::Tensor& q, const torch::Tensor& k, AttentionOptions options = {},
-                                       bool mean_over_heads = false) {
+HEADROOM_KERNEL torch::Tensor attention_weights(const torch::Tensor& q, const torch::Tensor& k,
+                                                AttentionOptions options = {}, bool mean_over_heads = false);
+
+#ifdef HEADROOM_DEFINE_KERNELS
+HEADROOM_KERNEL torch::Tensor attention_weights(const torch::Tensor& q, const torch::Tensor& k,
+                                                AttentionOptions options, bool mean_over_heads) {
   const torch::Tensor no_values = k.defined() && k.dim() > 0 ? k.detach().narrow(-1, 0, 0) : k;
   const auto request = detail::AttentionRequest::check(q, k, no_values, options.dropout(0));
   using detail::AttentionFunction, detail::WeightsBackend;
@@ -40,5 +44,6 @@ inline torch::Tensor attention_weights(const torch::Tensor& q, const torch::Tens
                       : AttentionFunction<WeightsBackend<false>>::run(q, k, no_values, request).output;
   return weights.to(q.scalar_type());
 }
+#endif
 
 }  // namespace headroom::inline v0

@@ -152,7 +152,11 @@ class PieceGradients {
 
   static void check_leaves(const torch::autograd::variable_list& roots, const torch::autograd::variable_list& leaves) {
     std::unordered_set<const void*> known;
-    for (const at::Tensor& x : leaves) known.insert(x.unsafeGetTensorImpl());
+    std::unordered_set<torch::autograd::Node*> seen;
+    for (const at::Tensor& x : leaves) {
+      known.insert(x.unsafeGetTensorImpl());
+      if (!x.is_leaf()) seen.insert(x.grad_fn().get());  // a parameter that depends on others ends the piece
+    }
     const auto check = [&](const at::Tensor& leaf) {
       require(known.contains(leaf.unsafeGetTensorImpl()), "headroom.checkpoint.captured", "forward uses a tensor ",
               leaf.sizes(),
@@ -160,7 +164,6 @@ class PieceGradients {
               "add it to the parameters, or use checkpoint()");
     };
     std::vector<torch::autograd::Node*> todo;
-    std::unordered_set<torch::autograd::Node*> seen;
     const auto visit = [&](torch::autograd::Node* node) {
       if (node != nullptr && seen.insert(node).second) todo.push_back(node);
     };

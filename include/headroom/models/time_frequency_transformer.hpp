@@ -59,7 +59,7 @@ class TimeFrequencyTransformerImpl : public torch::nn::Cloneable<TimeFrequencyTr
     embed = register_module("embed", nn::Linear(2 * channels, dim));
     frequency_embedding = register_parameter("frequency_embedding", torch::randn({options.bins(), dim}) * 0.1);
     nn::EncoderOptions encoder_options(dim, options.n_heads(), options.ffn_hidden_dim(), options.n_layers());
-    encoder_options.attention().backend(options.attention());
+    encoder_options.attention().request().backend(options.attention());
     encoder_options.gradient_checkpointing(options.gradient_checkpointing()).reversible(options.reversible());
     encoder = register_module(
         "encoder", nn::AxialEncoder(encoder_options, nn::AxialLayerImpl::Axes{{"frequency", 2}, {"time", 1}}));

@@ -75,7 +75,7 @@ class ChainByOperators {
     }
     if (layout.has_norm) {
       std::tie(g, result[layout.norm()]) =
-          rms_norm_gradients(g, chain_.x, chain_.norm_weight, chain_.eps, wanted[0], wanted[layout.norm()]);
+          rms_norm_gradients(g, chain_.x, chain_.norm_weight, chain_.eps, {wanted[0], wanted[layout.norm()]});
     }
     if (!wanted[0]) return result;
     if (layout.residual_is_x) g = sum(std::move(g), grad);

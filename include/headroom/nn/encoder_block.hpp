@@ -1,10 +1,11 @@
 #pragma once
 
 #include <concepts>
+#include <optional>
 
-#include "headroom/nn/attention.hpp"
 #include "headroom/nn/feed_forward.hpp"
 #include "headroom/nn/rms_norm.hpp"
+#include "headroom/nn/self_attention.hpp"
 
 namespace headroom::inline v0::nn {
 
@@ -12,6 +13,12 @@ namespace headroom::inline v0::nn {
 template <class M>
 concept TokenMixer = requires(M m, torch::Tensor x, int64_t axis) {
   { m->forward(x, axis) } -> std::convertible_to<torch::Tensor>;
+};
+/// One that can also be asked for more in a call: forward(x, axis, request).
+template <class M>
+concept TakesRequest = TokenMixer<M> && requires(M m, torch::Tensor x, std::optional<AttentionOptions> request) {
+  { m->forward(x, -2, request) } -> std::convertible_to<torch::Tensor>;
+  { m->request_of(request) } -> std::convertible_to<AttentionOptions>;
 };
 /// A module holder that treats every token alone: forward(x [..., dim]) -> same shape.
 template <class M>
@@ -31,15 +38,21 @@ class BasicEncoderBlockImpl : public torch::nn::Module {
         feed_forward_norm(register_module("feed_forward_norm", RMSNorm(dim))),
         feed_forward(register_module("feed_forward", std::move(feed_forward))) {}
 
-  /// x [..., dim] -> same shape, attending along dimension `axis`.
-  torch::Tensor forward(const torch::Tensor& x, int64_t axis = -2) { return feed(attend(x, axis)); }
+  /// x [..., dim] -> same shape, attending along dimension `axis`. `request` is for the attention, as
+  /// SelfAttention::forward takes it. Throws headroom.nn.encoder.request.
+  torch::Tensor forward(const torch::Tensor& x, int64_t axis = -2,
+                        const std::optional<AttentionOptions>& request = {}) {
+    return feed(attend(x, axis, request));
+  }
 
   /// The first half, which mixes tokens along dimension `axis`: x + attention(norm(x)).
-  torch::Tensor attend(const torch::Tensor& x, int64_t axis = -2) {
-    if constexpr (requires { attention->forward_residual(x, attention_norm, axis); }) {
-      return attention->forward_residual(x, attention_norm, axis);
+  torch::Tensor attend(const torch::Tensor& x, int64_t axis = -2, const std::optional<AttentionOptions>& request = {}) {
+    if constexpr (TakesRequest<Attention>) {
+      return attend_with(x, axis, request);
     } else {
-      return x + attention->forward(attention_norm->forward(x), axis);
+      require(!request.has_value(), "headroom.nn.encoder.request",
+              "the block's attention takes no request; use SelfAttention, or leave the request out");
+      return attend_with(x, axis);
     }
   }
 
@@ -56,6 +69,15 @@ class BasicEncoderBlockImpl : public torch::nn::Module {
   Attention attention;
   RMSNorm feed_forward_norm;
   FeedForward feed_forward;
+
+ private:
+  torch::Tensor attend_with(const torch::Tensor& x, const auto&... axis_and_request) {
+    if constexpr (requires { attention->forward_residual(x, attention_norm, axis_and_request...); }) {
+      return attention->forward_residual(x, attention_norm, axis_and_request...);
+    } else {
+      return x + attention->forward(attention_norm->forward(x), axis_and_request...);
+    }
+  }
 };
 
 /// Holder of a BasicEncoderBlockImpl, usable wherever LibTorch takes a module holder.
@@ -65,6 +87,6 @@ class BasicEncoderBlock : public torch::nn::ModuleHolder<BasicEncoderBlockImpl<A
   using torch::nn::ModuleHolder<BasicEncoderBlockImpl<Attention, FeedForward>>::ModuleHolder;
 };
 
-using EncoderBlock = BasicEncoderBlock<Attention, FeedForward>;
+using EncoderBlock = BasicEncoderBlock<SelfAttention, FeedForward>;
 
 }  // namespace headroom::inline v0::nn

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "headroom/core/register_tile.hpp"
+#include "headroom/core/lanes.hpp"
 #include "headroom/runtime/dry_run.hpp"
 #include "headroom/runtime/operator.hpp"
 
@@ -72,8 +72,8 @@ void multiply_lanes(core::MatrixView<const float> a, const float* b, Index b_str
     const bool adds_bias = start == Start::bias && first == 0;
     const bool adds = adds_bias || start == Start::itself || first > 0;
     core::detail::for_row_tiles<core::detail::kTileRows>(a.rows, [&]<int Rows>(Index row) {
-      core::detail::RegisterTile<float, Rows, Vectors> tile(&a(row, first), a.row_stride, a.col_stride,
-                                                            b + first * b_stride, b_stride, depth);
+      core::detail::RegisterTile<float, Rows, Vectors> tile({&a(row, first), a.row_stride, a.col_stride},
+                                                            {b + first * b_stride, b_stride}, depth);
       float* const to = &c(row, begin);
       const float* const from = adds_bias ? bias + begin : to;
       const Index from_stride = adds_bias ? 0 : c.row_stride;

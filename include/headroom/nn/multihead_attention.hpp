@@ -83,7 +83,8 @@ class MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAttentionImp
       const auto others = headroom::detail::run_backend(heads.q, heads.k, heads.v, request, /*with_lse=*/true);
       attended = with_bias_key(heads.q, others.output, others.lse).movedim(-2, 0);
     } else if (heads.packed.defined()) {
-      attended = headroom::detail::packed_attention(heads.packed, std::nullopt, /*axis=*/0, request);
+      attended = headroom::detail::packed_attention(heads.packed.flatten(-3, -2), options.num_heads(), std::nullopt, 0,
+                                                    request);
     } else {
       attended = attention(heads.q, heads.k, heads.v, request).movedim(-2, 0);
     }
@@ -184,9 +185,9 @@ class MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAttentionImp
 
   /// The masks as options of attention, broadcast and not copied: padding at the end as key lengths, which skip keys;
   /// other padding as hidden keys; where attn_mask already is those, as -inf that is added.
-  headroom::AttentionOptions visibility(const torch::Tensor& query, const torch::Tensor& key_padding_mask,
-                                        const torch::Tensor& attn_mask) const {
-    headroom::AttentionOptions request;
+  AttentionOptions visibility(const torch::Tensor& query, const torch::Tensor& key_padding_mask,
+                              const torch::Tensor& attn_mask) const {
+    AttentionOptions request;
     if (attn_mask.defined()) {
       const torch::Tensor scores =
           attn_mask.dim() == 3 ? attn_mask.unflatten(0, {query.size(1), options.num_heads()}) : attn_mask;

@@ -9,11 +9,13 @@
 
 #include <Eigen/Core>
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <string>
 #include <tuple>
 
 #include "headroom/core/error.hpp"
+#include "headroom/core/separate_kernels.hpp"
 #include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::nn {
@@ -101,7 +103,17 @@ inline bool has_float_rows(const torch::Tensor& x) {
 }
 
 /// x·inverse·weight over the last dimension, in x's dtype; no graph.
-inline torch::Tensor normalized(const torch::Tensor& x, const torch::Tensor& weight, double eps) {
+HEADROOM_KERNEL torch::Tensor normalized(const torch::Tensor& x, const torch::Tensor& weight, double eps);
+
+/// The gradients of x and weight after normalized(); those that are not wanted are undefined. With a graph where
+/// gradients are enabled.
+HEADROOM_KERNEL std::tuple<torch::Tensor, torch::Tensor> rms_norm_gradients(const torch::Tensor& grad,
+                                                                            const torch::Tensor& x,
+                                                                            const torch::Tensor& weight, double eps,
+                                                                            const std::array<bool, 2>& wanted);
+
+#ifdef HEADROOM_DEFINE_KERNELS
+HEADROOM_KERNEL torch::Tensor normalized(const torch::Tensor& x, const torch::Tensor& weight, double eps) {
   if (!has_float_rows(x) || !has_float_rows(weight)) {
     return (x * inverse_rms(x, eps)).mul_(weight).to(x.scalar_type());
   }
@@ -110,12 +122,12 @@ inline torch::Tensor normalized(const torch::Tensor& x, const torch::Tensor& wei
   return out.view(x.sizes());
 }
 
-/// The gradients of x and weight after normalized(); those that are not wanted are undefined. With a graph where
-/// gradients are enabled.
 // forward did: out = x·inverse·weight
-inline std::tuple<torch::Tensor, torch::Tensor> rms_norm_gradients(const torch::Tensor& grad, const torch::Tensor& x,
-                                                                   const torch::Tensor& weight, double eps,
-                                                                   bool wants_x, bool wants_weight) {
+HEADROOM_KERNEL std::tuple<torch::Tensor, torch::Tensor> rms_norm_gradients(const torch::Tensor& grad,
+                                                                            const torch::Tensor& x,
+                                                                            const torch::Tensor& weight, double eps,
+                                                                            const std::array<bool, 2>& wanted) {
+  const auto [wants_x, wants_weight] = wanted;
   torch::Tensor grad_x, grad_weight;
   if (has_float_rows(x) && has_float_rows(weight) && has_float_rows(grad) && !torch::GradMode::is_enabled()) {
     const torch::Tensor rows = x.contiguous().view({-1, x.size(-1)});
@@ -136,6 +148,7 @@ inline std::tuple<torch::Tensor, torch::Tensor> rms_norm_gradients(const torch::
                                          : grad_x.addcmul_(normed, projection, share).mul_(inverse);
   return {grad_x.to(x.scalar_type()), grad_weight};
 }
+#endif
 
 /// Saves the input alone, where a chain of operators would save three tensors of the input's size.
 struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
@@ -149,8 +162,8 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
                                                  torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const auto [grad_x, grad_weight] =
-        rms_norm_gradients(grads[0], saved[0], saved[1], ctx->saved_data["eps"].toDouble(), ctx->needs_input_grad(0),
-                           ctx->needs_input_grad(1));
+        rms_norm_gradients(grads[0], saved[0], saved[1], ctx->saved_data["eps"].toDouble(),
+                           {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
     return {grad_x, grad_weight, {}};
   }
 };

@@ -8,6 +8,7 @@
 
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/core/separate_kernels.hpp"
 #include "headroom/nn/chain_by_operators.hpp"
 #include "headroom/nn/chain_in_chunks.hpp"
 #include "headroom/nn/chain_layout.hpp"
@@ -116,7 +117,10 @@ inline std::vector<int64_t> output_sizes(const TokenChain& chain) {
 }
 
 /// [..., out]. Throws headroom.nn.linear.shape.
-inline torch::Tensor run(TokenChain chain) {
+HEADROOM_KERNEL torch::Tensor run(TokenChain chain);
+
+#ifdef HEADROOM_DEFINE_KERNELS
+HEADROOM_KERNEL torch::Tensor run(TokenChain chain) {
   const std::vector<int64_t> sizes = output_sizes(chain);
   ChainKernel kernel{.cast_to = autocast_type(chain.x)};
   ChainLayout layout = ChainLayout::of(chain);
@@ -142,5 +146,6 @@ inline torch::Tensor run(TokenChain chain) {
                                    records && torch::GradMode::is_enabled())
       .view(sizes);
 }
+#endif
 
 }  // namespace headroom::inline v0::nn::detail

@@ -14,8 +14,8 @@
 
 namespace headroom::inline v0::nn {
 
-struct LinearAttentionOptions {
-  LinearAttentionOptions(int64_t dim, int64_t heads) : dim_(dim), heads_(heads) {}
+struct LinearSelfAttentionOptions {
+  LinearSelfAttentionOptions(int64_t dim, int64_t heads) : dim_(dim), heads_(heads) {}
   /// Features of a token.
   TORCH_ARG(int64_t, dim);
   TORCH_ARG(int64_t, heads);
@@ -30,10 +30,11 @@ struct LinearAttentionOptions {
 /// linear_transformer_depth): norm, projection, headroom::linear_attention with a learned temperature for each head,
 /// projection; no biases. Parameters are named as there: norm.gamma, to_qkv.0.weight, temperature, to_out.1.weight.
 /// Works along one dimension of a tensor of tokens, all others being batch, where it lies.
-class LinearAttentionImpl : public torch::nn::Cloneable<LinearAttentionImpl> {
+class LinearSelfAttentionImpl : public torch::nn::Cloneable<LinearSelfAttentionImpl> {
  public:
-  LinearAttentionImpl(int64_t dim, int64_t heads) : LinearAttentionImpl(LinearAttentionOptions(dim, heads)) {}
-  explicit LinearAttentionImpl(const LinearAttentionOptions& options) : options(options) { reset(); }
+  LinearSelfAttentionImpl(int64_t dim, int64_t heads)
+      : LinearSelfAttentionImpl(LinearSelfAttentionOptions(dim, heads)) {}
+  explicit LinearSelfAttentionImpl(const LinearSelfAttentionOptions& options) : options(options) { reset(); }
 
   void reset() override {
     require(options.dim() > 0 && options.heads() > 0 && options.head_dim() > 0, "headroom.nn.linear_attention.options",
@@ -53,7 +54,7 @@ class LinearAttentionImpl : public torch::nn::Cloneable<LinearAttentionImpl> {
     to_out = projection("to_out", "1", inner, options.dim());
   }
   void pretty_print(std::ostream& stream) const override {
-    stream << "headroom::nn::LinearAttention(" << options.dim() << ", heads=" << options.heads()
+    stream << "headroom::nn::LinearSelfAttention(" << options.dim() << ", heads=" << options.heads()
            << ", head_dim=" << options.head_dim() << ")";
   }
 
@@ -68,18 +69,18 @@ class LinearAttentionImpl : public torch::nn::Cloneable<LinearAttentionImpl> {
                            .unbind(-3);                                           // 3 of [...,H,D]
     const auto heads = [&](size_t i) { return parts[i].movedim(sequence, -2); };  // [...,H,L,D]
     const torch::Tensor attended = linear_attention(heads(0), heads(1), heads(2),
-                                                    headroom::LinearAttentionOptions()
+                                                    LinearAttentionOptions()
                                                         .scale(options.scale())
                                                         .log_temperature(temperature.flatten())
                                                         .dropout(is_training() ? options.dropout() : 0.0));
     return nn::linear(attended.movedim(-2, sequence).flatten(-2), to_out["1"]->as<Linear>()->weight);
   }
 
-  LinearAttentionOptions options;
+  LinearSelfAttentionOptions options;
   RMSNorm norm{nullptr};
   torch::nn::ModuleDict to_qkv{nullptr}, to_out{nullptr};
   torch::Tensor temperature;  // [H,1,1], the logarithm of a factor
 };
-TORCH_MODULE(LinearAttention);
+TORCH_MODULE(LinearSelfAttention);
 
 }  // namespace headroom::inline v0::nn

@@ -1,0 +1,143 @@
+#include "steps.hpp"
+
+#include <torch/torch.h>
+
+#include <fstream>
+#include <type_traits>
+
+#include "headroom/plan/plan.hpp"
+#include "headroom/nn/encoder.hpp"
+#include "headroom/training/out_of_memory.hpp"
+#include "headroom/training/plan.hpp"
+#include "headroom/training/recommend.hpp"
+#include "headroom/training/trainer.hpp"
+#include "timing.hpp"
+
+namespace headroom::benchmarks {
+
+namespace {
+
+using torch::Tensor;
+
+/// Examples of the shapes that a configuration describes, of noise.
+struct NoiseSource {
+  training::ShapeSource shapes;
+  training::ShapeSource::Example operator()(int64_t first, int64_t count) const {
+    const auto example = shapes(first, count);
+    example.stems.normal_();
+    example.mixture.normal_();
+    return example;
+  }
+};
+
+DeviceProfile h100(int64_t total_bytes) {
+  DeviceProfile profile = device_profile("h100-80gb");
+  profile.total_bytes = total_bytes;
+  return profile;
+}
+
+Planned figures_of(const Plan& plan) {
+  const auto* const largest = plan.largest_block();
+  return {plan.peak_bytes, plan.reserved_bytes, largest == nullptr ? 0 : largest->bytes, plan.flops};
+}
+
+models::TimeFrequencyTransformer make_model(const training::Config& config) {
+  return models::TimeFrequencyTransformer(training::model_options(config));
+}
+
+/// Everything that the twin needs.
+void write_for_python(const PythonTwin& twin, const training::Config& config, torch::Device device,
+                      const torch::nn::Module& model, const training::ShapeSource::Example& example) {
+  c10::impl::GenericDict content(c10::StringType::get(), c10::AnyType::get());
+  content.insert("config", training::to_json(config));
+  content.insert("threads", static_cast<int64_t>(torch::get_num_threads()));
+  content.insert("steps", twin.steps);
+  content.insert("device", device.str());
+  content.insert("model", training::detail::to_dictionary(training::tensors_of(model)));
+  content.insert("mixture", example.mixture);
+  content.insert("stems", example.stems);
+  const std::vector<char> archive = torch::pickle_save(content);
+  std::ofstream(twin.file, std::ios::binary).write(archive.data(), static_cast<std::streamsize>(archive.size()));
+}
+
+}  // namespace
+
+Planned planned(const std::function<void()>& step) { return figures_of(plan(step, this_machine(), {.value = 1})); }
+Planned planned_on_gpu(const std::function<void()>& step, int64_t total_bytes) {
+  return figures_of(plan(step, h100(total_bytes)));
+}
+
+EncoderStep make_encoder_step(const EncoderSizes& sizes, const std::string& policy, c10::Device device) {
+  nn::EncoderOptions options(sizes.dim, sizes.heads, sizes.hidden, sizes.layers);
+  if (policy == "reversible") {
+    options.reversible(true);
+  } else {
+    options.gradient_checkpointing(policy);
+  }
+  nn::Encoder encoder(options);
+  if (!device.is_cpu()) encoder->to(device);
+  const Tensor x = torch::randn({sizes.batch, sizes.length, sizes.dim}, torch::TensorOptions(device));
+  return {encoder.ptr(), x, [encoder, x]() mutable { encoder->forward(x).square().mean().backward(); }};
+}
+
+training::Config configuration(const std::string& file) { return training::load_config(file); }
+
+double train(const training::Config& config, int steps, const Accelerator* gpu) {
+  auto model = make_model(config);
+  if (gpu != nullptr) model->to(gpu->device);
+  training::Trainer trainer(model, config, NoiseSource{{config}});
+  const auto step = [&] { trainer.step(config.training.learning_rate); };
+  double seconds = 0;
+  for (int i = 0; i < steps; ++i) seconds = gpu != nullptr ? gpu->seconds_of(step) : seconds_of(step);
+  return seconds;
+}
+
+Planned planned_first_step(const training::Config& config) {
+  return planned([&] {
+    auto model = make_model(config);
+    training::Trainer trainer(model, config, training::ShapeSource{config});
+    trainer.step(config.training.learning_rate);
+  });
+}
+
+Planned planned_training(const training::Config& config, int64_t total_bytes) {
+  return figures_of(training::plan_training(config, h100(total_bytes)));
+}
+
+training::Config fitted(const training::Config& config, int64_t budget) {
+  const auto found = training::recommend(config, this_machine(), {.budget = budget});
+  require(found && found->same_training, "headroom.benchmarks.headline", "nothing fits ", format_bytes(budget),
+          "; give a larger --budget");
+  return found->config;
+}
+
+std::string out_of_memory_error(const training::Config& config, c10::Device device) {
+  try {
+    auto model = make_model(config);
+    model->to(device);
+    model->forward(torch::randn({1, 2, config.training.segment_length}).to(device));
+    return "no error";
+  } catch (const std::exception& error) {
+    return std::string(is_out_of_memory(error) ? "" : "no out-of-memory error: ") + error.what();
+  }
+}
+
+RepeatedStep make_repeated_step(const training::Config& config, const PythonTwin& twin, const Accelerator* gpu) {
+  torch::manual_seed(0);
+  const torch::Device device = gpu != nullptr ? gpu->device : torch::Device(torch::kCPU);
+  auto model = make_model(config);
+  const auto stems = static_cast<int64_t>(config.audio.stems.size());
+  training::ShapeSource::Example example;
+  example.stems = 0.1 * torch::randn({config.training.batch_size, stems, config.audio.channels,
+                                      config.training.segment_length});  // [B,N,C,S]
+  example.mixture = example.stems.sum(1);                                // [B,C,S]
+  if (!twin.file.empty()) write_for_python(twin, config, device, *model, example);
+  model->to(device);
+  example = {example.mixture.to(device), example.stems.to(device)};
+  const auto source = [example](int64_t, int64_t) { return example; };
+  using Trainer = decltype(training::Trainer(model, config, source));
+  const auto trainer = std::make_shared<Trainer>(model, config, source);
+  return {[trainer, rate = config.training.learning_rate] { return trainer->step(rate); }};
+}
+
+}  // namespace headroom::benchmarks

@@ -5,8 +5,8 @@
 #include <fstream>
 #include <type_traits>
 
-#include "headroom/plan/plan.hpp"
 #include "headroom/nn/encoder.hpp"
+#include "headroom/plan/plan.hpp"
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/plan.hpp"
 #include "headroom/training/recommend.hpp"

@@ -174,7 +174,7 @@ int run(const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Trains a separator on a MUSDB18-HQ folder; writes last.pt, best.pt, config.json and summary.json."};
+  CommandLine line("Trains a separator on a MUSDB18-HQ folder; writes last.pt, best.pt, config.json and summary.json.");
   Arguments arguments;
   line.path("--config", arguments.config, "configuration, such as examples/configs/musdb18_small.json").required();
   line.path("--resume", arguments.resume, "saved state to go on from, of the same model");

@@ -14,6 +14,7 @@
 
 #include "command_line.hpp"
 #include "headroom/audio/separator.hpp"
+#include "headroom/io/process.hpp"
 #include "headroom/training/state.hpp"
 
 namespace fs = std::filesystem;

@@ -86,12 +86,12 @@ std::string id_of(const std::string& text) {
 }  // namespace
 
 TEST_CASE("a checkpoint policy is read from text and written as text") {
-  using Block = CheckpointPolicy::Block;
+  using Recompute = CheckpointPolicy::Recompute;
   CHECK(CheckpointPolicy("none") == CheckpointPolicy());
   CHECK(CheckpointPolicy("full") == CheckpointPolicy(true));
   CHECK(CheckpointPolicy(false) == CheckpointPolicy());
   CHECK(CheckpointPolicy("every-4").every == 4);
-  CHECK(CheckpointPolicy("every-4").block == Block::full);
+  CHECK(CheckpointPolicy("every-4").recompute == Recompute::full);
   CHECK(CheckpointPolicy("every-1") == CheckpointPolicy("full"));
   CHECK(CheckpointPolicy("nested").levels == 2);
   CHECK(CheckpointPolicy("tiled+nested-3+offload").levels == 3);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "headroom/checkpoint.hpp"
+#include "headroom/memory/meter.hpp"
 #include "headroom/nn.hpp"
 #include "headroom/plan/plan.hpp"
 #include "support/catch.hpp"

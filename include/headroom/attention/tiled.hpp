@@ -85,38 +85,39 @@ inline bool lies_in_order_of(const torch::Tensor& like, const torch::Tensor& x) 
 /// Everything that the kernels read and write, [..., H, L, D] with the same batch dimensions; what is not there, or not
 /// wanted, is undefined.
 struct TiledTensors {
-  torch::Tensor q, k, v, output, lse;
-  torch::Tensor bias, mask, block_mask, slopes;
-  torch::Tensor grad_output, grad_lse, grad_q, grad_k, grad_v, grad_bias, grad_slopes;
+  torch::Tensor q, k, v, output = {}, lse = {};
+  torch::Tensor bias = {}, mask = {}, block_mask = {}, slopes = {};
+  torch::Tensor grad_output = {}, grad_lse = {}, grad_q = {}, grad_k = {}, grad_v = {}, grad_bias = {},
+                grad_slopes = {};
 
   std::array<torch::Tensor*, 16> all() {
     return {&q,      &k,           &v,        &output, &lse,    &bias,   &mask,      &block_mask,
             &slopes, &grad_output, &grad_lse, &grad_q, &grad_k, &grad_v, &grad_bias, &grad_slopes};
   }
-  /// These tensors after a change of each.
-  template <class F>
-  TiledTensors each(F&& change) const {
-    TiledTensors changed = *this;
-    for (torch::Tensor* x : changed.all()) {
-      if (x->defined()) *x = change(*x);
-    }
-    return changed;
-  }
 };
+
+/// Named tensors, of which all() points to each, after a change of those that are defined.
+template <class Tensors, class F>
+Tensors each(Tensors tensors, F&& change) {
+  for (torch::Tensor* x : tensors.all()) {
+    if (x->defined()) *x = change(*x);
+  }
+  return tensors;
+}
 
 /// Whether one stride steps through the first two dimensions.
 inline bool is_mergeable(const torch::Tensor& x) {
   return !x.defined() || x.size(0) == 1 || x.size(1) == 1 || x.stride(0) == x.size(1) * x.stride(1);
 }
 
-/// Calls f(4-D parts, first flat batch index). Batch dimensions that one stride can't step through are iterated over
-/// here; nothing is copied.
-template <class F>
-void for_each_4d(TiledTensors x, int64_t batch_index, F&& f) {
-  if (x.q.dim() == 3) return f(x.each([](const torch::Tensor& t) { return t.unsqueeze(0); }), batch_index);
+/// Calls f(4-D parts, first flat batch index) for named tensors with the same batch dimensions, of which `q` is one.
+/// Batch dimensions that one stride can't step through are iterated over here; nothing is copied.
+template <class Tensors, class F>
+void for_each_4d(Tensors x, int64_t batch_index, F&& f) {
+  if (x.q.dim() == 3) return f(each(x, [](const torch::Tensor& t) { return t.unsqueeze(0); }), batch_index);
   if (x.q.dim() == 4) return f(x, batch_index);
   if (std::ranges::all_of(x.all(), [](const torch::Tensor* t) { return is_mergeable(*t); })) {
-    const auto merged = x.each([](const torch::Tensor& t) {
+    const auto merged = each(x, [](const torch::Tensor& t) {
       std::vector<int64_t> sizes = t.sizes().vec(), strides = t.strides().vec();
       if (sizes[1] == 1) strides[1] = strides[0];
       sizes[1] *= sizes[0];
@@ -132,7 +133,7 @@ void for_each_4d(TiledTensors x, int64_t batch_index, F&& f) {
     const bool stands_for_all = is_dry(x.q) && i == 1 && last > 2;
     const Repetition repetition(stands_for_all ? static_cast<double>(last - 1) : 1);
     if (stands_for_all) i = last - 1;
-    for_each_4d(x.each([&](const torch::Tensor& t) { return t.select(0, i); }), batch_index + i * inner, f);
+    for_each_4d(each(x, [&](const torch::Tensor& t) { return t.select(0, i); }), batch_index + i * inner, f);
   }
 }
 

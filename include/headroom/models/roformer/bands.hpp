@@ -1,0 +1,88 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "headroom/core/error.hpp"
+
+// A band is a run of neighbouring frequency bins that make one token together.
+namespace headroom::inline v0::models {
+
+struct Band {
+  int64_t first = 0, count = 0;  ///< bins
+  bool operator==(const Band&) const = default;
+};
+
+/// Bands side by side with so many bins each. Throws headroom.models.bands unless they are `bins` together.
+inline std::vector<Band> adjacent_bands(const std::vector<int64_t>& sizes, int64_t bins) {
+  std::vector<Band> bands;
+  int64_t next = 0;
+  for (const int64_t size : sizes) {
+    require(size > 0, "headroom.models.bands", "a band has ", size, " bins, expected positive numbers");
+    bands.push_back({next, size});
+    next += size;
+  }
+  require(next == bins, "headroom.models.bands", "the bands have ", next, " bins together, and the spectrum has ", bins,
+          "; give bands that add up to n_fft / 2 + 1");
+  return bands;
+}
+
+/// How many bands each bin belongs to.
+inline std::vector<int64_t> bands_per_bin(const std::vector<Band>& bands, int64_t bins) {
+  std::vector<int64_t> counts(bins, 0);
+  for (const auto& [first, count] : bands) {
+    for (int64_t bin = first; bin < first + count; ++bin) ++counts[bin];
+  }
+  return counts;
+}
+
+namespace detail {
+
+/// Slaney's mel scale (Auditory Toolbox, 1998): linear up to 1000 Hz, logarithmic above.
+struct MelScale {
+  static constexpr double kHertzPerMel = 200.0 / 3, kFirstLogarithmic = 1000,
+                          kMelAtFirst = kFirstLogarithmic / kHertzPerMel;
+  static inline const double kStep = std::log(6.4) / 27;
+
+  static double mel(double hertz) {
+    return hertz < kFirstLogarithmic ? hertz / kHertzPerMel : kMelAtFirst + std::log(hertz / kFirstLogarithmic) / kStep;
+  }
+  static double hertz(double mel) {
+    return mel < kMelAtFirst ? mel * kHertzPerMel : kFirstLogarithmic * std::exp(kStep * (mel - kMelAtFirst));
+  }
+};
+
+}  // namespace detail
+
+/// The bands of Mel-Band RoFormer: those bins to which librosa's filters.mel(sr, n_fft, n_mels) gives a weight, and the
+/// first and the last bin in any case. Neighbouring bands overlap: a band reaches from the middle of the one before it
+/// to the middle of the one after it. Throws headroom.models.bands for so many bands that one of them has no bin, or
+/// for so few that a bin is in none.
+inline std::vector<Band> mel_bands(int64_t count, int64_t n_fft, int64_t sample_rate) {
+  require(count > 1 && n_fft > 1 && sample_rate > 0, "headroom.models.bands", "got ", count, " mel bands, n_fft ",
+          n_fft, " and sample rate ", sample_rate, "; expected two bands or more and positive numbers");
+  const int64_t bins = n_fft / 2 + 1;
+  const double nyquist = static_cast<double>(sample_rate) / 2, last = detail::MelScale::mel(nyquist);
+  const auto edge = [&](int64_t i) {
+    return detail::MelScale::hertz(last * static_cast<double>(i) / static_cast<double>(count + 1));
+  };
+  const double width = static_cast<double>(sample_rate) / static_cast<double>(n_fft);
+  std::vector<Band> bands;
+  for (int64_t i = 0; i < count; ++i) {
+    const double low = edge(i), high = edge(i + 2);
+    int64_t first = i == 0 ? 0 : static_cast<int64_t>(std::floor(low / width)) + 1;
+    int64_t end = i + 1 == count ? bins : static_cast<int64_t>(std::ceil(high / width));
+    bands.push_back({first, std::min(end, bins) - first});
+    require(bands.back().count > 0, "headroom.models.bands", "mel band ", i, " of ", count,
+            " is narrower than a bin of n_fft ", n_fft, "; ask for fewer bands or a longer n_fft");
+  }
+  const std::vector<int64_t> counts = bands_per_bin(bands, bins);
+  const auto lost = std::ranges::find(counts, 0);
+  require(lost == counts.end(), "headroom.models.bands", "bin ", lost - counts.begin(), " is in none of the ", count,
+          " mel bands; ask for more bands");
+  return bands;
+}
+
+}  // namespace headroom::inline v0::models

@@ -1,0 +1,193 @@
+#include <ATen/CPUGeneratorImpl.h>
+
+#include <cmath>
+#include <cstdint>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "headroom/audio/losses.hpp"
+#include "headroom/memory.hpp"
+#include "headroom/models/bs_roformer.hpp"
+#include "headroom/models/mel_band_roformer.hpp"
+#include "headroom/runtime/dry_run.hpp"
+#include "headroom/weights/load.hpp"
+#include "headroom/weights/tensors.hpp"
+#include "support/catch.hpp"
+#include "support/one_thread.hpp"
+
+using namespace headroom;
+using testing::error_of;
+using torch::Tensor;
+
+namespace {
+
+/// As in roformer_reference.py: numbers in [-1, 1), each a hash of its place and the salt.
+Tensor noise(at::IntArrayRef sizes, uint32_t salt) {
+  const Tensor x = torch::empty(sizes, torch::kDouble);
+  double* const to = x.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < x.numel(); ++i) {
+    uint32_t h = static_cast<uint32_t>(i) + salt * 0x9E3779B9u;
+    h = (h ^ h >> 16) * 0x7FEB352Du;
+    h = (h ^ h >> 15) * 0x846CA68Bu;
+    to[i] = (h ^ h >> 16) / 0x1p31 - 1;
+  }
+  return x;
+}
+
+void set_parameters(torch::nn::Module& model) {
+  const torch::NoGradGuard guard;
+  std::map<std::string, Tensor> sorted;
+  for (const auto& [name, tensor] : weights::tensors_of(model)) {
+    sorted.emplace(name, tensor);
+  }
+  // The package counts the frequencies of rotary embedding once for each axis, by the first name that they have
+  uint32_t salt = 0;
+  std::set<const void*> seen;
+  for (auto& [name, x] : sorted) {
+    if (!seen.insert(x.unsafeGetTensorImpl()).second) continue;
+    ++salt;
+    if (name.ends_with("freqs")) continue;
+    const Tensor u = noise(x.sizes(), salt);
+    const bool weight = name.ends_with("weight");
+    x.copy_(name.ends_with("gamma")         ? 1 + 0.25 * u
+            : name.ends_with("bias")        ? 0.1 * u
+            : name.ends_with("temperature") ? 0.5 * u
+                                            : u * std::sqrt(3.0 / static_cast<double>(weight ? x.size(1) : 1)));
+  }
+}
+
+struct Case {
+  std::string name;
+  int64_t samples;
+  std::shared_ptr<models::RoformerImpl> model;
+  int64_t channels, stems;
+  int64_t whole;  ///< samples that the package gives
+};
+
+models::BsRoformer bs(models::BsRoformerOptions options, auto&&... set) {
+  (set(options), ...);
+  return models::BsRoformer(options);
+}
+
+models::BsRoformerOptions bs_mono() {
+  models::BsRoformerOptions options;
+  options.freqs_per_bands({2, 3, 5, 7});
+  options.dim(6).depth(1).dim_head(6).heads(2).time_transformer_depth(1).freq_transformer_depth(1).channels(1);
+  options.stft_n_fft(32).stft_hop_length(8).stft_win_length(24);
+  return options;
+}
+
+models::BsRoformerOptions bs_linear() {
+  models::BsRoformerOptions options;
+  options.freqs_per_bands({2, 3, 4}).zero_dc(false);
+  options.dim(6).depth(1).dim_head(6).heads(2).time_transformer_depth(2).freq_transformer_depth(1);
+  options.linear_transformer_depth(1).channels(2).stems(4).mask_estimator_depth(3).mlp_expansion_factor(1);
+  options.stft_n_fft(16).stft_hop_length(6).stft_win_length(16);
+  return options;
+}
+
+models::BsRoformerOptions bs_skip() {
+  models::BsRoformerOptions options;
+  options.freqs_per_bands({3, 6}).zero_dc(false);
+  options.dim(8).depth(3).dim_head(4).heads(2).time_transformer_depth(1).freq_transformer_depth(1).channels(1);
+  options.stft_n_fft(16).stft_hop_length(4).stft_win_length(16).mask_estimator_depth(1).skip_connection(true);
+  return options;
+}
+
+models::MelBandRoformerOptions mel_stereo() {
+  models::MelBandRoformerOptions options;
+  options.num_bands(4).sample_rate(8000);
+  options.dim(4).depth(1).dim_head(8).heads(2).time_transformer_depth(1).freq_transformer_depth(1);
+  options.stft_n_fft(32).stft_hop_length(8).stft_win_length(32).attn_dropout(0).ff_dropout(0);
+  return options;
+}
+
+models::MelBandRoformerOptions mel_stems() {
+  models::MelBandRoformerOptions options;
+  options.num_bands(4).sample_rate(8000).match_input_audio_length(true);
+  options.dim(4).depth(1).dim_head(4).heads(2).time_transformer_depth(1).freq_transformer_depth(2).channels(1).stems(2);
+  options.stft_n_fft(32).stft_hop_length(10).stft_win_length(32).mask_estimator_depth(2);
+  options.attn_dropout(0).ff_dropout(0);
+  return options;
+}
+
+template <class Holder, class Options>
+Case tiny(const std::string& name, int64_t samples, const Options& options) {
+  const bool matches = [&] {
+    if constexpr (requires { options.match_input_audio_length(); }) return options.match_input_audio_length();
+    return false;
+  }();
+  const int64_t hop = options.stft_hop_length();
+  return {name,
+          samples,
+          Holder(options).ptr(),
+          options.channels(),
+          options.stems(),
+          matches ? samples : samples / hop * hop};
+}
+
+std::vector<Case> cases() {
+  return {tiny<models::BsRoformer>("bs_mono", 203, bs_mono()), tiny<models::BsRoformer>("bs_linear", 150, bs_linear()),
+          tiny<models::BsRoformer>("bs_skip", 160, bs_skip()),
+          tiny<models::MelBandRoformer>("mel_stereo", 205, mel_stereo()),
+          tiny<models::MelBandRoformer>("mel_stems", 211, mel_stems())};
+}
+
+Tensor mixture_of(int64_t channels, int64_t samples) {
+  const Tensor x = 0.5 * noise({2, channels, samples}, 1000);
+  x[0][-1].slice(0, samples / 3, samples / 2).zero_();
+  x[1].slice(1, 0, samples / 2).zero_();
+  return x.to(torch::kFloat);
+}
+
+/// A mean of squares may be wrong by this much of the number itself before it is rounded to float.
+double rms(const Tensor& x) { return x.square().mean().sqrt().item<double>(); }
+
+}  // namespace
+
+TEST_CASE("forward, loss and all gradients are as exact as those of the Python models") {
+  const testing::OneThread one_thread;
+  for (Case& c : cases()) {
+    const weights::TensorMap reference =
+        weights::load_tensors(std::string(HEADROOM_MODEL_FILES) + "/" + c.name + ".safetensors");
+    c.model->train();
+    set_parameters(*c.model);
+    double worst = 0;
+    const auto check = [&](const std::string& name, const Tensor& ours) {
+      const Tensor& known = reference.at(name);
+      INFO(c.name << ": " << name);
+      REQUIRE(known.numel() == ours.numel() + 1);
+      const double error = rms(ours.detach().to(torch::kDouble).flatten() - known.slice(0, 0, -1));
+      const double theirs = known[-1].item<double>();
+      CHECK(error <= 2 * theirs);
+      if (theirs > 0) worst = std::max(worst, error / theirs);
+    };
+    const Tensor mixture = mixture_of(c.channels, c.samples);
+    const Tensor target = (0.5 * noise({2, c.stems, c.channels, c.samples}, 2000)).to(torch::kFloat);
+    const Tensor all = c.model->forward(mixture);
+    REQUIRE(all.sizes() == target.sizes());
+    CHECK(all.slice(-1, c.whole).eq(0).all().item<bool>() == (c.name != "bs_mono" || c.whole == c.samples));
+    const Tensor stems = all.slice(-1, 0, c.whole);
+    check("output", stems);
+    audio::SeparationLoss loss(
+        audio::SeparationLossOptions().stft(audio::MultiResolutionStftLossOptions()
+                                                .windows({64, 32, 16})
+                                                .hop(7)
+                                                .min_n_fft(c.name == "bs_linear" || c.name == "bs_skip" ? 16 : 32)));
+    const Tensor value = loss->forward(stems, target.slice(-1, 0, c.whole));
+    check("loss", value);
+    value.backward();
+    std::set<std::string> names = {"output", "loss"};
+    for (const auto& p : c.model->named_parameters()) {
+      names.insert("grad." + p.key());
+      REQUIRE(p.value().grad().defined());
+      check("grad." + p.key(), p.value().grad());
+    }
+    std::set<std::string> known;
+    for (const auto& [name, x] : reference) known.insert(name);
+    CHECK(names == known);
+    WARN(c.name << ": at most " << worst << " times the error of the Python model");
+  }
+}

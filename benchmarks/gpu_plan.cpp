@@ -67,12 +67,14 @@ training::Config config_of(const Case& c, const std::string& folder) {
   const bool published = slash != std::string::npos;
   training::Config config = benchmarks::configuration(folder + "/musdb18_" + (published ? "small" : name) + ".json");
   if (published) {
-    config.model.n_fft = 2048;
-    config.model.hop_length = 512;
-    config.model.emb_dim = std::stoll(name.substr(0, slash));
-    config.model.n_layers = std::stoll(name.substr(slash + 1));
-    config.model.n_heads = 8;
-    config.model.ffn_hidden_dim = {4 * config.model.emb_dim};
+    const int64_t width = std::stoll(name.substr(0, slash));
+    config.model.as<models::TimeFrequencyTransformerOptions>()
+        .n_fft(2048)
+        .hop_length(512)
+        .emb_dim(width)
+        .n_layers(std::stoll(name.substr(slash + 1)))
+        .n_heads(8)
+        .ffn_hidden_dim({4 * width});
   }
   config.training.segment_length = static_cast<int64_t>(c.seconds * 44100);
   config.training.batch_size = c.batch;

@@ -5,8 +5,8 @@
 #include <fstream>
 #include <type_traits>
 
-#include "headroom/plan/plan.hpp"
 #include "headroom/nn/encoder.hpp"
+#include "headroom/plan/plan.hpp"
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/plan.hpp"
 #include "headroom/training/recommend.hpp"
@@ -22,7 +22,7 @@ using torch::Tensor;
 /// Examples of the shapes that a configuration describes, of noise.
 struct NoiseSource {
   training::ShapeSource shapes;
-  training::ShapeSource::Example operator()(int64_t first, int64_t count) const {
+  training::Example operator()(int64_t first, int64_t count) const {
     const auto example = shapes(first, count);
     example.stems.normal_();
     example.mixture.normal_();
@@ -41,13 +41,9 @@ Planned figures_of(const Plan& plan) {
   return {plan.peak_bytes, plan.reserved_bytes, largest == nullptr ? 0 : largest->bytes, plan.flops};
 }
 
-models::TimeFrequencyTransformer make_model(const training::Config& config) {
-  return models::TimeFrequencyTransformer(training::model_options(config));
-}
-
 /// Everything that the twin needs.
 void write_for_python(const PythonTwin& twin, const training::Config& config, torch::Device device,
-                      const torch::nn::Module& model, const training::ShapeSource::Example& example) {
+                      const torch::nn::Module& model, const training::Example& example) {
   c10::impl::GenericDict content(c10::StringType::get(), c10::AnyType::get());
   content.insert("config", training::to_json(config));
   content.insert("threads", static_cast<int64_t>(torch::get_num_threads()));
@@ -83,7 +79,7 @@ EncoderStep make_encoder_step(const EncoderSizes& sizes, const std::string& poli
 training::Config configuration(const std::string& file) { return training::load_config(file); }
 
 double train(const training::Config& config, int steps, const Accelerator* gpu) {
-  auto model = make_model(config);
+  const models::Separator model = training::make_model(config);
   if (gpu != nullptr) model->to(gpu->device);
   training::Trainer trainer(model, config, NoiseSource{{config}});
   const auto step = [&] { trainer.step(config.training.learning_rate); };
@@ -94,7 +90,7 @@ double train(const training::Config& config, int steps, const Accelerator* gpu) 
 
 Planned planned_first_step(const training::Config& config) {
   return planned([&] {
-    auto model = make_model(config);
+    const models::Separator model = training::make_model(config);
     training::Trainer trainer(model, config, training::ShapeSource{config});
     trainer.step(config.training.learning_rate);
   });
@@ -113,9 +109,9 @@ training::Config fitted(const training::Config& config, int64_t budget) {
 
 std::string out_of_memory_error(const training::Config& config, c10::Device device) {
   try {
-    auto model = make_model(config);
+    const models::Separator model = training::make_model(config);
     model->to(device);
-    model->forward(torch::randn({1, 2, config.training.segment_length}).to(device));
+    model(torch::randn({1, 2, config.training.segment_length}).to(device));
     return "no error";
   } catch (const std::exception& error) {
     return std::string(is_out_of_memory(error) ? "" : "no out-of-memory error: ") + error.what();
@@ -125,9 +121,9 @@ std::string out_of_memory_error(const training::Config& config, c10::Device devi
 RepeatedStep make_repeated_step(const training::Config& config, const PythonTwin& twin, const Accelerator* gpu) {
   torch::manual_seed(0);
   const torch::Device device = gpu != nullptr ? gpu->device : torch::Device(torch::kCPU);
-  auto model = make_model(config);
+  const models::Separator model = training::make_model(config);
   const auto stems = static_cast<int64_t>(config.audio.stems.size());
-  training::ShapeSource::Example example;
+  training::Example example;
   example.stems = 0.1 * torch::randn({config.training.batch_size, stems, config.audio.channels,
                                       config.training.segment_length});  // [B,N,C,S]
   example.mixture = example.stems.sum(1);                                // [B,C,S]
@@ -135,8 +131,7 @@ RepeatedStep make_repeated_step(const training::Config& config, const PythonTwin
   model->to(device);
   example = {example.mixture.to(device), example.stems.to(device)};
   const auto source = [example](int64_t, int64_t) { return example; };
-  using Trainer = decltype(training::Trainer(model, config, source));
-  const auto trainer = std::make_shared<Trainer>(model, config, source);
+  const auto trainer = std::make_shared<training::Trainer>(model, config, source);
   return {[trainer, rate = config.training.learning_rate] { return trainer->step(rate); }};
 }
 

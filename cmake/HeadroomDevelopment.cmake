@@ -13,7 +13,7 @@ add_library(headroom_development INTERFACE)
 # -fPIC: programs and the shared library for Python have the precompiled header and the kernels in common. CMake's own
 # property would compile programs with -fPIE, and the compiler would pass the header over.
 target_compile_options(headroom_development INTERFACE ${HEADROOM_WARNINGS} -fPIC)
-target_compile_definitions(headroom_development INTERFACE HEADROOM_SEPARATE_KERNELS)
+target_compile_definitions(headroom_development INTERFACE HEADROOM_SEPARATE_KERNELS HEADROOM_SEPARATE_TRAINING)
 if(HEADROOM_NATIVE)
   target_compile_options(headroom_development INTERFACE -march=native)
 endif()
@@ -56,6 +56,17 @@ add_library(headroom_kernels OBJECT "${CMAKE_CURRENT_BINARY_DIR}/kernels.cpp")
 target_link_libraries(headroom_kernels PRIVATE headroom_training headroom_development)
 target_compile_options(headroom_kernels PRIVATE ${headroom_pch_options})
 target_precompile_headers(headroom_kernels REUSE_FROM headroom_pch)
+
+# And models, trainer and planner, as long: once for all programs that call headroom_use_training(<name>)
+file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/training.cpp" CONTENT
+     "#define HEADROOM_TRAINING_HERE\n#include \"headroom/training.hpp\"\n")
+add_library(headroom_separate_training OBJECT EXCLUDE_FROM_ALL "${CMAKE_CURRENT_BINARY_DIR}/training.cpp")
+target_link_libraries(headroom_separate_training PRIVATE headroom_training headroom_development)
+target_compile_options(headroom_separate_training PRIVATE ${headroom_pch_options})
+target_precompile_headers(headroom_separate_training REUSE_FROM headroom_pch)
+function(headroom_use_training name)
+  target_link_libraries(${name} PRIVATE headroom_separate_training)
+endfunction()
 
 # What uses LibTorch and a shared precompiled header: headroom_add_torch_program(<name> <source>...),
 # headroom_add_torch_tests(<name> <source>...), and headroom_add_torch_library(<name> <source>...), a shared one

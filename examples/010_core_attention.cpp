@@ -15,8 +15,11 @@ template <class Matrix>
 Matrix attend(const auto& q, const auto& k, const auto& v, Eigen::VectorXd& lse) {
   Matrix output(q.rows(), v.cols());
   lse.resize(q.rows());
-  core::attention_forward(core::matrix_view(q), core::matrix_view(k), core::matrix_view(v), core::matrix_view(output),
-                          core::matrix_view(lse));
+  core::attention_forward<float>({.q = core::matrix_view(q),
+                                  .k = core::matrix_view(k),
+                                  .v = core::matrix_view(v),
+                                  .output = core::matrix_view(output),
+                                  .lse = core::matrix_view(lse)});
   return output;
 }
 

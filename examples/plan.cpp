@@ -64,7 +64,7 @@ int run_sweep(const Arguments& arguments) {
   for (const fs::path& path : arguments.configs)
     configs.emplace_back(path.stem().string(), training::load_config(path));
   const int64_t rate = configs.front().second.audio.sample_rate;
-  const training::Sweep sweep = training::parse_sweep(arguments.sweep, rate);
+  const training::Sweep sweep = training::parse_sweep(arguments.sweep, rate, configs.front().second);
   const headroom::DeviceProfile device = training::find_device_profile(arguments.device);
   const headroom::PlanOptions options = plan_options(arguments);
   const auto rows = training::plan_sweep(configs, sweep, device, options);
@@ -116,27 +116,28 @@ int run(const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Tells what training by a configuration will need, without running it. Exit code 3: it does not fit."};
+  CommandLine line(
+      "Tells what training by a configuration will need, without running it. Exit code 3: it does not fit.");
   Arguments arguments;
   std::string devices = "cpu";
   for (const auto& profile : headroom::known_devices()) devices += ", " + profile.name;
-  app.add_option("--config", arguments.configs,
-                 "configuration, such as examples/configs/musdb18_small.json; several for --sweep")
-      ->required();
-  app.add_option("--device", arguments.device, devices + ", or a profile that ends with .json")->capture_default_str();
-  app.add_option("--budget", arguments.budget, "what tensors may take, e.g. 24GiB; default: what the device has");
-  app.add_option("--attention", arguments.attention, "instead of the configuration's")
-      ->check(CLI::IsMember({"automatic", "tiled", "reference"}));
-  app.add_option("--bucket", arguments.buckets,
-                 "batches of this shape instead of the configuration's, e.g. 8x3s; several, as in --bucket 8x3s 4x6s, "
-                 "follow each other in any order")
-      ->excludes(app.add_option("--sweep", arguments.sweep,
-                                "a table over values of a number, e.g. segment_length=3s..15s or batch_size=1,2,4; "
-                                "takes --json"));
-  app.add_flag("--recommend", arguments.recommend, "name the smallest change that fits");
-  add_path(app, "--json", arguments.json, "write the plan as JSON");
-  add_path(app, "--trace", arguments.trace, "write a trace for ui.perfetto.dev");
-  add_path(app, "--snapshot", arguments.snapshot, "write a memory snapshot for pytorch.org/memory_viz");
-  add_path(app, "--html", arguments.html, "write a web page");
-  return run_tool("plan", app, argc, argv, [&] { return run(arguments); });
+  line.paths("--config", arguments.configs,
+             "configuration, such as examples/configs/musdb18_small.json; several for --sweep")
+      .required();
+  line.text("--device", arguments.device, devices + ", or a profile that ends with .json").with_default();
+  line.text("--budget", arguments.budget, "what tensors may take, e.g. 24GiB; default: what the device has");
+  line.text("--attention", arguments.attention, "instead of the configuration's")
+      .one_of({"automatic", "tiled", "reference"});
+  line.texts("--bucket", arguments.buckets,
+             "batches of this shape instead of the configuration's, e.g. 8x3s; several, as in --bucket 8x3s 4x6s, "
+             "follow each other in any order")
+      .without(line.text("--sweep", arguments.sweep,
+                         "a table over values of a number, e.g. segment_length=3s..15s or batch_size=1,2,4; "
+                         "takes --json"));
+  line.flag("--recommend", arguments.recommend, "name the smallest change that fits");
+  line.path("--json", arguments.json, "write the plan as JSON");
+  line.path("--trace", arguments.trace, "write a trace for ui.perfetto.dev");
+  line.path("--snapshot", arguments.snapshot, "write a memory snapshot for pytorch.org/memory_viz");
+  line.path("--html", arguments.html, "write a web page");
+  return line.run("plan", argc, argv, [&] { return run(arguments); });
 }

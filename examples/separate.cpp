@@ -1,6 +1,6 @@
 // separate: splits a recording of any length into the stems of a trained model, in the memory of one segment.
 //
-//   separate --model experiments/small/checkpoints/best.pt song.wav separated/song
+//   separate --model experiments/small/best.pt song.wav separated/song
 
 #include <unistd.h>
 
@@ -14,6 +14,7 @@
 
 #include "command_line.hpp"
 #include "headroom/audio/separator.hpp"
+#include "headroom/io/process.hpp"
 #include "headroom/training/state.hpp"
 
 namespace fs = std::filesystem;
@@ -113,27 +114,27 @@ void run(const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Separates a recording into stems: OUTDIR/<stem>.wav for each stem of the model."};
+  CommandLine line("Separates a recording into stems: OUTDIR/<stem>.wav for each stem of the model.");
   Arguments arguments;
   const std::map<std::string, audio::Encoding> encodings = {
       {"wav16", audio::Encoding::pcm16}, {"wav24", audio::Encoding::pcm24}, {"wav32f", audio::Encoding::float32}};
   std::string format = "wav16";
-  add_path(app, "--model", arguments.model, "checkpoint written by train")->required();
-  add_path(app, "INPUT", arguments.input,
-           "recording: WAV, FLAC, AIFF or Ogg, with the model's sample rate; - is the standard input")
-      ->required();
-  add_path(app, "OUTDIR", arguments.output, "folder for the stems, made if it is not there")->required();
-  add_number(app, "--overlap", arguments.overlap, Bounds<double>{0, 0.999},
-             "share of a segment that the next one covers again, default 0.25");
-  add_number(app, "--segment", arguments.segment, Bounds<std::int64_t>{1, 1'000'000'000},
-             "samples the model works on at a time; default: as trained");
-  app.add_flag("--overwrite", arguments.overwrite, "replace stems that are in OUTDIR already");
-  app.add_option("--format", format, "wav16, wav24 (integers) or wav32f (float)")
-      ->check(CLI::IsMember(encodings))
-      ->capture_default_str();
-  add_number(app, "--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
-  app.add_option("--device", arguments.device, "where the model runs, e.g. cpu or cuda")->capture_default_str();
-  return run_tool("separate", app, argc, argv, [&] {
+  line.path("--model", arguments.model, "saved state written by train").required();
+  line.path("INPUT", arguments.input,
+            "recording: WAV, FLAC, AIFF or Ogg, with the model's sample rate; - is the standard input")
+      .required();
+  line.path("OUTDIR", arguments.output, "folder for the stems, made if it is not there").required();
+  line.number("--overlap", arguments.overlap, Bounds<double>{0, 0.999},
+              "share of a segment that the next one covers again, default 0.25");
+  line.number("--segment", arguments.segment, Bounds<std::int64_t>{1, 1'000'000'000},
+              "samples the model works on at a time; default: as trained");
+  line.flag("--overwrite", arguments.overwrite, "replace stems that are in OUTDIR already");
+  line.text("--format", format, "wav16, wav24 (integers) or wav32f (float)")
+      .one_of({"wav16", "wav24", "wav32f"})
+      .with_default();
+  line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
+  line.text("--device", arguments.device, "where the model runs, e.g. cpu or cuda").with_default();
+  return line.run("separate", argc, argv, [&] {
     arguments.encoding = encodings.at(format);
     run(arguments);
     return 0;

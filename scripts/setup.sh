@@ -13,7 +13,7 @@ debian_packages=(
   libeigen3-dev catch2 nlohmann-json3-dev libsndfile1-dev libcli11-dev
   chromium # a test opens the page that plan --html writes
 )
-python_packages=(numpy mido soundfile)
+python_packages=(numpy mido soundfile safetensors)
 for group in "$@"; do
   case "$group" in
     demo) debian_packages+=(freedoom fluidsynth fluid-soundfont-gm) ;;

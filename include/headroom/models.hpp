@@ -2,4 +2,5 @@
 
 #include "headroom/models/bs_roformer.hpp"
 #include "headroom/models/mel_band_roformer.hpp"
+#include "headroom/models/separator.hpp"
 #include "headroom/models/time_frequency_transformer.hpp"

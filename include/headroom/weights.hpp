@@ -8,6 +8,8 @@
 #include "headroom/weights/load.hpp"
 #include "headroom/weights/pickle.hpp"
 #include "headroom/weights/pickle_machine.hpp"
+#include "headroom/weights/pickle_opcode.hpp"
+#include "headroom/weights/pickle_stack.hpp"
 #include "headroom/weights/pytorch.hpp"
 #include "headroom/weights/safetensors.hpp"
 #include "headroom/weights/safetensors_writer.hpp"

@@ -28,14 +28,14 @@ TEST_CASE("the size of chunks changes nothing but rounding") {
     INFO(given.name);
     const auto& [name, q, k, v, options, unused] = given;
     const auto request = headroom::detail::AttentionRequest::check(q, k, v, options);
-    ChunkedAttention whole(q, k, v, request);
+    ChunkedAttention whole({q, k, v, request});
     const auto expected = whole.forward();
     const Tensor grad = torch::randn_like(expected.output), grad_lse = torch::randn_like(expected.lse);
-    const auto expected_grad = whole.backward(grad, grad_lse, expected,
+    const auto expected_grad = whole.backward(expected, {grad, grad_lse},
                                               {1, 1, 1, options.bias().has_value(), options.relative_bias().has_value(),
                                                options.alibi_slopes().has_value(), options.sink().has_value()});
     for (const headroom::detail::ChunkSizes sizes : {headroom::detail::ChunkSizes{1, 5, 7}, {2, 16, 1}, {3, 1, 64}}) {
-      ChunkedAttention chunked(q, k, v, request, sizes);
+      ChunkedAttention chunked({q, k, v, request}, sizes);
       const auto result = chunked.forward();
       const auto same = [](const Tensor& a, const Tensor& b) {
         REQUIRE(a.defined() == b.defined());
@@ -43,7 +43,7 @@ TEST_CASE("the size of chunks changes nothing but rounding") {
       };
       same(result.output, expected.output), same(result.lse, expected.lse);
       const auto result_grad =
-          chunked.backward(grad, grad_lse, result,
+          chunked.backward(result, {grad, grad_lse},
                            {1, 1, 1, options.bias().has_value(), options.relative_bias().has_value(),
                             options.alibi_slopes().has_value(), options.sink().has_value()});
       same(result_grad.q, expected_grad.q), same(result_grad.k, expected_grad.k), same(result_grad.v, expected_grad.v);

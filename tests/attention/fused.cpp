@@ -58,17 +58,17 @@ TEST_CASE("fused attention split into several calls gives the values of one") {
                grad = torch::randn({3, 5, 4, 20, 6}, torch::kDouble),
                grad_lse = torch::randn({3, 5, 4, 20}, torch::kDouble);
   const auto request = headroom::detail::AttentionRequest::check(q, k, v, AttentionOptions().bias(bias));
-  const headroom::detail::FusedAttention whole(q, k, v, request);
+  const headroom::detail::FusedAttention whole({q, k, v, request});
   const auto expected = whole.forward();
-  const auto expected_grad = whole.backward(grad, grad_lse, expected);
+  const auto expected_grad = whole.backward(expected, {grad, grad_lse});
   CHECK(expected.extra.size() == 3);
   for (const auto& [limit, calls] : {std::pair<int64_t, size_t>{9, 9}, {4, 15}, {3, 30}}) {
-    const headroom::detail::FusedAttention split(q, k, v, request, limit);
+    const headroom::detail::FusedAttention split({q, k, v, request}, limit);
     const auto result = split.forward();
     CHECK(result.extra.size() == calls);
     CHECK(largest(result.output - expected.output) < 1e-14);
     CHECK(largest(result.lse - expected.lse) < 1e-14);
-    const auto result_grad = split.backward(grad, grad_lse, result);
+    const auto result_grad = split.backward(result, {grad, grad_lse});
     CHECK(largest(result_grad.q - expected_grad.q) < 1e-14);
     CHECK(largest(result_grad.k - expected_grad.k) < 1e-14);
     CHECK(largest(result_grad.v - expected_grad.v) < 1e-14);

@@ -416,23 +416,21 @@ struct SmallChunks {
   static constexpr bool kDifferentiableLse = true;
   static inline headroom::detail::ChunkSizes sizes{1, 1, 1};
 
-  static headroom::detail::AttentionForward forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                    const AttentionRequest& request) {
-    return headroom::detail::ChunkedAttention(q, k, v, request, sizes).forward();
+  static headroom::detail::AttentionForward forward(const headroom::detail::AttentionInputs& in) {
+    return headroom::detail::ChunkedAttention(in, sizes).forward();
   }
-  static headroom::detail::AttentionGradients backward(const Tensor& grad_output, const Tensor& grad_lse,
-                                                       const Tensor& q, const Tensor& k, const Tensor& v,
+  static headroom::detail::AttentionGradients backward(const headroom::detail::AttentionInputs& in,
                                                        const headroom::detail::AttentionForward& forward,
-                                                       const AttentionRequest& request,
-                                                       const std::array<bool, 7>& wanted) {
-    return headroom::detail::ChunkedAttention(q, k, v, request, sizes).backward(grad_output, grad_lse, forward, wanted);
+                                                       const headroom::detail::ResultGradients& grad,
+                                                       const headroom::detail::WantedGradients& wanted) {
+    return headroom::detail::ChunkedAttention(in, sizes).backward(forward, grad, wanted);
   }
 };
 
 AttentionResult in_small_chunks(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   const auto request = AttentionRequest::check(q, k, v, options);
-  const auto result =
-      headroom::detail::AttentionFunction<SmallChunks>::run(q.resolve_neg(), k.resolve_neg(), v.resolve_neg(), request);
+  const auto result = headroom::detail::AttentionFunction<SmallChunks>::run(
+      {q.resolve_neg(), k.resolve_neg(), v.resolve_neg(), request});
   return {result.output, result.lse};
 }
 

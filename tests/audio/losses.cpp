@@ -7,20 +7,17 @@
 #include <numbers>
 
 #include "support/catch.hpp"
+#include "support/tensors.hpp"
 
 using namespace headroom;
 using audio::MultiResolutionStftLoss;
 using audio::MultiResolutionStftLossOptions;
 using audio::SeparationLoss;
 using audio::SeparationLossOptions;
+using testing::noise;
 using torch::Tensor;
 
 namespace {
-
-Tensor noise(torch::IntArrayRef sizes, int64_t seed, torch::ScalarType type = torch::kDouble) {
-  auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
-  return torch::randn(sizes, generator, type);
-}
 
 /// sum over windows of mean |STFT(a) - STFT(b)|, each bin a sum over samples, both signals transformed.
 double direct_loss(const Tensor& a, const Tensor& b, const std::vector<int64_t>& windows, int64_t hop,

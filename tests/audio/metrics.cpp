@@ -3,17 +3,14 @@
 #include <torch/torch.h>
 
 #include "support/catch.hpp"
+#include "support/tensors.hpp"
 
 using namespace headroom;
 using audio::nsdr;
+using testing::noise;
 using torch::Tensor;
 
 namespace {
-
-Tensor noise(torch::IntArrayRef sizes, int64_t seed, torch::ScalarType type = torch::kFloat) {
-  auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
-  return torch::randn(sizes, generator, type);
-}
 
 Tensor direct(const Tensor& reference, const Tensor& estimate, double epsilon = 1e-8) {
   const Tensor s = reference.to(torch::kDouble), e = estimate.to(torch::kDouble);
@@ -23,8 +20,9 @@ Tensor direct(const Tensor& reference, const Tensor& estimate, double epsilon = 
 }  // namespace
 
 TEST_CASE("nsdr gives one value per leading index") {
-  const Tensor s = noise({2, 4, 2, 300}, 1);
-  const Tensor e = s + noise({2, 4, 2, 300}, 2) * torch::linspace(0, 1, 4).reshape({4, 1, 1});  // first stem is perfect
+  const Tensor s = noise({2, 4, 2, 300}, 1, torch::kFloat);
+  const Tensor e = s + noise({2, 4, 2, 300}, 2, torch::kFloat) *
+                           torch::linspace(0, 1, 4).reshape({4, 1, 1});  // first stem is perfect
   const Tensor values = nsdr(s, e);
   REQUIRE(values.sizes() == torch::IntArrayRef({2, 4}));
   CHECK(values.scalar_type() == torch::kDouble);
@@ -36,7 +34,8 @@ TEST_CASE("nsdr gives one value per leading index") {
 }
 
 TEST_CASE("nsdr reads strided, half and double tensors") {
-  const Tensor s = noise({300, 2, 3}, 1).permute({2, 1, 0}), e = noise({3, 2, 300}, 2);  // [3,2,300]
+  const Tensor s = noise({300, 2, 3}, 1, torch::kFloat).permute({2, 1, 0}),
+               e = noise({3, 2, 300}, 2, torch::kFloat);  // [3,2,300]
   CHECK(torch::allclose(nsdr(s, e), direct(s, e), 1e-12));
   CHECK(torch::equal(nsdr(s.to(torch::kHalf), e), nsdr(s.to(torch::kHalf).to(torch::kFloat), e)));
   const Tensor exact = noise({1, 50}, 3, torch::kDouble);
@@ -46,7 +45,7 @@ TEST_CASE("nsdr reads strided, half and double tensors") {
 }
 
 TEST_CASE("nsdr of tensor blocks equals nsdr of the track") {
-  const Tensor s = noise({2, 1000}, 1), e = noise({2, 1000}, 2);
+  const Tensor s = noise({2, 1000}, 1, torch::kFloat), e = noise({2, 1000}, 2, torch::kFloat);
   audio::NsdrAccumulator accumulator;
   for (int64_t begin = 0; begin < 1000; begin += 300) {
     const int64_t end = std::min<int64_t>(begin + 300, 1000);

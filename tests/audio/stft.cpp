@@ -4,18 +4,15 @@
 
 #include "headroom/runtime/autocast_state.hpp"
 #include "support/catch.hpp"
+#include "support/tensors.hpp"
 
 using namespace headroom;
 using audio::Stft;
 using audio::StftOptions;
+using testing::noise;
 using torch::Tensor;
 
 namespace {
-
-Tensor noise(torch::IntArrayRef sizes, torch::ScalarType type = torch::kDouble, int64_t seed = 1) {
-  auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
-  return torch::randn(sizes, generator, type);
-}
 
 /// The Eigen implementation on one waveform.
 Tensor core_forward(const core::Stft<double>& stft, const Tensor& waveform) {
@@ -42,7 +39,7 @@ template <class F>
 double gradient_error(F&& f, const Tensor& x) {
   const Tensor leaf = x.clone().requires_grad_();
   const Tensor y = f(leaf);
-  const Tensor weight = noise(y.sizes(), torch::kDouble, 7);
+  const Tensor weight = noise(y.sizes(), 7);
   const Tensor gradient = torch::autograd::grad({(y * weight).sum()}, {leaf})[0];
   Tensor expected = torch::empty_like(x);
   const double step = 1e-4;
@@ -75,8 +72,7 @@ TEST_CASE("audio stft equals core stft and torch.istft") {
     CHECK(largest(spectrum - core_forward(reference, waveform)) < 1e-12);
 
     // A masked spectrum belongs to no signal, and its first and last bins are not real
-    const Tensor masked = spectrum * torch::complex(noise(spectrum.sizes(), torch::kDouble, 2),
-                                                    noise(spectrum.sizes(), torch::kDouble, 3));
+    const Tensor masked = spectrum * torch::complex(noise(spectrum.sizes(), 2), noise(spectrum.sizes(), 3));
     const Tensor back = stft->inverse(masked, samples);
     CHECK(largest(back - core_inverse(reference, masked, samples)) < 1e-12);
     const int64_t length = window == 0 ? n_fft : window;
@@ -129,7 +125,7 @@ TEST_CASE("audio stft gradients equal finite differences") {
 
 TEST_CASE("audio stft computes in float for half-precision input and under autocast") {
   Stft stft(StftOptions().n_fft(256).hop(64));
-  const Tensor waveform = noise({1000}, torch::kBFloat16);
+  const Tensor waveform = noise({1000}, 1, torch::kBFloat16);
   const Tensor expected = stft(waveform.to(torch::kFloat));
   CHECK(stft(waveform).scalar_type() == torch::kComplexFloat);
   CHECK(torch::equal(stft(waveform), expected));

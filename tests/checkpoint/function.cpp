@@ -12,8 +12,10 @@
 
 #include "headroom/memory/meter.hpp"
 #include "support/catch.hpp"
+#include "support/tensors.hpp"
 
 using namespace headroom;
+using testing::with_gradient;
 using torch::Tensor;
 using torch::autograd::grad;
 
@@ -88,8 +90,6 @@ void check_same(const Run& actual, const Run& expected) {
 }
 
 constexpr std::int64_t dim = 16;
-const auto with_gradient = torch::TensorOptions().requires_grad(true);
-
 }  // namespace
 
 TEST_CASE("gradients, outputs and later random numbers are those of the plain call, bit for bit") {

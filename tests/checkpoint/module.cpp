@@ -8,8 +8,10 @@
 
 #include "headroom/memory/meter.hpp"
 #include "support/catch.hpp"
+#include "support/tensors.hpp"
 
 using namespace headroom;
+using testing::check_equal;
 using torch::Tensor;
 
 namespace {
@@ -54,13 +56,6 @@ std::vector<Tensor> gradients(torch::nn::Module& module, const Tensor& output) {
     result.push_back(p.grad().clone());
   }
   return result;
-}
-
-void check_equal(const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
-  REQUIRE(a.size() == b.size());
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    CHECK(torch::equal(a[i], b[i]));
-  }
 }
 
 }  // namespace

@@ -26,31 +26,31 @@ const std::vector<std::string> kExact = {"full",           "every-2",           
                                          "nested-3",       "full+offload",      "selective+offload",
                                          "nested+offload", "2*full,none",       "1*every-3+offload,2*nested,selective"};
 
-struct Step {
+struct Pass {
   Tensor output;
   std::vector<Tensor> gradients;  // of the input, then of the parameters
 };
 
 /// Forward and backward of an encoder on x, weighted by `weights`.
 template <class Encoder>
-Step step(Encoder& encoder, const Tensor& x, const Tensor& weights) {
+Pass step(Encoder& encoder, const Tensor& x, const Tensor& weights) {
   encoder->zero_grad();
   const Tensor input = x.detach().clone().requires_grad_();
-  Step result{encoder->forward(input), {}};
+  Pass result{encoder->forward(input), {}};
   (result.output * weights).sum().backward();
   result.gradients.push_back(input.grad());
   for (const Tensor& p : encoder->parameters()) result.gradients.push_back(p.grad().clone());
   return result;
 }
 
-void check_equal(const Step& actual, const Step& expected) {
+void check_equal(const Pass& actual, const Pass& expected) {
   CHECK(actual.output.equal(expected.output));
   REQUIRE(actual.gradients.size() == expected.gradients.size());
   for (size_t i = 0; i < expected.gradients.size(); ++i) CHECK(actual.gradients[i].equal(expected.gradients[i]));
 }
 
 /// Largest difference of a gradient from that in double, relative to its largest element.
-double error_of(const Step& actual, const Step& exact) {
+double error_of(const Pass& actual, const Pass& exact) {
   double worst = 0;
   for (size_t i = 0; i < exact.gradients.size(); ++i) {
     const Tensor difference = (actual.gradients[i].to(torch::kDouble) - exact.gradients[i]).abs().max();
@@ -86,12 +86,12 @@ std::string id_of(const std::string& text) {
 }  // namespace
 
 TEST_CASE("a checkpoint policy is read from text and written as text") {
-  using Block = CheckpointPolicy::Block;
+  using Recompute = CheckpointPolicy::Recompute;
   CHECK(CheckpointPolicy("none") == CheckpointPolicy());
   CHECK(CheckpointPolicy("full") == CheckpointPolicy(true));
   CHECK(CheckpointPolicy(false) == CheckpointPolicy());
   CHECK(CheckpointPolicy("every-4").every == 4);
-  CHECK(CheckpointPolicy("every-4").block == Block::full);
+  CHECK(CheckpointPolicy("every-4").recompute == Recompute::full);
   CHECK(CheckpointPolicy("every-1") == CheckpointPolicy("full"));
   CHECK(CheckpointPolicy("nested").levels == 2);
   CHECK(CheckpointPolicy("tiled+nested-3+offload").levels == 3);
@@ -170,7 +170,7 @@ TEST_CASE("every policy that computes the same arithmetic gives the plain gradie
   nn::EncoderOptions options(16, 2, {40, 24}, 5);
   nn::Encoder encoder(options);
   const Tensor x = torch::randn({3, 37, 16}), weights = torch::randn_like(x);
-  const Step plain = step(encoder, x, weights);
+  const Pass plain = step(encoder, x, weights);
   for (const std::string& text : kExact) {
     CAPTURE(text);
     encoder->options.gradient_checkpointing(text);
@@ -178,7 +178,7 @@ TEST_CASE("every policy that computes the same arithmetic gives the plain gradie
   }
   SECTION("bf16 rounds what is kept and nothing else: the output is the same") {
     encoder->options.gradient_checkpointing("full+bf16");
-    const Step rounded = step(encoder, x, weights);
+    const Pass rounded = step(encoder, x, weights);
     CHECK(rounded.output.equal(plain.output));
     const double error = error_of(rounded, plain);
     CHECK(error > 0);
@@ -236,9 +236,9 @@ TEST_CASE("tiled blocks give the plain gradients up to rounding, and hooks of th
     torch::manual_seed(3);
     auto encoder = make([](const auto& options) { return options; });
     const Tensor x = torch::randn(shape), weights = torch::randn_like(x);
-    const Step plain = step(encoder, x, weights);
+    const Pass plain = step(encoder, x, weights);
     encoder->to(torch::kDouble);
-    const Step exact = step(encoder, x.to(torch::kDouble), weights.to(torch::kDouble));
+    const Pass exact = step(encoder, x.to(torch::kDouble), weights.to(torch::kDouble));
     encoder->to(torch::kFloat);
     const double of_plain = error_of(plain, exact);
     int fired = 0;

@@ -11,14 +11,15 @@
 #include "headroom/checkpoint.hpp"
 #include "headroom/memory.hpp"
 #include "support/catch.hpp"
+#include "support/tensors.hpp"
 
 using namespace headroom;
+using testing::check_equal;
+using testing::with_gradient;
 using torch::Tensor;
 using torch::autograd::grad;
 
 namespace {
-
-const auto with_gradient = torch::TensorOptions().requires_grad(true);
 
 /// Linear, GELU, dropout, linear, and what it needs to be told to a reentrant checkpoint.
 struct Network {
@@ -42,14 +43,6 @@ std::vector<Tensor> results(F&& forward, const Tensor& x, const std::vector<Tens
   auto all = grad({y.sin().sum()}, inputs);
   all.insert(all.end(), {y, drawn, torch::rand({2})});
   return all;
-}
-
-void check_equal(const std::vector<Tensor>& actual, const std::vector<Tensor>& expected) {
-  REQUIRE(actual.size() == expected.size());
-  for (size_t i = 0; i < expected.size(); ++i) {
-    CAPTURE(i);
-    CHECK(torch::equal(actual[i], expected[i]));
-  }
 }
 
 }  // namespace

@@ -16,8 +16,10 @@
 #include "headroom/plan.hpp"
 #include "support/catch.hpp"
 #include "support/files.hpp"
+#include "support/tensors.hpp"
 
 using namespace headroom;
+using testing::with_gradient;
 using torch::Tensor;
 using torch::autograd::grad;
 
@@ -26,8 +28,6 @@ namespace {
 double relative_error(const Tensor& actual, const Tensor& exact) {
   return ((actual.to(torch::kDouble) - exact).abs().max() / exact.abs().max()).item<double>();
 }
-
-const auto with_gradient = torch::TensorOptions().requires_grad(true);
 
 }  // namespace
 

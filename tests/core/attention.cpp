@@ -173,8 +173,16 @@ TEST_CASE("any strides give the bits of dense tensors") {
     const auto grad_q = strided(dense.q, 100, 20), grad_k = strided(dense.k, 70, 20), grad_v = strided(dense.v, 70, 12);
     std::vector<double> lse(dense.lse.size());
     const auto lse_view = dense_view(lse.data(), 2, 3, 100, 1);
-    attention_forward(q, k, v, output, lse_view);
-    attention_backward(grad, q, k, v, output, lse_view, grad_q, grad_k, grad_v);
+    attention_forward<float>({.q = q, .k = k, .v = v, .output = output, .lse = lse_view});
+    attention_backward<float>({.q = q,
+                               .k = k,
+                               .v = v,
+                               .output = output,
+                               .lse = lse_view,
+                               .grad_output = grad,
+                               .grad_q = grad_q,
+                               .grad_k = grad_k,
+                               .grad_v = grad_v});
     CAPTURE(order);
     CHECK(equal(output, dense.output));
     CHECK((lse == dense.lse));
@@ -189,7 +197,8 @@ TEST_CASE("Eigen matrices, row- and column-major, are heads") {
   const Eigen::MatrixXf q = Eigen::MatrixXf::Random(37, 16), k = Eigen::MatrixXf::Random(50, 16);
   const RowMajor v = Eigen::MatrixXf::Random(50, 10);
   RowMajor output(37, 10);
-  attention_forward<float>(matrix_view(q), matrix_view(k), matrix_view(v), matrix_view(output), TensorView<double>{});
+  attention_forward<float>(
+      {.q = matrix_view(q), .k = matrix_view(k), .v = matrix_view(v), .output = matrix_view(output)});
   Eigen::MatrixXf weights = (q * k.transpose() / 4).array().exp();
   weights.array().colwise() /= weights.array().rowwise().sum().eval();
   CHECK((output - weights * v).cwiseAbs().maxCoeff() < 1e-6F);
@@ -197,8 +206,8 @@ TEST_CASE("Eigen matrices, row- and column-major, are heads") {
 
 TEST_CASE("the workspace of a worker stays below 1 MiB") {
   for (const Index dim : {1, 16, 64, 256}) {
-    CHECK(core::detail::ForwardGroup<float>::workspace_bytes(dim, dim) < (1 << 20));
-    CHECK(core::detail::BackwardGroup<float>::workspace_bytes(dim, dim, /*cap=*/true) < (1 << 20));
+    CHECK(core::detail::ForwardWorker<float>::workspace_bytes(dim, dim) < (1 << 20));
+    CHECK(core::detail::BackwardWorker<float>::workspace_bytes(dim, dim, /*softcap=*/true) < (1 << 20));
   }
 }
 
@@ -206,8 +215,9 @@ TEST_CASE("shapes that do not fit are named") {
   Run<float> run({.queries = 8, .keys = 9});
   const auto call = [&](Index keys, Index value_length) {
     return testing::error_of([&] {
-      attention_forward(run.of(run.q, 8, 16), run.of(run.k, keys, 16), run.of(run.v, value_length, 16),
-                        run.of(run.output, 8, 16), run.of(run.lse, 8, 1));
+      AttentionTensors<float> x = run.forward_tensors();
+      x.k = run.of(run.k, keys, 16), x.v = run.of(run.v, value_length, 16);
+      attention_forward(x);
     });
   };
   const Error error = call(9, 8);
@@ -216,9 +226,9 @@ TEST_CASE("shapes that do not fit are named") {
   const Error scale = testing::error_of([&] { run.tiled({.scale = std::numeric_limits<double>::infinity()}); });
   CHECK(scale.id() == "headroom.core.attention.scale");
   const Error null_lse = testing::error_of([&] {
-    attention_backward(run.of(run.grad, 8, 16), run.of(run.q, 8, 16), run.of(run.k, 9, 16), run.of(run.v, 9, 16),
-                       run.of(run.output, 8, 16), TensorView<const double>{}, run.of(run.grad_q, 8, 16),
-                       run.of(run.grad_k, 9, 16), run.of(run.grad_v, 9, 16));
+    AttentionBackwardTensors<float> x = run.backward_tensors();
+    x.lse = {};
+    attention_backward(x);
   });
   CHECK(testing::contains(null_lse.what(), "lse must be given"));
 }

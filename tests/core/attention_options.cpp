@@ -195,8 +195,11 @@ TEST_CASE("bfloat16 and half are read where they lie and summed in float") {
     std::vector<double> lse(run.lse.size());
     const auto of = [&](std::vector<T>& x, Index length) { return dense_view(x.data(), 2, 4, length, 16); };
     const auto lse_view = dense_view(lse.data(), 2, 4, 150, 1);
-    attention_forward<T>(of(q, 150), of(k, 170), of(v, 170), of(output, 150), lse_view, {}, CausalMask{});
-    if (core::detail::kHasPairProducts && std::is_same_v<T, Eigen::bfloat16>) {  // weights are rounded, and sums differ
+    attention_forward<T>(
+        {.q = of(q, 150), .k = of(k, 170), .v = of(v, 170), .output = of(output, 150), .lse = lse_view}, {},
+        CausalMask{});
+    if (core::detail::kHasBfloat16Products &&
+        std::is_same_v<T, Eigen::bfloat16>) {  // weights are rounded, and sums differ
       CHECK(deviation(lse, run.lse).maximum < 1e-5);
       CHECK(deviation(output, run.output).maximum < 2 * epsilon);
     } else {
@@ -205,8 +208,16 @@ TEST_CASE("bfloat16 and half are read where they lie and summed in float") {
       for (const float e : run.output) rounded.push_back(static_cast<T>(e));
       CHECK((output == rounded));
     }
-    attention_backward<T>(of(grad, 150), of(q, 150), of(k, 170), of(v, 170), of(output, 150), lse_view, of(grad_q, 150),
-                          of(grad_k, 170), of(grad_v, 170), {}, CausalMask{});
+    attention_backward<T>({.q = of(q, 150),
+                           .k = of(k, 170),
+                           .v = of(v, 170),
+                           .output = of(output, 150),
+                           .lse = lse_view,
+                           .grad_output = of(grad, 150),
+                           .grad_q = of(grad_q, 150),
+                           .grad_k = of(grad_k, 170),
+                           .grad_v = of(grad_v, 170)},
+                          {}, CausalMask{});
     CHECK(deviation(grad_q, run.grad_q).maximum < 8 * epsilon);
     CHECK(deviation(grad_k, run.grad_k).maximum < 8 * epsilon);
     CHECK(deviation(grad_v, run.grad_v).maximum < 8 * epsilon);
@@ -237,11 +248,21 @@ void check_bfloat16(
   std::vector<T> output(run.output.size()), grad_q(q.size()), grad_k(k.size()), grad_v(v.size());
   std::vector<double> lse(run.lse.size());
   const AttentionParams params = run.with_tensors(options);
-  attention_forward<T>(run.of(q, p.queries, p.dim), run.of_kv(k, p.dim), run.of_kv(v, p.value_dim),
-                       run.of(output, p.queries, p.value_dim), run.of(lse, p.queries, 1), params, mask);
-  attention_backward<T>(run.of(grad, p.queries, p.value_dim), run.of(q, p.queries, p.dim), run.of_kv(k, p.dim),
-                        run.of_kv(v, p.value_dim), run.of(output, p.queries, p.value_dim), run.of(lse, p.queries, 1),
-                        run.of(grad_q, p.queries, p.dim), run.of_kv(grad_k, p.dim), run.of_kv(grad_v, p.value_dim),
+  attention_forward<T>({.q = run.of(q, p.queries, p.dim),
+                        .k = run.of_kv(k, p.dim),
+                        .v = run.of_kv(v, p.value_dim),
+                        .output = run.of(output, p.queries, p.value_dim),
+                        .lse = run.of(lse, p.queries, 1)},
+                       params, mask);
+  attention_backward<T>({.q = run.of(q, p.queries, p.dim),
+                         .k = run.of_kv(k, p.dim),
+                         .v = run.of_kv(v, p.value_dim),
+                         .output = run.of(output, p.queries, p.value_dim),
+                         .lse = run.of(lse, p.queries, 1),
+                         .grad_output = run.of(grad, p.queries, p.value_dim),
+                         .grad_q = run.of(grad_q, p.queries, p.dim),
+                         .grad_k = run.of_kv(grad_k, p.dim),
+                         .grad_v = run.of_kv(grad_v, p.value_dim)},
                         params, mask);
   const auto compare = [](const char* name, const auto& x, const auto& exact, double tolerance) {
     CAPTURE(name);
@@ -322,12 +343,9 @@ TEST_CASE("the gradient of a bias that is stored in 16 bits is the sum in float,
     run.tiled({}, CausalMask{300});
     std::vector<T> rounded, narrow(run.bias.size(), T(0));
     for (const float e : run.grad_bias) rounded.push_back(static_cast<T>(e));
-    AttentionParamGradients grads;
-    grads.bias = run.broadcast(narrow.data(), extents, {3, 4, 130, 520});
-    attention_backward<float>(run.of(run.grad, 130, 16), run.of(run.q, 130, 16), run.of_kv(run.k, 16),
-                              run.of_kv(run.v, 16), run.of(run.output, 130, 16), run.of(run.lse, 130, 1),
-                              run.of(run.grad_q, 130, 16), run.of_kv(run.grad_k, 16), run.of_kv(run.grad_v, 16),
-                              run.with_tensors({}), CausalMask{300}, DefaultExecutor{}, grads);
+    AttentionBackwardTensors<float> x = run.backward_tensors();
+    x.param_grads.bias = run.broadcast(narrow.data(), extents, {3, 4, 130, 520});
+    attention_backward(x, run.with_tensors({}), CausalMask{300});
     CHECK((narrow == rounded));
   };
   for (const Extents extents :
@@ -361,12 +379,9 @@ TEST_CASE("gradients of what is added to scores are bit-equal for any number of 
 
 TEST_CASE("memory that is shared is not written to") {
   Run<float> run({.heads = 2});
-  auto output = run.of(run.output, 64, 16);
-  output.strides[1] = 0;
-  const Error error = error_of([&] {
-    attention_forward<float>(run.of(run.q, 64, 16), run.of(run.k, 64, 16), run.of(run.v, 64, 16), output,
-                             run.of(run.lse, 64, 1));
-  });
+  AttentionTensors<float> x = run.forward_tensors();
+  x.output.strides[1] = 0;
+  const Error error = error_of([&] { attention_forward(x); });
   CHECK(error.id() == "headroom.core.attention.output");
   CHECK(contains(error.what(), "the output [1,2,64,16] is expanded"));
   CHECK(error_of([&] { run.tiled({.dropout = {1.0, 0}}); }).id() == "headroom.core.attention.dropout");

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <map>
 #include <memory>
@@ -13,15 +14,27 @@
 #include "headroom/core/attention.hpp"
 #include "support/catch.hpp"
 
-// The yardstick is the definition as written, also where the kernel is compiled with -Ofast
-#pragma GCC push_options
-#pragma GCC optimize("no-fast-math")
-#include "headroom/core/attention_reference.hpp"
-#pragma GCC pop_options
+// Kernels are compiled once, in kernels.cpp
+extern template void headroom::core::detail::ForwardPass<float>::run(Eigen::Index, int, std::byte*) const;
+extern template void headroom::core::detail::ForwardPass<double>::run(Eigen::Index, int, std::byte*) const;
+extern template void headroom::core::detail::BackwardPass<float>::run(Eigen::Index, int);
+extern template void headroom::core::detail::BackwardPass<double>::run(Eigen::Index, int);
 
 namespace headroom::testing {
 
 using namespace core;
+
+/// A mask of any type.
+struct AnyMask {
+  std::function<KeyRange(Index b, Index h, Index query)> range;
+  KeyRange keys(Index b, Index h, Index query) const { return range(b, h, query); }
+};
+
+/// Both passes by the definition. The yardstick is compiled as written, in reference.cpp: without -Ofast and
+/// sanitizers.
+template <class Scalar>
+void run_reference(const AttentionTensors<Scalar>& forward, const AttentionBackwardTensors<Scalar>& backward,
+                   const AttentionParams& params, const AnyMask& mask);
 
 /// Extents of something broadcast to [B,H,Lq,Lk]: 1 where it is broadcast, all 0 when it is not there.
 using Extents = std::array<Index, 4>;
@@ -143,25 +156,39 @@ struct Run {
     return p.grad_lse ? TensorView<const double>(of(grad_lse, p.queries, 1)) : TensorView<const double>();
   }
 
+  /// The tensors of both passes; others of the same shapes may take the place of some.
+  AttentionTensors<Scalar> forward_tensors() {
+    return {.q = of(q, p.queries, p.dim),
+            .k = of_kv(k, p.dim),
+            .v = of_kv(v, p.value_dim),
+            .output = of(output, p.queries, p.value_dim),
+            .lse = of(lse, p.queries, 1)};
+  }
+  AttentionBackwardTensors<Scalar> backward_tensors() {
+    return {.q = of(q, p.queries, p.dim),
+            .k = of_kv(k, p.dim),
+            .v = of_kv(v, p.value_dim),
+            .output = of(output, p.queries, p.value_dim),
+            .lse = of(lse, p.queries, 1),
+            .grad_output = of(grad, p.queries, p.value_dim),
+            .grad_lse = grad_lse_view(),
+            .grad_q = of(grad_q, p.queries, p.dim),
+            .grad_k = of_kv(grad_k, p.dim),
+            .grad_v = of_kv(grad_v, p.value_dim),
+            .param_grads = param_grads()};
+  }
+
   template <class M = NoMask, class E = SerialExecutor>
   Run& tiled(const AttentionParams& options = {}, const M& mask = {}, const E& executor = {}) {
     const AttentionParams params = with_tensors(options);
-    attention_forward<Scalar>(of(q, p.queries, p.dim), of_kv(k, p.dim), of_kv(v, p.value_dim),
-                              of(output, p.queries, p.value_dim), of(lse, p.queries, 1), params, mask, executor);
-    attention_backward<Scalar>(of(grad, p.queries, p.value_dim), of(q, p.queries, p.dim), of_kv(k, p.dim),
-                               of_kv(v, p.value_dim), of(output, p.queries, p.value_dim), of(lse, p.queries, 1),
-                               of(grad_q, p.queries, p.dim), of_kv(grad_k, p.dim), of_kv(grad_v, p.value_dim), params,
-                               mask, executor, param_grads(), grad_lse_view());
+    attention_forward(forward_tensors(), params, mask, executor);
+    attention_backward(backward_tensors(), params, mask, executor);
     return *this;
   }
   template <class M = NoMask>
   Run& reference(const AttentionParams& options = {}, const M& mask = {}) {
-    const AttentionParams params = with_tensors(options);
-    attention_forward_reference<Scalar>(of(q, p.queries, p.dim), of_kv(k, p.dim), of_kv(v, p.value_dim),
-                                        of(output, p.queries, p.value_dim), of(lse, p.queries, 1), params, mask);
-    attention_backward_reference<Scalar>(of(grad, p.queries, p.value_dim), of(q, p.queries, p.dim), of_kv(k, p.dim),
-                                         of_kv(v, p.value_dim), of(grad_q, p.queries, p.dim), of_kv(grad_k, p.dim),
-                                         of_kv(grad_v, p.value_dim), params, mask, param_grads(), grad_lse_view());
+    run_reference(forward_tensors(), backward_tensors(), with_tensors(options),
+                  {[&](Index b, Index h, Index query) { return mask.keys(b, h, query); }});
     return *this;
   }
 };

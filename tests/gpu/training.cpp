@@ -10,6 +10,7 @@
 #include "headroom/models.hpp"
 #include "support/files.hpp"
 #include "support/tiny_separator.hpp"
+#include "support/transformer_options.hpp"
 
 using namespace headroom;
 using namespace headroom::testing;
@@ -29,7 +30,7 @@ training::Config small_config() {
 
 NoiseExample source(int64_t first, int64_t count) { return noise_examples(first % 6, count, 2048); }
 
-models::TimeFrequencyTransformer make_model(const training::Config& config) {
+models::TimeFrequencyTransformer make_transformer(const training::Config& config) {
   torch::manual_seed(51);
   models::TimeFrequencyTransformer model(training::model_options(config));
   model->to(test_device());
@@ -37,7 +38,7 @@ models::TimeFrequencyTransformer make_model(const training::Config& config) {
 }
 
 auto make_trainer(const models::TimeFrequencyTransformer& model, const training::Config& config) {
-  return training::Trainer<models::TimeFrequencyTransformer, NoiseExample (*)(int64_t, int64_t)>(model, config, source);
+  return training::Trainer(model, config, source);
 }
 
 std::vector<Tensor> step_values(models::TimeFrequencyTransformer& model, const training::Config& config,
@@ -57,7 +58,7 @@ std::vector<Tensor> step_values(models::TimeFrequencyTransformer& model, const t
 TEST_CASE("the model on the device: output and every gradient against double on the CPU", "[gpu]") {
   SKIP_WITHOUT_DEVICE(false);
   const training::Config config = small_config();
-  models::TimeFrequencyTransformer model = make_model(config);
+  models::TimeFrequencyTransformer model = make_transformer(config);
   const auto ours = step_values(model, config, test_device(), torch::kFloat);
   const auto naive = step_values(model, config, torch::kCPU, torch::kFloat);
   const auto exact = step_values(model, config, torch::kCPU, torch::kDouble);
@@ -73,21 +74,21 @@ TEST_CASE("50 steps on the device lower the loss; stopped, saved and resumed the
   const Deterministic deterministic(/*warn_only=*/true);  // the STFT's padding has no such kernel
   const training::Config config = small_config();
   const TemporaryFolder folder;
-  models::TimeFrequencyTransformer whole = make_model(config);
+  models::TimeFrequencyTransformer whole = make_transformer(config);
   auto trainer = make_trainer(whole, config);
   const training::Summary summary = trainer.run({.steps = 50});
   CHECK(summary.steps == 50);
   CHECK(summary.epoch_losses.back() < 0.97 * summary.epoch_losses.front());
 
-  models::TimeFrequencyTransformer first = make_model(config);
+  models::TimeFrequencyTransformer first = make_transformer(config);
   int64_t now = 0;
   make_trainer(first, config)
       .run({.steps = 50,
             .folder = folder.path(),
-            .on_step = [&](const training::Progress& p) { now = p.step; },
+            .on_step = [&](const training::StepReport& p) { now = p.step; },
             .stop_requested = [&] { return now == 23; }});
   torch::manual_seed(99);
-  models::TimeFrequencyTransformer second = make_model(config);
+  models::TimeFrequencyTransformer second = make_transformer(config);
   auto resumed = make_trainer(second, config);
   resumed.resume(training::load_state(folder / "last.pt"), "last.pt");
   CHECK(resumed.run({.steps = 50}).epoch_losses == summary.epoch_losses);
@@ -102,7 +103,7 @@ TEST_CASE("bfloat16 autocast, narrow optimizer states and offload train on the d
     config.training.bf16 = true;
     config.training.optimizer_state = state;
     config.model.gradient_checkpointing = "full+offload";
-    models::TimeFrequencyTransformer model = make_model(config);
+    models::TimeFrequencyTransformer model = make_transformer(config);
     auto trainer = make_trainer(model, config);
     const training::Summary summary = trainer.run({.steps = 30});
     CHECK(summary.epoch_losses.back() < 0.99 * summary.epoch_losses.front());
@@ -112,7 +113,7 @@ TEST_CASE("bfloat16 autocast, narrow optimizer states and offload train on the d
 TEST_CASE("separating on the device gives what separating on the CPU gives", "[gpu]") {
   SKIP_WITHOUT_DEVICE(false);
   const training::Config config = small_config();
-  models::TimeFrequencyTransformer model = make_model(config);
+  models::TimeFrequencyTransformer model = make_transformer(config);
   audio::SeparatorOptions options;
   options.segment = 2048, options.channels = 2, options.stems = 4, options.device = test_device();
   const Tensor mixture = 0.1 * torch::randn({2, 9000});
@@ -129,15 +130,13 @@ TEST_CASE("a plan of training for the device is what its allocator then sees", "
   for (const char* policy : {"none", "full", "selective", "tiled"}) {
     CAPTURE(policy);
     training::Config config = small_config();
-    config.model.n_fft = 4096, config.model.hop_length = 1024;
-    config.model.emb_dim = 96, config.model.n_heads = 6, config.model.ffn_hidden_dim = {384, 384};
+    transformer(config).n_fft(4096).hop_length(1024).emb_dim(96).n_heads(6).ffn_hidden_dim({384, 384});
     config.model.gradient_checkpointing = policy;
     config.training.segment_length = 132300, config.training.batch_size = 1;
     const auto train = [&] {
-      models::TimeFrequencyTransformer model = make_model(config);
+      models::TimeFrequencyTransformer model = make_transformer(config);
       const auto examples = [&](int64_t first, int64_t count) { return noise_examples(first, count, 132300); };
-      training::Trainer<models::TimeFrequencyTransformer, std::decay_t<decltype(examples)>> trainer(model, config,
-                                                                                                    examples);
+      training::Trainer trainer(model, config, examples);
       for (int step = 0; step < 2; ++step) trainer.step(1e-3);
       synchronize();
     };
@@ -153,7 +152,7 @@ TEST_CASE("a training step on the device waits for it no more often than it read
   SKIP_WITHOUT_DEVICE(true);
   training::Config config = small_config();
   config.model.gradient_checkpointing = "full+offload";
-  models::TimeFrequencyTransformer model = make_model(config);
+  models::TimeFrequencyTransformer model = make_transformer(config);
   audio::SeparationLoss loss = training::make_loss(config);
   const NoiseExample example = source(0, 2);
   const Tensor mixture = example.mixture.to(test_device()), stems = example.stems.to(test_device());
@@ -166,7 +165,7 @@ TEST_CASE("a training step on the device waits for it no more often than it read
   CHECK(synchronizations() - before <= 3);
 
   config.model.gradient_checkpointing = "none";
-  models::TimeFrequencyTransformer plain = make_model(config);
+  models::TimeFrequencyTransformer plain = make_transformer(config);
   const auto plain_pass = [&] { loss->forward(plain->forward(mixture), stems).backward(); };
   for (int i = 0; i < 3; ++i) plain_pass();
   synchronize();

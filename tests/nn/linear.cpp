@@ -78,16 +78,16 @@ TEST_CASE("the register tile multiplies any shape and strides, on top of what is
                      bt = torch::randn({n, k}).t(), bias = torch::randn({n}), before = torch::randn({m, n});
         for (const auto& [left, right] : {std::pair{a, b}, {at, b}, {a, bt}, {at, bt}}) {
           const Tensor product = left.to(torch::kDouble).mm(right.to(torch::kDouble));
-          const auto error = [&](nn::detail::Start start, const Tensor& expected) {
+          const auto error = [&](nn::detail::AddTo start, const Tensor& expected) {
             const Tensor c = before.clone();
-            nn::detail::RightOperand operand(right);
+            nn::detail::PackedB operand(right);
             nn::detail::multiply_tiled(left, operand, c, start, bias);
             return (c - expected).abs().max().item<double>();
           };
           const double bound = 1e-6 * std::sqrt(static_cast<double>(k)) * 10;
-          CHECK(error(nn::detail::Start::zero, product) < bound);
-          CHECK(error(nn::detail::Start::bias, product + bias) < bound);
-          CHECK(error(nn::detail::Start::itself, product + before) < bound);
+          CHECK(error(nn::detail::AddTo::nothing, product) < bound);
+          CHECK(error(nn::detail::AddTo::bias, product + bias) < bound);
+          CHECK(error(nn::detail::AddTo::c, product + before) < bound);
         }
       }
     }
@@ -99,8 +99,8 @@ TEST_CASE("the register tile gives the same bits for any number of threads") {
   const auto product = [&](int threads) {
     torch::set_num_threads(threads);
     const Tensor c = torch::empty({300, 70});
-    nn::detail::RightOperand operand(b);
-    nn::detail::multiply_tiled(a, operand, c, nn::detail::Start::zero, {});
+    nn::detail::PackedB operand(b);
+    nn::detail::multiply_tiled(a, operand, c, nn::detail::AddTo::nothing, {});
     return c;
   };
   const int threads = torch::get_num_threads();

@@ -3,8 +3,10 @@
 #include "headroom/memory.hpp"
 #include "headroom/nn/linear_self_attention.hpp"
 #include "support/catch.hpp"
+#include "support/tensors.hpp"
 
 using namespace headroom;
+using testing::largest_difference;
 using torch::Tensor;
 
 namespace {
@@ -38,11 +40,6 @@ std::vector<Tensor> with_gradients(const Tensor& output, const std::vector<Tenso
   auto results = torch::autograd::grad({(output * noise_like(output)).sum()}, leaves);
   results.push_back(output.detach());
   return results;
-}
-
-double largest_difference(const Tensor& a, const Tensor& b) {
-  REQUIRE(a.sizes() == b.sizes());
-  return (a - b).abs().max().item<double>();
 }
 
 /// At most twice (RMS) and four times (largest) the errors of the plain computation in the same dtype.

@@ -4,13 +4,13 @@
 
 #include "headroom/memory.hpp"
 #include "support/catch.hpp"
+#include "support/tensors.hpp"
 
 using namespace headroom;
+using testing::largest_difference;
 using torch::Tensor;
 
 namespace {
-
-double largest_difference(const Tensor& a, const Tensor& b) { return (a - b).abs().max().item<double>(); }
 
 std::vector<Tensor> gradients(torch::nn::Module& module, const Tensor& output, const Tensor& grad) {
   module.zero_grad();

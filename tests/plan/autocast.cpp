@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "headroom/checkpoint.hpp"
+#include "headroom/memory/meter.hpp"
 #include "headroom/nn.hpp"
 #include "headroom/plan/plan.hpp"
 #include "support/catch.hpp"
@@ -25,7 +26,7 @@ namespace {
 Tensor narrow(const Tensor& x) { return x.to(torch::kBFloat16); }
 
 /// One of each kind: what autocast narrows, widens and makes alike, and what it leaves alone.
-std::vector<OperatorCase> cases() {
+std::vector<OperatorCase> autocast_cases() {
   using T = const Tensors&;
   return {
       {"linear", {{6, 40, 50}, {30, 50}, {30}}, [](T x) { return torch::linear(x[0], x[1], x[2]); }},
@@ -144,7 +145,7 @@ std::map<int64_t, int64_t> blocks_of(const Plan& plan) {
 }  // namespace
 
 TEST_CASE("under autocast operators without data give the dtypes, shapes and bytes of those with data") {
-  for (const OperatorCase& original : cases()) {
+  for (const OperatorCase& original : autocast_cases()) {
     CAPTURE(original.name);
     const OperatorCase c = under_autocast(original, torch::kCPU);
     MemoryMeter host;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "headroom/audio.hpp"
+#include "headroom/memory/meter.hpp"
 #include "headroom/nn.hpp"
 #include "headroom/plan/report.hpp"
 #include "headroom/plan/report_html.hpp"

@@ -2,6 +2,7 @@
 
 #include <torch/torch.h>
 
+#include "headroom/memory/meter.hpp"
 #include "headroom/plan/plan.hpp"
 #include "support/catch.hpp"
 
@@ -46,8 +47,7 @@ template <class Layer>
 void check(const Layer& layer, double tolerance = 0) {
   const std::vector<Seen> real = see(torch::kCPU, layer);
   std::vector<Seen> dry;
-  int64_t values_read = 0;
-  headroom::detail::dry_trace([&] { dry = see(torch::kMeta, layer); }, torch::kCPU, std::nullopt, values_read);
+  headroom::detail::dry_trace([&] { dry = see(torch::kMeta, layer); }, torch::kCPU);
   for (size_t i = 0; i < real.size(); ++i) {
     CAPTURE(i);
     CHECK(std::abs(static_cast<double>(dry[i].peak - real[i].peak)) <= tolerance * static_cast<double>(real[i].peak));
@@ -94,74 +94,77 @@ void check_network(const std::function<Net()>& make, const std::vector<int64_t>&
   CHECK(static_cast<double>(planned.peak_bytes) == Approx(static_cast<double>(measured)).epsilon(0.005));
 }
 
-namespace nn = torch::nn;
-
 /// As Demucs is built: strided convolutions, gated ones of width 1, and back with the same sizes added.
-struct WaveNetworkImpl : nn::Module {
+struct WaveNetworkImpl : torch::nn::Module {
   WaveNetworkImpl() {
     for (int64_t in = 2, out = 48; out <= 384; in = out, out *= 2) {
-      encoder->push_back(nn::Sequential(nn::Conv1d(nn::Conv1dOptions(in, out, 8).stride(4)), nn::ReLU(),
-                                        nn::Conv1d(nn::Conv1dOptions(out, 2 * out, 1)), nn::GLU(nn::GLUOptions(1))));
-      decoder->push_back(
-          nn::Sequential(nn::Conv1d(nn::Conv1dOptions(out, 2 * out, 3).padding(1)), nn::GLU(nn::GLUOptions(1)),
-                         nn::ConvTranspose1d(nn::ConvTranspose1dOptions(out, in == 2 ? 8 : in, 8).stride(4))));
+      encoder->push_back(torch::nn::Sequential(
+          torch::nn::Conv1d(torch::nn::Conv1dOptions(in, out, 8).stride(4)), torch::nn::ReLU(),
+          torch::nn::Conv1d(torch::nn::Conv1dOptions(out, 2 * out, 1)), torch::nn::GLU(torch::nn::GLUOptions(1))));
+      decoder->push_back(torch::nn::Sequential(
+          torch::nn::Conv1d(torch::nn::Conv1dOptions(out, 2 * out, 3).padding(1)),
+          torch::nn::GLU(torch::nn::GLUOptions(1)),
+          torch::nn::ConvTranspose1d(torch::nn::ConvTranspose1dOptions(out, in == 2 ? 8 : in, 8).stride(4))));
     }
     register_module("encoder", encoder);
     register_module("decoder", decoder);
   }
   Tensor forward(Tensor x) {
     std::vector<Tensor> sizes;
-    for (const auto& block : *encoder) sizes.push_back(x = block->as<nn::Sequential>()->forward(x));
+    for (const auto& block : *encoder) sizes.push_back(x = block->as<torch::nn::Sequential>()->forward(x));
     for (size_t i = decoder->size(); i-- > 0;) {
       const Tensor& skip = sizes[i];
-      x = decoder[i]->as<nn::Sequential>()->forward(torch::constant_pad_nd(x, {0, skip.size(2) - x.size(2)}) + skip);
+      x = decoder[i]->as<torch::nn::Sequential>()->forward(torch::constant_pad_nd(x, {0, skip.size(2) - x.size(2)}) +
+                                                           skip);
     }
     return x;
   }
-  nn::ModuleList encoder, decoder;
+  torch::nn::ModuleList encoder, decoder;
 };
 TORCH_MODULE(WaveNetwork);
 
-struct UNetImpl : nn::Module {
+struct UNetImpl : torch::nn::Module {
   UNetImpl() {
     down = register_module("down", block(2, 24));
     bottom = register_module("bottom", block(24, 48));
-    widen = register_module("widen", nn::ConvTranspose2d(nn::ConvTranspose2dOptions(48, 24, 2).stride(2)));
+    widen =
+        register_module("widen", torch::nn::ConvTranspose2d(torch::nn::ConvTranspose2dOptions(48, 24, 2).stride(2)));
     up = register_module("up", block(48, 24));
-    mask = register_module("mask", nn::Conv2d(nn::Conv2dOptions(24, 2, 1)));
+    mask = register_module("mask", torch::nn::Conv2d(torch::nn::Conv2dOptions(24, 2, 1)));
   }
-  static nn::Sequential block(int64_t in, int64_t out) {
+  static torch::nn::Sequential block(int64_t in, int64_t out) {
     const auto convolution = [](int64_t from, int64_t to) {
-      return nn::Conv2d(nn::Conv2dOptions(from, to, 3).padding(1).bias(false));
+      return torch::nn::Conv2d(torch::nn::Conv2dOptions(from, to, 3).padding(1).bias(false));
     };
-    return nn::Sequential(convolution(in, out), nn::BatchNorm2d(out), nn::ReLU(), convolution(out, out),
-                          nn::BatchNorm2d(out), nn::ReLU());
+    return torch::nn::Sequential(convolution(in, out), torch::nn::BatchNorm2d(out), torch::nn::ReLU(),
+                                 convolution(out, out), torch::nn::BatchNorm2d(out), torch::nn::ReLU());
   }
   Tensor forward(const Tensor& x) {
     const Tensor a = down->forward(x);
     const Tensor b = widen->forward(bottom->forward(torch::max_pool2d(a, 2)));
     return torch::sigmoid(mask->forward(up->forward(torch::cat({a, b}, 1)))) * x;
   }
-  nn::Sequential down, bottom, up;
-  nn::ConvTranspose2d widen = nullptr;
-  nn::Conv2d mask = nullptr;
+  torch::nn::Sequential down, bottom, up;
+  torch::nn::ConvTranspose2d widen = nullptr;
+  torch::nn::Conv2d mask = nullptr;
 };
 TORCH_MODULE(UNet);
 
 /// As Open-Unmix is built: an LSTM of three layers in both directions between linear ones.
-struct RecurrentNetworkImpl : nn::Module {
+struct RecurrentNetworkImpl : torch::nn::Module {
   RecurrentNetworkImpl(int64_t bins, int64_t width) {
-    in = register_module("in", nn::Linear(nn::LinearOptions(bins, width).bias(false)));
-    lstm = register_module("lstm",
-                           nn::LSTM(nn::LSTMOptions(width, width / 2).num_layers(3).bidirectional(true).dropout(0.4)));
-    out = register_module("out", nn::Linear(2 * width, bins));
+    in = register_module("in", torch::nn::Linear(torch::nn::LinearOptions(bins, width).bias(false)));
+    lstm = register_module(
+        "lstm",
+        torch::nn::LSTM(torch::nn::LSTMOptions(width, width / 2).num_layers(3).bidirectional(true).dropout(0.4)));
+    out = register_module("out", torch::nn::Linear(2 * width, bins));
   }
   Tensor forward(const Tensor& x) {
     const Tensor y = torch::tanh(in->forward(x));
     return torch::relu(out->forward(torch::cat({y, std::get<0>(lstm->forward(y))}, -1))) * x;
   }
-  nn::Linear in = nullptr, out = nullptr;
-  nn::LSTM lstm = nullptr;
+  torch::nn::Linear in = nullptr, out = nullptr;
+  torch::nn::LSTM lstm = nullptr;
 };
 TORCH_MODULE(RecurrentNetwork);
 
@@ -218,11 +221,11 @@ TEST_CASE("LSTMs are planned byte for byte") {
         for (const int64_t layers : {1, 2}) {
           CAPTURE(bidirectional, batch_first, bias, layers);
           const auto layer = [=](std::vector<Tensor>& inputs) -> Forward {
-            nn::LSTM net(nn::LSTMOptions(20, 24)
-                             .num_layers(layers)
-                             .bidirectional(bidirectional)
-                             .batch_first(batch_first)
-                             .bias(bias));
+            torch::nn::LSTM net(torch::nn::LSTMOptions(20, 24)
+                                    .num_layers(layers)
+                                    .bidirectional(bidirectional)
+                                    .batch_first(batch_first)
+                                    .bias(bias));
             inputs = net->parameters();
             inputs.push_back(torch::rand({30, 7, 20}));
             return [=]() mutable { return std::get<0>(net->forward(inputs.back())); };
@@ -256,7 +259,7 @@ TEST_CASE("networks of convolutions and LSTMs are planned within half a percent"
 
 TEST_CASE("nobody sees what a plan runs") {
   const auto step = [] {
-    nn::Conv1d net(nn::Conv1dOptions(3, 21, 5));
+    torch::nn::Conv1d net(torch::nn::Conv1dOptions(3, 21, 5));
     net->forward(torch::rand({2, 3, 77})).sum().backward();
   };
   const auto nothing = [] { torch::rand({2, 3}); };

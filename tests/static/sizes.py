@@ -1,5 +1,5 @@
-"""What a reader has to hold in mind at once: a header has at most 400 lines, a function 60 and five parameters; more want
-a named struct. Lines of a table (X-macros, an initialiser) are data, not a function.
+"""What a reader has to hold in mind at once: a header has at most 400 lines, a function 60, and in core/ five parameters.
+More want a named struct; outside of core/ LibTorch's own signatures have more.
 
 Usage: sizes.py <project folder>
 """
@@ -76,7 +76,7 @@ def problems(include):
         for function, line, length, parameters in functions(blank(text)):
             if length > FUNCTION_LINES:
                 yield f"{name}:{line}: {function} has {length} lines, more than {FUNCTION_LINES}"
-            if len(parameters) > PARAMETERS:
+            if len(parameters) > PARAMETERS and name.parts[1] == "core":
                 yield f"{name}:{line}: {function} has {len(parameters)} parameters, more than {PARAMETERS}"
 
 

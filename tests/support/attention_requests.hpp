@@ -57,7 +57,7 @@ inline AttentionResult naive_attention(const Tensor& q, const Tensor& k, const T
                                        const AttentionOptions& options) {
   const auto request = headroom::detail::AttentionRequest::check(q, k, v, options);
   const auto result =
-      headroom::detail::reference_attention(q, k, v, request, /*with_lse=*/true, /*dtype=*/q.scalar_type());
+      headroom::detail::reference_attention({q, k, v, request}, /*with_lse=*/true, /*dtype=*/q.scalar_type());
   return {result.output, result.lse};
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "headroom/memory/meter.hpp"
 #include "headroom/plan/plan.hpp"
 
 namespace headroom::testing {
@@ -56,13 +57,12 @@ inline Seen see(const OperatorCase& c, MemoryMeter& meter) {
 /// The same in a dry run.
 inline Seen see_dry(const OperatorCase& c, torch::Device device = torch::kCPU) {
   Seen dry;
-  int64_t values_read = 0;
   detail::dry_trace(
       [&] {
         MemoryMeter meter(torch::kMeta);
         dry = see(c, meter);
       },
-      device, std::nullopt, values_read);
+      device);
   return dry;
 }
 

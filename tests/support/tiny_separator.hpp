@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "headroom/training/example.hpp"
+
 namespace headroom::testing {
 
 /// A separator small enough for tests, with what trainers stumble over: biases, a norm, a buffer, dropout.
@@ -37,10 +39,7 @@ class TinySeparatorImpl : public torch::nn::Cloneable<TinySeparatorImpl> {
 };
 TORCH_MODULE(TinySeparator);
 
-struct NoiseExample {
-  torch::Tensor mixture;  // [B,C,S]
-  torch::Tensor stems;    // [B,N,C,S]
-};
+using NoiseExample = training::Example;  // mixture [B,C,S], stems [B,N,C,S]
 
 /// Example i is noise drawn with seed i: four stems of different loudness and their sum.
 inline NoiseExample noise_examples(int64_t first, int64_t count, int64_t samples = 512) {

@@ -6,11 +6,13 @@
 #include <sstream>
 
 #include "support/catch.hpp"
+#include "support/transformer_options.hpp"
 
 using namespace headroom;
 using namespace headroom::training;
 using headroom::testing::contains;
 using headroom::testing::error_of;
+using headroom::testing::transformer;
 
 namespace {
 
@@ -48,9 +50,9 @@ using Lines = std::vector<std::string>;
 
 TEST_CASE("a configuration needs six keys, the rest has defaults") {
   const Config config = parse_config(kSmallest, "a.json");
-  CHECK(config.model.n_fft == 4096);
-  CHECK(config.model.hop_length == 1024);
-  CHECK(config.model.ffn_hidden_dim == std::vector<int64_t>{64});
+  CHECK(transformer(config).n_fft() == 4096);
+  CHECK(transformer(config).hop_length() == 1024);
+  CHECK(transformer(config).ffn_hidden_dim() == std::vector<int64_t>{64});
   CHECK(config.audio.stems == std::vector<std::string>{"vocals", "drums", "bass", "other"});
   CHECK(config.training.segment_length == 44100);
   CHECK(config.training.gradient_accumulation_steps == 1);
@@ -68,7 +70,7 @@ TEST_CASE("a configuration needs six keys, the rest has defaults") {
 TEST_CASE("every member is read, and written back as it was read") {
   // Each member differs from its default, so one that is described twice or not at all shows
   const std::string text = R"({
-    "model": {"n_fft": 2048, "hop_length": 512, "n_layers": 3, "emb_dim": 64, "n_heads": 4, "ffn_hidden_dim": [128, 96],
+    "model": {"type": "time_frequency_transformer", "n_fft": 2048, "hop_length": 512, "n_layers": 3, "emb_dim": 64, "n_heads": 4, "ffn_hidden_dim": [128, 96],
               "gradient_checkpointing": true, "reversible": false, "attention": "tiled"},
     "audio": {"sample_rate": 48000, "channels": 1, "stems": ["vocals", "rest"]},
     "data": {"path": "music \"1\"", "draw": "by_length", "remix": 0.5, "gain": [0.5, 0.75], "swap_channels": false, "flip_polarity": false},
@@ -90,6 +92,7 @@ TEST_CASE("every member is read, and written back as it was read") {
   for (const auto& [section, members] : defaults.items()) {
     for (const auto& [key, value] : members.items()) {
       if (key == "reversible") continue;  // not together with gradient_checkpointing
+      if (key == "type") continue;        // other types have other keys
       INFO(section << "." << key);
       if (key != "optimizer_in_backward") CHECK(given[section][key] != value);  // it excludes others, see below
     }
@@ -124,7 +127,7 @@ TEST_CASE("gradient_checkpointing is true, false or a checkpoint policy") {
   }
   CHECK_NOTHROW(read("\"nested-16\""));
 
-  CHECK(parse_config(with(R"({"model": {"reversible": true}})"), "a.json").model.reversible);
+  CHECK(transformer(parse_config(with(R"({"model": {"reversible": true}})"), "a.json")).reversible());
   const Lines both = problems_of(with(R"({"model": {"reversible": true, "gradient_checkpointing": true}})"));
   REQUIRE(both.size() == 1);
   CHECK(contains(both[0], "model.reversible: got true, expected false or no model.gradient_checkpointing"));
@@ -272,10 +275,10 @@ TEST_CASE("the example configurations load and hold the guide's values") {
 
   const auto row = [](const char* name) {
     const Config c = load_config(kRoot / "examples/configs" / (std::string(name) + ".json"));
-    CHECK((c.model.n_fft == 4096 && c.model.hop_length == 1024));
-    CHECK(c.model.emb_dim / c.model.n_heads == 16);
-    return std::vector<int64_t>{c.training.segment_length, c.model.n_layers, c.model.emb_dim, c.training.batch_size,
-                                c.training.gradient_accumulation_steps};
+    CHECK((transformer(c).n_fft() == 4096 && transformer(c).hop_length() == 1024));
+    CHECK(transformer(c).emb_dim() / transformer(c).n_heads() == 16);
+    return std::vector<int64_t>{c.training.segment_length, transformer(c).n_layers(), transformer(c).emb_dim(),
+                                c.training.batch_size, c.training.gradient_accumulation_steps};
   };
   CHECK(row("musdb18_xlarge") == std::vector<int64_t>{661500, 12, 256, 8, 2});
   CHECK(row("musdb18_memory_optimized_first") == std::vector<int64_t>{441000, 8, 192, 1, 8});

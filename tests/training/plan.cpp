@@ -15,20 +15,17 @@
 #include "headroom/training/sweep.hpp"
 #include "support/catch.hpp"
 #include "support/files.hpp"
+#include "support/transformer_options.hpp"
 
 using namespace headroom;
+using testing::transformer;
 using training::Config;
 
 namespace {
 
 Config small() {
   Config config;
-  config.model.n_fft = 126;
-  config.model.hop_length = 32;
-  config.model.n_layers = 2;
-  config.model.emb_dim = 16;
-  config.model.n_heads = 2;
-  config.model.ffn_hidden_dim = {24, 20};
+  transformer(config).n_fft(126).hop_length(32).n_layers(2).emb_dim(16).n_heads(2).ffn_hidden_dim({24, 20});
   config.training.segment_length = 1200;
   config.training.batch_size = 2;
   config.training.gradient_accumulation_steps = 2;
@@ -45,11 +42,11 @@ Config guide(const std::string& name) {
 void train_really(const Config& config) {
   models::TimeFrequencyTransformer model(training::model_options(config));
   const auto source = [&config](int64_t, int64_t count) {
-    training::ShapeSource::Example example = training::ShapeSource{config}(0, count);
+    training::Example example = training::ShapeSource{config}(0, count);
     example.mixture.normal_(), example.stems.normal_();
     return example;
   };
-  training::Trainer<models::TimeFrequencyTransformer, std::decay_t<decltype(source)>> trainer(model, config, source);
+  training::Trainer trainer(model, config, source);
   for (int step = 0; step < 2; ++step) trainer.step(1e-3);
   const torch::NoGradGuard guard;
   model->eval();
@@ -63,8 +60,8 @@ TEST_CASE("the planned peak of training is the measured one, byte for byte, unde
                              "reversible", "3*full,none", "1*full+offload,1*selective,none"}) {
     for (const char* attention : {"automatic", "reference"}) {
       Config config = small();
-      config.model.reversible = policy == std::string("reversible");
-      if (!config.model.reversible) config.model.gradient_checkpointing = policy;
+      transformer(config).reversible(policy == std::string("reversible"));
+      if (!transformer(config).reversible()) config.model.gradient_checkpointing = policy;
       config.model.attention = attention;
       CAPTURE(policy, attention);
       const int64_t measured = MemoryMeter().measure([&] { train_really(config); }).added_peak();
@@ -80,8 +77,8 @@ TEST_CASE("training under bfloat16 autocast is planned byte for byte, under ever
        {"none", "full", "selective", "every-3", "nested", "tiled", "full+offload", "full+bf16", "reversible"}) {
     Config config = small();
     config.training.bf16 = true;
-    config.model.reversible = policy == std::string("reversible");
-    if (!config.model.reversible) config.model.gradient_checkpointing = policy;
+    transformer(config).reversible(policy == std::string("reversible"));
+    if (!transformer(config).reversible()) config.model.gradient_checkpointing = policy;
     CAPTURE(policy);
     const int64_t measured = MemoryMeter().measure([&] { train_really(config); }).added_peak();
     CHECK(training::plan_training(config, this_machine()).peak_bytes == measured);
@@ -120,8 +117,8 @@ TEST_CASE("optimizers are planned byte for byte: narrow states, in the backward 
   for (const char* state : {"full", "bf16", "8bit"}) {
     for (const bool in_backward : {false, true}) {
       Config config = small();
-      config.model.emb_dim = 64;
-      config.model.ffn_hidden_dim = {72};  // 64 x 72: enough for 8 bits, in whole blocks
+      transformer(config).emb_dim(64);
+      transformer(config).ffn_hidden_dim({72});  // 64 x 72: enough for 8 bits, in whole blocks
       config.training.gradient_accumulation_steps = 1;
       config.training.clip_grad_norm = 0;
       config.training.optimizer_state = state;
@@ -226,7 +223,7 @@ TEST_CASE("recommendations fit, the same training first, and never get worse wit
 
 TEST_CASE("recommended policies come in the order of their operations, and smaller budgets have smaller peaks") {
   Config config = small();
-  config.model.n_layers = 4;
+  transformer(config).n_layers(4);
   config.training.batch_size = 1;
   double flops = 0;
   for (const CheckpointPolicy& policy : policies_by_cost()) {
@@ -314,14 +311,14 @@ TEST_CASE("fewer bits are recommended where nothing else lets segments keep thei
   };
   SECTION("of what autocast casts, where activations decide") { check_need(true, "full"); }
   SECTION("of the optimizer's state, where weights do") {
-    config.model.ffn_hidden_dim = {512};
+    transformer(config).ffn_hidden_dim({512});
     check_need(false, "8bit");
   }
 }
 
 TEST_CASE("recommended mixes of policies run within the budget and need what is planned, byte for byte") {
   Config config = small();
-  config.model.n_layers = 3;
+  transformer(config).n_layers(3);
   config.training.batch_size = 1;
   const int64_t whole = training::plan_training(config, this_machine()).peak_bytes;
   for (const int share : {95, 80, 65, 50, 40}) {
@@ -380,7 +377,7 @@ TEST_CASE("buckets need what the largest of them needs, in any order, byte for b
       example.mixture.normal_(), example.stems.normal_();
       return example;
     };
-    training::Trainer<models::TimeFrequencyTransformer, std::decay_t<decltype(source)>> trainer(model, config, source);
+    training::Trainer trainer(model, config, source);
     for (; step < steps.size(); ++step) trainer.step(1e-3);
     const torch::NoGradGuard guard;
     model->eval();
@@ -502,7 +499,7 @@ TEST_CASE("a sweep plans what each configuration would need by itself") {
   const auto rows = training::plan_sweep({{"a", config}}, layers, card);
   REQUIRE(rows.size() == 4);
   Config deep = config;
-  deep.model.n_layers = 3;
+  transformer(deep).n_layers(3);
   deep.model.attention = "reference";
   const Plan single = training::plan_training(deep, card);
   CHECK(rows[2].value == 3);

@@ -63,7 +63,7 @@ TEST_CASE("a state comes back from its file as it was") {
   CHECK(folder.names().size() == 1);
 }
 
-TEST_CASE("a checkpoint that is truncated, damaged or something else is named and refused") {
+TEST_CASE("a saved state that is truncated, damaged or something else is named and refused") {
   const TemporaryFolder folder;
   save_state(folder / "good.pt", example_state());
   const std::string good = read_bytes(folder / "good.pt");
@@ -83,12 +83,12 @@ TEST_CASE("a checkpoint that is truncated, damaged or something else is named an
     changed[position] ^= 1;
     CHECK(contains(refused(changed), "does not match its checksum"));
   }
-  CHECK(contains(refused("RIFF" + std::string(1000, 'x')), "it is truncated or no checkpoint"));
+  CHECK(contains(refused("RIFF" + std::string(1000, 'x')), "it is truncated or no saved state"));
   CHECK(error_of([&] { load_state(folder / "none.pt"); }).id() == "headroom.training.state.read");
   CHECK(error_of([&] { load_state(folder.path()); }).id() == "headroom.training.state.read");
 }
 
-TEST_CASE("a large file that is no checkpoint, a pipe and a loop of links are refused at once") {
+TEST_CASE("a large file that is no saved state, a pipe and a loop of links are refused at once") {
   const TemporaryFolder folder;
   write_bytes(folder / "video.mkv", "x");
   std::filesystem::resize_file(folder / "video.mkv", 2'500'000'000);  // takes no room on the disk
@@ -119,7 +119,7 @@ TEST_CASE("a file with an end mark whose archive is something else is refused wi
     INFO(error.what());
     CHECK(error.id() == "headroom.training.state.corrupt");
     CHECK(contains(error.what(), "is not laid out as this version writes it: "));
-    CHECK(contains(error.what(), "; use another checkpoint"));
+    CHECK(contains(error.what(), "; use another saved state"));
     for (const char* alien : {"report", "PyTorch", ".cpp", "frame #", "\n"}) CHECK_FALSE(contains(error.what(), alien));
   };
   const auto saved = [](const c10::IValue& value) {
@@ -137,7 +137,7 @@ TEST_CASE("a file with an end mark whose archive is something else is refused wi
   refused(broken);
 }
 
-TEST_CASE("a disk that is full leaves the old checkpoint and no temporary file") {
+TEST_CASE("a disk that is full leaves the old saved state and no temporary file") {
   const TemporaryFolder folder;
   const auto path = folder / "a.pt";
   write_bytes(path, "old");
@@ -162,7 +162,7 @@ TEST_CASE("a disk that is full leaves the old checkpoint and no temporary file")
   CHECK(folder.names().size() == 1);
 }
 
-TEST_CASE("a process killed while it writes leaves one of its checkpoints whole") {
+TEST_CASE("a process killed while it writes leaves one of its saved states whole") {
   const TemporaryFolder folder;
   const auto path = folder / "a.pt";
   const std::string a(300'000, 'a'), b(200'000, 'b');
@@ -225,7 +225,7 @@ TEST_CASE("load_model gives the saved model ready for inference") {
   CHECK(loaded.config.audio.stems == config.audio.stems);
   CHECK_FALSE(loaded.model->is_training());
   const torch::Tensor mixture = torch::randn({1, 2, 300});
-  const torch::Tensor stems = loaded.model->forward(mixture);
+  const torch::Tensor stems = loaded.model(mixture);
   CHECK_FALSE(stems.requires_grad());
   CHECK(stems.equal(model->forward(mixture)));
 }

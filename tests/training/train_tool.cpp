@@ -22,10 +22,12 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/tiny_separator.hpp"
+#include "support/transformer_options.hpp"
 
 using namespace headroom;
 using headroom::testing::contains;
 using headroom::testing::TemporaryFolder;
+using headroom::testing::transformer;
 
 namespace {
 
@@ -101,7 +103,7 @@ class SameBits {
  public:
   SameBits(const std::function<void(training::Config&)>& change, int64_t epochs) {
     config_ = training::load_config(setup_.config);
-    config_.model.emb_dim = 64;
+    transformer(config_).emb_dim(64);
     config_.training.steps_per_epoch = 2;
     config_.training.epochs = epochs;
     change(config_);
@@ -189,7 +191,7 @@ void check_same_bits(int processes, int kills, int64_t epochs) {
   });
   check("bf16", [](training::Config& config) { config.training.bf16 = true; });
   check("reversible", [](training::Config& config) {
-    config.model.reversible = true;
+    transformer(config).reversible(true);
     config.training.optimizer_in_backward = true;
     config.training.clip_grad_norm = 0;
   });

@@ -8,6 +8,7 @@
 #include "support/files.hpp"
 #include "support/one_thread.hpp"
 #include "support/tiny_separator.hpp"
+#include "support/transformer_options.hpp"
 
 using namespace headroom;
 using namespace headroom::training;
@@ -17,6 +18,7 @@ using headroom::testing::noise_examples;
 using headroom::testing::NoiseExample;
 using headroom::testing::TemporaryFolder;
 using headroom::testing::TinySeparator;
+using headroom::testing::transformer;
 
 namespace {
 
@@ -34,7 +36,7 @@ NoiseExample source(int64_t first, int64_t count) { return noise_examples(first,
 
 struct Run {
   TinySeparator model;
-  Trainer<TinySeparator, NoiseExample (*)(int64_t, int64_t)> trainer;
+  Trainer trainer;
 };
 
 /// A trainer whose model starts the same way each time.
@@ -85,7 +87,7 @@ TEST_CASE("a run that is stopped and resumed in new objects ends bit-equal to on
   std::vector<double> rates, rates_in_parts;
   auto [model, trainer] = make_trainer(config);
   const Summary summary =
-      trainer.run({.folder = whole.path(), .on_step = [&](const Progress& p) { rates.push_back(p.learning_rate); }});
+      trainer.run({.folder = whole.path(), .on_step = [&](const StepReport& p) { rates.push_back(p.learning_rate); }});
   CHECK(summary.steps == 12);  // epochs x steps_per_epoch
 
   Summary last;
@@ -98,7 +100,7 @@ TEST_CASE("a run that is stopped and resumed in new objects ends bit-equal to on
     int64_t now = 0;
     last = fresh.run({.folder = parts.path(),
                       .on_step =
-                          [&](const Progress& p) {
+                          [&](const StepReport& p) {
                             now = p.step;
                             rates_in_parts.push_back(p.learning_rate);
                           },
@@ -228,7 +230,7 @@ TEST_CASE("a run that went on in parts resumes in parts, with the same bits") {
   auto [model, whole] = make_trainer(config);
   cut(whole);
   std::vector<int64_t> parts;
-  whole.run({.steps = 6, .on_step = [&](const Progress& p) { parts.push_back(p.microbatch); }});
+  whole.run({.steps = 6, .on_step = [&](const StepReport& p) { parts.push_back(p.microbatch); }});
   CHECK(parts == std::vector<int64_t>(5, 1));
   {
     auto [first_model, first] = make_trainer(config);
@@ -351,7 +353,7 @@ TEST_CASE("a loss that is not finite stops the run before it changes anything") 
   Trainer trainer(model, config, broken);
   TensorMap before;
   const Error error = error_of([&] {
-    trainer.run({.folder = folder.path(), .on_step = [&](const Progress& p) {
+    trainer.run({.folder = folder.path(), .on_step = [&](const StepReport& p) {
                    if (p.step == 6) before = copy(trainer.state().model);
                  }});
   });
@@ -418,7 +420,7 @@ TEST_CASE("a run that is resumed for a time goes on at the pace and the learning
   auto [model, trainer] = make_trainer(config);
   double now = 100;
   std::vector<double> rates;
-  const auto on_step = [&](const Progress& p) {
+  const auto on_step = [&](const StepReport& p) {
     rates.push_back(p.learning_rate);
     now += 0.5;
   };
@@ -449,7 +451,7 @@ TEST_CASE("a time budget ends the run and takes the learning rate to its end") {
   auto [model, trainer] = make_trainer(config);
   double now = 100;
   std::vector<double> rates;
-  const auto on_step = [&](const Progress& p) {
+  const auto on_step = [&](const StepReport& p) {
     rates.push_back(p.learning_rate);
     now += p.step <= 10 ? 0.5 : 1.0;  // the machine gets busy: 5 s for 10 steps, then 1 s a step
   };
@@ -478,7 +480,7 @@ TEST_CASE("the trainer trains the time-frequency transformer") {
   LoadedModel loaded = load_model(folder / "last.pt");
   model->eval();
   const torch::Tensor mixture = source(50, 1).mixture;
-  CHECK(loaded.model->forward(mixture).equal(model->forward(mixture)));
+  CHECK(loaded.model(mixture).equal(model->forward(mixture)));
 }
 
 TEST_CASE("a run that is resumed with longer or shorter epochs has true means") {
@@ -486,7 +488,7 @@ TEST_CASE("a run that is resumed with longer or shorter epochs has true means") 
   config.training.steps_per_epoch = 5;
   std::vector<double> losses;  // of each step
   double sum = 0;
-  const auto on_step = [&](const Progress& p) {
+  const auto on_step = [&](const StepReport& p) {
     const double before = p.epoch_step == 1 ? 0 : sum;
     sum = p.loss * static_cast<double>(p.epoch_step);
     losses.push_back(sum - before);
@@ -509,7 +511,7 @@ TEST_CASE("a run that is resumed with longer or shorter epochs has true means") 
   REQUIRE(changes.size() == 1);
   CHECK(describe(changes[0]) == "training.steps_per_epoch: 5 became 50");
   std::vector<int64_t> epochs, steps;
-  const Summary summary = longer.run({.steps = 14, .on_step = [&](const Progress& p) {
+  const Summary summary = longer.run({.steps = 14, .on_step = [&](const StepReport& p) {
                                         on_step(p);
                                         epochs.push_back(p.epoch);
                                         steps.push_back(p.epoch_step);
@@ -547,9 +549,9 @@ TEST_CASE("a run is not resumed as another model, with every reason; what else c
     return std::string(error.what());
   };
   const std::string several = refused([](Config& c) {
-    c.model.n_heads = 4;
-    c.model.hop_length = 16;
-    c.model.reversible = true;
+    transformer(c).n_heads(4);
+    transformer(c).hop_length(16);
+    transformer(c).reversible(true);
     c.audio.sample_rate = 48000;
     c.training.learning_rate = 1;
   });

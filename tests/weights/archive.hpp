@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <string>
 #include <utility>
 #include <vector>
@@ -8,6 +9,9 @@
 // Weight files written out by hand, right ones and wrong ones.
 
 namespace headroom::testing {
+
+/// What make_files.py wrote.
+inline const std::filesystem::path kWeightFiles = HEADROOM_WEIGHT_FILES;
 
 /// A number in little-endian bytes.
 inline std::string little(std::uint64_t value, int bytes) {

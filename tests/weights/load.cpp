@@ -11,13 +11,12 @@
 
 #include "support/catch.hpp"
 #include "support/files.hpp"
+#include "weights/archive.hpp"
 
 using namespace headroom;
 using namespace headroom::testing;
 
 namespace {
-
-const std::filesystem::path kFiles = HEADROOM_WEIGHT_FILES;
 
 /// The module of tests/weights/make_files.py, as a field of which wrappers make "0.weight" and so on.
 struct LayerImpl : torch::nn::SequentialImpl {
@@ -51,10 +50,10 @@ int run_python(const std::string& script, const std::string& arguments) {
 }  // namespace
 
 TEST_CASE("tensors of each format are equal bit for bit, and views of one storage share memory") {
-  const weights::TensorMap plain = weights::load_tensors(kFiles / "state.safetensors");
+  const weights::TensorMap plain = weights::load_tensors(kWeightFiles / "state.safetensors");
   CHECK(plain.size() == 23);
   for (const char* name : {"state.pt", "legacy.pt"}) {
-    const weights::TensorMap tensors = weights::load_tensors(kFiles / name);
+    const weights::TensorMap tensors = weights::load_tensors(kWeightFiles / name);
     INFO(name);
     CHECK(same(tensors, plain));
     CHECK(tensors.at("shared.transposed").data_ptr() == tensors.at("shared.whole").data_ptr());
@@ -66,7 +65,7 @@ TEST_CASE("tensors of each format are equal bit for bit, and views of one storag
 TEST_CASE("a tensor of a file outlives it, and writing to it leaves the file alone") {
   const TemporaryFolder folder;
   const auto path = folder / "state.pt";
-  std::filesystem::copy(kFiles / "state.pt", path);
+  std::filesystem::copy(kWeightFiles / "state.pt", path);
   torch::Tensor tensor = weights::load_tensors(path).at("shared.whole");
   const torch::Tensor before = tensor.clone();
   tensor.add_(1);
@@ -127,11 +126,11 @@ TEST_CASE("a disk that is full leaves the old file and nothing else") {
 }
 
 TEST_CASE("a module takes weights of any wrapper, container and floating type") {
-  const weights::TensorMap plain = weights::load_tensors(kFiles / "layer.safetensors");
+  const weights::TensorMap plain = weights::load_tensors(kWeightFiles / "layer.safetensors");
   for (const char* name : {"layer.safetensors", "under_ema.ckpt", "nested.ckpt", "prefixed.ckpt", "half.pth"}) {
     INFO(name);
     Layer layer;
-    const weights::LoadReport report = weights::load_weights(*layer, kFiles / name);
+    const weights::LoadReport report = weights::load_weights(*layer, kWeightFiles / name);
     CHECK((report.complete() && report.loaded.size() == 7));
     const bool is_half = std::string(name) == "half.pth";
     for (const auto& [key, tensor] : weights::tensors_of(*layer)) {
@@ -143,14 +142,14 @@ TEST_CASE("a module takes weights of any wrapper, container and floating type") 
   }
   Layer wide;
   wide->to(torch::kDouble);
-  CHECK(weights::load_weights(*wide, kFiles / "layer.safetensors").complete());
+  CHECK(weights::load_weights(*wide, kWeightFiles / "layer.safetensors").complete());
   CHECK(same(wide->parameters()[0].detach(), plain.at("0.weight").to(torch::kDouble)));
 }
 
 TEST_CASE("weights that do not fit change nothing, and the error says what is what") {
   const TemporaryFolder folder;
   const auto path = folder / "a.safetensors";
-  weights::TensorMap tensors = weights::load_tensors(kFiles / "layer.safetensors");
+  weights::TensorMap tensors = weights::load_tensors(kWeightFiles / "layer.safetensors");
   tensors["0.wieght"] = tensors.extract("0.weight").mapped();
   tensors["1.bias"] = torch::zeros({5});
   tensors["1.num_batches_tracked"] = torch::tensor(1.5);

@@ -28,8 +28,6 @@ using weights::TensorRecord;
 
 namespace {
 
-const std::filesystem::path kFiles = HEADROOM_WEIGHT_FILES;
-
 weights::Bytes bytes_of_text(const std::string& text) { return std::as_bytes(std::span(text.data(), text.size())); }
 Contents read(const std::string& bytes, std::string_view key = "") {
   return weights::read_contents({bytes_of_text(bytes), "weights.file"}, key);
@@ -64,7 +62,7 @@ std::string listing(const std::string& file, const Contents& contents) {
   return text.str();
 }
 std::string listing(const std::string& name) {
-  const std::string file = read_bytes(kFiles / name);
+  const std::string file = read_bytes(kWeightFiles / name);
   return listing(file, read(file));
 }
 
@@ -96,7 +94,7 @@ TEST_CASE("every format that PyTorch has written holds the same bits") {
     INFO(name);
     CHECK(listing(name) == plain);
   }
-  const auto metadata = read(read_bytes(kFiles / "state.safetensors")).metadata;
+  const auto metadata = read(read_bytes(kWeightFiles / "state.safetensors")).metadata;
   CHECK(metadata.at("made by") == "make_files.py");
   CHECK(metadata.at("é \"\\\n") == "\u00fc\U0001d11e");
 }
@@ -284,16 +282,16 @@ TEST_CASE("a tensor that its storage does not hold is refused") {
 }
 
 TEST_CASE("what is no state dict is told with what is there") {
-  check_error(read_bytes(kFiles / "whole_model.pt"), "state_dict", "torch.nn.modules.container.Sequential");
-  check_error(read_bytes(kFiles / "list.pt"), "state_dict", "does not hold a dict");
-  check_error(read_bytes(kFiles / "no_tensors.pt"), "state_dict", "there are: \"epoch\", \"config\"");
-  check_error(read_bytes(kFiles / "sparse.pt"), "tensor", "_rebuild_sparse_tensor");
-  check_error(read_bytes(kFiles / "attack.pt"), "pickle", "\"posix\" \"system\"");
+  check_error(read_bytes(kWeightFiles / "whole_model.pt"), "state_dict", "torch.nn.modules.container.Sequential");
+  check_error(read_bytes(kWeightFiles / "list.pt"), "state_dict", "does not hold a dict");
+  check_error(read_bytes(kWeightFiles / "no_tensors.pt"), "state_dict", "there are: \"epoch\", \"config\"");
+  check_error(read_bytes(kWeightFiles / "sparse.pt"), "tensor", "_rebuild_sparse_tensor");
+  check_error(read_bytes(kWeightFiles / "attack.pt"), "pickle", "\"posix\" \"system\"");
 }
 
 TEST_CASE("a file that ends early or has one wrong byte is refused, or read within its bounds") {
   for (const char* name : {"nested.ckpt", "layer.safetensors", "legacy.pt"}) {
-    const std::string whole = read_bytes(kFiles / name);
+    const std::string whole = read_bytes(kWeightFiles / name);
     for (std::size_t length = 0; length < whole.size(); length += 3) {
       CHECK_THROWS_AS(read(whole.substr(0, length)), Error);
     }

@@ -2,16 +2,36 @@
 
 #include <torch/types.h>
 
+#include <array>
 #include <vector>
 
-// What the backends of attention have in common.
+#include "headroom/attention/request.hpp"
+
+// What a backend of attention is: a type with
+//   AttentionForward   forward(inputs)
+//   AttentionGradients backward(inputs, forward, gradients of its results, wanted)
+//   bool               kDifferentiableLse
 namespace headroom::inline v0::detail {
+
+/// What attention is computed of; it refers to what the caller holds.
+struct AttentionInputs {
+  const torch::Tensor &q, &k, &v;
+  const AttentionRequest& request;
+};
 
 struct AttentionForward {
   torch::Tensor output;                   // [..., H, Lq, Dv]
   torch::Tensor lse;                      // [..., H, Lq], double
   std::vector<torch::Tensor> extra = {};  // what else a backend needs in its backward pass
 };
+
+/// Gradients by output and log-sum-exp.
+struct ResultGradients {
+  torch::Tensor output, lse = {};  // lse may be undefined
+};
+
+/// Whether the gradients of q, k, v, bias, relative_bias, alibi_slopes and sink are asked for.
+using WantedGradients = std::array<bool, 7>;
 
 struct AttentionGradients {
   torch::Tensor q, k, v;

@@ -28,24 +28,23 @@ inline bool takes_bias(const torch::Tensor& q, const AttentionRequest& request) 
 /// dimension of a grid; features padded with zeros where a kernel wants other head dims.
 class FusedAttention {
  public:
-  FusedAttention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                 const AttentionRequest& request, int64_t limit = 65535)
-      : q_(q), k_(k), v_(v), request_(request), limit_(limit), bias_(unexpanded(request.bias)) {}
+  explicit FusedAttention(const AttentionInputs& in, int64_t limit = 65535)
+      : q_(in.q), k_(in.k), v_(in.v), request_(in.request), limit_(limit), bias_(unexpanded(in.request.bias)) {}
 
   AttentionForward forward() const {
     std::vector<int64_t> shape = q_.sizes().vec();
     shape.back() = v_.size(-1);
     Result output(q_, shape, /*in_order=*/true);
     AttentionForward result{{}, torch::empty(all_but_last(shape, 1), q_.options().dtype(torch::kDouble))};
-    for_each_block([&](const HeadBlock& block) {
+    for_each_call([&](const HeadRange& heads) {
       const int64_t width = padded_width(std::max(q_.size(-1), v_.size(-1)));
-      const Call call{padded(block_of(q_, block, 2), width), padded(block_of(k_, block, 2), width),
-                      padded(block_of(v_, block, 2), width), bias_of(block)};
+      const Call call{padded(part_of(q_, heads, 2), width), padded(part_of(k_, heads, 2), width),
+                      padded(part_of(v_, heads, 2), width), bias_of(heads)};
       auto [part, lse, rest] = run(call);
-      output.store(block, part);
+      output.store(heads, part);
       torch::Tensor seen = lse.flatten(2).slice(2, 0, request_.queries());
-      if (bias_.defined()) seen = seen.masked_fill(rows_without_keys(bias_of(block)), -INFINITY);
-      block_of(result.lse, block, 1).copy_(seen);
+      if (bias_.defined()) seen = seen.masked_fill(rows_without_keys(bias_of(heads)), -INFINITY);
+      part_of(result.lse, heads, 1).copy_(seen);
       result.extra.push_back(lse);
       result.extra.insert(result.extra.end(), rest.begin(), rest.end());
     });
@@ -53,29 +52,28 @@ class FusedAttention {
     return result;
   }
 
-  AttentionGradients backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
-                              const AttentionForward& forward) const {
+  AttentionGradients backward(const AttentionForward& forward, const ResultGradients& grad) const {
     Result grad_q(q_, q_.sizes(), false), grad_k(k_, k_.sizes(), false), grad_v(v_, v_.sizes(), false);
-    int64_t blocks = 0;
-    for_each_block([&](const HeadBlock&) { ++blocks; });
-    const size_t saved = blocks == 0 ? 0 : forward.extra.size() / blocks;
+    int64_t calls = 0;
+    for_each_call([&](const HeadRange&) { ++calls; });
+    const size_t saved = calls == 0 ? 0 : forward.extra.size() / calls;
     at::TensorList extra(forward.extra);
-    for_each_block([&](const HeadBlock& block) {
+    for_each_call([&](const HeadRange& heads) {
       // A kernel computes P·(dO·Vᵀ - rowsum(dO·O)). A feature that is 1 in V, 0 in O and grad_lse in dO adds
       // P·grad_lse.
-      const bool with_lse = grad_lse.defined();
+      const bool with_lse = grad.lse.defined();
       const int64_t features = std::max(q_.size(-1), v_.size(-1));
       const int64_t width = padded_width(features + with_lse);
-      const auto pad = [&](const torch::Tensor& x) { return padded(block_of(x, block, 2), width); };
-      const Call call{pad(q_), pad(k_), pad(v_), bias_of(block)};
-      torch::Tensor d_output = pad(grad_output);
+      const auto pad = [&](const torch::Tensor& x) { return padded(part_of(x, heads, 2), width); };
+      const Call call{pad(q_), pad(k_), pad(v_), bias_of(heads)};
+      torch::Tensor d_output = pad(grad.output);
       if (with_lse) {
-        const torch::Tensor d_lse = block_of(grad_lse, block, 1);
-        d_output.select(-1, width - 1).copy_(d_lse.masked_fill(block_of(forward.lse, block, 1) == -INFINITY, 0));
+        const torch::Tensor d_lse = part_of(grad.lse, heads, 1);
+        d_output.select(-1, width - 1).copy_(d_lse.masked_fill(part_of(forward.lse, heads, 1) == -INFINITY, 0));
         call.v.select(-1, width - 1).fill_(1);
       }
       const auto [dq, dk, dv] = run_backward(call, d_output, pad(forward.output), extra.slice(0, saved));
-      grad_q.store(block, dq), grad_k.store(block, dk), grad_v.store(block, dv);
+      grad_q.store(heads, dq), grad_k.store(heads, dk), grad_v.store(heads, dv);
       extra = extra.slice(saved);
     });
     return {grad_q.whole(), grad_k.whole(), grad_v.whole()};
@@ -92,24 +90,24 @@ class FusedAttention {
   };
 
   template <class F>
-  void for_each_block(F&& f) const {
-    const int64_t heads = std::clamp<int64_t>(limit_, 1, request_.heads());
-    for_each_head_block(request_, std::max<int64_t>(limit_ / request_.heads(), 1), heads,
-                        [&](const HeadBlock& block, const HeadBlock&) { f(block); });
+  void for_each_call(F&& f) const {
+    const int64_t most = std::clamp<int64_t>(limit_, 1, request_.heads());
+    for_each_head_range(request_, std::max<int64_t>(limit_ / request_.heads(), 1), most,
+                        [&](const HeadRange& heads, const HeadRange&) { f(heads); });
   }
 
-  /// A result that kernels compute block by block. What a kernel gives for the only block is the result itself: the
+  /// A result that kernels compute call by call. What a kernel gives in the only call is the result itself: the
   /// output where it lies in the order of q, a gradient however it lies.
   class Result {
    public:
     Result(const torch::Tensor& like, at::IntArrayRef shape, bool in_order)
         : like_(like), shape_(shape.vec()), in_order_(in_order) {}
 
-    void store(const HeadBlock& block, const torch::Tensor& part) {
+    void store(const HeadRange& heads, const torch::Tensor& part) {
       if (!whole_.defined() && part.sizes() == shape_ && (!in_order_ || lies_in_order_of(like_, part))) {
         whole_ = part;
       } else {
-        block_of(whole(), block, 2).copy_(part.narrow(-1, 0, shape_.back()));
+        part_of(whole(), heads, 2).copy_(part.narrow(-1, 0, shape_.back()));
       }
     }
     const torch::Tensor& whole() {
@@ -124,7 +122,7 @@ class FusedAttention {
     torch::Tensor whole_;
   };
 
-  torch::Tensor bias_of(const HeadBlock& block) const { return block_of(bias_, block, 2); }
+  torch::Tensor bias_of(const HeadRange& heads) const { return part_of(bias_, heads, 2); }
   std::optional<torch::Tensor> expanded_bias(const Call& call) const {
     if (!call.bias.defined()) return std::nullopt;
     return call.bias.expand({call.q.size(0), call.q.size(1), request_.queries(), request_.keys()});
@@ -229,23 +227,20 @@ class FusedAttention {
 struct FusedBackend {
   static constexpr bool kDifferentiableLse = true;
 
-  static AttentionForward forward(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                  const AttentionRequest& request) {
-    const bool leaks = request.causal && (rows_not_finite(q).defined() || rows_not_finite(k).defined() ||
-                                          rows_not_finite(v).defined() || holds_nan_or_infinity(request.bias));
-    return leaks ? ChunkedBackend::forward(q, k, v, request) : FusedAttention(q, k, v, request).forward();
+  static AttentionForward forward(const AttentionInputs& in) {
+    const bool leaks = in.request.causal && (rows_not_finite(in.q).defined() || rows_not_finite(in.k).defined() ||
+                                             rows_not_finite(in.v).defined() || holds_nan_or_infinity(in.request.bias));
+    return leaks ? ChunkedBackend::forward(in) : FusedAttention(in).forward();
   }
-  static AttentionGradients backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
-                                     const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                     const AttentionForward& forward, const AttentionRequest& request,
-                                     const std::array<bool, 7>& wanted) {
+  static AttentionGradients backward(const AttentionInputs& in, const AttentionForward& forward,
+                                     const ResultGradients& grad, const WantedGradients& wanted) {
     const bool was_chunked = forward.extra.empty();
-    const bool leaks = request.causal && rows_not_finite(grad_output).defined();  // forward asked for the others
-    const bool may_be_coarse = request.bias.defined() || compute_device(q).is_cpu();
+    const bool leaks = in.request.causal && rows_not_finite(grad.output).defined();  // forward asked for the others
+    const bool may_be_coarse = in.request.bias.defined() || compute_device(in.q).is_cpu();
     if (was_chunked || leaks || (may_be_coarse && is_coarse_lse(forward.lse))) {
-      return ChunkedBackend::backward(grad_output, grad_lse, q, k, v, forward, request, wanted);
+      return ChunkedBackend::backward(in, forward, grad, wanted);
     }
-    return FusedAttention(q, k, v, request).backward(grad_output, grad_lse, forward);
+    return FusedAttention(in).backward(forward, grad);
   }
 
  private:

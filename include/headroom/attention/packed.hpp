@@ -9,13 +9,21 @@
 
 namespace headroom::inline v0::detail {
 
-/// Views of packed projections [..., H+2Hk, D] as q [..., H, L, D], k and v [..., Hk, L, D], with the sequence
-/// dimension `axis` moved behind the heads. No copy.
-inline std::array<torch::Tensor, 3> unpack_views(const torch::Tensor& packed, int64_t heads, int64_t axis) {
-  const int64_t kv_heads = (packed.size(-2) - heads) / 2;
-  const auto part = [&](int64_t first, int64_t count) { return packed.narrow(-2, first, count).movedim(axis, -2); };
-  return {part(0, heads), part(heads, kv_heads), part(heads + kv_heads, kv_heads)};
-}
+/// Projections of tokens to q, k and v in one tensor [..., H+2Hk, D], attended along dimension `axis` of the leading
+/// ones.
+struct PackedProjection {
+  torch::Tensor packed;
+  int64_t heads, axis;
+
+  /// q [..., H, L, D], k and v [..., Hk, L, D], with the sequence dimension moved behind the heads. No copy.
+  std::array<torch::Tensor, 3> views() const {
+    const int64_t kv_heads = (packed.size(-2) - heads) / 2;
+    const auto part = [&](int64_t first, int64_t count) { return packed.narrow(-2, first, count).movedim(axis, -2); };
+    return {part(0, heads), part(heads, kv_heads), part(heads + kv_heads, kv_heads)};
+  }
+  /// Another of the same shape and layout, for gradients.
+  PackedProjection empty() const { return {torch::empty_like(packed), heads, axis}; }
+};
 
 /// Rotates q and k of packed projections in place: complex pairs of features times `rotation`, complex, broadcastable
 /// to [..., H+Hk, D/2]. Narrow types are rotated in float.
@@ -32,13 +40,15 @@ template <class Backend>
 struct PackedAttention : torch::autograd::Function<PackedAttention<Backend>> {
   using Optional = std::optional<torch::Tensor>;
 
-  static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& packed, const Optional&,
-                               const Optional&, const Optional&, const Optional&, const Optional& rotation,
-                               int64_t axis, AttentionRequest request) {
+  /// `differentiable`: packed, and what of the request may have a gradient.
+  static torch::Tensor forward(torch::autograd::AutogradContext* ctx, at::TensorList differentiable,
+                               const Optional& rotation, int64_t axis, AttentionRequest request) {
+    const torch::Tensor& packed = differentiable[0];
     if (rotation.has_value()) rotate_packed(packed, request.heads(), *rotation);
-    const auto [q, k, v] = unpack_views(packed, request.heads(), axis);
-    const AttentionForward result =
-        attention_result([&, q = q, k = k, v = v] { return Backend::forward(q, k, v, request); });
+    const auto views = PackedProjection{packed, request.heads(), axis}.views();
+    const AttentionForward result = attention_result([&] {
+      return Backend::forward({views[0], views[1], views[2], request});
+    });
     torch::autograd::variable_list saved{packed, result.output, result.lse, rotation.value_or(torch::Tensor())};
     for (const torch::Tensor* x : request.tensors()) saved.push_back(*x);
     saved.insert(saved.end(), result.extra.begin(), result.extra.end());
@@ -51,58 +61,58 @@ struct PackedAttention : torch::autograd::Function<PackedAttention<Backend>> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grad_output) {
     const auto saved = ctx->get_saved_variables();
+    const at::TensorList all(saved);
     const torch::Tensor &packed = saved[0], &rotation = saved[3];
-    const AttentionForward forward{saved[1], saved[2], at::TensorList(saved).slice(11).vec()};
-    const int64_t axis = ctx->saved_data["axis"].toInt();
-    const AttentionRequest request = saved_request(ctx, at::TensorList(saved).slice(4, 7));
-    std::array<bool, 7> wanted{true, true, true};  // of q, k and v there is only the whole
+    const AttentionForward forward{saved[1], saved[2], all.slice(11).vec()};
+    const AttentionRequest request = saved_request(ctx, all.slice(4, 7));
+    const PackedProjection projection{packed, request.heads(), ctx->saved_data["axis"].toInt()};
+    WantedGradients wanted{true, true, true};  // of q, k and v there is only the whole
     torch::autograd::variable_list inputs{grad_output[0], packed};
     for (size_t i = 3, edge = 1; i < wanted.size(); ++i) {
       inputs.push_back(saved[i + 1]);
       wanted[i] = saved[i + 1].defined() && ctx->needs_input_grad(edge++);
     }
-    auto grads = first_derivatives(inputs, [&]() -> torch::autograd::variable_list {
-      const auto [grad_packed, grad] = gradients(grad_output[0].resolve_neg(), packed, axis, forward, request, wanted);
+    const auto computed = first_derivatives(inputs, [&]() -> torch::autograd::variable_list {
+      const auto views = projection.views();
+      const AttentionInputs in{views[0], views[1], views[2], request};
+      const auto [grad_packed, grad] = gradients(in, projection, forward, grad_output[0].resolve_neg(), wanted);
       if (rotation.defined()) rotate_packed(grad_packed, request.heads(), rotation.conj());
       return {grad_packed, grad.bias, grad.relative_bias, grad.alibi_slopes, grad.sink};
     });
-    grads.resize(8);  // rotation, axis and request have no gradient
+    torch::autograd::variable_list grads{computed[0]};
+    append_differentiable(grads, all.slice(4, 4), {computed.begin() + 1, computed.end()});
+    grads.resize(grads.size() + 3);  // rotation, axis and request have no gradient
     return grads;
   }
 
   static torch::Tensor run(const torch::Tensor& packed, const Optional& rotation, int64_t axis,
                            const AttentionRequest& request) {
-    const auto given = [](const torch::Tensor& x) { return x.defined() ? Optional(x) : std::nullopt; };
-    return PackedAttention::apply(packed, given(request.bias), given(request.relative_bias),
-                                  given(request.alibi_slopes), given(request.sink), rotation, axis,
-                                  AttentionRequest(request))
+    const auto differentiable = with_differentiable({packed}, request);
+    return PackedAttention::apply(at::TensorList(differentiable), rotation, axis, AttentionRequest(request))
         .movedim(-2, axis);
   }
 
  private:
-  /// The gradient of `packed`, and those of what is added to scores.
-  static std::pair<torch::Tensor, AttentionGradients> gradients(const torch::Tensor& grad_output,
-                                                                const torch::Tensor& packed, int64_t axis,
+  /// The gradient of the packed projections, and those of what is added to scores.
+  static std::pair<torch::Tensor, AttentionGradients> gradients(const AttentionInputs& in,
+                                                                const PackedProjection& projection,
                                                                 const AttentionForward& forward,
-                                                                const AttentionRequest& request,
-                                                                const std::array<bool, 7>& wanted) {
-    const auto [q, k, v] = unpack_views(packed, request.heads(), axis);
+                                                                const torch::Tensor& grad_output,
+                                                                const WantedGradients& wanted) {
     if constexpr (std::is_same_v<Backend, TiledBackend>) {  // writes with any strides
-      const torch::Tensor grad_packed = torch::empty_like(packed);
-      const auto [grad_q, grad_k, grad_v] = unpack_views(grad_packed, request.heads(), axis);
-      const TiledParamGradients sums(q, request, wanted);
+      const PackedProjection target = projection.empty();
+      const auto [grad_q, grad_k, grad_v] = target.views();
       AttentionGradients grad{grad_q, grad_k, grad_v};
-      tiled_attention_backward(grad_output, {}, q, k, v, forward, request, grad, sums);
-      sums.store(grad, request);
-      return {grad_packed, grad};
+      TiledBackend::write_gradients(in, forward, {grad_output}, wanted, grad);
+      return {target.packed, grad};
     } else {
-      AttentionGradients grad = Backend::backward(grad_output, {}, q, k, v, forward, request, wanted);
-      const torch::Tensor grad_packed = torch::empty_like(packed);
-      const auto targets = unpack_views(grad_packed, request.heads(), axis);
+      AttentionGradients grad = Backend::backward(in, forward, {grad_output}, wanted);
+      const PackedProjection target = projection.empty();
+      const auto targets = target.views();
       targets[0].copy_(std::exchange(grad.q, {}));
       targets[1].copy_(std::exchange(grad.k, {}));
       targets[2].copy_(std::exchange(grad.v, {}));
-      return {grad_packed, grad};
+      return {target.packed, grad};
     }
   }
 };
@@ -119,7 +129,7 @@ HEADROOM_KERNEL torch::Tensor packed_attention(const torch::Tensor& packed, int6
                                                const std::optional<torch::Tensor>& rotation, int64_t axis,
                                                const AttentionOptions& options) {
   {
-    const auto [q, k, v] = unpack_views(packed, heads, axis);
+    const auto [q, k, v] = PackedProjection{packed, heads, axis}.views();
     const auto request = AttentionRequest::check(q, k, v, options);
     switch (resolve_backend(q, request, options.backend())) {
       case AttentionBackend::tiled:
@@ -137,7 +147,7 @@ HEADROOM_KERNEL torch::Tensor packed_attention(const torch::Tensor& packed, int6
     rotated = packed.clone();
     rotate_packed(rotated, heads, *rotation);
   }
-  const auto [q, k, v] = unpack_views(rotated, heads, axis);
+  const auto [q, k, v] = PackedProjection{rotated, heads, axis}.views();
   return run_attention(q, k, v, options, /*with_lse=*/false).output.movedim(-2, axis);
 }
 #endif

@@ -47,12 +47,12 @@ inline torch::Tensor log_sum_exp(const torch::Tensor& scores, const torch::Tenso
 
 /// The definition by ATen operators in `dtype`, scores stored; differentiable by LibTorch itself, any number of times.
 /// On any device. The log-sum-exp costs two more tensors of the scores' size, so it is only computed when wanted.
-inline AttentionForward reference_attention(torch::Tensor q, torch::Tensor k, torch::Tensor v,
-                                            const AttentionRequest& request, bool with_lse, torch::ScalarType dtype) {
+inline AttentionForward reference_attention(const AttentionInputs& in, bool with_lse, torch::ScalarType dtype) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity(), kNaN = std::numeric_limits<double>::quiet_NaN();
-  q = q.to(dtype), k = k.to(dtype), v = v.to(dtype);
+  const AttentionRequest& request = in.request;
+  torch::Tensor q = in.q.to(dtype), k = in.k.to(dtype), v = in.v.to(dtype);
   const ScoreTerms terms(request, q.device());
-  const ScoreTile all{0, request.queries(), 0, request.keys()};
+  const ScoreChunk all{0, request.queries(), 0, request.keys()};
   const torch::Tensor hidden = terms.hidden(all);
   // Zero times NaN is NaN: rows that are not finite are taken out, and put back where they may be seen
   torch::Tensor bad_queries, bad_keys;
@@ -69,7 +69,8 @@ inline AttentionForward reference_attention(torch::Tensor q, torch::Tensor k, to
     k = rotated(k, request.rotary, rows.key.to(q.device()));
   }
   const auto for_each_query_head = [&](const torch::Tensor& x, int64_t dim) {
-    return request.group() == 1 ? x : x.repeat_interleave(request.group(), dim);
+    const int64_t shared = request.heads_per_kv_head();
+    return shared == 1 ? x : x.repeat_interleave(shared, dim);
   };
   torch::Tensor scores = torch::matmul(q, for_each_query_head(k, -3).transpose(-2, -1)) * request.scale;
   scores = terms.added(terms.capped(scores), all);  // [...,H,Lq,Lk]

@@ -132,25 +132,23 @@ struct BackendCall {
   AttentionForward forward() const {
     switch (backend) {
       case AttentionBackend::tiled:
-        return TiledBackend::forward(q, k, v, request);
+        return TiledBackend::forward({q, k, v, request});
       case AttentionBackend::fused:
-        return FusedBackend::forward(q, k, v, request);
+        return FusedBackend::forward({q, k, v, request});
       default:
-        return ChunkedBackend::forward(q, k, v, request);
+        return ChunkedBackend::forward({q, k, v, request});
     }
   }
 
-  AttentionGradients backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
-                              const AttentionForward& result, const std::array<bool, 7>& wanted) const {
-    if (backend == AttentionBackend::tiled) {
-      return TiledBackend::backward(grad_output, grad_lse, q, k, v, result, request, wanted);
-    }
+  AttentionGradients backward(const AttentionForward& result, const ResultGradients& grad,
+                              const WantedGradients& wanted) const {
+    const AttentionInputs in{q, k, v, request};
+    if (backend == AttentionBackend::tiled) return TiledBackend::backward(in, result, grad, wanted);
     // The fused kernels know no gradient of a bias, and what else they want in backward is computed again
     if (backend == AttentionBackend::fused && !wanted[3]) {
-      return FusedBackend::backward(grad_output, grad_lse, q, k, v, FusedBackend::forward(q, k, v, request), request,
-                                    wanted);
+      return FusedBackend::backward(in, FusedBackend::forward(in), grad, wanted);
     }
-    return ChunkedBackend::backward(grad_output, grad_lse, q, k, v, result, request, wanted);
+    return ChunkedBackend::backward(in, result, grad, wanted);
   }
 };
 
@@ -175,8 +173,9 @@ inline void compute_attention_backward(const c10::OperatorHandle& op, torch::jit
   const OperatorCall call(op, *stack);
   const std::array<bool, 7> wanted = call["wanted"].to<std::array<bool, 7>>();
   const auto grad_lse = call.optional_tensor("grad_lse");
-  AttentionGradients grad = BackendCall(call).backward(call.tensor("grad_output"), grad_lse.value_or(torch::Tensor()),
-                                                       {call.tensor("output"), call.tensor("lse")}, wanted);
+  AttentionGradients grad =
+      BackendCall(call).backward({call.tensor("output"), call.tensor("lse")},
+                                 {call.tensor("grad_output"), grad_lse.value_or(torch::Tensor())}, wanted);
   torch::Tensor* const computed[] = {&grad.q,   &grad.k, &grad.v, &grad.bias, &grad.relative_bias, &grad.alibi_slopes,
                                      &grad.sink};
   for (size_t i = 0; i < wanted.size(); ++i) {

@@ -43,7 +43,7 @@ struct AttentionRequest {
   int64_t queries() const { return score_sizes.end()[-2]; }
   int64_t keys() const { return score_sizes.end()[-1]; }
   /// Query heads that share a head of k and v.
-  int64_t group() const { return kv_heads == 0 ? 1 : heads() / kv_heads; }
+  int64_t heads_per_kv_head() const { return kv_heads == 0 ? 1 : heads() / kv_heads; }
   at::IntArrayRef batch() const { return all_but_last(score_sizes, 3); }
 
   torch::Tensor expanded_bias() const { return bias.expand(score_sizes); }                      // as scores

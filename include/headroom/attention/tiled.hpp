@@ -82,23 +82,42 @@ inline bool lies_in_order_of(const torch::Tensor& like, const torch::Tensor& x) 
   return true;
 }
 
-/// Calls f(4-D parts, first flat batch index) for tensors [..., *, *, *] of equal batch dimensions; undefined ones stay
-/// undefined. Batch dimensions that one stride can't step through are iterated over here; nothing is copied.
-template <class F>
-void for_each_4d(const std::vector<torch::Tensor>& x, int64_t batch_index, F&& f) {
-  const auto parts = [&](auto&& change) {
-    std::vector<torch::Tensor> changed;
-    for (const torch::Tensor& t : x) changed.push_back(t.defined() ? change(t) : t);
-    return changed;
-  };
-  const torch::Tensor& first = x.front();
-  if (first.dim() == 3) return f(parts([](const torch::Tensor& t) { return t.unsqueeze(0); }), batch_index);
-  if (first.dim() == 4) return f(x, batch_index);
-  const bool mergeable = std::all_of(x.begin(), x.end(), [](const torch::Tensor& t) {
-    return !t.defined() || t.size(0) == 1 || t.size(1) == 1 || t.stride(0) == t.size(1) * t.stride(1);
-  });
-  if (mergeable) {
-    const auto merged = parts([](const torch::Tensor& t) {
+/// Everything that the kernels read and write, [..., H, L, D] with the same batch dimensions; what is not there, or not
+/// wanted, is undefined.
+struct TiledTensors {
+  torch::Tensor q, k, v, output = {}, lse = {};
+  torch::Tensor bias = {}, mask = {}, block_mask = {}, slopes = {};
+  torch::Tensor grad_output = {}, grad_lse = {}, grad_q = {}, grad_k = {}, grad_v = {}, grad_bias = {},
+                grad_slopes = {};
+
+  std::array<torch::Tensor*, 16> all() {
+    return {&q,      &k,           &v,        &output, &lse,    &bias,   &mask,      &block_mask,
+            &slopes, &grad_output, &grad_lse, &grad_q, &grad_k, &grad_v, &grad_bias, &grad_slopes};
+  }
+};
+
+/// Named tensors, of which all() points to each, after a change of those that are defined.
+template <class Tensors, class F>
+Tensors each(Tensors tensors, F&& change) {
+  for (torch::Tensor* x : tensors.all()) {
+    if (x->defined()) *x = change(*x);
+  }
+  return tensors;
+}
+
+/// Whether one stride steps through the first two dimensions.
+inline bool is_mergeable(const torch::Tensor& x) {
+  return !x.defined() || x.size(0) == 1 || x.size(1) == 1 || x.stride(0) == x.size(1) * x.stride(1);
+}
+
+/// Calls f(4-D parts, first flat batch index) for named tensors with the same batch dimensions, of which `q` is one.
+/// Batch dimensions that one stride can't step through are iterated over here; nothing is copied.
+template <class Tensors, class F>
+void for_each_4d(Tensors x, int64_t batch_index, F&& f) {
+  if (x.q.dim() == 3) return f(each(x, [](const torch::Tensor& t) { return t.unsqueeze(0); }), batch_index);
+  if (x.q.dim() == 4) return f(x, batch_index);
+  if (std::ranges::all_of(x.all(), [](const torch::Tensor* t) { return is_mergeable(*t); })) {
+    const auto merged = each(x, [](const torch::Tensor& t) {
       std::vector<int64_t> sizes = t.sizes().vec(), strides = t.strides().vec();
       if (sizes[1] == 1) strides[1] = strides[0];
       sizes[1] *= sizes[0];
@@ -107,14 +126,14 @@ void for_each_4d(const std::vector<torch::Tensor>& x, int64_t batch_index, F&& f
     return for_each_4d(merged, batch_index, f);
   }
   int64_t inner = 1;
-  for (int64_t d = 1; d < first.dim() - 3; ++d) inner *= first.size(d);
-  const int64_t last = first.size(0) - 1;
+  for (int64_t d = 1; d < x.q.dim() - 3; ++d) inner *= x.q.size(d);
+  const int64_t last = x.q.size(0) - 1;
   for (int64_t i = 0; i <= last; ++i) {
     // They need the same: in a dry run the second one stands for all that follow but the last
-    const bool stands_for_all = is_dry(first) && i == 1 && last > 2;
+    const bool stands_for_all = is_dry(x.q) && i == 1 && last > 2;
     const Repetition repetition(stands_for_all ? static_cast<double>(last - 1) : 1);
     if (stands_for_all) i = last - 1;
-    for_each_4d(parts([&](const torch::Tensor& t) { return t.select(0, i); }), batch_index + i * inner, f);
+    for_each_4d(each(x, [&](const torch::Tensor& t) { return t.select(0, i); }), batch_index + i * inner, f);
   }
 }
 
@@ -169,23 +188,24 @@ class TiledRequest {
     if (packed()) rows_.emplace(request);
   }
 
-  /// The tensors that have batch dimensions: bias, mask, block mask and slopes, expanded.
-  std::vector<torch::Tensor> batched() const {
-    const auto expanded = [](const torch::Tensor& x, auto&& view) { return x.defined() ? view() : torch::Tensor(); };
-    return {expanded(request_.bias, [&] { return request_.expanded_bias(); }), request_.mask, request_.block_mask,
-            expanded(request_.alibi_slopes, [&] { return request_.expanded_slopes().unsqueeze(-1); })};
+  /// q, k, v and the tensors of the request that have batch dimensions, expanded.
+  TiledTensors tensors(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v) const {
+    TiledTensors x{.q = q, .k = k, .v = v, .mask = request_.mask, .block_mask = request_.block_mask};
+    if (request_.bias.defined()) x.bias = request_.expanded_bias();
+    if (request_.alibi_slopes.defined()) x.slopes = request_.expanded_slopes().unsqueeze(-1);
+    return x;
   }
 
   /// For the 4-D part of those tensors that starts at a flat batch index.
-  core::AttentionParams params(at::TensorList part, int64_t batch_index) const {
+  core::AttentionParams params(const TiledTensors& part, int64_t batch_index) const {
     core::AttentionParams params{.scale = request_.scale,
                                  .softcap = request_.softcap,
                                  .query_offset = request_.query_offset,
-                                 .bias = stored(part[0]),
-                                 .slopes = stored(part[3]),
-                                 .mask = view_of<const bool>(part[1]),
+                                 .bias = stored(part.bias),
+                                 .slopes = stored(part.slopes),
+                                 .mask = view_of<const bool>(part.mask),
                                  .mask_visible = request_.mask_visible,
-                                 .block_mask = view_of<const bool>(part[2]),
+                                 .block_mask = view_of<const bool>(part.block_mask),
                                  .block_size = request_.block_size,
                                  .rotary = stored(rotary_),
                                  .dropout = request_.dropout,
@@ -248,6 +268,15 @@ struct TiledParamGradients {
     sink = zeros(wanted[6], request.sink, torch::kDouble);
   }
 
+  /// As the kernel adds to them; `part` is the 4-D part of those that have batch dimensions.
+  core::AttentionParamGradients views(const TiledTensors& part, const AttentionRequest& request) const {
+    core::AttentionParamGradients grads{.bias = stored(part.grad_bias), .slopes = view_of<double>(part.grad_slopes)};
+    if (relative_bias.defined()) {
+      grads.relative_bias = view_of<double>(relative_bias.expand({request.heads(), -1}).unsqueeze(0).unsqueeze(2));
+    }
+    if (sink.defined()) grads.sink = view_of<double>(sink.view({1, -1, 1, 1}));
+    return grads;
+  }
   /// As gradients, in the dtypes of what they belong to.
   void store(AttentionGradients& grad, const AttentionRequest& request) const {
     const auto like = [](const torch::Tensor& sum, const torch::Tensor& x) {
@@ -264,11 +293,17 @@ struct TiledParamGradients {
 HEADROOM_KERNEL AttentionForward tiled_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                                  const AttentionRequest& request);
 
-/// Writes the gradients of q, k and v into tensors of their shapes, with any strides, and adds those of what is added
-/// to scores. `grad_lse` may be undefined.
-HEADROOM_KERNEL void tiled_attention_backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
-                                              const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                              const AttentionForward& forward, const AttentionRequest& request,
+/// What a backward pass of the kernel takes: the inputs and results of the forward pass, and their gradients, of which
+/// that of the log-sum-exp may be undefined.
+struct TiledBackward {
+  const torch::Tensor &q, &k, &v;
+  const AttentionForward& forward;
+  const torch::Tensor &grad_output, &grad_lse;
+};
+
+/// Writes the gradients of q, k and v into the tensors of `grad`, of their shapes with any strides, and adds those of
+/// what is added to scores.
+HEADROOM_KERNEL void tiled_attention_backward(const TiledBackward& pass, const AttentionRequest& request,
                                               const AttentionGradients& grad, const TiledParamGradients& param_grads);
 
 #ifdef HEADROOM_DEFINE_KERNELS
@@ -282,59 +317,55 @@ HEADROOM_KERNEL AttentionForward tiled_attention(const torch::Tensor& q, const t
   sizes.pop_back();
   const torch::Tensor lse = torch::empty(sizes, q.options().dtype(torch::kDouble));
   const TiledRequest tiled(q, request);
-  std::vector<torch::Tensor> tensors{q, k, v, output, lse.unsqueeze(-1)};
-  for (torch::Tensor& x : tiled.batched()) tensors.push_back(std::move(x));
-  for_each_4d(tensors, 0, [&](at::TensorList x, int64_t batch) {
+  TiledTensors tensors = tiled.tensors(q, k, v);
+  tensors.output = output, tensors.lse = lse.unsqueeze(-1);
+  for_each_4d(tensors, 0, [&](const TiledTensors& x, int64_t batch) {
     with_element_type(q, [&](auto zero) {
       using T = decltype(zero);
-      core::attention_forward<T>(view_of<const T>(x[0]), view_of<const T>(x[1]), view_of<const T>(x[2]),
-                                 view_of<T>(x[3]), view_of<double>(x[4]), tiled.params(x.slice(5), batch),
-                                 tiled.mask(batch), TorchExecutor{is_dry(q)});
+      core::attention_forward<T>({.q = view_of<const T>(x.q),
+                                  .k = view_of<const T>(x.k),
+                                  .v = view_of<const T>(x.v),
+                                  .output = view_of<T>(x.output),
+                                  .lse = view_of<double>(x.lse)},
+                                 tiled.params(x, batch), tiled.mask(batch), TorchExecutor{is_dry(q)});
     });
   });
   return {output, lse};
 }
 
-HEADROOM_KERNEL void tiled_attention_backward(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
-                                              const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                              const AttentionForward& forward, const AttentionRequest& request,
+HEADROOM_KERNEL void tiled_attention_backward(const TiledBackward& pass, const AttentionRequest& request,
                                               const AttentionGradients& grad, const TiledParamGradients& param_grads) {
-  RECORD_FUNCTION("headroom::attention_backward", operator_inputs({q, k, v}));
+  RECORD_FUNCTION("headroom::attention_backward", operator_inputs({pass.q, pass.k, pass.v}));
   const auto& scores = request.score_sizes;
   if (c10::multiply_integers(all_but_last(scores, 2)) == 0) {  // keys may be left that no query sees
     for (const torch::Tensor* x : {&grad.q, &grad.k, &grad.v}) x->zero_();
     return;
   }
-  const TiledRequest tiled(q, request);
-  std::vector<torch::Tensor> tensors{grad_output,
-                                     q,
-                                     k,
-                                     v,
-                                     forward.output,
-                                     forward.lse.unsqueeze(-1),
-                                     grad.q,
-                                     grad.k,
-                                     grad.v,
-                                     grad_lse.defined() ? grad_lse.unsqueeze(-1) : grad_lse,
-                                     param_grads.bias.defined() ? param_grads.bias.expand(scores) : torch::Tensor(),
-                                     param_grads.slopes.defined()
-                                         ? param_grads.slopes.expand(all_but_last(scores, 1)).unsqueeze(-1)
-                                         : torch::Tensor()};
-  for (torch::Tensor& x : tiled.batched()) tensors.push_back(std::move(x));
-  for_each_4d(tensors, 0, [&](at::TensorList x, int64_t batch) {
-    with_element_type(q, [&](auto zero) {
+  const TiledRequest tiled(pass.q, request);
+  TiledTensors tensors = tiled.tensors(pass.q, pass.k, pass.v);
+  tensors.output = pass.forward.output, tensors.lse = pass.forward.lse.unsqueeze(-1);
+  tensors.grad_output = pass.grad_output;
+  tensors.grad_q = grad.q, tensors.grad_k = grad.k, tensors.grad_v = grad.v;
+  if (pass.grad_lse.defined()) tensors.grad_lse = pass.grad_lse.unsqueeze(-1);
+  if (param_grads.bias.defined()) tensors.grad_bias = param_grads.bias.expand(scores);
+  if (param_grads.slopes.defined()) {
+    tensors.grad_slopes = param_grads.slopes.expand(all_but_last(scores, 1)).unsqueeze(-1);
+  }
+  for_each_4d(tensors, 0, [&](const TiledTensors& x, int64_t batch) {
+    with_element_type(pass.q, [&](auto zero) {
       using T = decltype(zero);
-      core::AttentionParamGradients params{stored(x[10]), {}, view_of<double>(x[11]), {}};
-      if (param_grads.relative_bias.defined()) {
-        params.relative_bias =
-            view_of<double>(param_grads.relative_bias.expand({request.heads(), -1}).unsqueeze(0).unsqueeze(2));
-      }
-      if (param_grads.sink.defined()) params.sink = view_of<double>(param_grads.sink.view({1, -1, 1, 1}));
-      core::attention_backward<T>(view_of<const T>(x[0]), view_of<const T>(x[1]), view_of<const T>(x[2]),
-                                  view_of<const T>(x[3]), view_of<const T>(x[4]), view_of<const double>(x[5]),
-                                  view_of<T>(x[6]), view_of<T>(x[7]), view_of<T>(x[8]),
-                                  tiled.params(x.slice(12), batch), tiled.mask(batch), TorchExecutor{is_dry(q)}, params,
-                                  view_of<const double>(x[9]));
+      core::attention_backward<T>({.q = view_of<const T>(x.q),
+                                   .k = view_of<const T>(x.k),
+                                   .v = view_of<const T>(x.v),
+                                   .output = view_of<const T>(x.output),
+                                   .lse = view_of<const double>(x.lse),
+                                   .grad_output = view_of<const T>(x.grad_output),
+                                   .grad_lse = view_of<const double>(x.grad_lse),
+                                   .grad_q = view_of<T>(x.grad_q),
+                                   .grad_k = view_of<T>(x.grad_k),
+                                   .grad_v = view_of<T>(x.grad_v),
+                                   .param_grads = param_grads.views(x, request)},
+                                  tiled.params(x, batch), tiled.mask(batch), TorchExecutor{is_dry(pass.q)});
     });
   });
 }

@@ -29,9 +29,10 @@ namespace headroom::inline v0 {
 /// Parts are joined by `+`: `selective+every-2`, `tiled+nested`, and where inputs are kept: `full+bf16`,
 /// `tiled+offload` (CheckpointStorage).
 struct CheckpointPolicy {
-  enum class Block { none, full, selective, tiled };
+  /// What of a block is computed again.
+  enum class Recompute { none, full, selective, tiled };
 
-  Block block = Block::none;
+  Recompute recompute = Recompute::none;
   static constexpr int64_t kMostLevels = 16;  ///< each is a call within a call; 2^16 blocks have no use for more
 
   int64_t every = 1;   ///< blocks that share a checkpoint
@@ -41,7 +42,7 @@ struct CheckpointPolicy {
 
   CheckpointPolicy() = default;
   /// true: full, the "gradient checkpointing" of trainers; false: none.
-  CheckpointPolicy(std::same_as<bool> auto recompute) : block(recompute ? Block::full : Block::none) {}  // NOLINT
+  CheckpointPolicy(std::same_as<bool> auto all) : recompute(all ? Recompute::full : Recompute::none) {}  // NOLINT
   /// From text as above. Throws headroom.checkpoint.policy.
   CheckpointPolicy(const std::convertible_to<std::string_view> auto& text) { read(text); }  // NOLINT
 
@@ -101,11 +102,11 @@ struct StackPolicy {
 
 namespace detail {
 
-inline constexpr std::array<std::pair<std::string_view, CheckpointPolicy::Block>, 4> kBlockNames = {{
-    {"none", CheckpointPolicy::Block::none},
-    {"full", CheckpointPolicy::Block::full},
-    {"selective", CheckpointPolicy::Block::selective},
-    {"tiled", CheckpointPolicy::Block::tiled},
+inline constexpr std::array<std::pair<std::string_view, CheckpointPolicy::Recompute>, 4> kRecomputeNames = {{
+    {"none", CheckpointPolicy::Recompute::none},
+    {"full", CheckpointPolicy::Recompute::full},
+    {"selective", CheckpointPolicy::Recompute::selective},
+    {"tiled", CheckpointPolicy::Recompute::tiled},
 }};
 inline constexpr std::array<std::pair<std::string_view, CheckpointStorage>, 3> kStorageNames = {{
     {"memory", CheckpointStorage::memory},
@@ -115,7 +116,7 @@ inline constexpr std::array<std::pair<std::string_view, CheckpointStorage>, 3> k
 
 /// Throws headroom.checkpoint.policy.
 inline void check_policy(const CheckpointPolicy& policy, std::string_view text) {
-  using Block = CheckpointPolicy::Block;
+  using Recompute = CheckpointPolicy::Recompute;
   const auto rule = [&](bool holds, const char* why) {
     require(holds, "headroom.checkpoint.policy", "the checkpoint policy is \"", text, "\": ", why, "; expected ",
             CheckpointPolicy::kExpected);
@@ -123,18 +124,21 @@ inline void check_policy(const CheckpointPolicy& policy, std::string_view text) 
   rule(policy.every >= 1 && policy.levels >= 1, "K and levels are positive numbers");
   rule(policy.levels <= CheckpointPolicy::kMostLevels,
        "nested has at most 16 levels, which are enough for 2^16 blocks");
-  rule(policy.block != Block::none || (policy.every == 1 && policy.levels == 1), "none has no checkpoints to arrange");
-  rule(policy.block != Block::none || policy.storage == CheckpointStorage::memory, "none has no checkpoints to keep");
-  rule(policy.every == 1 || policy.block != Block::tiled, "blocks that are tiled along their own axes share none");
+  rule(policy.recompute != Recompute::none || (policy.every == 1 && policy.levels == 1),
+       "none has no checkpoints to arrange");
+  rule(policy.recompute != Recompute::none || policy.storage == CheckpointStorage::memory,
+       "none has no checkpoints to keep");
+  rule(policy.every == 1 || policy.recompute != Recompute::tiled,
+       "blocks that are tiled along their own axes share none");
   rule(policy.every == 1 || policy.levels == 1, "nested groups blocks by itself");
-  rule(policy.levels == 1 || policy.block != Block::selective,
+  rule(policy.levels == 1 || policy.recompute != Recompute::selective,
        "within another checkpoint attention is computed again, there is nothing to keep");
 }
 
 }  // namespace detail
 
 inline void CheckpointPolicy::read(std::string_view given) {
-  bool named_block = false;
+  bool named_recompute = false;
   for (std::string_view rest = given;;) {
     const std::size_t end = std::min(rest.find('+'), rest.size());
     const std::string_view part = rest.substr(0, end);
@@ -145,11 +149,11 @@ inline void CheckpointPolicy::read(std::string_view given) {
       return error == std::errc() && stop == last && number >= 1;
     };
     bool known = false;
-    for (const auto& [name, value] : detail::kBlockNames) {
+    for (const auto& [name, value] : detail::kRecomputeNames) {
       if (part != name) continue;
-      known = !named_block;
-      named_block = true;
-      block = value;
+      known = !named_recompute;
+      named_recompute = true;
+      recompute = value;
     }
     for (const auto& [name, value] : detail::kStorageNames) {
       if (part != name) continue;
@@ -163,7 +167,7 @@ inline void CheckpointPolicy::read(std::string_view given) {
     if (end == rest.size()) break;
     rest.remove_prefix(end + 1);
   }
-  if (!named_block) block = Block::full;  // every-K, nested
+  if (!named_recompute) recompute = Recompute::full;  // every-K, nested
   detail::check_policy(*this, given);
 }
 
@@ -191,8 +195,8 @@ inline std::string CheckpointPolicy::text() const {
   std::string text;
   const auto add = [&](const std::string& part) { text += (text.empty() ? "" : "+") + part; };
   const bool arranged = every > 1 || levels > 1;
-  for (const auto& [name, value] : detail::kBlockNames) {
-    if (value == block && !(value == Block::full && arranged)) add(std::string(name));
+  for (const auto& [name, value] : detail::kRecomputeNames) {
+    if (value == recompute && !(value == Recompute::full && arranged)) add(std::string(name));
   }
   if (every > 1) add("every-" + std::to_string(every));
   if (levels > 1) add(levels == 2 ? "nested" : "nested-" + std::to_string(levels));

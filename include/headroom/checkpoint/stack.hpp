@@ -107,7 +107,7 @@ inline bool keeps_results(const StackBlock& block, const at::Tensor& x) {
 /// Runs blocks[first, last) under `levels` levels of checkpoints.
 inline at::Tensor run_blocks(const std::vector<StackBlock>& blocks, at::Tensor x, const CheckpointPolicy& policy,
                              int64_t levels) {
-  using Block = CheckpointPolicy::Block;
+  using Recompute = CheckpointPolicy::Recompute;
   const auto count = static_cast<int64_t>(blocks.size());
   const auto group_size =
       levels == 1 ? policy.every
@@ -125,11 +125,11 @@ inline at::Tensor run_blocks(const std::vector<StackBlock>& blocks, at::Tensor x
       for (const StackBlock& block : group) t = block.forward(t);
       return t;
     };
-    if (policy.block == Block::none) {
+    if (policy.recompute == Recompute::none) {
       x = forward(x);
-    } else if (policy.block == Block::selective && keeps_results(group.front(), x)) {
+    } else if (policy.recompute == Recompute::selective && keeps_results(group.front(), x)) {
       x = selective_checkpoint(policy.keep, forward, x);
-    } else if (policy.block == Block::tiled && slices_pay(group.front(), x)) {
+    } else if (policy.recompute == Recompute::tiled && slices_pay(group.front(), x)) {
       x = run_tiled(group.front(), x);
     } else {
       x = checkpoint(forward, x);

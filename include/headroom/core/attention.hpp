@@ -1,4 +1,4 @@
 #pragma once
 
-#include "headroom/core/attention_backward.hpp"
-#include "headroom/core/attention_forward.hpp"
+#include "headroom/core/attention/backward_pass.hpp"
+#include "headroom/core/attention/forward.hpp"

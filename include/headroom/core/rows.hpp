@@ -2,11 +2,11 @@
 
 #include <bit>
 #include <cstdint>
-#include <cstring>
 
-#include "headroom/core/attention_problem.hpp"
+#include "headroom/core/attention/problem.hpp"
 #include "headroom/core/finite.hpp"
-#include "headroom/core/register_tile.hpp"
+#include "headroom/core/lanes.hpp"
+#include "headroom/core/mask.hpp"
 
 /// How rows of q, k, v and of gradients come from memory into the kernels and go back: converted to the type that is
 /// computed in, rotated, transposed into lanes. Where memory is right as it lies, nothing is copied.
@@ -50,11 +50,11 @@ template <class T, class Scalar>
 void round_row(T* to, Index stride, const Scalar* x, Index count) {
   if constexpr (std::is_same_v<T, Eigen::bfloat16> && std::is_same_v<Scalar, float>) {
     if (stride == 1) {  // to the nearest, ties to even, said so that the compiler does many at a time
-      const auto* const bits = reinterpret_cast<const std::uint32_t*>(x);
-      auto* const halves = reinterpret_cast<std::uint16_t*>(to);
       for (Index l = 0; l < count; ++l) {
-        const std::uint32_t nearest = bits[l] + 0x7fffU + (bits[l] >> 16 & 1U), quiet_nan = bits[l] | 0x400000U;
-        halves[l] = static_cast<std::uint16_t>(((bits[l] & 0x7fffffffU) > 0x7f800000U ? quiet_nan : nearest) >> 16);
+        const auto bits = std::bit_cast<std::uint32_t>(x[l]);
+        const std::uint32_t nearest = bits + 0x7fffU + (bits >> 16 & 1U), quiet_nan = bits | 0x400000U;
+        const std::uint32_t rounded = (bits & 0x7fffffffU) > 0x7f800000U ? quiet_nan : nearest;
+        to[l] = Eigen::numext::bit_cast<Eigen::bfloat16>(static_cast<std::uint16_t>(rounded >> 16));
       }
       return;
     }
@@ -101,9 +101,10 @@ void copy_rows(Scalar* to, MatrixView<T> x) {
     Scalar* const row = to + i * x.cols;
     if constexpr (std::is_same_v<std::remove_const_t<T>, Eigen::bfloat16> && std::is_same_v<Scalar, float>) {
       if (x.col_stride == 1) {  // the upper half of a float, said so that the compiler does many at a time
-        const auto* const halves = reinterpret_cast<const std::uint16_t*>(from);
-        auto* const bits = reinterpret_cast<std::uint32_t*>(row);
-        for (Index d = 0; d < x.cols; ++d) bits[d] = static_cast<std::uint32_t>(halves[d]) << 16;
+        for (Index d = 0; d < x.cols; ++d) {
+          const auto half = Eigen::numext::bit_cast<std::uint16_t>(from[d]);
+          row[d] = std::bit_cast<float>(static_cast<std::uint32_t>(half) << 16);
+        }
         continue;
       }
     }
@@ -150,13 +151,14 @@ class RowReader {
     }
     return {buffer, count, x_.cols, x_.cols, 1};
   }
-  /// Rows [first, first + count) as lanes of to [cols][width] from lane `lane` on. `buffer` holds [kLanes][cols].
+  /// Rows `range` as lanes of `to` [cols][width]. `buffer` holds [kLanes][cols].
   template <class Op>
-  void pack(Scalar* to, Index width, Index lane, Index first, Index count, Op op, Scalar* buffer) const {
-    if (plain_) return pack_lanes<Scalar>(to + lane, width, x_.as<Scalar>().middle_rows(first, count), op);
+  void pack(const LaneMatrix<Scalar>& to, KeyRange range, Op op, Scalar* buffer) const {
+    const Index first = range.begin, count = range.end - range.begin;
+    if (plain_) return pack_lanes<Scalar>(to.data, to.width, x_.as<Scalar>().middle_rows(first, count), op);
     constexpr Index N = simd::kLanes<Scalar>;
     for (Index i = 0; i < count; i += N) {
-      pack_lanes(to + lane + i, width, rows(first + i, std::min(N, count - i), buffer), op);
+      pack_lanes(to.data + i, to.width, rows(first + i, std::min(N, count - i), buffer), op);
     }
   }
 
@@ -185,13 +187,15 @@ class RowWriter {
       for (Index i = 0; i < count; ++i) round_row(&view(i, 0), view.col_stride, rows + i * view.cols, view.cols);
     });
   }
-  /// Writes lanes [0, count) of from [cols][width], each times its factor. `buffer` holds [kLanes][cols].
-  void unpack(Index first, Index count, const Scalar* from, Index width, const Scalar* factor, Scalar* buffer) const {
-    if (plain_) return unpack_lanes(y_.as<Scalar>().middle_rows(first, count), from, width, factor);
+  /// Writes the first lanes of `from` [cols][width], each times its factor, as rows `range`. `buffer` holds
+  /// [kLanes][cols].
+  void unpack(KeyRange range, const LaneMatrix<Scalar>& from, const Scalar* factor, Scalar* buffer) const {
+    const Index first = range.begin, count = range.end - range.begin;
+    if (plain_) return unpack_lanes(y_.as<Scalar>().middle_rows(first, count), from.data, from.width, factor);
     constexpr Index N = simd::kLanes<Scalar>;
     for (Index i = 0; i < count; i += N) {
       const Index rows = std::min(N, count - i);
-      unpack_lanes(MatrixView<Scalar>{buffer, rows, y_.cols, y_.cols, 1}, from + i, width, factor + i);
+      unpack_lanes(MatrixView<Scalar>{buffer, rows, y_.cols, y_.cols, 1}, from.data + i, from.width, factor + i);
       write(first + i, rows, buffer);
     }
   }
@@ -272,6 +276,12 @@ template <class Scalar>
 bool row_is_finite(const Scalar* row, Index count) {
   bool finite = true;
   for (Index d = 0; d < count; ++d) finite &= is_finite(row[d]);
+  return finite;
+}
+template <class Scalar>
+bool rows_are_finite(MatrixView<const Scalar> x) {
+  bool finite = true;
+  for (Index i = 0; i < x.rows && finite; ++i) finite = row_is_finite(&x(i, 0), x.cols);
   return finite;
 }
 

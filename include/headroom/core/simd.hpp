@@ -134,7 +134,8 @@ EIGEN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x, const Rest&... rest) {
   }
 }
 
-/// tanh(x), almost correctly rounded: near 0 by a polynomial (Cephes), elsewhere as 1 - 2 / (e^(2|x|) + 1).
+/// tanh(x): near 0 by a polynomial (Cephes), elsewhere as 1 - 2 / (e^(2|x|) + 1). Relative error below 2e-7 (double:
+/// the standard library's).
 template <class Scalar>
 EIGEN_ALWAYS_INLINE Packet<Scalar> tanh(Packet<Scalar> x) {
   using namespace Eigen::internal;

@@ -28,6 +28,27 @@ struct TimeFrequencyTransformerOptions {
  public:
   int64_t bins() const { return n_fft_ / 2 + 1; }
   int64_t frames(int64_t samples) const { return 1 + samples / hop_length_; }
+  /// Encoder blocks, in the order in which they run: each layer has one along frequency and one along time.
+  int64_t blocks() const { return 2 * n_layers_; }
+
+  /// The options that say which model it is, as a configuration names them.
+  static void describe(auto& self, auto&& field) {
+    constexpr double kWidest = 1 << 20;
+    field("n_fft", self.n_fft(), {.at_least = 16, .at_most = kWidest, .bound = true},
+          "STFT size and Hann window, samples");
+    field("hop_length", self.hop_length(), {.at_least = 1, .bound = true}, "samples between frames, at most n_fft / 2");
+    field("n_layers", self.n_layers(), {.required = true, .at_least = 1, .at_most = 1000, .bound = true},
+          "encoder layers");
+    field("emb_dim", self.emb_dim(), {.required = true, .at_least = 2, .at_most = kWidest, .bound = true},
+          "width of a token, a multiple of 2 * n_heads");
+    field("n_heads", self.n_heads(), {.required = true, .at_least = 1, .at_most = kWidest, .bound = true},
+          "attention heads");
+    field("ffn_hidden_dim", self.ffn_hidden_dim(), {.required = true, .at_least = 1, .at_most = kWidest, .bound = true},
+          "widths of the feed-forward's hidden layers");
+    field("reversible", self.reversible(), {.bound = true},
+          "two streams, from which the backward pass computes all activations back: another model, for which "
+          "gradient_checkpointing is false");
+  }
 };
 
 /// Bytes of all the attention scores (float) that one forward pass would store for its backward pass if attention kept

@@ -30,7 +30,7 @@ class ChainInChunks {
     RECORD_FUNCTION("headroom::token_chain", headroom::detail::operator_inputs(operands()));
     const int64_t rows = chain_.x.size(0), in = chain_.x.size(1), chunk = std::min(rows, chunk_rows());
     const size_t layers = chain_.weights.size();
-    std::vector<RightOperand> weights;
+    std::vector<PackedB> weights;
     std::vector<torch::Tensor> inputs_of_gelu;
     for (size_t i = 0; i < layers; ++i) {
       weights.emplace_back(chain_.weights[i].t());
@@ -53,7 +53,7 @@ class ChainInChunks {
         const torch::Tensor bias = !chain_.biases.empty() ? chain_.biases[i] : torch::Tensor();
         if (i + 1 < layers) {
           const torch::Tensor before = inputs_of_gelu[i].narrow(0, request.records ? first : 0, count);
-          multiply(x, weights[i], before, bias.defined() ? Start::bias : Start::zero, bias);
+          multiply(x, weights[i], before, bias.defined() ? AddTo::bias : AddTo::nothing, bias);
           if (i + 2 == layers && !request.output_wanted) break;
           x = activation(count, before.size(1));
           at::gelu_out(x, before);
@@ -64,9 +64,9 @@ class ChainInChunks {
         if (chain_.residual.defined()) {
           const torch::Tensor residual = chain_.residual.narrow(0, first, count);
           bias.defined() ? at::add_out(y, residual, bias) : y.copy_(residual);
-          multiply(x, weights[i], y, Start::itself);
+          multiply(x, weights[i], y, AddTo::c);
         } else {
-          multiply(x, weights[i], y, bias.defined() ? Start::bias : Start::zero, bias);
+          multiply(x, weights[i], y, bias.defined() ? AddTo::bias : AddTo::nothing, bias);
         }
       }
     }
@@ -119,7 +119,7 @@ class ChainInChunks {
     const int64_t rows = chain_.x.size(0), in = chain_.x.size(1), chunk = std::min(rows, chunk_rows());
     const bool has_norm = layout.has_norm;
     const torch::Tensor grad_norm = has_norm ? result[layout.norm()] : torch::Tensor();
-    std::vector<RightOperand> weights(chain_.weights.begin(), chain_.weights.end());
+    std::vector<PackedB> weights(chain_.weights.begin(), chain_.weights.end());
     const int64_t hidden = widest_hidden();
     const ChunkScratch normed(has_norm ? chunk : 0, in, grad), grad_normed(has_norm ? chunk : 0, in, grad);
     const ChunkScratch activation(chunk, hidden, grad);
@@ -137,11 +137,11 @@ class ChainInChunks {
           const torch::Tensor before = part(inputs_of_gelu[i - 1]);
           if (grad_weight.defined()) {
             torch::Tensor x = activation(count, before.size(1));
-            RightOperand right(at::gelu_out(x, before));
-            multiply(g.t(), right, grad_weight, Start::itself);
+            PackedB right(at::gelu_out(x, before));
+            multiply(g.t(), right, grad_weight, AddTo::c);
           }
           torch::Tensor grad_before = grad_hidden[i % 2](count, before.size(1));
-          multiply(g, weights[i], grad_before, Start::zero);
+          multiply(g, weights[i], grad_before, AddTo::nothing);
           g = at::gelu_backward_out(grad_before, grad_before, before);
           continue;
         }
@@ -149,18 +149,18 @@ class ChainInChunks {
         const torch::Tensor x = part(chain_.x);
         if (grad_weight.defined()) {
           if (has_norm) normalize_rows(x, chain_.norm_weight, chain_.eps, normed(count, in));
-          RightOperand right(has_norm ? normed(count, in) : x);
-          multiply(g.t(), right, grad_weight, Start::itself);
+          PackedB right(has_norm ? normed(count, in) : x);
+          multiply(g.t(), right, grad_weight, AddTo::c);
         }
         const torch::Tensor grad_x = result[0].defined() ? part(result[0]) : torch::Tensor();
         const torch::Tensor through = layout.residual_is_x ? part(grad) : torch::Tensor();
         if (has_norm && (grad_x.defined() || grad_norm.defined())) {
-          multiply(g, weights[0], grad_normed(count, in), Start::zero);
-          normalize_rows_backward(grad_normed(count, in), x, chain_.norm_weight, chain_.eps, grad_x, grad_norm,
-                                  through);
+          multiply(g, weights[0], grad_normed(count, in), AddTo::nothing);
+          normalize_rows_backward(grad_normed(count, in), x, chain_.norm_weight, chain_.eps,
+                                  {grad_x, grad_norm, through});
         } else if (grad_x.defined()) {
           if (through.defined()) grad_x.copy_(through);
-          multiply(g, weights[0], grad_x, through.defined() ? Start::itself : Start::zero);
+          multiply(g, weights[0], grad_x, through.defined() ? AddTo::c : AddTo::nothing);
         }
       }
     }

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "headroom/core/register_tile.hpp"
+#include "headroom/core/lanes.hpp"
 #include "headroom/runtime/dry_run.hpp"
 #include "headroom/runtime/operator.hpp"
 
@@ -22,9 +22,9 @@ core::MatrixView<Scalar> matrix_of(const torch::Tensor& x) {
 
 /// The right operand b [k,n] of a product as the register tile reads it: columns in vector lanes. Read where it lies
 /// when its rows are whole vectors, else from a copy in which zeros fill the last one.
-class RightOperand {
+class PackedB {
  public:
-  explicit RightOperand(const torch::Tensor& b) : b_(b), lanes_(b.size(1)) {}
+  explicit PackedB(const torch::Tensor& b) : b_(b), lanes_(b.size(1)) {}
 
   const torch::Tensor& tensor() const { return b_; }
   const core::detail::LaneTiling<float>& lanes() const { return lanes_; }
@@ -46,10 +46,14 @@ class RightOperand {
       core::detail::pack_lanes(to, tile.width(), lanes_first, core::detail::Times<float>{1});
     }
   }
-  /// First element of the lane tile that starts at column `begin`, and the step from one row to the next.
-  std::pair<const float*, Index> tile(const core::detail::LaneTiling<float>::Tile& tile) const {
-    if (copy_.defined()) return {copy_.const_data_ptr<float>() + tile.begin * b_.size(0), tile.width()};
-    return {b_.const_data_ptr<float>() + tile.begin, b_.stride(0)};
+  /// The lanes of one tile: their first element, the step from one row to the next, and their first column.
+  struct Lanes {
+    const float* data;
+    Index stride, begin;
+  };
+  Lanes tile(const core::detail::LaneTiling<float>::Tile& tile) const {
+    if (copy_.defined()) return {copy_.const_data_ptr<float>() + tile.begin * b_.size(0), tile.width(), tile.begin};
+    return {b_.const_data_ptr<float>() + tile.begin, b_.stride(0), tile.begin};
   }
 
  private:
@@ -57,25 +61,25 @@ class RightOperand {
   core::detail::LaneTiling<float> lanes_;
 };
 
-/// What is in c before the product comes on top.
-enum class Start { zero, bias, itself };
+/// What a product is added to: with c, beta is 1 in the terms of BLAS.
+enum class AddTo { nothing, bias, c };
 
 /// c(:, lanes of one tile) = start + a·b, on one thread. Accumulates 256 terms at a time.
 template <int Vectors>
-void multiply_lanes(core::MatrixView<const float> a, const float* b, Index b_stride, Index begin,
-                    core::MatrixView<float> c, Start start, const float* bias) {
+void multiply_lanes(core::MatrixView<const float> a, const PackedB::Lanes& b, core::MatrixView<float> c, AddTo start,
+                    const float* bias) {
   using core::simd::Packet;
   constexpr Index kLanes = core::simd::kLanes<float>, kDepth = 256;
-  const Index columns = std::min<Index>(Vectors * kLanes, c.cols - begin);
+  const Index columns = std::min<Index>(Vectors * kLanes, c.cols - b.begin);
   for (Index first = 0; first < a.cols || first == 0; first += kDepth) {
     const Index depth = std::min(kDepth, a.cols - first);
-    const bool adds_bias = start == Start::bias && first == 0;
-    const bool adds = adds_bias || start == Start::itself || first > 0;
+    const bool adds_bias = start == AddTo::bias && first == 0;
+    const bool adds = adds_bias || start == AddTo::c || first > 0;
     core::detail::for_row_tiles<core::detail::kTileRows>(a.rows, [&]<int Rows>(Index row) {
-      core::detail::RegisterTile<float, Rows, Vectors> tile(&a(row, first), a.row_stride, a.col_stride,
-                                                            b + first * b_stride, b_stride, depth);
-      float* const to = &c(row, begin);
-      const float* const from = adds_bias ? bias + begin : to;
+      core::detail::RegisterTile<float, Rows, Vectors> tile({&a(row, first), a.row_stride, a.col_stride},
+                                                            {b.data + first * b.stride, b.stride}, depth);
+      float* const to = &c(row, b.begin);
+      const float* const from = adds_bias ? bias + b.begin : to;
       const Index from_stride = adds_bias ? 0 : c.row_stride;
       if (columns < Vectors * kLanes) {  // the last tile of a width that is not whole vectors
         float sums[Rows][Vectors * kLanes];
@@ -102,14 +106,14 @@ void multiply_lanes(core::MatrixView<const float> a, const float* b, Index b_str
 
 /// c = start + a·b, c [m,n] row-major, by the register tile. The result does not depend on the number of threads: a
 /// task computes its part of c whole.
-inline void multiply_tiled(const torch::Tensor& a, RightOperand& b, const torch::Tensor& c, Start start,
+inline void multiply_tiled(const torch::Tensor& a, PackedB& b, const torch::Tensor& c, AddTo start,
                            const torch::Tensor& bias) {
   constexpr Index kTileRows = core::detail::kTileRows;
   b.pack();
   if (is_dry(a)) return;
   const auto left = matrix_of<const float>(a);
   const auto result = matrix_of<float>(c);
-  const float* const bias_data = start == Start::bias ? bias.const_data_ptr<float>() : nullptr;
+  const float* const bias_data = start == AddTo::bias ? bias.const_data_ptr<float>() : nullptr;
   // A task is 8 tiles high, which reuses the lanes of b, less when there are too few rows for all threads.
   const Index row_tiles = (left.rows + kTileRows - 1) / kTileRows;
   const Index height = kTileRows * std::clamp<Index>(row_tiles / (4 * at::get_num_threads()), 1, 8);
@@ -120,10 +124,9 @@ inline void multiply_tiled(const torch::Tensor& a, RightOperand& b, const torch:
     for (int64_t task = first; task < last; ++task) {
       const Index row = task / b.lanes().tiles * height, rows = std::min(height, left.rows - row);
       const auto tile = b.lanes()[task % b.lanes().tiles];
-      const auto [data, stride] = b.tile(tile);
-      const auto run = [&, data = data, stride = stride]<int Vectors>() {
-        multiply_lanes<Vectors>(left.middle_rows(row, rows), data, stride, tile.begin, result.middle_rows(row, rows),
-                                start, bias_data);
+      const auto run = [&]<int Vectors>() {
+        multiply_lanes<Vectors>(left.middle_rows(row, rows), b.tile(tile), result.middle_rows(row, rows), start,
+                                bias_data);
       };
       static_assert(core::detail::kTileVectors <= 3);
       if (tile.vectors == 1) run.template operator()<1>();
@@ -136,12 +139,12 @@ inline void multiply_tiled(const torch::Tensor& a, RightOperand& b, const torch:
 }
 
 /// The same by LibTorch's matrix product.
-inline void multiply_aten(const torch::Tensor& a, const RightOperand& b, torch::Tensor c, Start start,
+inline void multiply_aten(const torch::Tensor& a, const PackedB& b, torch::Tensor c, AddTo start,
                           const torch::Tensor& bias) {
-  if (start == Start::zero) {
+  if (start == AddTo::nothing) {
     at::mm_out(c, a, b.tensor());
   } else {
-    at::addmm_out(c, start == Start::bias ? bias : c, a, b.tensor());
+    at::addmm_out(c, start == AddTo::bias ? bias : c, a, b.tensor());
   }
 }
 
@@ -166,7 +169,7 @@ inline bool tile_wins(Index rows) {
 
 /// c = start + a·b by who is faster on this machine; a [m,k], b [k,n], c [m,n] row-major, bias [n], all float on the
 /// CPU.
-inline void multiply(const torch::Tensor& a, RightOperand& b, const torch::Tensor& c, Start start,
+inline void multiply(const torch::Tensor& a, PackedB& b, const torch::Tensor& c, AddTo start,
                      const torch::Tensor& bias = {}) {
   tile_wins(a.size(0)) ? multiply_tiled(a, b, c, start, bias) : multiply_aten(a, b, c, start, bias);
 }

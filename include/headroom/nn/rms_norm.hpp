@@ -63,12 +63,17 @@ inline void normalize_rows(const torch::Tensor& x, const torch::Tensor& weight, 
   });
 }
 
-/// Gradients of normalize_rows: writes grad_x unless undefined, adds to grad_weight [dim] unless undefined. `through`
-/// (undefined or [rows, dim]) is added to grad_x. The sum over the rows has the same order for any number of threads.
+/// Where the gradients of normalize_rows go: that of x [rows, dim] is written, that of the weight [dim] added to;
+/// undefined: not wanted. `through` (undefined or [rows, dim]) is added to that of x.
+struct NormGradients {
+  torch::Tensor x, weight, through = {};
+};
+
+/// The sum over the rows has the same order for any number of threads.
 // forward did: out = x·inverse·weight
 inline void normalize_rows_backward(const torch::Tensor& grad, const torch::Tensor& x, const torch::Tensor& weight,
-                                    double eps, const torch::Tensor& grad_x, const torch::Tensor& grad_weight,
-                                    const torch::Tensor& through) {
+                                    double eps, const NormGradients& gradients) {
+  const auto& [grad_x, grad_weight, through] = gradients;
   const int64_t rows = x.size(0), dim = x.size(1), tasks = (rows + kNormRows - 1) / kNormRows;
   const torch::Tensor sums = grad_weight.defined() ? torch::zeros({tasks, dim}, torch::kDouble) : torch::Tensor();
   if (is_dry(x)) return;
@@ -133,8 +138,8 @@ HEADROOM_KERNEL std::tuple<torch::Tensor, torch::Tensor> rms_norm_gradients(cons
     const torch::Tensor rows = x.contiguous().view({-1, x.size(-1)});
     if (wants_x) grad_x = torch::empty_like(rows);
     if (wants_weight) grad_weight = torch::zeros_like(weight);
-    normalize_rows_backward(grad.contiguous().view(rows.sizes()), rows, weight.contiguous(), eps, grad_x, grad_weight,
-                            {});
+    normalize_rows_backward(grad.contiguous().view(rows.sizes()), rows, weight.contiguous(), eps,
+                            {grad_x, grad_weight});
     return {wants_x ? grad_x.view(x.sizes()) : grad_x, grad_weight};
   }
   const torch::Tensor inverse = inverse_rms(x, eps);  // depends on x, for second derivatives

@@ -13,6 +13,13 @@
 #include "headroom/nn/chain_in_chunks.hpp"
 #include "headroom/nn/chain_layout.hpp"
 
+// Words of this file and of chain_*.hpp:
+//   token chain   a fused MLP of tokens: [RMS norm,] linear, GELU, …, linear [, + residual]; with one layer a linear
+//                 layer fused with the norm before it and the sum behind it
+//   in chunks     by our own loops, a few hundred tokens at a time through all layers, so that what lies between the
+//                 layers stays in the cache
+//   by operators  by LibTorch's operators, a layer of all tokens at a time
+//   layout        the places of a chain's tensors in the list that autograd wants
 namespace headroom::inline v0::nn::detail {
 
 /// How the two passes of a chain are computed.
@@ -38,12 +45,20 @@ struct ChainKernel {
   }
 };
 
+/// A call of a chain, beside its tensors.
+struct ChainCall {
+  ChainLayout layout;
+  double eps;
+  ChainKernel kernel;
+  bool records;  ///< somebody may want gradients
+};
+
 /// A chain that saves, beside what it is given, only the input of each GELU for backward, which computes norm and GELU
 /// again. Second derivatives go through operators that save everything.
 struct TokenChainFunction : torch::autograd::Function<TokenChainFunction> {
-  /// x [rows, in] -> [rows, out]. `records`: somebody may want gradients.
-  static torch::Tensor forward(torch::autograd::AutogradContext* ctx, at::TensorList tensors, const ChainLayout& layout,
-                               double eps, const ChainKernel& kernel, bool records) {
+  /// x [rows, in] -> [rows, out]
+  static torch::Tensor forward(torch::autograd::AutogradContext* ctx, at::TensorList tensors, const ChainCall& call) {
+    const auto& [layout, eps, kernel, records] = call;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     // A recomputation that ends with what is saved here has no use for the result
     const int64_t saves = layout.size() - layout.has_residual + layout.layers - 1;
@@ -81,7 +96,7 @@ struct TokenChainFunction : torch::autograd::Function<TokenChainFunction> {
       result = kernel.backward(chain, layout, at::TensorList(saved).slice(layout.size()), grads[0], wanted);
     }
     if (layout.has_residual && ctx->needs_input_grad(1)) result[1] = grads[0];
-    result.resize(layout.size() + 4);  // layout, eps, kernel, records
+    result.emplace_back();  // the call has no gradient
     return result;
   }
 
@@ -142,9 +157,8 @@ HEADROOM_KERNEL torch::Tensor run(TokenChain chain) {
     if (i < layout.norm() || kernel.in_chunks) tensors[i] = tensors[i].contiguous();
     records = records || tensors[i].requires_grad();
   }
-  return TokenChainFunction::apply(at::TensorList(tensors), layout, chain.eps, kernel,
-                                   records && torch::GradMode::is_enabled())
-      .view(sizes);
+  const ChainCall call{layout, chain.eps, kernel, records && torch::GradMode::is_enabled()};
+  return TokenChainFunction::apply(at::TensorList(tensors), call).view(sizes);
 }
 #endif
 

@@ -15,22 +15,17 @@
 
 namespace headroom::inline v0::detail {
 
-inline Plan analyse(MemoryTrace trace, const DeviceProfile& device, std::optional<int64_t> budget) {
-  Plan plan{.device = device, .budget = budget.value_or(device.usable_bytes()), .trace = std::move(trace)};
-  plan.estimated = plan.trace.estimated;
-  auto& blocks = plan.trace.blocks;
-  if (!device.device().is_cpu()) {
-    std::erase_if(blocks, [](const auto& block) { return block.on_host; });
-  }
-  const std::vector<BlockEvent> events = block_events(plan.trace);
-  CachingAllocatorModel allocator(plan.budget, {.expandable_segments = device.expandable_segments});
-  CachingAllocatorModel unlimited(std::numeric_limits<int64_t>::max() / 2,
-                                  {.expandable_segments = device.expandable_segments});
+/// Sends the events of the trace through the device's allocator: the peak, what is reserved, whether all of it fits.
+inline void replay_allocations(Plan& plan) {
+  const auto& blocks = plan.trace.blocks;
+  const CachingAllocatorOptions options{.expandable_segments = plan.device.expandable_segments};
+  CachingAllocatorModel allocator(plan.budget, options), unlimited(std::numeric_limits<int64_t>::max() / 2, options);
+  std::vector<std::optional<int64_t>> by_phase(plan.trace.names.size());
   int64_t live = 0;
-  for (const BlockEvent& event : events) {
+  for (const BlockEvent& event : block_events(plan.trace)) {
     const auto& block = blocks[event.block];
     live += event.begins ? block.bytes : -block.bytes;
-    if (device.caching_allocator) {
+    if (plan.device.caching_allocator) {
       const auto id = static_cast<int64_t>(event.block);
       event.begins ? static_cast<void>(unlimited.allocate(id, block.bytes)) : unlimited.release(id);
       if (!plan.first_over) {
@@ -47,15 +42,23 @@ inline Plan analyse(MemoryTrace trace, const DeviceProfile& device, std::optiona
       plan.peak_bytes = live;
       plan.peak_time = event.time;
     }
-    int64_t& of_phase = plan.by_phase[plan.phase_of(block)];
-    of_phase = std::max(of_phase, live);
+    auto& of_phase = by_phase[static_cast<size_t>(block.phase)];
+    of_phase = std::max(of_phase.value_or(0), live);
     if (event.begins && block.bytes > blocks[plan.largest].bytes) plan.largest = event.block;
   }
   plan.fits = !plan.first_over.has_value();
   // A full device gives cached segments back before it fails: what fits holds at most the budget
-  plan.reserved_bytes = !device.caching_allocator ? plan.peak_bytes
-                        : plan.fits               ? allocator.peak_reserved()
-                                                  : unlimited.peak_reserved();
+  plan.reserved_bytes = !plan.device.caching_allocator ? plan.peak_bytes
+                        : plan.fits                    ? allocator.peak_reserved()
+                                                       : unlimited.peak_reserved();
+  for (size_t name = 0; name < by_phase.size(); ++name) {
+    if (by_phase[name]) plan.by_phase[plan.trace.names[name]] = *by_phase[name];
+  }
+}
+
+/// Says what the peak is made of and who holds it.
+inline void blame_peak(Plan& plan) {
+  const auto& blocks = plan.trace.blocks;
   for (size_t i = 0; i < blocks.size(); ++i) {
     const auto& block = blocks[i];
     if (block.begin > plan.peak_time || block.end <= plan.peak_time) continue;
@@ -66,12 +69,29 @@ inline Plan analyse(MemoryTrace trace, const DeviceProfile& device, std::optiona
   }
   std::stable_sort(plan.at_peak.begin(), plan.at_peak.end(),
                    [&](size_t a, size_t b) { return blocks[a].bytes > blocks[b].bytes; });
+}
+
+inline void count_flops(Plan& plan) {
   for (const auto& op : plan.trace.operators) {
     if (op.flops == 0) continue;
     plan.flops += op.flops;
     plan.flops_by_operator[plan.trace.names[static_cast<size_t>(op.name)]] += op.flops;
     plan.flops_by_phase[plan.trace.names[static_cast<size_t>(op.phase)]] += op.flops;
   }
+}
+
+/// The plan that a trace gives on a device. `budget`: bytes that tensors may take, the device's usable ones unless
+/// given.
+inline Plan analyse(MemoryTrace trace, const DeviceProfile& device, std::optional<int64_t> budget) {
+  Plan plan{.device = device, .budget = budget.value_or(device.usable_bytes()), .trace = std::move(trace)};
+  plan.values_read = plan.trace.values_read;
+  plan.estimated = plan.trace.estimated;
+  if (!device.device().is_cpu()) {
+    std::erase_if(plan.trace.blocks, [](const auto& block) { return block.on_host; });
+  }
+  replay_allocations(plan);
+  blame_peak(plan);
+  count_flops(plan);
   return plan;
 }
 

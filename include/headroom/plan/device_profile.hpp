@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <fstream>
+#include <initializer_list>
 #include <span>
 #include <sstream>
 #include <string>
@@ -57,18 +58,26 @@ struct DeviceProfile {
 
 namespace detail {
 
-inline DeviceProfile nvidia_card(const char* name, int64_t mebibytes, const char* source, double teraflops,
-                                 int64_t workspace, const char* workspace_source) {
-  return {.name = name,
-          .total_bytes = mebibytes << 20,
-          .total_bytes_source = source,
+struct NvidiaCard {
+  const char* name;
+  int64_t mebibytes;
+  const char* mebibytes_source;
+  double teraflops;
+  int64_t workspace_bytes;
+  const char* workspace_source;
+};
+
+inline DeviceProfile profile_of(const NvidiaCard& card) {
+  return {.name = card.name,
+          .total_bytes = card.mebibytes << 20,
+          .total_bytes_source = card.mebibytes_source,
           .context_bytes = int64_t{777} << 20,
           .context_bytes_source =
               "an H200 with LibTorch 2.11 and CUDA 13: 529 MiB of context, 777 with cuBLAS, cuDNN "
               "and cuFFT loaded; an assumption for other cards",
-          .workspace_bytes = workspace,
-          .workspace_bytes_source = workspace_source,
-          .flops_per_second = teraflops * 1e12,
+          .workspace_bytes = card.workspace_bytes,
+          .workspace_bytes_source = card.workspace_source,
+          .flops_per_second = card.teraflops * 1e12,
           .flops_per_second_source = "NVIDIA data sheet, FP32 without tensor cores"};
 }
 
@@ -80,17 +89,20 @@ inline std::vector<DeviceProfile> known_devices() {
   constexpr const char* kDefault =
       "LibTorch's default for cuBLAS before Hopper, aten/src/ATen/cuda/CublasHandlePool.cpp";
   constexpr const char* kMeasured = "an H200 with LibTorch 2.11: what stays allocated after training steps";
-  const auto card = detail::nvidia_card;
-  return {
-      card("rtx-pro-6000-97gb", 97887, "the guide: 97.9 GB total (nvidia-smi: 97887 MiB)", 125, kHopper,
-           "assumption: as on Hopper"),
-      card("h200-141gb", 143771, "nvidia-smi: 143771 MiB", 67, kHopper, kMeasured),
-      card("h100-80gb", 81559, "nvidia-smi: 81559 MiB", 67, kHopper, kMeasured),
-      card("a6000-48gb", 49140, "nvidia-smi: 49140 MiB", 38.7, kOthers, kDefault),
-      card("rtx-4090-24gb", 24564, "nvidia-smi: 24564 MiB", 82.6, kOthers, kDefault),
-      card("rtx-4080-16gb", 16376, "nvidia-smi: 16376 MiB", 48.7, kOthers, kDefault),
-      card("rtx-4060-8gb", 8188, "nvidia-smi: 8188 MiB", 15.1, kOthers, kDefault),
-  };
+  std::vector<DeviceProfile> profiles;
+  for (const detail::NvidiaCard& card : std::initializer_list<detail::NvidiaCard>{
+           {"rtx-pro-6000-97gb", 97887, "the guide: 97.9 GB total (nvidia-smi: 97887 MiB)", 125, kHopper,
+            "assumption: as on Hopper"},
+           {"h200-141gb", 143771, "nvidia-smi: 143771 MiB", 67, kHopper, kMeasured},
+           {"h100-80gb", 81559, "nvidia-smi: 81559 MiB", 67, kHopper, kMeasured},
+           {"a6000-48gb", 49140, "nvidia-smi: 49140 MiB", 38.7, kOthers, kDefault},
+           {"rtx-4090-24gb", 24564, "nvidia-smi: 24564 MiB", 82.6, kOthers, kDefault},
+           {"rtx-4080-16gb", 16376, "nvidia-smi: 16376 MiB", 48.7, kOthers, kDefault},
+           {"rtx-4060-8gb", 8188, "nvidia-smi: 8188 MiB", 15.1, kOthers, kDefault},
+       }) {
+    profiles.push_back(detail::profile_of(card));
+  }
+  return profiles;
 }
 
 /// This machine's CPU (Linux): its memory, and what the process holds now. Tensors are allocated as asked for.

@@ -23,31 +23,33 @@ inline double numel_of(const c10::IValue& x) {
 /// Of spatial dimension `d`, in a list of one number for each or one for all.
 inline int64_t at_dim(at::IntArrayRef list, size_t d) { return list[list.size() == 1 ? 0 : d]; }
 
-/// 2·output·(inputs of an output): convolution(input, weight, bias, stride, padding, dilation, transposed, …), by the
-/// sizes of input and weight.
-inline double convolution_flops(at::IntArrayRef input, at::IntArrayRef weight, at::IntArrayRef stride,
-                                at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed) {
+/// A convolution by its sizes: of the input [batch, channels, …], of the weight, then one number for all spatial
+/// dimensions or one for each.
+struct ConvolutionSizes {
+  at::IntArrayRef input, weight, stride, padding, dilation;
+  bool transposed;
+};
+
+/// 2·output·(inputs of an output).
+inline double convolution_flops(const ConvolutionSizes& sizes) {
+  const auto& [input, weight, stride, padding, dilation, transposed] = sizes;
   // Every element of the weight meets every position of the output, or of the input when transposed
   double positions = 1;
   for (size_t d = 2; d < input.size(); ++d) {
-    const auto at = [&](at::IntArrayRef list) { return at_dim(list, d - 2); };
-    const int64_t size = input[d];
-    const int64_t reach = at(dilation) * (weight[d] - 1) + 1;
-    positions *= static_cast<double>(transposed ? size : (size + 2 * at(padding) - reach) / at(stride) + 1);
+    const int64_t size = input[d], reach = at_dim(dilation, d - 2) * (weight[d] - 1) + 1;
+    const int64_t margin = 2 * at_dim(padding, d - 2);
+    positions *= static_cast<double>(transposed ? size : (size + margin - reach) / at_dim(stride, d - 2) + 1);
   }
   return 2 * static_cast<double>(input[0]) * positions * static_cast<double>(c10::multiply_integers(weight));
 }
 
-}  // namespace detail
+using FlopsFormula = double (*)(OperatorInputs);
 
-/// Floating-point operations of an operator call, where a product and its sum are two: of those that multiply matrices
-/// and transform; none for the others. `name` is "aten::mm". Attention counts every pair of a query and a key, whether
-/// or not a mask hides it.
-inline std::optional<double> flops_of(std::string_view name, c10::ArrayRef<const c10::IValue> inputs) {
-  using Inputs = detail::OperatorInputs;
-  using Formula = double (*)(Inputs);
+/// The formula of an operator, nullptr where it has none.
+inline FlopsFormula flops_formula(std::string_view name) {
+  using Inputs = OperatorInputs;
   static constexpr auto product = [](Inputs x, size_t a, size_t b) {  // [...,m,k] · [...,k,n]
-    return 2 * detail::numel_of(x[a]) * static_cast<double>(x[b].toTensor().size(-1));
+    return 2 * numel_of(x[a]) * static_cast<double>(x[b].toTensor().size(-1));
   };
   static constexpr auto attention = [](Inputs x, size_t q, double of_dim, double of_value_dim) {
     const at::Tensor &query = x[q].toTensor(), &key = x[q + 1].toTensor(), &value = x[q + 2].toTensor();
@@ -64,19 +66,19 @@ inline std::optional<double> flops_of(std::string_view name, c10::ArrayRef<const
   };
   static constexpr auto chain = [](Inputs x, double factor) {  // x [rows, in], norm [in], weights [out, in]
     double sum = 0;
-    for (size_t i = 1; i < x.size(); ++i) sum += x[i].toTensor().dim() == 2 ? detail::numel_of(x[i]) : 0;
+    for (size_t i = 1; i < x.size(); ++i) sum += x[i].toTensor().dim() == 2 ? numel_of(x[i]) : 0;
     return factor * static_cast<double>(x[0].toTensor().size(0)) * sum;
   };
   static constexpr auto convolution = [](Inputs x, size_t first, size_t lists) {
     const auto input = x[first].toTensor(), weight = x[first + 1].toTensor();
-    return detail::convolution_flops(input.sizes(), weight.sizes(), x[lists].toIntVector(), x[lists + 1].toIntVector(),
-                                     x[lists + 2].toIntVector(), x[lists + 3].toBool());
+    return convolution_flops({input.sizes(), weight.sizes(), x[lists].toIntVector(), x[lists + 1].toIntVector(),
+                              x[lists + 2].toIntVector(), x[lists + 3].toBool()});
   };
   static constexpr auto recurrent = [](Inputs x) {  // x [steps, batch, in], weights [gates, in], [gates, hidden]
     const at::Tensor& input = x[0].toTensor();
-    return 2 * static_cast<double>(input.size(0) * input.size(1)) * (detail::numel_of(x[1]) + detail::numel_of(x[2]));
+    return 2 * static_cast<double>(input.size(0) * input.size(1)) * (numel_of(x[1]) + numel_of(x[2]));
   };
-  static const std::map<std::string_view, Formula> formulas = {
+  static const std::map<std::string_view, FlopsFormula> formulas = {
       {"aten::mm", [](Inputs x) { return product(x, 0, 1); }},
       {"aten::bmm", [](Inputs x) { return product(x, 0, 1); }},
       {"aten::addmm", [](Inputs x) { return product(x, 1, 2); }},
@@ -100,7 +102,17 @@ inline std::optional<double> flops_of(std::string_view name, c10::ArrayRef<const
       {"headroom::token_chain_backward", [](Inputs x) { return chain(x, 4); }},
   };
   const auto formula = formulas.find(name);
-  return formula == formulas.end() ? std::nullopt : std::optional(formula->second(inputs));
+  return formula == formulas.end() ? nullptr : formula->second;
+}
+
+}  // namespace detail
+
+/// Floating-point operations of an operator call, where a product and its sum are two: of those that multiply matrices
+/// and transform; none for the others. `name` is "aten::mm". Attention counts every pair of a query and a key, whether
+/// or not a mask hides it.
+inline std::optional<double> flops_of(std::string_view name, c10::ArrayRef<const c10::IValue> inputs) {
+  const detail::FlopsFormula formula = detail::flops_formula(name);
+  return formula == nullptr ? std::nullopt : std::optional(formula(inputs));
 }
 
 }  // namespace headroom::inline v0

@@ -50,10 +50,8 @@ template <std::invocable Step>
 Plan plan(Step&& step, const DeviceProfile& device, const PlanOptions& options = {}) {
   const int64_t room = options.budget.value_or(device.usable_bytes());
   require(room > 0, "headroom.memory.plan.budget", "the budget is ", room, " bytes, expected more than 0");
-  int64_t values_read = 0;
-  MemoryTrace trace = detail::dry_trace(std::forward<Step>(step), device.device(), options.value, values_read);
-  Plan result = detail::analyse(std::move(trace), device, options.budget);
-  result.values_read = values_read;
+  Plan result = detail::analyse(detail::dry_trace(std::forward<Step>(step), device.device(), options.value), device,
+                                options.budget);
   int64_t parameters = 0;
   for (const auto& block : result.trace.blocks) {
     if (block.use == MemoryUse::parameter) parameters += block.bytes;

@@ -6,6 +6,7 @@
 #include <iterator>
 #include <numeric>
 #include <optional>
+#include <ranges>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -14,7 +15,21 @@
 #include "headroom/plan/device_profile.hpp"
 #include "headroom/plan/plan.hpp"
 
+// Which candidate fits: the search behind fit_policy, training::recommend and `train --fit`. A candidate is anything
+// that makes a step smaller, such as a checkpoint policy or the size of a batch. replay(candidate) is an optional,
+// empty where memory does not suffice; it is asked in the order in which candidates are wished for.
+
 namespace headroom::inline v0 {
+
+/// What `replay` gives for the first of `candidates` for which it gives something.
+template <std::ranges::input_range Candidates, std::invocable<std::ranges::range_reference_t<Candidates>> Replay>
+std::invoke_result_t<Replay&, std::ranges::range_reference_t<Candidates>> first_that_fits(Candidates&& candidates,
+                                                                                          Replay&& replay) {
+  for (auto&& candidate : candidates) {
+    if (auto found = replay(candidate)) return found;
+  }
+  return {};
+}
 
 /// Checkpoint policies by the operations that they add, then by what they need beside memory; each needs less memory
 /// than those before. All give the same gradients up to rounding: bf16 does not. The others need more of both than one
@@ -31,8 +46,9 @@ inline std::vector<CheckpointPolicy> policies_by_cost() {
 /// late ones are gone.
 inline StackPolicy mixed_policy(const CheckpointPolicy& cheaper, const CheckpointPolicy& leaner, int64_t count,
                                 int64_t blocks) {
-  using Block = CheckpointPolicy::Block;
-  if (cheaper.block == Block::full && leaner.block == Block::tiled) return {{{blocks - count, cheaper}}, leaner};
+  using Recompute = CheckpointPolicy::Recompute;
+  if (cheaper.recompute == Recompute::full && leaner.recompute == Recompute::tiled)
+    return {{{blocks - count, cheaper}}, leaner};
   return {{{count, leaner}}, cheaper};
 }
 
@@ -49,27 +65,27 @@ inline CheckpointPolicy cheapest_part(const StackPolicy& policy) {
 
 }  // namespace detail
 
-/// What `attempt` gives for the cheapest checkpoint policy of a stack of `blocks` blocks for which it gives something:
-/// attempt(policy) is an optional, empty where memory does not suffice. Tried are `given`, policies_by_cost() from the
-/// first that is part of it, and between two of these as few blocks as possible under the leaner one.
+/// What `replay` gives for the cheapest checkpoint policy of a stack of `blocks` blocks for which it gives something.
+/// Tried are `given`, policies_by_cost() from the first that is part of it, and between two of these as few blocks as
+/// possible under the leaner one.
 ///
 /// The number of blocks is found by bisection: peaks fall with every block. So where memory is the larger, the policy
 /// is never costlier, and where it is the smaller, its peak is never higher.
-template <std::invocable<StackPolicy> Attempt>
-std::invoke_result_t<Attempt&, StackPolicy> cheapest_policy(Attempt&& attempt, int64_t blocks,
-                                                            const StackPolicy& given = {}) {
+template <std::invocable<StackPolicy> Replay>
+std::invoke_result_t<Replay&, StackPolicy> cheapest_policy(Replay&& replay, int64_t blocks,
+                                                           const StackPolicy& given = {}) {
   const std::vector<CheckpointPolicy> policies = policies_by_cost();
   const auto first = std::ranges::find(policies, detail::cheapest_part(given));
   if (given != *first) {
-    if (auto found = attempt(given)) return found;
+    if (auto found = replay(given)) return found;
   }
   for (auto policy = first; policy != policies.end(); ++policy) {
-    auto best = attempt(*policy);
+    auto best = replay(*policy);
     if (!best) continue;
     if (policy == first) return best;
     for (int64_t too_few = 0, enough = blocks; enough - too_few > 1;) {
       const int64_t count = std::midpoint(too_few, enough);
-      auto found = attempt(mixed_policy(*std::prev(policy), *policy, count, blocks));
+      auto found = replay(mixed_policy(*std::prev(policy), *policy, count, blocks));
       (found ? enough : too_few) = count;
       if (found) best = std::move(found);
     }
@@ -95,12 +111,12 @@ struct PolicyChoice {
 template <std::invocable<const StackPolicy&> Step>
 std::optional<PolicyChoice> fit_policy(Step&& step, int64_t blocks, const DeviceProfile& device,
                                        const PlanOptions& options = {}) {
-  const auto attempt = [&](const StackPolicy& policy) -> std::optional<PolicyChoice> {
+  const auto replay = [&](const StackPolicy& policy) -> std::optional<PolicyChoice> {
     Plan needed = plan([&] { step(policy); }, device, options);
     if (!needed.fits) return std::nullopt;
     return PolicyChoice{policy, std::move(needed)};
   };
-  return cheapest_policy(attempt, blocks);
+  return cheapest_policy(replay, blocks);
 }
 
 }  // namespace headroom::inline v0

@@ -115,8 +115,7 @@ class TraceRecorder : private detail::AllocationListener {
     TraceRecorder& recorder;
     explicit Call(TraceRecorder& r) : recorder(r) {}
     int32_t op;
-    bool resizes;
-    at::Tensor resized;
+    at::Tensor resized;      // by the operator
     c10::DataPtr temporary;  // what the operator needs while it runs and the meta device does not ask for
   };
 
@@ -176,6 +175,7 @@ class TraceRecorder : private detail::AllocationListener {
     auto call = std::make_unique<Call>(*this);
     const char* const name = function.name();
     const auto inputs = detail::recorded_inputs(function);
+    detail::TemporaryBytes temporary = nullptr;
     {
       const std::scoped_lock lock(mutex_);
       Operator op{.name = name_(name),
@@ -183,7 +183,8 @@ class TraceRecorder : private detail::AllocationListener {
                   .is_node = function.scope() == at::RecordScope::BACKWARD_FUNCTION,
                   .parent = stack_.empty() ? -1 : stack_.back(),
                   .begin = trace_.events++};
-      if (DryRun::device().has_value() && is_random(function, op.name)) {
+      const Kind& kind = kind_of(function, op.name);
+      if (DryRun::device().has_value() && kind.is_random) {
         DryRun::note_draw();
         const auto keys = c10::impl::tls_local_dispatch_key_set().included_;
         drew_ = drew_ || !keys.has_backend(c10::BackendComponent::MetaBit);
@@ -191,18 +192,19 @@ class TraceRecorder : private detail::AllocationListener {
       detail::ParameterUser user{static_cast<int32_t>(trace_.operators.size()), {}};
       for (const c10::IValue& input : inputs) find_uses(input, user.modules);
       const bool counted = op.parent >= 0 && own_flops_[static_cast<size_t>(op.parent)];
-      const auto flops = counted ? std::nullopt : flops_of(name, inputs);
-      op.flops = flops.value_or(0) * Repetition::current();
+      const bool counts = !counted && kind.flops != nullptr;
+      if (counts) op.flops = kind.flops(inputs) * Repetition::current();
       call->op = user.op;
       stack_.push_back(call->op);
       trace_.operators.push_back(op);
       if (!user.modules.empty()) users_.push_back(std::move(user));
-      own_flops_.push_back(counted || flops.has_value());
-      call->resizes = std::string_view(name) == "aten::resize_";
-      if (call->resizes && !inputs.empty() && inputs[0].isTensor()) call->resized = inputs[0].toTensor();
+      own_flops_.push_back(counted || counts);
+      if (kind.resizes && !inputs.empty() && inputs[0].isTensor()) call->resized = inputs[0].toTensor();
+      temporary = kind.temporary;
     }
-    if (const auto planned = DryRun::device(); planned.has_value() && planned->is_cpu()) {
-      if (const int64_t bytes = detail::cpu_temporary_bytes(name, inputs); bytes > 0) {
+    const auto planned = DryRun::device();
+    if (temporary != nullptr && planned.has_value() && planned->is_cpu()) {
+      if (const int64_t bytes = temporary(name, inputs); bytes > 0) {
         call->temporary = detail::MetaAllocator::instance().allocate(static_cast<size_t>(bytes));
       }
     }
@@ -222,13 +224,26 @@ class TraceRecorder : private detail::AllocationListener {
     if (call.resized.defined()) note_shape(call.resized, begin);
   }
 
-  bool is_random(const at::RecordFunction& function, int32_t name) {
-    const auto [known, is_new] = random_.try_emplace(name, false);
-    if (const auto op = is_new ? function.operator_name() : std::nullopt) {
+  /// What is known of an operator by its name.
+  struct Kind {
+    bool is_random = false;                      // it draws random numbers
+    bool resizes = false;                        // it changes the size of its first argument
+    detail::FlopsFormula flops = nullptr;        // nullptr: those of the operators that it calls
+    detail::TemporaryBytes temporary = nullptr;  // nullptr: it needs none
+  };
+  const Kind& kind_of(const at::RecordFunction& function, int32_t name) {
+    const auto [known, is_new] = kinds_.try_emplace(name);
+    if (!is_new) return known->second;
+    Kind& kind = known->second;
+    const std::string_view text = function.name();
+    kind.resizes = text == "aten::resize_";
+    kind.flops = detail::flops_formula(text);
+    kind.temporary = detail::cpu_temporaries(text);
+    if (const auto op = function.operator_name()) {
       const auto handle = c10::Dispatcher::singleton().findOp(*op);
-      known->second = handle.has_value() && handle->hasTag(at::Tag::nondeterministic_seeded);
+      kind.is_random = handle.has_value() && handle->hasTag(at::Tag::nondeterministic_seeded);
     }
-    return known->second;
+    return kind;
   }
 
   static const void* block_of(const at::Tensor& x) {
@@ -342,7 +357,7 @@ class TraceRecorder : private detail::AllocationListener {
   std::deque<detail::ParameterUser> users_;  // in the order of their calls
   std::vector<bool> own_flops_;              // of each operator: its FLOPs and those of its callees are known
   bool drew_ = false;
-  std::unordered_map<int32_t, bool> random_;  // by name: whether the operator draws random numbers
+  std::unordered_map<int32_t, Kind> kinds_;  // of operators, by name
   std::unordered_map<const void*, size_t> live_;
   std::unordered_map<const void*, int32_t> owners_;
   std::vector<at::Tensor> parameters_;

@@ -8,9 +8,9 @@
 #include <deque>
 #include <functional>
 #include <limits>
-#include <map>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 namespace headroom::inline v0 {
@@ -52,6 +52,7 @@ struct MemoryTrace {
   std::deque<Operator> operators;  ///< in the order of their calls; a deque needs no copy to grow
   std::deque<Block> blocks;        ///< in the order of their allocation
   int64_t events = 0;
+  int64_t values_read = 0;                  ///< of a dry run: readings that were given a value
   std::vector<std::string> estimated = {};  ///< operators of a dry run whose memory is not known exactly
 
   /// The longest path of modules that both paths start with: "layers.0.norm", "layers.0.linear" -> "layers.0".
@@ -81,7 +82,11 @@ class NameTable {
 
  private:
   std::vector<std::string>& names_;
-  std::map<std::string, int32_t, std::less<>> index_;
+  struct Hash {
+    using is_transparent = void;
+    size_t operator()(std::string_view name) const { return std::hash<std::string_view>()(name); }
+  };
+  std::unordered_map<std::string, int32_t, Hash, std::equal_to<>> index_;
 };
 
 /// Begin and end of a block as one event each, in the order of time: {time, block, is begin}.

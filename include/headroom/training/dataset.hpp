@@ -14,14 +14,9 @@
 #include "headroom/audio/file.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/io/file_name.hpp"
+#include "headroom/training/example.hpp"
 
 namespace headroom::inline v0::training {
-
-/// A mixture and what it is made of: [C,S] and [N,C,S], or a batch of them, [B,C,S] and [B,N,C,S].
-struct Example {
-  torch::Tensor mixture;
-  torch::Tensor stems;
-};
 
 /// How a track is drawn.
 enum class TrackDraw {

@@ -15,21 +15,28 @@
 #include <vector>
 
 #include "headroom/memory/format.hpp"
-#include "headroom/models/time_frequency_transformer.hpp"
+#include "headroom/models/separator.hpp"
 #include "headroom/plan/plan.hpp"
 #include "headroom/plan/recorder.hpp"
 #include "headroom/plan/report_json.hpp"
 #include "headroom/runtime/phase.hpp"
 #include "headroom/training/bucket.hpp"
 #include "headroom/training/config.hpp"
+#include "headroom/training/described.hpp"
+#include "headroom/training/example.hpp"
 #include "headroom/training/json.hpp"
+#include "headroom/training/models.hpp"
+#include "headroom/training/separate.hpp"
 #include "headroom/training/trainer.hpp"
 
 namespace headroom::inline v0::training {
 
 /// Reads a device profile from a JSON file. Throws headroom.training.config_file, .json and, for a malformed profile,
 /// headroom.training.device_profile.
-inline DeviceProfile load_device_profile(const std::filesystem::path& path) {
+HEADROOM_TRAINING DeviceProfile load_device_profile(const std::filesystem::path& path);
+
+#ifdef HEADROOM_TRAINING_HERE
+HEADROOM_TRAINING DeviceProfile load_device_profile(const std::filesystem::path& path) {
   const std::string text = detail::read_text(path, "a device profile", "a JSON file, or the name of a known device");
   DeviceProfile profile;
   std::vector<Problem> problems;
@@ -45,6 +52,7 @@ inline DeviceProfile load_device_profile(const std::filesystem::path& path) {
   }
   return profile;
 }
+#endif
 
 /// A profile by name (device_profile) or, where `name` ends with .json, from a file.
 inline DeviceProfile find_device_profile(const std::string& name) {
@@ -54,10 +62,6 @@ inline DeviceProfile find_device_profile(const std::string& name) {
 /// Examples without data.
 struct ShapeSource {
   const Config& config;
-
-  struct Example {
-    torch::Tensor mixture, stems;
-  };
   Example operator()(int64_t, int64_t count) const {
     const int64_t channels = config.audio.channels, samples = config.training.segment_length;
     const auto stems = static_cast<int64_t>(config.audio.stems.size());
@@ -88,7 +92,7 @@ inline int64_t replayed_passes(const Config& config) {
 /// each of these.
 inline void dry_training(Config config, const std::vector<Bucket>& steps, const std::function<void()>& next) {
   config.training.gradient_accumulation_steps = replayed_passes(config);
-  models::TimeFrequencyTransformer model(model_options(config));
+  const models::Separator model = make_model(config);
   const auto source = [&](int64_t first, int64_t) { return ShapeSource{config}(first, config.training.batch_size); };
   Trainer trainer(model, config, source);
   for (const Bucket& bucket : steps) {
@@ -103,7 +107,7 @@ inline void dry_training(Config config, const std::vector<Bucket>& steps, const 
   for (const Bucket& bucket : steps) {
     config.training.segment_length = std::max(config.training.segment_length, bucket.segment_length);
   }
-  model->forward(ShapeSource{config}(0, 1).mixture);
+  model(ShapeSource{config}(0, 1).mixture);
 }
 
 /// Throws headroom.training.bucket where there is none, and headroom.training.config for one that the configuration
@@ -116,8 +120,12 @@ inline void check_buckets(const Config& config, const std::vector<Bucket>& bucke
 }
 
 /// The plan of plan_buckets, without its checks.
-inline BucketPlan plan_steps(const Config& config, const std::vector<Bucket>& buckets, const DeviceProfile& device,
-                             PlanOptions options) {
+HEADROOM_TRAINING BucketPlan plan_steps(const Config& config, const std::vector<Bucket>& buckets,
+                                        const DeviceProfile& device, PlanOptions options);
+
+#ifdef HEADROOM_TRAINING_HERE
+HEADROOM_TRAINING BucketPlan plan_steps(const Config& config, const std::vector<Bucket>& buckets,
+                                        const DeviceProfile& device, PlanOptions options) {
   options.value = 1;  // losses and norms, which the trainer checks and reports
   // The first step makes the optimizer's state. The largest bucket comes first, so that others find what it left in
   // the allocator's cache, and once more at the end, where it finds what they left
@@ -153,6 +161,7 @@ inline BucketPlan plan_steps(const Config& config, const std::vector<Bucket>& bu
                       static_cast<double>(replayed_passes(config));
   return result;
 }
+#endif
 
 }  // namespace detail
 
@@ -183,7 +192,7 @@ inline void print_buckets(std::ostream& out, const BucketPlan& plan) {
 
 /// The plan as a JSON document, with "buckets": [{"batch_size", "segment_length", "peak_bytes"}].
 inline std::string plan_json(const BucketPlan& plan) {
-  auto json = nlohmann::ordered_json::parse(headroom::plan_json(plan.plan));
+  auto json = Json::parse(headroom::plan_json(plan.plan));
   for (size_t i = 0; i < plan.buckets.size(); ++i) {
     const auto& [batch_size, segment_length] = plan.buckets[i];
     json["buckets"].push_back(

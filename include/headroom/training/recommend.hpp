@@ -13,6 +13,8 @@
 #include "headroom/plan/policy_search.hpp"
 #include "headroom/training/bucket.hpp"
 #include "headroom/training/plan.hpp"
+#include "headroom/training/rules.hpp"
+#include "headroom/training/separate.hpp"
 
 namespace headroom::inline v0::training {
 
@@ -71,6 +73,94 @@ inline std::vector<std::string> changes(const Config& from, const Recommendation
   return changes;
 }
 
+/// The search behind recommend().
+class Recommender {
+ public:
+  /// Without `buckets`, batches are those of the configuration.
+  Recommender(const Config& config, const DeviceProfile& device, const PlanOptions& options,
+              const std::vector<Bucket>& buckets)
+      : config_(config),
+        device_(device),
+        options_(options),
+        bucketed_(!buckets.empty()),
+        wanted_(bucketed_ ? buckets : std::vector{bucket_of(config)}),
+        shortest_(wanted_.front().segment_length),
+        recomputes_(config.model.blocks() > 0) {
+    for (const Bucket& bucket : wanted_) {
+      batch_ = std::gcd(batch_, bucket.batch_size);
+      shortest_ = std::min(shortest_, bucket.segment_length);
+    }
+    if (config.training.optimizer_in_backward) batch_ = 1;  // which cannot add to gradients
+  }
+
+  std::optional<Recommendation> find() const {
+    if (auto fits = replay(config_, 1, 1)) return fits;
+    Config asked = config_;
+    if (config_.model.attention == "reference") asked.model.attention = "automatic";
+    const std::vector<Config> by_bits = with_fewer_bits(asked);
+    // Divided by the denominators of shorter segments; the shortest is what the model and its loss still take
+    std::vector<int64_t> parts{1, 2, 3, 4, 6, 8, 12, 16};
+    std::erase_if(parts, [&](int64_t part) { return !takes_segments(config_, shortest_ / part); });
+    return first_that_fits(parts, [&](int64_t part) {
+      return first_that_fits(by_bits, [&](const Config& candidate) { return with_least_work(candidate, part); });
+    });
+  }
+
+ private:
+  /// The candidate with batches split into so many parts and segments shortened to one of so many, if that fits.
+  std::optional<Recommendation> replay(Config candidate, int64_t split, int64_t part) const {
+    Recommendation result;
+    result.buckets = wanted_;
+    result.same_training = part == 1 && candidate.training.bf16 == config_.training.bf16 &&
+                           candidate.training.optimizer_state == config_.training.optimizer_state;
+    for (Bucket& bucket : result.buckets) {
+      bucket.batch_size /= split;
+      bucket.segment_length /= part;
+    }
+    result.config = with_bucket(std::move(candidate), result.buckets.front());
+    result.config.training.gradient_accumulation_steps *= split;
+    result.plan = plan_steps(result.config, result.buckets, device_, options_).plan;
+    if (!result.plan.fits) return std::nullopt;
+    if (!bucketed_) result.buckets.clear();
+    result.changes = changes(config_, result);
+    return result;
+  }
+
+  /// The candidate with as little recomputation, then as few splits as fit.
+  std::optional<Recommendation> with_least_work(Config candidate, int64_t part) const {
+    StackPolicy& policy = candidate.model.gradient_checkpointing;
+    const auto in_splits = [&](int64_t split) { return replay(candidate, split, part); };
+    // Gradients that are added to are there during a pass: few tokens may need less memory in one pass
+    std::vector<int64_t> leanest_splits{batch_};
+    if (config_.training.gradient_accumulation_steps == 1 && batch_ > 1) leanest_splits.push_back(1);
+    const auto in_least = [&](const StackPolicy& under) {
+      policy = under;
+      return first_that_fits(leanest_splits, in_splits);
+    };
+    const StackPolicy& given = config_.model.gradient_checkpointing;
+    // Where the least of all does not fit, none does
+    auto chosen = in_least(recomputes_ ? StackPolicy(policies_by_cost().back()) : given);
+    if (chosen && recomputes_) chosen = cheapest_policy(in_least, config_.model.blocks(), given);
+    if (!chosen) return std::nullopt;
+    policy = chosen->config.model.gradient_checkpointing;
+    std::vector<int64_t> fewer_splits;
+    for (int64_t split = 1; split < batch_; ++split) {
+      if (batch_ % split == 0) fewer_splits.push_back(split);
+    }
+    auto with_fewer = first_that_fits(fewer_splits, in_splits);
+    return with_fewer ? std::move(with_fewer) : std::move(chosen);
+  }
+
+  const Config& config_;
+  const DeviceProfile& device_;
+  const PlanOptions& options_;
+  bool bucketed_;
+  std::vector<Bucket> wanted_;
+  int64_t batch_ = 0;  ///< what can be split alike in all buckets
+  int64_t shortest_;   ///< segment
+  bool recomputes_;    ///< there are blocks that a checkpoint policy decides about
+};
+
 }  // namespace detail
 
 /// The first of these that fits a device: the configuration as it is; attention that stores no scores; smaller batches
@@ -80,73 +170,18 @@ inline std::vector<std::string> changes(const Config& from, const Recommendation
 /// `buckets`, batches have their shapes instead of the configuration's, and what is recommended fits with all of them.
 /// Each is judged by replaying it. The order does not depend on the budget, so that a larger one never gets a worse
 /// answer, and a smaller one never a higher peak. Throws as plan_training and plan_buckets do; none: nothing fits.
-inline std::optional<Recommendation> recommend(const Config& config, const DeviceProfile& device,
-                                               const PlanOptions& options = {},
-                                               const std::vector<Bucket>& buckets = {}) {
+HEADROOM_TRAINING std::optional<Recommendation> recommend(const Config& config, const DeviceProfile& device,
+                                                          const PlanOptions& options = {},
+                                                          const std::vector<Bucket>& buckets = {});
+
+#ifdef HEADROOM_TRAINING_HERE
+HEADROOM_TRAINING std::optional<Recommendation> recommend(const Config& config, const DeviceProfile& device,
+                                                          const PlanOptions& options,
+                                                          const std::vector<Bucket>& buckets) {
   if (!buckets.empty()) detail::check_buckets(config, buckets);
-  const std::vector<Bucket> wanted = buckets.empty() ? std::vector{bucket_of(config)} : buckets;
-  int64_t batch = 0, shortest = wanted.front().segment_length;  // batch: what can be split alike in all buckets
-  for (const Bucket& bucket : wanted) {
-    batch = std::gcd(batch, bucket.batch_size);
-    shortest = std::min(shortest, bucket.segment_length);
-  }
-  if (config.training.optimizer_in_backward) batch = 1;  // which cannot add to gradients
-  // Batches are split into as many parts, segments are shortened to one of as many
-  const auto attempt = [&](Config candidate, int64_t split, int64_t part) -> std::optional<Recommendation> {
-    Recommendation result;
-    result.buckets = wanted;
-    result.same_training = part == 1 && candidate.training.bf16 == config.training.bf16 &&
-                           candidate.training.optimizer_state == config.training.optimizer_state;
-    for (Bucket& bucket : result.buckets) {
-      bucket.batch_size /= split;
-      bucket.segment_length /= part;
-    }
-    result.config = with_bucket(std::move(candidate), result.buckets.front());
-    result.config.training.gradient_accumulation_steps *= split;
-    result.plan = detail::plan_steps(result.config, result.buckets, device, options).plan;
-    if (!result.plan.fits) return std::nullopt;
-    if (buckets.empty()) result.buckets.clear();
-    result.changes = detail::changes(config, result);
-    return result;
-  };
-  if (auto fits = attempt(config, 1, 1)) return fits;
-  Config asked = config;
-  if (config.model.attention == "reference") asked.model.attention = "automatic";
-  const StackPolicy& given = config.model.gradient_checkpointing;
-  const StackPolicy leanest = config.model.reversible ? given : policies_by_cost().back();
-  // The candidate with as little recomputation, then as few splits as fit
-  const auto fit = [&](Config candidate, int64_t part) -> std::optional<Recommendation> {
-    const auto with = [&](const StackPolicy& policy) {
-      candidate.model.gradient_checkpointing = policy;
-      return candidate;
-    };
-    const auto in_least = [&](const StackPolicy& policy) {
-      auto fits = attempt(with(policy), batch, part);
-      // Gradients that are added to are there during a pass: few tokens may need less memory in one pass
-      const bool adds = config.training.gradient_accumulation_steps > 1;
-      return fits || adds || batch == 1 ? fits : attempt(with(policy), 1, part);
-    };
-    auto chosen = in_least(leanest);  // where the least of all does not fit, none does
-    if (chosen && !config.model.reversible) chosen = cheapest_policy(in_least, config.model.blocks(), given);
-    if (!chosen) return std::nullopt;
-    const StackPolicy policy = chosen->config.model.gradient_checkpointing;
-    for (int64_t split = 1; split < batch; ++split) {
-      if (batch % split != 0) continue;
-      if (auto fits = attempt(with(policy), split, part)) return fits;
-    }
-    return chosen;
-  };
-  const int64_t longest_window =
-      std::max({config.model.n_fft, config.loss.min_n_fft, std::ranges::max(config.loss.windows)});
-  // Divided by the denominators of shorter segments; the shortest is what the STFT and its loss still take
-  for (const int64_t part : {1, 2, 3, 4, 6, 8, 12, 16}) {
-    if (shortest / part < longest_window) break;
-    for (const Config& candidate : detail::with_fewer_bits(asked)) {
-      if (auto fits = fit(candidate, part)) return fits;
-    }
-  }
-  return std::nullopt;
+  return detail::Recommender(config, device, options, buckets).find();
 }
+#endif
 
 /// The recommendation in a few lines.
 inline std::string describe(const std::optional<Recommendation>& recommendation) {

@@ -26,17 +26,19 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/io/atomic_file.hpp"
-#include "headroom/models/time_frequency_transformer.hpp"
+#include "headroom/models/separator.hpp"
 #include "headroom/optim/adamw.hpp"
 #include "headroom/training/cause.hpp"
 #include "headroom/training/config.hpp"
+#include "headroom/training/models.hpp"
+#include "headroom/training/separate.hpp"
 
 namespace headroom::inline v0::training {
 
 /// Tensors by name.
 using TensorMap = std::map<std::string, torch::Tensor>;
 
-/// Everything that a training run needs to go on as if it had never stopped: one file per checkpoint.
+/// Everything that a training run needs to go on as if it had never stopped: one file a state.
 struct TrainingState {
   std::string config = {};                ///< JSON text of the configuration
   int64_t step = 0;                       ///< optimizer steps taken
@@ -63,7 +65,7 @@ inline uint64_t checksum(std::string_view bytes) {
   return hash;
 }
 
-/// The last bytes of a checkpoint. They come after the archive, so that Python's torch.load reads the file too.
+/// The last bytes of a saved state. They come after the archive, so that Python's torch.load reads the file too.
 struct Trailer {
   static constexpr std::array<char, 8> kMagic = {'h', 'e', 'a', 'd', 'r', 'm', '0', '1'};
   std::array<char, 8> magic = kMagic;
@@ -102,9 +104,16 @@ inline TensorMap to_tensor_map(const c10::IValue& value) {
 
 }  // namespace detail
 
-/// Writes a checkpoint atomically. Python reads it too: torch.load(path, weights_only=False).
+/// Writes a saved state atomically. Python reads it too: torch.load(path, weights_only=False).
 /// Throws headroom.training.state.write.
-inline void save_state(const std::filesystem::path& path, const TrainingState& state) {
+HEADROOM_TRAINING void save_state(const std::filesystem::path& path, const TrainingState& state);
+
+/// Reads a saved state. Throws headroom.training.state.read when there is no such file and
+/// headroom.training.state.corrupt when it is truncated, changed, or something else.
+HEADROOM_TRAINING TrainingState load_state(const std::filesystem::path& path);
+
+#ifdef HEADROOM_TRAINING_HERE
+HEADROOM_TRAINING void save_state(const std::filesystem::path& path, const TrainingState& state) {
   c10::impl::GenericDict content(c10::StringType::get(), c10::AnyType::get());
   content.insert("config", state.config);
   content.insert("step", state.step);
@@ -126,30 +135,30 @@ inline void save_state(const std::filesystem::path& path, const TrainingState& s
 
 namespace detail {
 
-/// A damaged checkpoint, or a file that is none. Throws headroom.training.state.corrupt unless `fine`.
+/// A damaged saved state, or a file that is none. Throws headroom.training.state.corrupt unless `fine`.
 template <class... What>
-void check_checkpoint(bool fine, const std::filesystem::path& path, uint64_t size, const What&... what) {
+void check_saved_state(bool fine, const std::filesystem::path& path, uint64_t size, const What&... what) {
   require(fine, "headroom.training.state.corrupt", path.string(), " (", size, " bytes) ", what...,
-          "; use another checkpoint of the run, such as best.pt or last.pt");
+          "; use another saved state of the run, such as best.pt or last.pt");
 }
 
-/// The archive in a checkpoint. Its end is looked at first: whatever else was given by mistake, of any size, is refused
-/// before it is read. Throws as load_state.
+/// The archive in a saved state. Its end is looked at first: whatever else was given by mistake, of any size, is
+/// refused before it is read. Throws as load_state.
 inline std::vector<char> read_archive(const std::filesystem::path& path) {
   std::error_code failure;  // a loop of links, or a folder that may not be entered
   const bool regular = std::filesystem::is_regular_file(path, failure);
   std::ifstream file;
   if (regular) file.open(path, std::ios::binary | std::ios::ate);  // to open a pipe would wait for its writer
-  require(file.is_open(), "headroom.training.state.read", "cannot read a checkpoint from ", path.string(),
+  require(file.is_open(), "headroom.training.state.read", "cannot read a saved state from ", path.string(),
           failure ? ": " + failure.message() : "", "; expected a file that train wrote, such as last.pt");
   const auto size = static_cast<uint64_t>(file.tellg());
-  const auto check = [&](bool fine, const auto&... what) { check_checkpoint(fine, path, size, what...); };
+  const auto check = [&](bool fine, const auto&... what) { check_saved_state(fine, path, size, what...); };
   Trailer trailer{.magic = {}};
   if (size > sizeof trailer) {
     file.seekg(-static_cast<std::streamoff>(sizeof trailer), std::ios::end);
     file.read(reinterpret_cast<char*>(&trailer), sizeof trailer);
   }
-  check(trailer.magic == Trailer::kMagic, "has no end mark: it is truncated or no checkpoint");
+  check(trailer.magic == Trailer::kMagic, "has no end mark: it is truncated or no saved state");
   check(trailer.size == size - sizeof trailer, "should hold ", trailer.size, " bytes of data and holds ",
         size - sizeof trailer);
   std::vector<char> bytes(trailer.size);
@@ -161,9 +170,7 @@ inline std::vector<char> read_archive(const std::filesystem::path& path) {
 
 }  // namespace detail
 
-/// Reads a checkpoint. Throws headroom.training.state.read when there is no such file and
-/// headroom.training.state.corrupt when it is truncated, changed, or something else.
-inline TrainingState load_state(const std::filesystem::path& path) {
+HEADROOM_TRAINING TrainingState load_state(const std::filesystem::path& path) {
   const std::vector<char> bytes = detail::read_archive(path);
   try {
     const auto content = torch::pickle_load(bytes).toGenericDict();
@@ -180,11 +187,12 @@ inline TrainingState load_state(const std::filesystem::path& path) {
             .model = detail::to_tensor_map(content.at("model")),
             .optimizer = detail::to_tensor_map(content.at("optimizer"))};
   } catch (const std::exception& error) {
-    detail::check_checkpoint(false, path, bytes.size() + sizeof(detail::Trailer),
-                             "is not laid out as this version writes it: ", cause(error));
+    detail::check_saved_state(false, path, bytes.size() + sizeof(detail::Trailer),
+                              "is not laid out as this version writes it: ", cause(error));
     throw;
   }
 }
+#endif
 
 /// Parameters and buffers of a module by name; they share memory with the module.
 inline TensorMap tensors_of(const torch::nn::Module& module) {
@@ -226,7 +234,7 @@ inline void copy_tensors(const TensorMap& source, const TensorMap& target, const
 
 namespace detail {
 
-/// The step count and the moments of a parameter under the names of a checkpoint: as LibTorch's AdamW calls them, with
+/// The step count and the moments of a parameter under the names of a saved state: as LibTorch's AdamW calls them, with
 /// scales beside those that are quantised.
 inline void add_optimizer_state(TensorMap& tensors, const std::string& parameter, const optim::AdamWState& state) {
   tensors.emplace(parameter + ".step", torch::tensor(state.step));
@@ -235,7 +243,7 @@ inline void add_optimizer_state(TensorMap& tensors, const std::string& parameter
     if (moment.scales.defined()) tensors.emplace(parameter + name + scales, moment.scales);
   };
   add(".exp_avg", state.average, ".scales");
-  // Codes without these stand for other numbers: of a checkpoint from before squares had codes of their own
+  // Codes without these stand for other numbers: of a saved state from before squares had codes of their own
   add(".exp_avg_sq", state.square, ".squared_code_scales");
 }
 
@@ -285,7 +293,7 @@ inline void check_random_state(const torch::Tensor& state, const std::string& wh
     at::make_generator<at::CPUGeneratorImpl>().set_state(state);
   } catch (const c10::Error& error) {
     fail("headroom.training.state.random", what, " holds no state of LibTorch's CPU random generator (", cause(error),
-         "); use another checkpoint of the run, or start anew");
+         "); use another saved state of the run, or start anew");
   }
 }
 
@@ -296,40 +304,26 @@ inline void set_random_state(const torch::Tensor& state) {
   generator.set_state(state);
 }
 
-/// The model's options that a configuration describes.
-inline models::TimeFrequencyTransformerOptions model_options(const Config& config) {
-  return models::TimeFrequencyTransformerOptions()
-      .n_fft(config.model.n_fft)
-      .hop_length(config.model.hop_length)
-      .n_layers(config.model.n_layers)
-      .emb_dim(config.model.emb_dim)
-      .n_heads(config.model.n_heads)
-      .ffn_hidden_dim(config.model.ffn_hidden_dim)
-      .channels(config.audio.channels)
-      .stems(static_cast<int64_t>(config.audio.stems.size()))
-      .gradient_checkpointing(config.model.gradient_checkpointing)
-      .reversible(config.model.reversible)
-      .attention(attention_backend(config.model.attention));
-}
-
 /// A trained model and the configuration that it was trained with.
 struct LoadedModel {
   Config config;
-  models::TimeFrequencyTransformer model;
+  models::Separator model;
 };
 
-/// Reads a checkpoint for inference: the model is in evaluation mode and needs no gradients. Throws like load_state,
+/// Reads a saved state for inference: the model is in evaluation mode and needs no gradients. Throws like load_state,
 /// copy_tensors and parse_config.
-inline LoadedModel load_model(const std::filesystem::path& path) {
+HEADROOM_TRAINING LoadedModel load_model(const std::filesystem::path& path);
+
+#ifdef HEADROOM_TRAINING_HERE
+HEADROOM_TRAINING LoadedModel load_model(const std::filesystem::path& path) {
   const TrainingState state = load_state(path);
-  LoadedModel loaded{parse_config(state.config, path.string() + " (configuration)"), nullptr};
-  loaded.model = models::TimeFrequencyTransformer(model_options(loaded.config));
-  copy_tensors(state.model, tensors_of(*loaded.model), path.string());
-  loaded.model->eval();
-  for (torch::Tensor& parameter : loaded.model->parameters()) {
-    parameter.requires_grad_(false);
-  }
-  return loaded;
+  const Config config = parse_config(state.config, path.string() + " (configuration)");
+  const models::Separator model = make_model(config);
+  copy_tensors(state.model, tensors_of(*model), path.string());
+  model->eval();
+  for (torch::Tensor& parameter : model->parameters()) parameter.requires_grad_(false);
+  return {config, model};
 }
+#endif
 
 }  // namespace headroom::inline v0::training

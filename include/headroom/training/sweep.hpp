@@ -27,8 +27,9 @@ struct Sweep {
 
 /// Reads "segment_length=3s..15s", "batch_size=1,2,4,8" or "model.n_layers=4..12:3": a number of the configuration by
 /// its name, with or without its section, and a list, or a range in evenly spaced points (5 unless told). A number of
-/// seconds is one of samples at `sample_rate`. Throws headroom.training.sweep.
-inline Sweep parse_sweep(const std::string& text, int64_t sample_rate) {
+/// seconds is one of samples at `sample_rate`. `config` has the model whose numbers are meant. Throws
+/// headroom.training.sweep.
+inline Sweep parse_sweep(const std::string& text, int64_t sample_rate, const Config& config = {}) {
   const auto check = [&](bool fine, const auto&... what) {
     require(fine, "headroom.training.sweep", "cannot sweep ", text, ": ", what...,
             "; expected a number of the configuration and its values, such as segment_length=3s..15s, "
@@ -41,7 +42,7 @@ inline Sweep parse_sweep(const std::string& text, int64_t sample_rate) {
   Sweep sweep{
       dot == std::string::npos ? "" : name.substr(0, dot), name.substr(dot == std::string::npos ? 0 : dot + 1), {}};
   bool found = false;
-  const auto sections = write_described(Config{});
+  const auto sections = write_described(config);
   for (const auto& [section, members] : sections.items()) {
     if ((sweep.section.empty() || sweep.section == section) && members.contains(sweep.key) &&
         members[sweep.key].is_number_integer()) {
@@ -132,8 +133,7 @@ inline void print_sweep(std::ostream& out, const std::vector<SweepRow>& rows, co
 /// The rows as JSON: {"device", "budget_bytes", "key", "rows": [...]}.
 inline std::string sweep_json(const std::vector<SweepRow>& rows, const Sweep& sweep, const DeviceProfile& device,
                               int64_t budget) {
-  nlohmann::ordered_json json = {
-      {"device", device.name}, {"budget_bytes", budget}, {"key", sweep.section + "." + sweep.key}};
+  Json json = {{"device", device.name}, {"budget_bytes", budget}, {"key", sweep.section + "." + sweep.key}};
   for (const SweepRow& row : rows) {
     json["rows"].push_back({{"configuration", row.configuration},
                             {"value", row.value},

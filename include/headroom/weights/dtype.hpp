@@ -9,22 +9,23 @@
 
 namespace headroom::inline v0::weights {
 
-/// Types of elements that weight files hold.
+/// Types of elements that weight files hold, in the order in which tensors stand in the safetensors files of the
+/// reference implementation: wide ones first.
 enum class DType : std::uint8_t {
+  u64,
+  i64,
   f64,
+  c64,
   f32,
-  f16,
+  u32,
+  i32,
   bf16,
+  f16,
+  u16,
+  i16,
   f8_e4m3,
   f8_e5m2,
-  c64,
-  i64,
-  i32,
-  i16,
   i8,
-  u64,
-  u32,
-  u16,
   u8,
   boolean
 };
@@ -38,20 +39,20 @@ struct DTypeNames {
 };
 
 // In the order of the enumeration
-inline constexpr std::array<DTypeNames, 16> kDTypes{{{DType::f64, 8, "F64", "DoubleStorage"},
+inline constexpr std::array<DTypeNames, 16> kDTypes{{{DType::u64, 8, "U64", ""},
+                                                     {DType::i64, 8, "I64", "LongStorage"},
+                                                     {DType::f64, 8, "F64", "DoubleStorage"},
+                                                     {DType::c64, 8, "C64", "ComplexFloatStorage"},
                                                      {DType::f32, 4, "F32", "FloatStorage"},
-                                                     {DType::f16, 2, "F16", "HalfStorage"},
+                                                     {DType::u32, 4, "U32", ""},
+                                                     {DType::i32, 4, "I32", "IntStorage"},
                                                      {DType::bf16, 2, "BF16", "BFloat16Storage"},
+                                                     {DType::f16, 2, "F16", "HalfStorage"},
+                                                     {DType::u16, 2, "U16", ""},
+                                                     {DType::i16, 2, "I16", "ShortStorage"},
                                                      {DType::f8_e4m3, 1, "F8_E4M3", ""},
                                                      {DType::f8_e5m2, 1, "F8_E5M2", ""},
-                                                     {DType::c64, 8, "C64", "ComplexFloatStorage"},
-                                                     {DType::i64, 8, "I64", "LongStorage"},
-                                                     {DType::i32, 4, "I32", "IntStorage"},
-                                                     {DType::i16, 2, "I16", "ShortStorage"},
                                                      {DType::i8, 1, "I8", "CharStorage"},
-                                                     {DType::u64, 8, "U64", ""},
-                                                     {DType::u32, 4, "U32", ""},
-                                                     {DType::u16, 2, "U16", ""},
                                                      {DType::u8, 1, "U8", "ByteStorage"},
                                                      {DType::boolean, 1, "BOOL", "BoolStorage"}}};
 

@@ -40,6 +40,12 @@ struct PickleValue {
     double real;
     std::uint64_t index;  ///< of a text: where it begins in the file
   };
+
+  static PickleValue of(PickleKind kind) {
+    PickleValue value;
+    value.kind = kind;
+    return value;
+  }
 };
 
 /// Name of a class or function, such as {"collections", "OrderedDict"}.

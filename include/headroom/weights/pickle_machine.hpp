@@ -15,6 +15,8 @@
 #include "headroom/weights/bytes.hpp"
 #include "headroom/weights/dtype.hpp"
 #include "headroom/weights/pickle.hpp"
+#include "headroom/weights/pickle_opcode.hpp"
+#include "headroom/weights/pickle_stack.hpp"
 
 namespace headroom::inline v0::weights {
 
@@ -45,85 +47,50 @@ class PickleMachine {
     for (std::uint64_t count = 0;; ++count) {
       reader_.check(count < kMostInstructions, "has a pickle of more than ", kMostInstructions,
                     " instructions, more than weights need");
-      const auto code = static_cast<char>(reader_.number<std::uint8_t>());
-      if (code == '.') break;
+      const auto code = static_cast<Op>(reader_.number<std::uint8_t>());
+      if (code == Op::stop) break;
       const bool known = push_atom(code) || push_number(code) || push_text(code) || remember(code) || rearrange(code) ||
                          build_container(code) || build_object(code);
       check(known, "has an instruction that is none of protocols 2 to 5 or is not read");
     }
-    made_.root = pop();
+    made_.root = stack_.pop();
     made_.end = reader_.position();
     return std::move(made_);
   }
 
  private:
   using Kind = PickleKind;
+  using Op = PickleOpcode;
   static constexpr std::uint64_t kMostInstructions = std::uint64_t{1} << 22;
 
-  // ---- stack ----
-  /// Throws headroom.weights.pickle unless `fine`.
   template <class... What>
   void check(bool fine, const What&... what) const {
-    if (fine) [[likely]]
-      return;
-    reader_.check(false, "has a pickle that ", what..., ", before ", reader_.position());
-  }
-  static PickleValue of(Kind kind) {
-    PickleValue value;
-    value.kind = kind;
-    return value;
-  }
-  std::size_t floor() const { return marks_.empty() ? 0 : marks_.back(); }
-  void push(PickleValue value) { stack_.push_back(value); }
-  void push(Kind kind, std::uint64_t index) {
-    PickleValue value = of(kind);
-    value.index = index;
-    push(value);
-  }
-  PickleValue pop() {
-    check(stack_.size() > floor(), "takes more than it made");
-    const PickleValue value = stack_.back();
-    stack_.pop_back();
-    return value;
-  }
-  PickleValue& top() {
-    check(stack_.size() > floor(), "takes more than it made");
-    return stack_.back();
-  }
-  /// What stands above the last mark, which goes with it.
-  std::vector<PickleValue> pop_to_mark() {
-    check(!marks_.empty(), "goes back to a mark that it did not set");
-    const auto begin = stack_.begin() + static_cast<std::ptrdiff_t>(marks_.back());
-    std::vector<PickleValue> values(begin, stack_.end());
-    stack_.erase(begin, stack_.end());
-    marks_.pop_back();
-    return values;
+    check_pickle(reader_, fine, what...);
   }
   void push_container(Kind kind, std::vector<PickleValue> items) {
     made_.containers.push_back(std::move(items));
-    push(kind, made_.containers.size() - 1);
+    push_index(kind, made_.containers.size() - 1);
   }
-  /// The last `count` values, the first of them first.
-  std::vector<PickleValue> pop_values(std::size_t count) {
-    std::vector<PickleValue> values(count);
-    for (std::size_t i = count; i-- > 0;) values[i] = pop();
-    return values;
+  void push_index(Kind kind, std::uint64_t index) {
+    PickleValue value = PickleValue::of(kind);
+    value.index = index;
+    stack_.push(value);
   }
 
   // ---- instructions, by what they do; each function returns whether `code` is one of its own ----
-  bool push_atom(char code) {
+  bool push_atom(Op code) {
     switch (code) {
-      case '\x80':  // the protocol
+      case Op::proto:  // the protocol
         check(reader_.number<std::uint8_t>() <= 5, "has a protocol above 5");
         return true;
-      case '\x95':  // the length of what follows
+      case Op::frame:  // the length of what follows
         reader_.take(8);
         return true;
-      case 'N':
-        return push({}), true;
-      case '\x88':
+      case Op::none:
+        return stack_.push({}), true;
+      case Op::newtrue:
         return push_integer(Kind::boolean, 1), true;
-      case '\x89':
+      case Op::newfalse:
         return push_integer(Kind::boolean, 0), true;
       default:
         return false;
@@ -131,28 +98,28 @@ class PickleMachine {
   }
 
   void push_integer(Kind kind, std::int64_t integer) {
-    PickleValue value = of(kind);
+    PickleValue value = PickleValue::of(kind);
     value.integer = integer;
-    push(value);
+    stack_.push(value);
   }
-  bool push_number(char code) {
+  bool push_number(Op code) {
     switch (code) {
-      case 'K':
+      case Op::binint1:
         return push_integer(Kind::integer, reader_.number<std::uint8_t>()), true;
-      case 'M':
+      case Op::binint2:
         return push_integer(Kind::integer, reader_.number<std::uint16_t>()), true;
-      case 'J':
+      case Op::binint:
         return push_integer(Kind::integer, reader_.number<std::int32_t>()), true;
-      case '\x8a':
+      case Op::long1:
         return push_long(reader_.number<std::uint8_t>()), true;
-      case '\x8b':
+      case Op::long4:
         return push_long(reader_.number<std::uint32_t>()), true;
-      case 'G': {  // big-endian
+      case Op::binfloat: {  // big-endian
         std::uint64_t bits = 0;
         for (const std::byte byte : reader_.take(8)) bits = bits << 8 | static_cast<std::uint64_t>(byte);
-        PickleValue value = of(Kind::real);
+        PickleValue value = PickleValue::of(Kind::real);
         value.real = std::bit_cast<double>(bits);
-        push(value);
+        stack_.push(value);
         return true;
       }
       default:
@@ -168,45 +135,45 @@ class PickleMachine {
     push_integer(Kind::integer, static_cast<std::int64_t>(bits));
   }
 
-  bool push_text(char code) {
+  bool push_text(Op code) {
     switch (code) {
-      case '\x8c':
-      case 'C':
-      case 'U':
+      case Op::short_binunicode:
+      case Op::short_binbytes:
+      case Op::short_binstring:
         return push_text_of(reader_.number<std::uint8_t>()), true;
-      case 'X':
-      case 'B':
-      case 'T':
+      case Op::binunicode:
+      case Op::binbytes:
+      case Op::binstring:
         return push_text_of(reader_.number<std::uint32_t>()), true;
-      case '\x8d':
-      case '\x8e':
-      case '\x96':
+      case Op::binunicode8:
+      case Op::binbytes8:
+      case Op::bytearray8:
         return push_text_of(reader_.number<std::uint64_t>()), true;
       default:
         return false;
     }
   }
   void push_text_of(std::uint64_t length) {
-    PickleValue value = of(Kind::text);
+    PickleValue value = PickleValue::of(Kind::text);
     value.index = reader_.position();
     reader_.take(length);
     check(length <= std::numeric_limits<std::uint32_t>::max(), "has a text of 4 GiB");
     value.length = static_cast<std::uint32_t>(length);
-    push(value);
+    stack_.push(value);
   }
 
   /// A value gets a number, by which it is fetched again.
-  bool remember(char code) {
+  bool remember(Op code) {
     switch (code) {
-      case 'q':
-        return memo_[reader_.number<std::uint8_t>()] = top(), true;
-      case 'r':
-        return memo_[reader_.number<std::uint32_t>()] = top(), true;
-      case '\x94':
-        return memo_[static_cast<std::uint32_t>(memo_.size())] = top(), true;
-      case 'h':
+      case Op::binput:
+        return memo_[reader_.number<std::uint8_t>()] = stack_.top(), true;
+      case Op::long_binput:
+        return memo_[reader_.number<std::uint32_t>()] = stack_.top(), true;
+      case Op::memoize:
+        return memo_[static_cast<std::uint32_t>(memo_.size())] = stack_.top(), true;
+      case Op::binget:
         return recall(reader_.number<std::uint8_t>()), true;
-      case 'j':
+      case Op::long_binget:
         return recall(reader_.number<std::uint32_t>()), true;
       default:
         return false;
@@ -215,58 +182,58 @@ class PickleMachine {
   void recall(std::uint32_t number) {
     const auto found = memo_.find(number);
     check(found != memo_.end(), "fetches value ", number, ", which it did not keep");
-    push(found->second);
+    stack_.push(found->second);
   }
 
-  bool rearrange(char code) {
+  bool rearrange(Op code) {
     switch (code) {
-      case '(':
-        return marks_.push_back(stack_.size()), true;
-      case '0':
-        return static_cast<void>(pop()), true;
-      case '1':
-        return static_cast<void>(pop_to_mark()), true;
-      case '2':
-        return push(top()), true;
+      case Op::mark:
+        return stack_.mark(), true;
+      case Op::pop:
+        return static_cast<void>(stack_.pop()), true;
+      case Op::pop_mark:
+        return static_cast<void>(stack_.pop_to_mark()), true;
+      case Op::dup:
+        return stack_.push(stack_.top()), true;
       default:
         return false;
     }
   }
 
-  bool build_container(char code) {
+  bool build_container(Op code) {
     switch (code) {
-      case ')':
+      case Op::empty_tuple:
         return push_container(Kind::tuple, {}), true;
-      case ']':
+      case Op::empty_list:
         return push_container(Kind::list, {}), true;
-      case '}':
+      case Op::empty_dict:
         return push_container(Kind::dict, {}), true;
-      case '\x85':
-        return push_container(Kind::tuple, pop_values(1)), true;
-      case '\x86':
-        return push_container(Kind::tuple, pop_values(2)), true;
-      case '\x87':
-        return push_container(Kind::tuple, pop_values(3)), true;
-      case 't':
-        return push_container(Kind::tuple, pop_to_mark()), true;
-      case 'l':
-        return push_container(Kind::list, pop_to_mark()), true;
-      case 'd':
-        return push_container(Kind::dict, even(pop_to_mark())), true;
-      case 'a':
-        return extend(Kind::list, pop_values(1)), true;
-      case 'e':
-        return extend(Kind::list, pop_to_mark()), true;
-      case 's':
-        return extend(Kind::dict, pop_values(2)), true;
-      case 'u':
-        return extend(Kind::dict, even(pop_to_mark())), true;
-      case '\x8f':
+      case Op::tuple1:
+        return push_container(Kind::tuple, stack_.pop(1)), true;
+      case Op::tuple2:
+        return push_container(Kind::tuple, stack_.pop(2)), true;
+      case Op::tuple3:
+        return push_container(Kind::tuple, stack_.pop(3)), true;
+      case Op::tuple:
+        return push_container(Kind::tuple, stack_.pop_to_mark()), true;
+      case Op::list:
+        return push_container(Kind::list, stack_.pop_to_mark()), true;
+      case Op::dict:
+        return push_container(Kind::dict, even(stack_.pop_to_mark())), true;
+      case Op::append:
+        return extend(Kind::list, stack_.pop(1)), true;
+      case Op::appends:
+        return extend(Kind::list, stack_.pop_to_mark()), true;
+      case Op::setitem:
+        return extend(Kind::dict, stack_.pop(2)), true;
+      case Op::setitems:
+        return extend(Kind::dict, even(stack_.pop_to_mark())), true;
+      case Op::empty_set:
         return push_opaque({"builtins", "set"}), true;
-      case '\x90':
-        return extend(Kind::opaque, pop_to_mark()), true;
-      case '\x91':
-        return pop_to_mark(), push_opaque({"builtins", "frozenset"}), true;
+      case Op::additems:
+        return extend(Kind::opaque, stack_.pop_to_mark()), true;
+      case Op::frozenset:
+        return stack_.pop_to_mark(), push_opaque({"builtins", "frozenset"}), true;
       default:
         return false;
     }
@@ -277,7 +244,7 @@ class PickleMachine {
   }
   /// Adds to the container on top; what is added to an opaque value is dropped.
   void extend(Kind kind, std::vector<PickleValue> items) {
-    const PickleValue& container = top();
+    const PickleValue& container = stack_.top();
     if (container.kind == Kind::opaque) return;
     check(container.kind == kind, "adds elements to what has none");
     std::vector<PickleValue>& present = made_.containers[container.index];
@@ -285,30 +252,31 @@ class PickleMachine {
   }
 
   // ---- objects ----
-  bool build_object(char code) {
+  bool build_object(Op code) {
     switch (code) {
-      case 'c': {
+      case Op::global: {
         const std::string_view module = reader_.line();
         return push_global({module, reader_.line()}), true;
       }
-      case '\x93': {
-        const auto names = pop_values(2);
+      case Op::stack_global: {
+        const auto names = stack_.pop(2);
         check(names[0].kind == Kind::text && names[1].kind == Kind::text, "has a name that is no text");
         return push_global({made_.text(names[0]), made_.text(names[1])}), true;
       }
-      case 'R':
-      case '\x81': {  // a function or class, and the arguments it would be called with
-        const auto call = pop_values(2);
+      case Op::reduce:
+      case Op::newobj: {  // a function or class, and the arguments it would be called with
+        const auto call = stack_.pop(2);
         return construct(call[0], call[1]), true;
       }
-      case '\x92': {  // with arguments by name
-        const auto call = pop_values(3);
+      case Op::newobj_ex: {  // with arguments by name
+        const auto call = stack_.pop(3);
         return push_opaque(global_of(call[0])), true;
       }
-      case 'b':
-        return static_cast<void>(pop()), static_cast<void>(top()), true;  // attributes, which none here has
-      case 'Q':
-        return push_storage(pop()), true;
+      case Op::build:
+        return static_cast<void>(stack_.pop()), static_cast<void>(stack_.top()),
+               true;  // attributes, which none here has
+      case Op::binpersid:
+        return push_storage(stack_.pop()), true;
       default:
         return false;
     }
@@ -319,11 +287,11 @@ class PickleMachine {
             in_quotes(global.module), " ", in_quotes(global.name),
             " when Python loads it, which no weights need: do not open it with Python, get the weights elsewhere");
     made_.globals.push_back(global);
-    push(Kind::global, made_.globals.size() - 1);
+    push_index(Kind::global, made_.globals.size() - 1);
   }
   void push_opaque(const PickleGlobal& global) {
     made_.globals.push_back(global);
-    push(Kind::opaque, made_.globals.size() - 1);
+    push_index(Kind::opaque, made_.globals.size() - 1);
   }
   PickleGlobal global_of(const PickleValue& value) const {
     check(value.kind == Kind::global || value.kind == Kind::opaque, "calls what is no function");
@@ -341,7 +309,7 @@ class PickleMachine {
         is_one_of(global, "torch", "Size") ||
         is_one_of(global, "torch.jit._pickle", "restore_type_tag", "build_intlist", "build_doublelist",
                   "build_boollist", "build_tensorlist");
-    if (is_first_argument && !given.empty()) return push(given[0]);
+    if (is_first_argument && !given.empty()) return stack_.push(given[0]);
     push_opaque(global);
   }
 
@@ -359,7 +327,7 @@ class PickleMachine {
     check(parts.size() < 6 || parts[5].kind == Kind::none,
           "has a storage that is a view of another, which is not read");
     made_.storages.push_back({made_.text(parts[2]), *dtype, parts[4].integer});
-    push(Kind::storage, made_.storages.size() - 1);
+    push_index(Kind::storage, made_.storages.size() - 1);
   }
 
   /// (storage, offset, shape, strides, …)
@@ -369,13 +337,12 @@ class PickleMachine {
               is_list(given[3]),
           "has a tensor without storage, offset, shape or strides");
     made_.tensors.push_back({given[0].index, given[1].integer, given[2], given[3]});
-    push(Kind::tensor, made_.tensors.size() - 1);
+    push_index(Kind::tensor, made_.tensors.size() - 1);
   }
 
   ByteReader reader_;
   Pickle made_;
-  std::vector<PickleValue> stack_;
-  std::vector<std::size_t> marks_;
+  PickleStack stack_{reader_};
   std::unordered_map<std::uint32_t, PickleValue> memo_;
 };
 

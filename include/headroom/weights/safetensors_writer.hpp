@@ -11,6 +11,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "headroom/core/error.hpp"
@@ -92,10 +93,7 @@ void write_safetensors(const std::filesystem::path& path, std::span<const Tensor
   detail::check_safetensors_names(tensors, metadata);
   std::vector<const TensorHeader*> order;
   for (const TensorHeader& tensor : tensors) order.push_back(&tensor);
-  std::ranges::sort(order, [](const TensorHeader* a, const TensorHeader* b) {
-    const std::size_t first = bytes_of(a->dtype), second = bytes_of(b->dtype);
-    return first != second ? first > second : a->name < b->name;
-  });
+  std::ranges::sort(order, {}, [](const TensorHeader* tensor) { return std::tie(tensor->dtype, tensor->name); });
   const std::string header = detail::safetensors_header(order, metadata);
   io::write_file(path, "headroom.weights.write", [&](std::ostream& stream) {
     stream.write(header.data(), static_cast<std::streamsize>(header.size()));

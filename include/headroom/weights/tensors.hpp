@@ -2,6 +2,7 @@
 
 #include <torch/types.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -27,24 +28,26 @@ using TensorMap = std::map<std::string, torch::Tensor>;
 
 namespace detail {
 
-inline constexpr std::pair<DType, torch::ScalarType> kScalarTypes[] = {{DType::f64, torch::kDouble},
+inline constexpr std::pair<DType, torch::ScalarType> kScalarTypes[] = {{DType::u64, torch::kUInt64},
+                                                                       {DType::i64, torch::kLong},
+                                                                       {DType::f64, torch::kDouble},
+                                                                       {DType::c64, torch::kComplexFloat},
                                                                        {DType::f32, torch::kFloat},
-                                                                       {DType::f16, torch::kHalf},
+                                                                       {DType::u32, torch::kUInt32},
+                                                                       {DType::i32, torch::kInt},
                                                                        {DType::bf16, torch::kBFloat16},
+                                                                       {DType::f16, torch::kHalf},
+                                                                       {DType::u16, torch::kUInt16},
+                                                                       {DType::i16, torch::kShort},
                                                                        {DType::f8_e4m3, torch::kFloat8_e4m3fn},
                                                                        {DType::f8_e5m2, torch::kFloat8_e5m2},
-                                                                       {DType::c64, torch::kComplexFloat},
-                                                                       {DType::i64, torch::kLong},
-                                                                       {DType::i32, torch::kInt},
-                                                                       {DType::i16, torch::kShort},
                                                                        {DType::i8, torch::kChar},
-                                                                       {DType::u64, torch::kUInt64},
-                                                                       {DType::u32, torch::kUInt32},
-                                                                       {DType::u16, torch::kUInt16},
                                                                        {DType::u8, torch::kByte},
                                                                        {DType::boolean, torch::kBool}};
 
-inline torch::ScalarType scalar_type(DType dtype) { return kScalarTypes[static_cast<std::size_t>(dtype)].second; }
+inline torch::ScalarType scalar_type(DType dtype) {
+  return std::ranges::find(kScalarTypes, dtype, &std::pair<DType, torch::ScalarType>::first)->second;
+}
 
 inline std::optional<DType> dtype_of(torch::ScalarType type) {
   for (const auto& [dtype, scalar] : kScalarTypes) {

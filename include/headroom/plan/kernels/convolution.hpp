@@ -17,6 +17,7 @@
 
 #include "headroom/plan/flops.hpp"
 #include "headroom/plan/kernels/probe.hpp"
+#include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::detail::meta {
 
@@ -116,7 +117,7 @@ class ConvolutionOnCpu {
   }
 
   double flops(at::IntArrayRef sizes) const {
-    return convolution_flops(sizes, weight.sizes(), stride, padding, dilation, transposed);
+    return convolution_flops({sizes, weight.sizes(), stride, padding, dilation, transposed});
   }
 
   /// Inputs of a spatial dimension that make four outputs, or the other way round.
@@ -269,16 +270,7 @@ class ConvolutionOnCpu {
     wanted[2] = pass.is_of_weight();
     AllocationScript script = Problem(*this, pass, tiny, true).record(probe, wanted);
     const size_t ahead = before_computing(script, pass);
-    const std::vector<Sizes> sizes = results(pass, x.sizes());
-    for (size_t i = 0; i < sizes.size(); ++i) {  // the results, and copies of them
-      if (!script.results[i].block.has_value()) continue;
-      const int64_t tiny_bytes = script.bytes[*script.results[i].block];
-      for (size_t block = ahead; block < script.bytes.size(); ++block) {
-        if (script.bytes[block] == tiny_bytes) {
-          script.bytes[block] = c10::multiply_integers(sizes[i]) * static_cast<int64_t>(x.element_size());
-        }
-      }
-    }
+    enlarge_results(script, results(pass, x.sizes()), ahead);
     const auto asked_for = [&](const Sizes& part) {
       // Workspace may come with the size, in front of the gradient of the bias
       const auto is_last = [&](size_t i, int64_t bytes) {
@@ -302,6 +294,33 @@ class ConvolutionOnCpu {
       while (some.size() < bytes.size()) some.insert(some.end() - 1, 0);
       return some;
     };
+    scale_up(bytes, pass, part, asked_for_half);
+    std::copy(bytes.begin(), bytes.end(), script.bytes.begin());
+    if (wanted[2] && !pass.wanted[2]) {
+      script.bytes[bytes.size() - 1] = script.bytes[*script.results[2].block] = 0;
+      script.results[2] = {};
+    }
+    return script;
+  }
+
+  /// Gives the results, and copies of them, of the blocks from `ahead` on the bytes of these sizes.
+  void enlarge_results(AllocationScript& script, const std::vector<Sizes>& sizes, size_t ahead) const {
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      if (!script.results[i].block.has_value()) continue;
+      const int64_t tiny_bytes = script.bytes[*script.results[i].block];
+      for (size_t block = ahead; block < script.bytes.size(); ++block) {
+        if (script.bytes[block] == tiny_bytes) {
+          script.bytes[block] = c10::multiply_integers(sizes[i]) * static_cast<int64_t>(x.element_size());
+        }
+      }
+    }
+  }
+
+  /// Turns the bytes that are asked for by a part of the problem into those of the whole. `asked_for_half(dim, half)`
+  /// are those of a part with fewer rows or samples.
+  template <class AskedForHalf>
+  void scale_up(std::vector<int64_t>& bytes, const Pass& pass, const Sizes& part,
+                const AskedForHalf& asked_for_half) const {
     const std::vector<int64_t> of_part = bytes;
     const size_t dim = rows_dim();
     if (const int64_t rows = part[dim], all = x.size(static_cast<int64_t>(dim)); rows < all) {
@@ -320,12 +339,6 @@ class ConvolutionOnCpu {
         if (less[i] * part[0] == of_part[i] * (part[0] / 2)) bytes[i] = bytes[i] / part[0] * x.size(0);
       }
     }
-    std::copy(bytes.begin(), bytes.end(), script.bytes.begin());
-    if (wanted[2] && !pass.wanted[2]) {
-      script.bytes[bytes.size() - 1] = script.bytes[*script.results[2].block] = 0;
-      script.results[2] = {};
-    }
-    return script;
   }
 };
 

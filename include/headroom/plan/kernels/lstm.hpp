@@ -42,8 +42,9 @@ class LstmLayerOnCpu {
         return std::vector{y, hy, cy, workspace};
       };
     };
-    const AllocationScript script = probe(c10::str("lstm", at::GradMode::is_enabled(), has_biases, reverse, train),
-                                          input, w0, w1, input.strides(), run);
+    const AllocationScript script = probe(
+        {c10::str("lstm", at::GradMode::is_enabled(), has_biases, reverse, train), input.strides(), input, w0, w1},
+        run);
     const std::vector<int64_t> y{input.size(0), input.size(1), hidden};
     const auto made = script.replay([&](size_t i, at::MemoryFormat) {
       if (i == 3) return at::empty({script.bytes[*script.results[i].block]}, input.options().dtype(at::kByte));
@@ -80,8 +81,9 @@ class LstmLayerOnCpu {
     };
     const auto grad_strides = given(grad_y) ? grad_y->strides() : at::IntArrayRef();
     const AllocationScript script =
-        probe(c10::str("lstm backward", has_biases, reverse, train, given(grad_hy), given(grad_cy), grad_strides),
-              input, w0, w1, output.strides(), run);
+        probe({c10::str("lstm backward", has_biases, reverse, train, given(grad_hy), given(grad_cy), grad_strides),
+               output.strides(), input, w0, w1},
+              run);
     const Tensor like[] = {input, w0, w1, w2, w3, hx, cx};
     const auto made = script.replay([&](size_t i, at::MemoryFormat) {
       const std::vector<int64_t> bias{w0.size(0)};
@@ -99,10 +101,16 @@ class LstmLayerOnCpu {
     return stand_in(x, {steps, x.size(1), x.size(2)}, zeros);
   }
 
+  struct Problem {
+    std::string what;
+    at::IntArrayRef strides;
+    const Tensor &input, &w0, &w1;
+  };
+
   /// `run(steps, zeros)` makes inputs of that length and returns what computes them.
   template <class Run>
-  static AllocationScript probe(const std::string& what, const Tensor& input, const Tensor& w0, const Tensor& w1,
-                                at::IntArrayRef strides, const Run& run) {
+  static AllocationScript probe(const Problem& problem, const Run& run) {
+    const auto& [what, strides, input, w0, w1] = problem;
     const std::string key = c10::str(what, input.sizes(), strides, w0.sizes(), w1.sizes(), at::get_num_threads());
     const auto make = [&]() -> std::optional<AllocationScript> {
       KernelProbe probe;

@@ -1,0 +1,216 @@
+#pragma once
+
+#include "headroom/core/attention/backward.hpp"
+#include "headroom/core/attention/checks.hpp"
+#include "headroom/core/attention/reductions.hpp"
+
+namespace headroom::inline v0::core {
+namespace detail {
+
+/// The backward pass of all heads: which worker takes which strips, what they share, and in which order sums are added.
+template <class Scalar>
+class BackwardPass {
+  using Worker = BackwardWorker<Scalar>;
+
+ public:
+  BackwardPass(const BackwardProblem& x, const AttentionParams& params, const MaskRef& mask, Index workers)
+      : x_(x),
+        score_(params, mask, x),
+        families_(x),
+        tasks_(families_.count(), Worker::strip_count(x), workers),
+        strips_(Worker::strips(x)),
+        workers_(workers) {
+    worker_bytes_ = Worker::workspace_bytes(x.q.dim(), x.v.dim(), params.softcap > 0);
+    bias_bytes_ = SharedBiasSums<Scalar>(nullptr, x, families_).bytes();
+    sum_bytes_ = HeadSums(nullptr, x).bytes();
+    head_bytes_ = HeadMemory(nullptr, x).bytes();
+    owners_ = (tasks_.whole > 0 ? workers : 0) + tasks_.split;
+  }
+
+  Index workspace_bytes() const {
+    const Index of_worker = worker_bytes_ + bias_bytes_ + families_.members() * sum_bytes_;
+    return workers_ * of_worker + owners_ * families_.members() * head_bytes_;
+  }
+  /// To be called once, before any task.
+  void use(std::byte* workspace) {
+    workspace_ = workspace;
+    for (Index i = 0; i < owners_ * families_.members(); ++i) {
+      const HeadMemory memory = head_memory(i);
+      for (Index block = 0; block < blocks_in(x_.q.length()); ++block) new (memory.turns + block) Turn<int>();
+      memory.totals.clear();
+    }
+    normalisers_.resize(owners_ * families_.members());
+  }
+
+  /// Tasks that come first, all before any of the others.
+  Index preparations() const { return tasks_.split; }
+  void prepare(Index split) const { find_seen(families_[tasks_.whole + split], first_split_owner() + split); }
+
+  /// Tasks start in ascending order; one may wait for those before.
+  Index tasks() const { return tasks_.count(); }
+  void run(Index task, int worker);
+
+ private:
+  /// Who works on what: a family uses the memory of heads of its owner, which is its worker or, where its strips are
+  /// tasks of their own, nobody else's.
+  struct Place {
+    Index task;
+    int worker;
+    Index owner;
+    const HeadFamily* family;
+  };
+
+  /// What the strips of a head share.
+  struct HeadMemory {
+    HeadSums totals;
+    Scratch scratch;
+    KeyRange* seen;
+    Scalar* delta;
+    Turn<int>* turns;
+    std::uint16_t* grad_q;
+
+    HeadMemory(std::byte* start, const BackwardProblem& x) : totals(start, x), scratch(start) {
+      scratch.take<std::byte>(totals.bytes());
+      seen = scratch.take<KeyRange>(blocks_in(x.q.length()));
+      delta = scratch.take<Scalar>(x.q.length());
+      turns = scratch.take<Turn<int>>(blocks_in(x.q.length()));
+      const bool splits = RowSums<Scalar>::splits(x.grad_q.type);
+      grad_q = splits ? scratch.take<std::uint16_t>(x.q.length() * x.q.dim()) : nullptr;
+    }
+    Index bytes() const { return scratch.bytes(); }
+  };
+
+  Index first_split_owner() const { return owners_ - tasks_.split; }
+  std::byte* bias_start() const { return workspace_ + workers_ * worker_bytes_; }
+  std::byte* sums_start() const { return bias_start() + workers_ * bias_bytes_; }
+  std::byte* heads_start() const { return sums_start() + workers_ * families_.members() * sum_bytes_; }
+  HeadMemory head_memory(Index slot) const { return HeadMemory(heads_start() + slot * head_bytes_, x_); }
+  Index slot(const Place& place, HeadIndex head) const {
+    return place.owner * families_.members() + place.family->member(head);
+  }
+  HeadSums strip_sums(const Place& place, HeadIndex head) const {
+    const Index member = place.worker * families_.members() + place.family->member(head);
+    return HeadSums(sums_start() + member * sum_bytes_, x_);
+  }
+  SharedBiasSums<Scalar> bias_sums(const Place& place) const {
+    return SharedBiasSums<Scalar>(bias_start() + place.worker * bias_bytes_, x_, families_);
+  }
+
+  /// Which keys the blocks of queries of a family see.
+  void find_seen(const HeadFamily& family, Index owner) const {
+    Index begin[kBlockSize], end[kBlockSize];
+    family.for_each([&](HeadIndex head) {
+      KeyRange* const seen = head_memory(owner * families_.members() + family.member(head)).seen;
+      for (Index block = 0; block < blocks_in(x_.q.length()); ++block) {
+        const KeyRange queries = block_at(block, x_.q.length());
+        score_.mask().ranges(head, queries, x_.k.length(), begin, end);
+        seen[block] = hull(begin, end, queries.end - queries.begin, x_.k.length());
+      }
+    });
+  }
+
+  void run_strip(Worker& worker, const Place& place, Index strip) {
+    const HeadFamily& family = *place.family;
+    const KeyRange keys = strips_.positions(strip);
+    const SharedBiasSums<Scalar> bias = bias_sums(place);
+    family.for_each([&](HeadIndex head) { strip_sums(place, head).clear(); });
+    bias.clear();
+    worker.run(family, strip, [&](HeadIndex head) {
+      const HeadMemory memory = head_memory(slot(place, head));
+      return BackwardHead<Scalar>{head,
+                                  memory.seen,
+                                  memory.delta,
+                                  memory.grad_q,
+                                  tasks_.is_whole(place.task) ? nullptr : memory.turns,
+                                  &normalisers_[slot(place, head)],
+                                  strip_sums(place, head).tile_sums(bias.of_head(family, head, keys), keys.begin)};
+    });
+    bias.commit(family, keys);
+  }
+
+  /// Adds the sums of a strip to those of its head, and those of the last one's to the gradients.
+  void add_strip(const Place& place, Index strip) const {
+    place.family->for_each([&](HeadIndex head) {
+      const HeadSums& totals = head_memory(slot(place, head)).totals;
+      totals.add(strip_sums(place, head));
+      if (strip + 1 < tasks_.strips) return;
+      totals.commit(head);
+      totals.clear();
+    });
+  }
+  /// Sums are added in the order of tasks, by whatever worker: the same bits for any number of them.
+  template <class F>
+  void in_order(Index task, F&& f) {
+    if (sum_bytes_ == 0) return;
+    committed_.wait_for(task);
+    f();
+    committed_.end(task);
+  }
+
+  const BackwardProblem& x_;
+  ScoreFunction<Scalar> score_;
+  HeadFamilies families_;
+  BackwardTasks tasks_;
+  Strips<Scalar> strips_;
+  Index workers_, owners_;
+  Index worker_bytes_, bias_bytes_, sum_bytes_, head_bytes_;
+  std::byte* workspace_ = nullptr;
+  std::vector<Normalisers<Scalar>> normalisers_;  // of each head in memory
+  Turn<Index> committed_;
+};
+
+// Not inline: a program may compile it once, by an explicit instantiation
+template <class Scalar>
+void BackwardPass<Scalar>::run(Index task, int worker) {
+  Worker strip_worker(workspace_ + worker * worker_bytes_, x_, score_);
+  const HeadFamily family = families_[tasks_.family(task)];
+  if (!tasks_.is_whole(task)) {
+    const Place place{task, worker, first_split_owner() + tasks_.family(task) - tasks_.whole, &family};
+    run_strip(strip_worker, place, tasks_.strip(task));
+    return in_order(task, [&] { add_strip(place, tasks_.strip(task)); });
+  }
+  const Place place{task, worker, worker, &family};
+  find_seen(family, worker);
+  for (Index strip = 0; strip < tasks_.strips; ++strip) {
+    run_strip(strip_worker, place, strip);
+    if (strip + 1 < tasks_.strips) add_strip(place, strip);
+  }
+  in_order(task, [&] { add_strip(place, tasks_.strips - 1); });
+}
+
+}  // namespace detail
+
+/// Gradients of attention_forward with respect to q, k and v, and to what AttentionParams adds to scores where wanted,
+/// given the gradient of its output and, unless it is a null view, of its lse. `output` and `lse` are what the forward
+/// pass wrote; weights are recomputed tile by tile. grad_q, grad_k and grad_v must not overlap with each other or with
+/// what is read. Queries without keys and keys without queries get gradient 0.
+/// Workspace: less than 1 MiB and delta [Lq] a worker; where grad_q is stored in 16 bits also [Lq][D] of those; for
+/// gradients of relative bias, slopes and of a bias that is broadcast along the keys also their length, of a bias that
+/// is stored in 16 bits and broadcast otherwise [Lq][192]. Results are bit-equal for any number of workers. Throws
+/// headroom.core.attention.{shape,scale,dropout,length,output}.
+template <Storable T, Mask M = NoMask, Executor E = DefaultExecutor>
+void attention_backward(const AttentionBackwardTensors<T>& tensors, const AttentionParams& params = {},
+                        const M& mask = {}, const E& executor = {}) {
+  const TensorView<const double>& lse = tensors.lse;
+  const detail::BackwardProblem x{
+      {tensors.q, tensors.k, tensors.v, tensors.output, {const_cast<double*>(lse.data), lse.shape, lse.strides}},
+      tensors.grad_output,
+      tensors.grad_lse,
+      tensors.grad_q,
+      tensors.grad_k,
+      tensors.grad_v,
+      tensors.param_grads};
+  detail::check_problem(x, params);
+  detail::check_gradients(x);
+  detail::check_writable("grad_q", x.grad_q);
+  detail::check_writable("grad_k", x.grad_k);
+  detail::check_writable("grad_v", x.grad_v);
+  detail::BackwardPass<ComputeType<T>> pass(x, params, detail::MaskRef(mask), executor.workers());
+  if (pass.tasks() == 0) return;
+  const auto workspace = executor.allocate(pass.workspace_bytes());
+  pass.use(workspace.data());
+  executor.run(pass.preparations(), [&](Index task, int) { pass.prepare(task); });
+  executor.run(pass.tasks(), [&](Index task, int worker) { pass.run(task, worker); });
+}
+
+}  // namespace headroom::inline v0::core

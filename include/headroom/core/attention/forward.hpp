@@ -1,0 +1,201 @@
+#pragma once
+
+#include "headroom/core/attention/bfloat16_forward.hpp"
+#include "headroom/core/attention/checks.hpp"
+
+namespace headroom::inline v0::core {
+namespace detail {
+
+/// What becomes of the scores of a tile while they are still in registers: those outside of the ranges are hidden, and
+/// the maximum rises.
+template <class Scalar, int Vectors>
+struct ScoreFinish {
+  const typename ForwardTile<Scalar>::Scores& scores;
+  const ScoreFunction<Scalar>& score;
+  SoftmaxBlock<Scalar, Vectors>& softmax;
+
+  EIGEN_ALWAYS_INLINE void prefetch(Index key) const { score.prefetch(scores, key); }
+  template <bool Borders>
+  EIGEN_ALWAYS_INLINE simd::Packet<Scalar> operator()(Index key, int v, simd::Packet<Scalar> s) const {
+    if constexpr (Borders) s = scores.run.hide_outside(scores.keys.begin + key, v * simd::kLanes<Scalar>, s);
+    softmax.raise(v, s);
+    return s;
+  }
+};
+
+/// A worker of the forward pass: takes a strip of queries over all keys, one block of keys at a time (FlashAttention,
+/// Dao et al. 2022).
+template <class Scalar>
+class ForwardWorker {
+  using Tile = ForwardTile<Scalar>;
+  using Scores = typename Tile::Scores;
+  static constexpr Index kWidth = LaneTiling<Scalar>::kWidth;
+
+ public:
+  ForwardWorker(std::byte* workspace, Index dim, Index value_dim)
+      : scratch_(workspace),
+        scores_(scratch_.take<Scalar>(kBlockSize * kWidth)),
+        float_memory_(scratch_, dim, value_dim) {
+    if constexpr (kMayUseBfloat16<Scalar>) bfloat16_memory_.emplace(scratch_, dim, value_dim);
+    for (Index t = 0; t < Strips<Scalar>::most_tiles(dim + value_dim); ++t) {
+      Tile& tile = tiles_[t];
+      tile.query = scratch_.take_piece<Scalar>(padded_dim<Scalar>(dim) * kWidth);
+      tile.output = scratch_.take<Scalar>(padded_dim<Scalar>(value_dim) * kWidth);
+      tile.softmax = {scratch_.take<Scalar>(kWidth), scratch_.take<Scalar>(kWidth)};
+    }
+  }
+  static Index workspace_bytes(Index dim, Index value_dim) {
+    return ForwardWorker(nullptr, dim, value_dim).scratch_.bytes();
+  }
+
+  /// Computes the rows of one head that a strip holds.
+  void run(const Head<Scalar>& head, const Strips<Scalar>& strips, Index strip) {
+    FloatForward<Scalar> in_float(float_memory_, head);
+    if constexpr (kMayUseBfloat16<Scalar>) {
+      if (uses_bfloat16(head.x, head.score.params())) {
+        const AmxTiles amx;
+        Bfloat16Forward products(*bfloat16_memory_, in_float, head);
+        return run(products, head, strips, strip);
+      }
+    }
+    run(in_float, head, strips, strip);
+  }
+
+ private:
+  template <class Products>
+  void run(Products& products, const Head<Scalar>& head, const Strips<Scalar>& strips, Index strip) {
+    const Index tiles = strips.tiles(strip);
+    KeyRange needed{head.x.k.length(), 0};
+    for (Index t = 0; t < tiles; ++t) {
+      const auto lanes = strips.tile(strip, t);
+      begin(products, tiles_[t], lanes.vectors, strips.positions(lanes), head);
+      needed = hull(needed, tiles_[t].run.any);
+    }
+    for (Index key = needed.begin; key < needed.end; key += kBlockSize) {
+      add_block(products, head, {key, std::min(key + kBlockSize, needed.end)}, tiles);
+    }
+    for (Index t = 0; t < tiles; ++t) finish(tiles_[t], head);
+  }
+
+  template <class Products>
+  void begin(Products& products, Tile& tile, int vectors, KeyRange queries, const Head<Scalar>& head) {
+    tile.vectors = vectors;
+    tile.run = {head.score.mask(), head.score.params(), head.index, queries, head.x.k.length()};
+    products.load_queries(tile, queries);
+    std::fill_n(tile.output, products.output_rows() * tile.width(), Scalar(0));
+    tile.softmax.begin(tile.width());
+  }
+
+  /// Adds a block of keys to those tiles that see any of it.
+  template <class Products>
+  void add_block(Products& products, const Head<Scalar>& head, KeyRange block, Index tiles) {
+    const ScoreFunction<Scalar>& score = head.score;
+    bool loaded = false;
+    for (Index t = 0; t < tiles; ++t) {
+      const Tile& tile = tiles_[t];
+      const KeyRange part = tile.run.any & block;
+      if (part.empty()) continue;
+      if (score.hides_elements() && !score.sees_any(head.index, tile.run.queries, part)) continue;
+      if (!loaded) products.load_keys(block);  // the first tile that needs them
+      loaded = true;
+      const Scores scores{scores_, tile.width(), head.index, part, tile.run};
+      with_count<kTileVectors>(tile.vectors, [&]<int Vectors>() {
+        products.template with_head_dim<Vectors>(
+            [&]<int HeadDim>() { attend<Products, Vectors, HeadDim>(products, tile, scores, score); });
+      });
+    }
+  }
+
+  /// Adds a block of keys to a tile: scores, weights relative to the running maximum, weighted sum of values.
+  template <class Products, int Vectors, int HeadDim>
+  EIGEN_DONT_INLINE void attend(Products& products, const Tile& tile, const Scores& scores,
+                                const ScoreFunction<Scalar>& score) {
+    const bool by_tile = score.in_every_tile();
+    SoftmaxBlock<Scalar, Vectors> softmax(tile.softmax, score.factor());
+    const ScoreFinish<Scalar, Vectors> finish{scores, score, softmax};
+    const KeyRange inside = by_tile ? KeyRange{0, scores.key_count()} : tile.run.inside(scores.keys);
+    products.template scores<Vectors, HeadDim>(tile, scores, inside, finish);
+    if (by_tile) [[unlikely]] {
+      score.apply(scores, nullptr, float_memory_.buffer);
+      softmax.raise_anew(scores.data, scores.key_count());
+    }
+    softmax.fix_maximum(tile.softmax);
+    const bool drops = static_cast<bool>(score.dropout());
+    products.template weights<Vectors>(softmax, scores, /*final=*/!drops);
+    softmax.end(tile.softmax);
+    if (drops) score.dropout().apply(scores);
+    products.template add_values<Vectors, HeadDim>(tile, scores, softmax.decay);
+  }
+
+  /// Divides by the sum of weights; writes the rows and their log-sum-exp.
+  void finish(const Tile& tile, const Head<Scalar>& head) {
+    const KeyRange queries = tile.run.queries;
+    const auto [b, h] = head.index;
+    const FinishedSoftmax<Scalar> softmax(tile.softmax, tile.width(), head.score, h);
+    for (Index i = queries.begin; i < queries.end && head.x.lse.data != nullptr; ++i) {
+      head.x.lse(b, h, i, 0) = softmax.lse[i - queries.begin];
+    }
+    RowWriter<Scalar>(head.of(head.x.output))
+        .unpack(queries, {tile.output, tile.width()}, softmax.inverse, float_memory_.buffer);
+  }
+
+  Scratch scratch_;
+  Scalar* scores_;  // [keys][width], then the weights
+  typename FloatForward<Scalar>::Memory float_memory_;
+  std::optional<Bfloat16Forward::Memory> bfloat16_memory_;
+  Tile tiles_[Strips<Scalar>::kMostTiles];
+};
+
+/// The forward pass of all heads: one task for each strip of queries.
+template <class Scalar>
+class ForwardPass {
+  using Worker = ForwardWorker<Scalar>;
+
+ public:
+  ForwardPass(const ForwardProblem& x, const AttentionParams& params, const MaskRef& mask)
+      : x_(x),
+        score_(params, mask, x),
+        strips_(x.q.length(), x.batch() * x.heads(), x.q.dim() + x.v.dim()),
+        worker_bytes_(Worker::workspace_bytes(x.q.dim(), x.v.dim())) {}
+
+  Index tasks() const { return x_.batch() * x_.heads() * strips_.count(); }
+  Index workspace_bytes(int workers) const { return worker_bytes_ * workers; }
+  void run(Index task, int worker, std::byte* workspace) const;
+
+ private:
+  const ForwardProblem& x_;
+  ScoreFunction<Scalar> score_;
+  Strips<Scalar> strips_;
+  Index worker_bytes_;
+};
+
+// Not inline: a program may compile it once, by an explicit instantiation
+template <class Scalar>
+void ForwardPass<Scalar>::run(Index task, int worker, std::byte* workspace) const {
+  const Index head = task / strips_.count();
+  const Index strip = strips_.count() - 1 - task % strips_.count();  // under a causal mask the longest first
+  Worker(workspace + worker * worker_bytes_, x_.q.dim(), x_.v.dim())
+      .run({x_, score_, {head / x_.heads(), head % x_.heads()}}, strips_, strip);
+}
+
+}  // namespace detail
+
+/// output = softmax(scores over the keys that the mask allows)·v without ever storing the scores; AttentionParams says
+/// what a score is. float, double, or bfloat16 and half (summed in float). lse is the natural logarithm of the sum of
+/// exponentials (double because rounding it to float would cost up to 22 times the naive error in the backward pass). A
+/// query that sees no key gets output 0 and lse -inf, or the sink, which is all that is left in its softmax. Nothing of
+/// a key reaches a query that does not see it. Workspace: less than 1 MiB a worker. Results are bit-equal for any
+/// number of workers. Throws headroom.core.attention.{shape,scale,dropout,length,output}.
+template <Storable T, Mask M = NoMask, Executor E = DefaultExecutor>
+void attention_forward(const AttentionTensors<T>& tensors, const AttentionParams& params = {}, const M& mask = {},
+                       const E& executor = {}) {
+  const detail::ForwardProblem x{tensors.q, tensors.k, tensors.v, tensors.output, tensors.lse};
+  detail::check_problem(x, params);
+  detail::check_writable("the output", x.output);
+  const detail::ForwardPass<ComputeType<T>> pass(x, params, detail::MaskRef(mask));
+  if (pass.tasks() == 0) return;
+  const auto workspace = executor.allocate(pass.workspace_bytes(executor.workers()));
+  executor.run(pass.tasks(), [&](Index task, int worker) { pass.run(task, worker, workspace.data()); });
+}
+
+}  // namespace headroom::inline v0::core

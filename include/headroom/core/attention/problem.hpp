@@ -1,0 +1,118 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "headroom/core/dropout.hpp"
+#include "headroom/core/stored.hpp"
+
+namespace headroom::inline v0::core {
+
+/// What attention does with a score before the softmax, beside the ranges of a Mask:
+///   softcap(scale·q·kᵀ) + bias + relative_bias - slope·|distance|.
+/// Query i stands at position p(i) among the keys; its distance to key j is p(i) - j. Views may have stride 0 wherever
+/// they are broadcast; one without data is not there.
+struct AttentionParams {
+  std::optional<double> scale = {};        // 1/sqrt(D) unless given
+  double softcap = 0;                      // s becomes softcap·tanh(s / softcap); 0: s stays
+  Index query_offset = 0;                  // p(i) = i + query_offset
+  const Index* query_positions = nullptr;  // [Lq], instead of the offset
+  StoredTensor bias = {};                  // [B,H,Lq,Lk]
+  StoredTensor relative_bias = {};         // [1,H,1,2R-1]: element R-1+distance; distances beyond take the outermost
+  StoredTensor slopes = {};                // [B,H,Lq,1]
+  StoredTensor sink = {};                  // [1,H,1,1]: a score without a value
+  TensorView<const bool> mask = {};        // [B,H,Lq,Lk]
+  bool mask_visible = true;                // the value in `mask` that lets a query see a key
+  TensorView<const bool> block_mask = {};  // [B,H,ceil(Lq/block_size),ceil(Lk/block_size)], true: visible
+  Index block_size = 128;
+  StoredTensor rotary = {};  // [1,1,rows,2·pairs] of what is computed in: cosine, sine, …; turns q and k
+  const Index* rotary_query_rows = nullptr;  // [Lq]: row of the table for a query, p(i) unless given
+  const Index* rotary_key_rows = nullptr;    // [Lk]: row of the table for a key, j unless given
+  Dropout dropout = {};
+  Index first_head = 0;  // where b·H + h starts counting, for dropout
+
+  double scale_for(Index dim) const {
+    return scale.value_or(1.0 / std::sqrt(static_cast<double>(std::max<Index>(dim, 1))));
+  }
+  Index position(Index query) const { return query_positions ? query_positions[query] : query + query_offset; }
+  Index rotary_row_of_query(Index i) const { return rotary_query_rows ? rotary_query_rows[i] : position(i); }
+  Index rotary_row_of_key(Index j) const { return rotary_key_rows ? rotary_key_rows[j] : j; }
+};
+
+/// Gradients of what AttentionParams adds to scores; one without data is not wanted. They are added to what is there.
+/// `bias` has the shape [B,H,Lq,Lk] and stride 0 in dimensions where the bias is broadcast, whose sum it receives.
+struct AttentionParamGradients {
+  StoredTensor bias = {};
+  TensorView<double> relative_bias = {};  // [1,H,1,2R-1], stride 0 between heads that share it
+  TensorView<double> slopes = {};         // [B,H,Lq,1], stride 0 where broadcast
+  TensorView<double> sink = {};           // [1,H,1,1]
+};
+
+/// The tensors of a forward pass, any strides. Hk divides H: each head of k and v serves a run of heads of q.
+template <Storable T>
+struct AttentionTensors {
+  TensorView<const T> q;        // [B,H,Lq,D]
+  TensorView<const T> k;        // [B or 1,Hk,Lk,D]
+  TensorView<const T> v;        // [B or 1,Hk,Lk,Dv]
+  TensorView<T> output;         // [B,H,Lq,Dv]
+  TensorView<double> lse = {};  // [B,H,Lq,1], not written where it is null
+};
+
+/// The tensors of a backward pass, any strides: what the forward pass read and wrote, the gradients that come, the
+/// gradients that go.
+template <Storable T>
+struct AttentionBackwardTensors {
+  TensorView<const T> q, k, v, output;     // as in AttentionTensors
+  TensorView<const double> lse;            // [B,H,Lq,1]
+  TensorView<const T> grad_output;         // [B,H,Lq,Dv]
+  TensorView<const double> grad_lse = {};  // [B,H,Lq,1], none where it is null
+  TensorView<T> grad_q, grad_k, grad_v;    // overwritten, shapes of q, k and v
+  AttentionParamGradients param_grads = {};
+};
+
+namespace detail {
+
+/// The tensors of a forward pass, as the kernels see them: element types are known at run time.
+struct ForwardProblem {
+  StoredTensor q, k, v, output;
+  TensorView<double> lse;
+
+  Index batch() const { return q.shape[0]; }
+  Index heads() const { return q.shape[1]; }
+};
+
+/// The same of a backward pass.
+struct BackwardProblem : ForwardProblem {
+  StoredTensor grad_output;
+  TensorView<const double> grad_lse;
+  StoredTensor grad_q, grad_k, grad_v;
+  AttentionParamGradients param_grads;
+};
+
+/// One head of q in one batch.
+struct HeadIndex {
+  Index b, h;
+};
+
+/// Calls f<HeadDim>() with the head dim as a constant where that pays, else with Eigen::Dynamic. Double is the
+/// reference type: one general kernel is enough.
+template <class Scalar, class F>
+void with_head_dim(Index dim, Index value_dim, F&& f) {
+  if constexpr (std::is_same_v<Scalar, float>) {
+    if (dim == value_dim) {
+      switch (dim) {
+        case 16:
+          return f.template operator()<16>();
+        case 32:
+          return f.template operator()<32>();
+        case 64:
+          return f.template operator()<64>();
+      }
+    }
+  }
+  f.template operator()<Eigen::Dynamic>();
+}
+
+}  // namespace detail
+}  // namespace headroom::inline v0::core

@@ -1,0 +1,216 @@
+#pragma once
+
+#include <any>
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "headroom/checkpoint/policy.hpp"
+#include "headroom/core/error.hpp"
+#include "headroom/training/described.hpp"
+#include "headroom/training/model_type.hpp"
+
+namespace headroom::inline v0 {
+
+/// true, false or text; false for none and true for full.
+inline void to_json(auto& json, const StackPolicy& policy) {
+  if (policy == StackPolicy(true) || policy == StackPolicy()) {
+    json = policy == StackPolicy(true);
+  } else {
+    json = policy.text();
+  }
+}
+inline void from_json(const auto& json, StackPolicy& policy) {
+  policy = json.is_boolean() ? StackPolicy(json.template get<bool>()) : StackPolicy(json.template get<std::string>());
+}
+
+namespace training {
+
+/// Of factors that are multiplied with floats.
+inline constexpr double kLargestFactor = 1e30;
+
+/// `model`: its type, the options of that type, and what models have in common.
+class ModelConfig {
+ public:
+  /// The time-frequency transformer.
+  ModelConfig() : ModelConfig("time_frequency_transformer") {}
+  /// A model of a registered type with the default options. Throws headroom.training.model_type.
+  explicit ModelConfig(const std::string& type) : type_(type), entry_(&find_model(type)), options_(entry_->defaults) {}
+
+  StackPolicy gradient_checkpointing = {};
+  std::string attention = "automatic";
+
+  const std::string& type() const { return type_; }
+
+  /// The options that the type was registered with. Throws headroom.training.model_options for a type with others.
+  template <class Options>
+  Options& as() {
+    auto* const options = std::any_cast<Options>(&options_);
+    require(options != nullptr, "headroom.training.model_options", "model.type is ", type_,
+            ", whose options are of another C++ type; ask for those that it was registered with");
+    return *options;
+  }
+  template <class Options>
+  const Options& as() const {
+    return const_cast<ModelConfig&>(*this).as<Options>();
+  }
+
+  /// What the registry has of the type; an empty function is one that the type does without. They take options().
+  const ModelEntry<std::any>& entry() const { return entry_->entry; }
+  const std::any& options() const { return options_; }
+
+  /// Blocks that gradient_checkpointing decides about.
+  int64_t blocks() const { return entry().blocks ? entry().blocks(options_) : 0; }
+
+  static void describe(auto& self, auto&& field) {
+    field("type", self.type_, {.bound = true}, "which model; the other keys are those of this type");
+    self.describe_options(field);
+    if (self.entry().blocks) {
+      field(
+          "gradient_checkpointing", self.gradient_checkpointing, {},
+          "what of each layer is kept for the backward pass; `true` is `full`, docs/040_recomputation.md has a table");
+    }
+    if (self.entry().stored_scores_bytes) {
+      field("attention", self.attention, {.choices = {"automatic", "tiled", "reference"}},
+            "who computes attention; `reference` stores the scores");
+    }
+  }
+
+ private:
+  void describe_options(Fields& fields) { entry_->describe(options_, fields); }
+  void describe_options(Fields& fields) const { entry_->describe_constant(options_, fields); }
+
+  std::string type_;
+  const ModelType* entry_;
+  std::any options_;
+};
+
+/// `audio`: what goes in and what comes out.
+struct AudioConfig {
+  int64_t sample_rate = 44100;
+  int64_t channels = 2;
+  std::vector<std::string> stems = {"vocals", "drums", "bass", "other"};
+
+  static void describe(auto& self, auto&& field) {
+    field("sample_rate", self.sample_rate, {.at_least = 1, .at_most = 1'000'000, .bound = true},
+          "of every audio file, Hz");
+    field("channels", self.channels, {.at_least = 1, .at_most = 64, .bound = true}, "of every audio file");
+    field("stems", self.stems, {.file_names = true, .bound = true},
+          "file names without `.wav`, in the order of the model's outputs");
+  }
+};
+
+/// `data`: the data set and its augmentation.
+struct DataConfig {
+  std::string path;
+  std::string draw = "uniform";
+  double remix = 1.0;
+  std::array<double, 2> gain = {0.25, 1.25};
+  bool swap_channels = true;
+  bool flip_polarity = true;
+
+  static void describe(auto& self, auto&& field) {
+    field("path", self.path, {.may_be_empty = true}, "MUSDB18-HQ folder, with `train` in it; `--data` overrides it");
+    field("draw", self.draw, {.choices = {"uniform", "by_length"}},
+          "every track equally often, or every segment of the data set");
+    field("remix", self.remix, {.at_least = 0, .at_most = 1},
+          "probability that an example takes each stem from a track and position of its own");
+    field("gain", self.gain, {.at_least = 0, .at_most = 100}, "least and greatest random factor of a remixed stem");
+    field("swap_channels", self.swap_channels, {}, "reverse the channels of half of the remixed stems");
+    field("flip_polarity", self.flip_polarity, {}, "negate half of the remixed stems");
+  }
+};
+
+/// `training`: segments, batches, AdamW and its schedule.
+struct TrainingConfig {
+  int64_t segment_length = 0;
+  int64_t batch_size = 0;
+  int64_t gradient_accumulation_steps = 1;
+  int64_t steps_per_epoch = 100;
+  int64_t epochs = 100;
+  double learning_rate = 3e-4;
+  int64_t warmup_steps = 500;
+  double min_learning_rate_ratio = 0.01;
+  double weight_decay = 0.01;
+  std::array<double, 2> betas = {0.9, 0.999};
+  double clip_grad_norm = 1.0;
+  std::string optimizer_state = "full";
+  bool optimizer_in_backward = false;
+  bool bf16 = false;
+  bool split_on_out_of_memory = false;
+  int64_t seed = 0;
+  int64_t checkpoint_every = 1;
+  int64_t validation_every = 1;
+  int64_t validation_segments = 16;
+
+  static void describe(auto& self, auto&& field) {
+    constexpr double kMost = 1e9;
+    field("segment_length", self.segment_length, {.required = true, .at_least = 1, .at_most = kMost},
+          "of one example, samples");
+    field("batch_size", self.batch_size, {.required = true, .at_least = 1, .at_most = 1e6},
+          "examples in one forward pass");
+    field("gradient_accumulation_steps", self.gradient_accumulation_steps, {.at_least = 1, .at_most = 1e6},
+          "forward and backward passes in one optimizer step");
+    field("steps_per_epoch", self.steps_per_epoch, {.at_least = 1, .at_most = kMost}, "optimizer steps in an epoch");
+    field("epochs", self.epochs, {.at_least = 1, .at_most = 1e6},
+          "`--steps` and `--seconds` override the length of the run");
+    field("learning_rate", self.learning_rate, {.at_most = 10, .above = 0}, "of AdamW after the warm-up");
+    field("warmup_steps", self.warmup_steps, {.at_least = 0, .at_most = kMost},
+          "over which the learning rate rises from 0");
+    field("min_learning_rate_ratio", self.min_learning_rate_ratio, {.at_least = 0, .at_most = 1},
+          "the cosine ends at this times learning_rate");
+    field("weight_decay", self.weight_decay, {.at_least = 0, .at_most = 10}, "of AdamW; norms and biases have none");
+    field("betas", self.betas, {.at_least = 0, .below = 1}, "of AdamW");
+    field("clip_grad_norm", self.clip_grad_norm, {.at_least = 0, .at_most = kLargestFactor},
+          "greatest norm of all gradients together; 0: no clipping");
+    field("optimizer_state", self.optimizer_state, {.choices = {"full", "bf16", "8bit"}},
+          "how AdamW stores its moments: 8, 4 or 2.03 bytes a parameter");
+    field("optimizer_in_backward", self.optimizer_in_backward, {},
+          "update a parameter and free its gradient as soon as that is known; needs one pass a step and no clipping");
+    field("bf16", self.bf16, {}, "forward pass under bfloat16 autocast; loss and parameters stay float");
+    field("split_on_out_of_memory", self.split_on_out_of_memory, {},
+          "when a step runs out of memory, repeat it with batches in parts, and go on so");
+    field("seed", self.seed, {.at_least = 0}, "of initialisation and sampling");
+    field("checkpoint_every", self.checkpoint_every, {.at_least = 1}, "epochs between saved states");
+    field("validation_every", self.validation_every, {.at_least = 1}, "epochs between validations");
+    field("validation_segments", self.validation_segments, {.at_least = 1, .at_most = 1e6},
+          "examples of the validation split, the same each time");
+  }
+};
+
+/// `loss`: mean |estimate - stem| plus stft_weight times the multi-resolution STFT loss.
+struct LossConfig {
+  double stft_weight = 1.0;
+  std::vector<int64_t> windows = {4096, 2048, 1024, 512, 256};
+  int64_t hop = 147;
+  int64_t min_n_fft = 2048;
+
+  static void describe(auto& self, auto&& field) {
+    field("stft_weight", self.stft_weight, {.at_least = 0, .at_most = kLargestFactor},
+          "factor of the STFT loss; 0 leaves it out");
+    field("windows", self.windows, {.at_least = 16, .at_most = 1 << 20}, "Hann windows of the STFT loss, samples");
+    field("hop", self.hop, {.at_least = 1}, "samples between frames of the STFT loss");
+    field("min_n_fft", self.min_n_fft, {.at_least = 16, .at_most = 1 << 20}, "shorter windows are padded to this");
+  }
+};
+
+/// Everything that a training run depends on, as read from a JSON file.
+struct Config {
+  ModelConfig model;
+  AudioConfig audio;
+  DataConfig data;
+  TrainingConfig training;
+  LossConfig loss;
+
+  static void describe(auto& self, auto&& field) {
+    field("model", self.model, {}, "which model, and its options");
+    field("audio", self.audio, {}, "what goes in and what comes out");
+    field("data", self.data, {}, "the data set and its augmentation");
+    field("training", self.training, {}, "segments, batches, AdamW and its schedule");
+    field("loss", self.loss, {}, "what is minimised");
+  }
+};
+
+}  // namespace training
+}  // namespace headroom::inline v0

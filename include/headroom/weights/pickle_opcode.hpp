@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstdint>
+
+namespace headroom::inline v0::weights {
+
+/// Instructions of a pickle that are known here, by their names in Python's pickletools. Those of protocols 0 and 1
+/// that no later one writes are left out, and those that fetch objects from elsewhere.
+enum class PickleOpcode : std::uint8_t {
+  mark = '(',
+  stop = '.',
+  pop = '0',
+  pop_mark = '1',
+  dup = '2',
+  none = 'N',
+  newtrue = 0x88,
+  newfalse = 0x89,
+  binint = 'J',
+  binint1 = 'K',
+  binint2 = 'M',
+  long1 = 0x8a,
+  long4 = 0x8b,
+  binfloat = 'G',
+  binstring = 'T',
+  short_binstring = 'U',
+  binbytes = 'B',
+  short_binbytes = 'C',
+  binunicode = 'X',
+  short_binunicode = 0x8c,
+  binunicode8 = 0x8d,
+  binbytes8 = 0x8e,
+  bytearray8 = 0x96,
+  empty_tuple = ')',
+  empty_list = ']',
+  empty_dict = '}',
+  empty_set = 0x8f,
+  tuple = 't',
+  tuple1 = 0x85,
+  tuple2 = 0x86,
+  tuple3 = 0x87,
+  list = 'l',
+  dict = 'd',
+  frozenset = 0x91,
+  append = 'a',
+  appends = 'e',
+  setitem = 's',
+  setitems = 'u',
+  additems = 0x90,
+  binput = 'q',
+  long_binput = 'r',
+  memoize = 0x94,
+  binget = 'h',
+  long_binget = 'j',
+  global = 'c',
+  stack_global = 0x93,
+  reduce = 'R',
+  newobj = 0x81,
+  newobj_ex = 0x92,
+  build = 'b',
+  binpersid = 'Q',
+  proto = 0x80,
+  frame = 0x95,
+};
+
+}  // namespace headroom::inline v0::weights

@@ -51,7 +51,7 @@ struct SpectralMagnitude : torch::autograd::Function<SpectralMagnitude> {
     const bool wants_gradient = difference.requires_grad();
     const torch::Tensor rows = difference.detach().reshape({-1, difference.size(-1)});  // [R,S]
     const torch::Tensor gradient = wants_gradient ? torch::zeros_like(rows) : torch::Tensor();
-    torch::Tensor total = torch::zeros({}, rows.options());
+    torch::Tensor total = torch::zeros({}, rows.options().dtype(torch::kDouble));  // of many floats
     torch::AutoGradMode record(wants_gradient);
     const int64_t last = rows.size(0) - 1;
     for (int64_t row = 0; row <= last; ++row) {
@@ -71,7 +71,7 @@ struct SpectralMagnitude : torch::autograd::Function<SpectralMagnitude> {
     if (wants_gradient) {
       context->save_for_backward({gradient.reshape(difference.sizes())});
     }
-    return total;
+    return total.to(rows.scalar_type());
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,

@@ -13,6 +13,7 @@
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/plan.hpp"
 #include "headroom/training/recommend.hpp"
+#include "headroom/training/roformers.hpp"
 #include "headroom/training/rules.hpp"
 #include "headroom/training/run.hpp"
 #include "headroom/training/schedule.hpp"

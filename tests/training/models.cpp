@@ -154,8 +154,9 @@ TEST_CASE("a type of model that nobody registered is told with the known ones an
   CHECK(error.id() == "headroom.training.config");
   CHECK(contains(error.what(), "2 problems in a\n"));  // nothing is known of the model's other keys
   CHECK(contains(error.what(),
-                 "a: model.type: got \"time_frequency_transfomer\", expected one of \"frame_mlp\", "
-                 "\"time_frequency_transformer\"; did you mean `time_frequency_transformer`?"));
+                 "a: model.type: got \"time_frequency_transfomer\", expected one of \"bs_roformer\", "
+                 "\"frame_mlp\", \"mel_band_roformer\", \"time_frequency_transformer\"; did you mean "
+                 "`time_frequency_transformer`?"));
   CHECK(contains(error.what(), "a: training.segment_length: missing"));
   CHECK(contains(error_of([] { parse_config(R"({"model": {"type": 3}})", "a"); }).what(), "model.type: got \"3\""));
   const Error direct = error_of([] { ModelConfig("frame_mpl"); });
@@ -224,6 +225,49 @@ TEST_CASE("a model of the program's own is trained with its loss, saved, resumed
   const Error refused = error_of([&] { transformers.resume(load_state(folder / "last.pt"), "last.pt"); });
   CHECK(refused.id() == "headroom.training.state.config");
   CHECK(contains(refused.what(), R"(model.type: "frame_mlp" became "time_frequency_transformer")"));
+}
+
+TEST_CASE("RoFormers are planned byte for byte, trained, saved and separate, by configuration") {
+  const std::string shared = R"("dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "time_transformer_depth": 1,
+    "freq_transformer_depth": 1, "stft_n_fft": 64, "stft_hop_length": 16, "stft_win_length": 64)";
+  for (const std::string& model : {R"("type": "bs_roformer", "freqs_per_bands": [4, 4, 8, 17], )" + shared,
+                                   R"("type": "mel_band_roformer", "num_bands": 6, )" + shared}) {
+    CAPTURE(model);
+    Config config = parse_config(R"({"model": {)" + model + R"(}, "training": {"segment_length": 4096, "batch_size": 2,
+      "steps_per_epoch": 3, "epochs": 1, "warmup_steps": 1}, "loss": {"windows": [256], "hop": 64, "min_n_fft": 256}})",
+                                 "roformer.json");
+    CHECK(config.model.blocks() == 4);
+    CHECK(stored_scores_bytes(config).value() > 0);
+    for (const char* policy : {"none", "full", "2*selective,none"}) {
+      CAPTURE(policy);
+      config.model.gradient_checkpointing = policy;
+      CHECK(plan_training(config, this_machine()).peak_bytes == measured_peak(config));
+    }
+    const TemporaryFolder folder;
+    torch::manual_seed(1);
+    Trainer trainer(make_model(config), config, noise);
+    trainer.run({.folder = folder.path()});
+    auto [saved, separator] = load_model(folder / "last.pt");
+    CHECK(to_json(saved) == to_json(config));
+    const torch::Tensor stems = audio::separate(torch::randn({2, 10'001}), separator, {.segment = 4096});
+    CHECK(stems.sizes() == torch::IntArrayRef({4, 2, 10'001}));
+    CHECK(stems.isfinite().all().item<bool>());
+  }
+}
+
+TEST_CASE("what does not fit together in a RoFormer is told") {
+  const auto refused = [](const std::string& model) {
+    const std::string text = R"({"model": {"dim": 16, "depth": 1, )" + model +
+                             R"(}, "training": {"batch_size": 1, "segment_length": 4096}})";
+    return std::string(error_of([&] { parse_config(text, "a.json"); }).what());
+  };
+  CHECK(contains(refused(R"("type": "bs_roformer", "stft_n_fft": 1024)"), "model.freqs_per_bands: "));
+  CHECK(contains(refused(R"("type": "bs_roformer", "stft_n_fft": 1024)"), "1025 bins together"));
+  CHECK(contains(refused(R"("type": "mel_band_roformer", "num_bands": 900)"), "model.num_bands: "));
+  CHECK(
+      contains(refused(R"("type": "bs_roformer", "dim_head": 15)"), "model.dim_head: got 15, expected an even number"));
+  CHECK(contains(refused(R"("type": "bs_roformer", "stft_hop_length": 2000)"),
+                 "model.stft_hop_length: got 2000, expected at most half of model.stft_win_length, which is 2048"));
 }
 
 TEST_CASE("configurations without a type are those of the time-frequency transformer, as they always were") {

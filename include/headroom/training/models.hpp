@@ -12,10 +12,13 @@
 #include "headroom/attention/options.hpp"
 #include "headroom/audio/losses.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/models/bs_roformer.hpp"
+#include "headroom/models/mel_band_roformer.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/models/time_frequency_transformer.hpp"
 #include "headroom/training/described.hpp"
 #include "headroom/training/model_type.hpp"
+#include "headroom/training/roformers.hpp"
 #include "headroom/training/rules.hpp"
 #include "headroom/training/sections.hpp"
 #include "headroom/training/separate.hpp"
@@ -119,6 +122,9 @@ inline ModelEntry<models::TimeFrequencyTransformerOptions> time_frequency_transf
 
 HEADROOM_TRAINING std::map<std::string, ModelType>& model_types() {
   static std::map<std::string, ModelType> types = {
+      {"bs_roformer", detail::erased(detail::roformer<models::BsRoformer, models::BsRoformerOptions>())},
+      {"mel_band_roformer",
+       detail::erased(detail::roformer<models::MelBandRoformer, models::MelBandRoformerOptions>())},
       {"time_frequency_transformer", detail::erased(detail::time_frequency_transformer())},
   };
   return types;

@@ -5,6 +5,7 @@
 
 #include "headroom/core/attention/problem.hpp"
 #include "headroom/core/lanes.hpp"
+#include "headroom/core/mask.hpp"
 
 /// How the work of a pass is divided, and in which order results are added up. Everything here depends on the shape
 /// alone, never on the number of workers, because the bits of sums depend on it.

@@ -17,6 +17,7 @@
 
 #include "headroom/plan/flops.hpp"
 #include "headroom/plan/kernels/probe.hpp"
+#include "headroom/plan/kernels/registry.hpp"
 #include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::detail::meta {

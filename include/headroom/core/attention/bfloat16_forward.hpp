@@ -67,11 +67,12 @@ class Bfloat16Forward {
     multiply<Vectors, false>({memory_.key_rows + (scores.keys.begin - block_.begin) * dim_, dim_,
                               tile.query.as<VnniPair>(), width, padded(count, kVnniRows), dim_ / 2, scores.data,
                               width});
+    float* const to = scores.data;  // a copy: stores might change what a reference refers to
     const auto finish_keys = [&]<bool Borders>(KeyRange part) __attribute__((always_inline)) {
       for (Index key = part.begin; key < part.end; ++key) {
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) {
-          float* const at = scores.data + key * width + v * N;
+          float* const at = to + key * width + v * N;
           const Packet s = finish.template operator()<Borders>(key, v, simd::load(at));
           if constexpr (Borders) simd::store(at, s);
         }

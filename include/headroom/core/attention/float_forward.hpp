@@ -75,21 +75,20 @@ class FloatForward {
   }
 
   /// S = K·Qᵀ [keys][queries] of a tile and some keys of the block. finish<Borders>(key, v, s) returns what becomes of
-  /// the packet s of a key; where a key is not in `inside`, Borders is true. finish.prefetch(key) comes before.
+  /// the packet s of a key; where a key is not in `inside`, Borders is true.
   template <int Vectors, int HeadDim, class Finish>
   EIGEN_ALWAYS_INLINE void scores(const Tile& tile, const Scores& scores, KeyRange inside, Finish& finish) const {
     const MatrixView<const Scalar> keys = key_block_.middle_rows(scores.keys.begin - block_.begin, scores.key_count());
     const Index dim = HeadDim == Eigen::Dynamic ? keys.cols : HeadDim;
+    Scalar* const to = scores.data;  // a copy: stores might change what a reference refers to
     const auto score_keys = [&]<bool Borders>(KeyRange part) __attribute__((always_inline)) {
       for_row_tiles<kTileRows>(
           part.end - part.begin, [&]<int Rows>(Index row) __attribute__((always_inline)) {
             const Index key = part.begin + row;
-            finish.prefetch(key);
             RegisterTile<Scalar, Rows, Vectors> score({&keys(key, 0), keys.row_stride, 1},
                                                       {tile.query.template as<Scalar>(), Vectors * N}, dim);
             score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
-              simd::store(scores.data + (key + r) * Vectors * N + v * N,
-                          finish.template operator()<Borders>(key + r, v, s));
+              simd::store(to + (key + r) * Vectors * N + v * N, finish.template operator()<Borders>(key + r, v, s));
             });
           });
     };

@@ -2,6 +2,7 @@
 
 #include "headroom/core/attention/bfloat16_forward.hpp"
 #include "headroom/core/attention/checks.hpp"
+#include "headroom/core/executor.hpp"
 
 namespace headroom::inline v0::core {
 namespace detail {
@@ -11,10 +12,8 @@ namespace detail {
 template <class Scalar, int Vectors>
 struct ScoreFinish {
   const typename ForwardTile<Scalar>::Scores& scores;
-  const ScoreFunction<Scalar>& score;
   SoftmaxBlock<Scalar, Vectors>& softmax;
 
-  EIGEN_ALWAYS_INLINE void prefetch(Index key) const { score.prefetch(scores, key); }
   template <bool Borders>
   EIGEN_ALWAYS_INLINE simd::Packet<Scalar> operator()(Index key, int v, simd::Packet<Scalar> s) const {
     if constexpr (Borders) s = scores.run.hide_outside(scores.keys.begin + key, v * simd::kLanes<Scalar>, s);
@@ -112,7 +111,7 @@ class ForwardWorker {
                                 const ScoreFunction<Scalar>& score) {
     const bool by_tile = score.in_every_tile();
     SoftmaxBlock<Scalar, Vectors> softmax(tile.softmax, score.factor());
-    const ScoreFinish<Scalar, Vectors> finish{scores, score, softmax};
+    const ScoreFinish<Scalar, Vectors> finish{scores, softmax};
     const KeyRange inside = by_tile ? KeyRange{0, scores.key_count()} : tile.run.inside(scores.keys);
     products.template scores<Vectors, HeadDim>(tile, scores, inside, finish);
     if (by_tile) [[unlikely]] {
@@ -124,7 +123,9 @@ class ForwardWorker {
     products.template weights<Vectors>(softmax, scores, /*final=*/!drops);
     softmax.end(tile.softmax);
     if (drops) score.dropout().apply(scores);
-    products.template add_values<Vectors, HeadDim>(tile, scores, softmax.decay);
+    simd::Packet<Scalar> decay[Vectors];  // a copy: its address leaves this function, the softmax stays in registers
+    std::copy_n(softmax.decay, Vectors, decay);
+    products.template add_values<Vectors, HeadDim>(tile, scores, decay);
   }
 
   /// Divides by the sum of weights; writes the rows and their log-sum-exp.

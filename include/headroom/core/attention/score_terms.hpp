@@ -66,14 +66,6 @@ struct Bias {
   const StoredTensor& bias;
 
   explicit operator bool() const { return static_cast<bool>(bias); }
-  /// Asks for the bias of one row of keys, to be there when apply() needs it.
-  template <class Tile>
-  void prefetch(const Tile& tile, Index row) const {
-    bias.head(tile.head.b, tile.head.h, bias.shape[1]).visit([&](auto b) {
-      const KeyRange queries = tile.run.queries;
-      for (Index i = queries.begin; i < queries.end; ++i) __builtin_prefetch(&b(i, tile.keys.begin + row));
-    });
-  }
   /// `buffer` holds [kLanes][rows].
   template <class Tile>
   void apply(const Tile& tile, Scalar factor, Scalar* buffer) const {

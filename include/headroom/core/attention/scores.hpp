@@ -54,12 +54,6 @@ class ScoreFunction {
     return block_mask_.sees_any(head, queries, keys) && element_mask_.sees_any(head, queries, keys);
   }
 
-  /// Asks for what apply() needs for one row of keys.
-  template <class Tile>
-  EIGEN_ALWAYS_INLINE void prefetch(const Tile& tile, Index row) const {
-    if (bias_) bias_.prefetch(tile, row);
-  }
-
   static Index buffer_size(Index rows, Index width) {
     return std::max<Index>(simd::kLanes<Scalar> * rows, rows + width);
   }

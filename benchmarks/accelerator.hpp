@@ -7,6 +7,7 @@
 #include <string>
 
 #include "benchmark.hpp"
+#include "timing.hpp"
 
 namespace headroom::benchmarks {
 
@@ -36,5 +37,10 @@ class Accelerator {
   c10::DeviceIndex index = 0;
   c10::DeviceAllocator* allocator = nullptr;
 };
+
+/// Seconds of a step on a GPU, without one on the CPU.
+inline double seconds_on(const Accelerator* gpu, const std::function<void()>& step) {
+  return gpu != nullptr ? gpu->seconds_of(step) : seconds_of(step);
+}
 
 }  // namespace headroom::benchmarks

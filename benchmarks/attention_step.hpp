@@ -36,9 +36,7 @@ struct AttentionStep {
 
   std::vector<Tensor> leaves() const {
     std::vector<Tensor> result{q, k, v};
-    for (const auto& x : {options.bias(), options.relative_bias(), options.alibi_slopes(), options.sink()}) {
-      if (x.has_value() && x->requires_grad()) result.push_back(*x);
-    }
+    for (const Tensor& x : headroom::detail::differentiable(options)) result.push_back(x);
     return result;
   }
 

@@ -65,7 +65,7 @@ training::Config config_of(const Case& c, const std::string& folder) {
   const std::string name = c.configuration;
   const size_t slash = name.find('/');
   const bool published = slash != std::string::npos;
-  training::Config config = benchmarks::configuration(folder + "/musdb18_" + (published ? "small" : name) + ".json");
+  training::Config config = training::load_config(folder + "/musdb18_" + (published ? "small" : name) + ".json");
   if (published) {
     const int64_t width = std::stoll(name.substr(0, slash));
     config.model.as<models::TimeFrequencyTransformerOptions>()

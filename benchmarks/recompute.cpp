@@ -111,6 +111,7 @@ void measure_encoder(Table& table, const EncoderSizes& sizes, const std::vector<
                           }});
   }
   benchmarks::race(contenders, {.warm_up = false, .least = repetitions});
+  const int64_t fixed = fixed_bytes(sizes);
   for (size_t i = 0; i < policies.size(); ++i) {
     const Planned planned = benchmarks::planned([&] { run_encoder(sizes, policies[i]); });
     table.add({name.str(),
@@ -118,13 +119,13 @@ void measure_encoder(Table& table, const EncoderSizes& sizes, const std::vector<
                planned.peak_bytes,
                best[i],
                {{"what", "forward and backward"},
-                {"activation_bytes", planned.peak_bytes - fixed_bytes(sizes)},
+                {"activation_bytes", planned.peak_bytes - fixed},
                 {"flops", planned.flops}}});
   }
 }
 
 training::Config guide(const std::string& folder, const std::string& name) {
-  training::Config config = benchmarks::configuration(folder + "/musdb18_" + name + ".json");
+  training::Config config = training::load_config(folder + "/musdb18_" + name + ".json");
   config.training.gradient_accumulation_steps = 1;
   config.training.batch_size = 1;
   return config;

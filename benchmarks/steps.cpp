@@ -3,7 +3,6 @@
 #include <torch/torch.h>
 
 #include <fstream>
-#include <type_traits>
 
 #include "headroom/nn/encoder.hpp"
 #include "headroom/plan/plan.hpp"
@@ -76,15 +75,13 @@ EncoderStep make_encoder_step(const EncoderSizes& sizes, const std::string& poli
   return {encoder.ptr(), x, [encoder, x]() mutable { encoder->forward(x).square().mean().backward(); }};
 }
 
-training::Config configuration(const std::string& file) { return training::load_config(file); }
-
 double train(const training::Config& config, int steps, const Accelerator* gpu) {
   const models::Separator model = training::make_model(config);
   if (gpu != nullptr) model->to(gpu->device);
   training::Trainer trainer(model, config, NoiseSource{{config}});
   const auto step = [&] { trainer.step(config.training.learning_rate); };
   double seconds = 0;
-  for (int i = 0; i < steps; ++i) seconds = gpu != nullptr ? gpu->seconds_of(step) : seconds_of(step);
+  for (int i = 0; i < steps; ++i) seconds = seconds_on(gpu, step);
   return seconds;
 }
 
@@ -118,7 +115,8 @@ std::string out_of_memory_error(const training::Config& config, c10::Device devi
   }
 }
 
-RepeatedStep make_repeated_step(const training::Config& config, const PythonTwin& twin, const Accelerator* gpu) {
+std::function<double()> make_repeated_step(const training::Config& config, const PythonTwin& twin,
+                                           const Accelerator* gpu) {
   torch::manual_seed(0);
   const torch::Device device = gpu != nullptr ? gpu->device : torch::Device(torch::kCPU);
   const models::Separator model = training::make_model(config);
@@ -132,7 +130,7 @@ RepeatedStep make_repeated_step(const training::Config& config, const PythonTwin
   example = {example.mixture.to(device), example.stems.to(device)};
   const auto source = [example](int64_t, int64_t) { return example; };
   const auto trainer = std::make_shared<training::Trainer>(model, config, source);
-  return {[trainer, rate = config.training.learning_rate] { return trainer->step(rate); }};
+  return [trainer, rate = config.training.learning_rate] { return trainer->step(rate); };
 }
 
 }  // namespace headroom::benchmarks

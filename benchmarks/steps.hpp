@@ -43,9 +43,6 @@ struct EncoderStep {
 /// The policy "reversible" stands for the reversible stack, which is another model.
 EncoderStep make_encoder_step(const EncoderSizes& sizes, const std::string& policy, c10::Device device = c10::kCPU);
 
-/// The configuration of a file.
-training::Config configuration(const std::string& file);
-
 /// Trains a new model on noise for some steps, on the GPU if one is given; the seconds of the last step.
 double train(const training::Config& config, int steps, const Accelerator* gpu = nullptr);
 /// What the first step of that needs here.
@@ -59,17 +56,14 @@ training::Config fitted(const training::Config& config, int64_t budget);
 /// What is said when a forward pass of the model runs out of memory on a GPU.
 std::string out_of_memory_error(const training::Config& config, c10::Device device);
 
-/// A trainer that repeats one example.
-struct RepeatedStep {
-  std::function<double()> run;  ///< a step; returns its loss
-};
 /// What the same steps in Python need.
 struct PythonTwin {
   std::string file;  ///< for torch.load; empty: there is no twin
   int64_t steps = 0;
 };
-/// With the weights and the example of seed 0, which are written for the twin if there is one.
-RepeatedStep make_repeated_step(const training::Config& config, const PythonTwin& twin,
-                                const Accelerator* gpu = nullptr);
+/// A step of a trainer that repeats one example, returns its loss. With the weights and the example of seed 0, which
+/// are written for the twin if there is one.
+std::function<double()> make_repeated_step(const training::Config& config, const PythonTwin& twin,
+                                           const Accelerator* gpu = nullptr);
 
 }  // namespace headroom::benchmarks

@@ -7,7 +7,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
-#include <fstream>
 #include <map>
 
 #include "headroom/memory/format.hpp"
@@ -40,11 +39,10 @@ Measurement run_ours(const training::Config& config, const benchmarks::PythonTwi
   const auto step = benchmarks::make_repeated_step(config, twin, gpu);
   std::vector<double> losses;
   Measurement result;
-  const auto once = [&] { losses.push_back(step.run()); };
+  const auto once = [&] { losses.push_back(step()); };
   const auto all = [&] {
-    result.seconds =
-        benchmarks::shortest_of([&] { return gpu != nullptr ? gpu->seconds_of(once) : benchmarks::seconds_of(once); },
-                                {.warm_up = false, .least = static_cast<int>(twin.steps)});
+    result.seconds = benchmarks::shortest_of([&] { return benchmarks::seconds_on(gpu, once); },
+                                             {.warm_up = false, .least = static_cast<int>(twin.steps)});
   };
   if (gpu != nullptr) {
     result.memory_bytes = gpu->peak_of(all).allocated;
@@ -125,7 +123,7 @@ int main(int argc, char** argv) {
     std::printf("%-24s %-10s %10s %14s %12s %12s\n", "", "", "seconds", gpu ? "peak" : "resident", "first loss",
                 "last loss");
     for (const std::string& file : files) {
-      training::Config config = benchmarks::configuration(file);
+      training::Config config = training::load_config(file);
       config.model.gradient_checkpointing = false;
       config.training.gradient_accumulation_steps = 1;  // as the twin
       config.training.bf16 = bf16;

@@ -8,6 +8,7 @@
 #include "headroom/training/example.hpp"
 #include "headroom/training/field.hpp"
 #include "headroom/training/json.hpp"
+#include "headroom/training/model_rules.hpp"
 #include "headroom/training/model_type.hpp"
 #include "headroom/training/models.hpp"
 #include "headroom/training/out_of_memory.hpp"

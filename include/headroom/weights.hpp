@@ -14,6 +14,7 @@
 #include "headroom/weights/safetensors.hpp"
 #include "headroom/weights/safetensors_writer.hpp"
 #include "headroom/weights/state_dict.hpp"
+#include "headroom/weights/tensor_map.hpp"
 #include "headroom/weights/tensor_record.hpp"
 #include "headroom/weights/tensors.hpp"
 #include "headroom/weights/zip.hpp"

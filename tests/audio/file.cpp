@@ -1,9 +1,7 @@
 #include "headroom/audio/file.hpp"
 
-#include <sys/resource.h>
 #include <sys/stat.h>
 
-#include <csignal>
 #include <cstring>
 #include <thread>
 
@@ -179,21 +177,18 @@ TEST_CASE("a writer that is not closed, fails, or gets too little leaves the old
 TEST_CASE("a disk that fills up while writing is an error that names the file, and leaves no temporary file") {
   const TemporaryFolder folder;
   testing::write_bytes(folder / "a.wav", "precious");
-  // A limit on the size of files makes write() fail like a full disk does.
-  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
-  rlimit old{};
-  getrlimit(RLIMIT_FSIZE, &old);
-  const rlimit small{100000, old.rlim_max};
-  setrlimit(RLIMIT_FSIZE, &small);
   std::vector<Error> errors;
-  for (const auto encoding : {Encoding::float32, Encoding::pcm16}) {
-    for (const std::int64_t frames : {12500 - 5, 200000}) {  // the header alone does not fit, or nearly nothing does
-      const std::int64_t n = encoding == Encoding::pcm16 ? 2 * frames : frames;
-      errors.push_back(error_of([&] { audio::write_audio(folder / "a.wav", torch::zeros({2, n}), 44100, encoding); }));
+  {
+    const testing::FileSizeLimit limit(100'000);
+    for (const auto encoding : {Encoding::float32, Encoding::pcm16}) {
+      for (const std::int64_t frames : {12500 - 5, 200000}) {  // the header alone does not fit, or nearly nothing does
+        const std::int64_t n = encoding == Encoding::pcm16 ? 2 * frames : frames;
+        errors.push_back(error_of([&] {
+          audio::write_audio(folder / "a.wav", torch::zeros({2, n}), 44100, encoding);
+        }));
+      }
     }
   }
-  setrlimit(RLIMIT_FSIZE, &old);
-  std::signal(SIGXFSZ, handler);
   for (const Error& error : errors) {
     CHECK(error.id() == "headroom.audio.file.write");
     CHECK_THAT(error.what(), Catch::Contains("a.wav") && Catch::Contains("room on the disk"));

@@ -1,7 +1,5 @@
 #include "headroom/checkpoint/tiled.hpp"
 
-#include <signal.h>
-#include <sys/resource.h>
 #include <torch/torch.h>
 
 #include <cstdlib>
@@ -332,26 +330,10 @@ TEST_CASE("checkpoints that no disk has room for are errors, not signals") {
   CHECK(nowhere.id() == "headroom.checkpoint.offload");
   CHECK(testing::contains(nowhere.what(), "TMPDIR"));
 
-  struct Limit {  // files of at most 64 KiB
-    rlimit limit{};
-    struct sigaction action {};
-    Limit() {
-      ::getrlimit(RLIMIT_FSIZE, &limit);
-      struct sigaction ignore {};
-      ignore.sa_handler = SIG_IGN;
-      ::sigaction(SIGXFSZ, &ignore, &action);
-      const rlimit small{1 << 16, limit.rlim_max};
-      ::setrlimit(RLIMIT_FSIZE, &small);
-    }
-    ~Limit() {
-      ::setrlimit(RLIMIT_FSIZE, &limit);
-      ::sigaction(SIGXFSZ, &action, nullptr);
-    }
-  };
   const Tensor leaf = x.clone().requires_grad_();
   const MemoryMeter meter;
   const MemoryReport report = meter.measure([&] {
-    const Limit limit;
+    const testing::FileSizeLimit limit(1 << 16);
     const std::vector<StackBlock> stack{{{{[](const Tensor& t) { return t.exp(); }, {}, {}}}}};
     const Error full = testing::error_of([&] { run_stack(stack, leaf * 1, "full+offload"); });
     CHECK(full.id() == "headroom.checkpoint.offload");

@@ -14,7 +14,6 @@
 #include "support/one_thread.hpp"
 
 using namespace headroom;
-using testing::error_of;
 using torch::Tensor;
 
 namespace {
@@ -34,14 +33,10 @@ Tensor noise(at::IntArrayRef sizes, uint32_t salt) {
 
 void set_parameters(torch::nn::Module& model) {
   const torch::NoGradGuard guard;
-  std::map<std::string, Tensor> sorted;
-  for (const auto& [name, tensor] : weights::tensors_of(model)) {
-    sorted.emplace(name, tensor);
-  }
   // The package counts the frequencies of rotary embedding once for each axis, by the first name that they have
   uint32_t salt = 0;
   std::set<const void*> seen;
-  for (auto& [name, x] : sorted) {
+  for (const auto& [name, x] : weights::tensors_of(model)) {
     if (!seen.insert(x.unsafeGetTensorImpl()).second) continue;
     ++salt;
     if (name.ends_with("freqs")) continue;

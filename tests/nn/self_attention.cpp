@@ -104,7 +104,7 @@ TEST_CASE("a self-attention layer gives what its parts give, whatever it is aske
         CAPTURE(name, rotary, kv_heads);
         std::vector<Tensor> leaves = layer->parameters();
         leaves.push_back(x);
-        for (const Tensor& t : nn::detail::differentiable(request)) leaves.push_back(t);
+        for (const Tensor& t : headroom::detail::differentiable(request)) leaves.push_back(t);
         const auto expected = with_gradients_of(by_parts(layer, x, request), leaves);
         CHECK(largest_of_differences(with_gradients_of(layer->forward(x, 1, request), leaves), expected) < 1e-10);
         nn::SelfAttention asked(nn::SelfAttentionOptions(layer->options).request(request));

@@ -21,14 +21,14 @@ def blank(text):
     return COMMENT_OR_STRING.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), text)
 
 
-def matching(text, at, step=1):
+def matching(text, at):
     """The place of the bracket that belongs to the one at `at`."""
     depth = 0
-    while 0 <= at < len(text):
-        depth += {"(": 1, ")": -1, "{": 1, "}": -1, "[": 1, "]": -1}.get(text[at], 0) * step
+    while at < len(text):
+        depth += {"(": 1, ")": -1, "{": 1, "}": -1, "[": 1, "]": -1}.get(text[at], 0)
         if depth == 0:
             return at
-        at += step
+        at += 1
     return -1
 
 

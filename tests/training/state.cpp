@@ -4,7 +4,6 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 
-#include <csignal>
 #include <fstream>
 #include <sstream>
 #include <thread>
@@ -141,14 +140,10 @@ TEST_CASE("a disk that is full leaves the old saved state and no temporary file"
   const TemporaryFolder folder;
   const auto path = folder / "a.pt";
   write_bytes(path, "old");
-  std::signal(SIGXFSZ, SIG_IGN);
-  rlimit before{};
-  getrlimit(RLIMIT_FSIZE, &before);
-  const rlimit small{.rlim_cur = 1000, .rlim_max = before.rlim_max};
-  setrlimit(RLIMIT_FSIZE, &small);
-  const Error error = error_of([&] { write_atomically(path, {std::string(900, 'a'), std::string(900, 'b')}); });
-  setrlimit(RLIMIT_FSIZE, &before);
-  std::signal(SIGXFSZ, SIG_DFL);
+  const Error error = [&] {
+    const testing::FileSizeLimit limit(1000);
+    return error_of([&] { write_atomically(path, {std::string(900, 'a'), std::string(900, 'b')}); });
+  }();
   CHECK(error.id() == "headroom.training.state.write");
   CHECK(contains(error.what(), path.string() + ": File too large"));
   CHECK(read_bytes(path) == "old");

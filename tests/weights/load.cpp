@@ -1,9 +1,7 @@
 #include "headroom/weights/load.hpp"
 
-#include <sys/resource.h>
 #include <torch/torch.h>
 
-#include <csignal>
 #include <cstdlib>
 #include <filesystem>
 #include <string>
@@ -112,13 +110,10 @@ TEST_CASE("a disk that is full leaves the old file and nothing else") {
   const auto path = folder / "a.safetensors";
   weights::save_tensors(path, {{"a", torch::ones({3})}});
   const std::string before = read_bytes(path);
-  std::signal(SIGXFSZ, SIG_IGN);
-  rlimit limit{};
-  getrlimit(RLIMIT_FSIZE, &limit);
-  const rlimit small{.rlim_cur = 100'000, .rlim_max = limit.rlim_max};
-  setrlimit(RLIMIT_FSIZE, &small);
-  const Error error = error_of([&] { weights::save_tensors(path, {{"a", torch::ones({100'000})}}); });
-  setrlimit(RLIMIT_FSIZE, &limit);
+  const Error error = [&] {
+    const testing::FileSizeLimit limit(100'000);
+    return error_of([&] { weights::save_tensors(path, {{"a", torch::ones({100'000})}}); });
+  }();
   CHECK(error.id() == "headroom.weights.write");
   CHECK(contains(error.what(), "Check the room on the disk"));
   CHECK(read_bytes(path) == before);

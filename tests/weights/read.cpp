@@ -311,7 +311,8 @@ TEST_CASE("a written safetensors file is in order, aligned, and replaces another
                                                       {"half", DType::bf16, {2, 1}},
                                                       {"none", DType::f32, {0, 9}}};
   const auto write = [&](std::size_t i, std::ostream& stream) {
-    stream << std::string(weights::detail::data_bytes(headers[i]), static_cast<char>('a' + i));
+    stream << std::string(*weights::data_bytes(headers[i].shape, weights::bytes_of(headers[i].dtype)),
+                          static_cast<char>('a' + i));
   };
   weights::write_safetensors(path, headers, {{"format", "pt"}, {"who", "\u00fc"}}, write);
   const std::string file = read_bytes(path);

@@ -10,6 +10,7 @@
 #include <ostream>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "headroom/core/error.hpp"
 
@@ -120,5 +121,18 @@ struct AttentionOptions {
 
   TORCH_ARG(AttentionBackend, backend) = AttentionBackend::automatic;
 };
+
+namespace detail {
+
+/// The options' tensors that need a gradient.
+inline std::vector<torch::Tensor> differentiable(const AttentionOptions& options) {
+  std::vector<torch::Tensor> all;
+  for (const auto& x : {options.bias(), options.relative_bias(), options.alibi_slopes(), options.sink()}) {
+    if (x.has_value() && x->defined() && x->requires_grad()) all.push_back(*x);
+  }
+  return all;
+}
+
+}  // namespace detail
 
 }  // namespace headroom::inline v0

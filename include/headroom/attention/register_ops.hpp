@@ -171,7 +171,7 @@ inline void compute_attention_forward(const c10::OperatorHandle& op, torch::jit:
 inline void compute_attention_backward(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const torch::NoGradGuard no_grad;
   const OperatorCall call(op, *stack);
-  const std::array<bool, 7> wanted = call["wanted"].to<std::array<bool, 7>>();
+  const auto wanted = call["wanted"].to<WantedGradients>();
   const auto grad_lse = call.optional_tensor("grad_lse");
   AttentionGradients grad =
       BackendCall(call).backward({call.tensor("output"), call.tensor("lse")},
@@ -210,7 +210,7 @@ inline void shape_attention_forward(const c10::OperatorHandle& op, torch::jit::S
 
 inline void shape_attention_backward(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const OperatorCall call(op, *stack);
-  const std::array<bool, 7> wanted = call["wanted"].to<std::array<bool, 7>>();
+  const auto wanted = call["wanted"].to<WantedGradients>();
   for (size_t i = 0; i < wanted.size(); ++i) {
     const auto of = call.optional_tensor(kDifferentiable[i]);
     torch::jit::push(*stack, wanted[i] && of.has_value() ? empty_gradient(i, *of) : torch::Tensor());
@@ -250,7 +250,7 @@ struct AttentionOperator : torch::autograd::Function<AttentionOperator> {
     const auto holder = ctx->saved_data["call"].toCapsule();
     OperatorCall call = static_cast<const SavedCall&>(*holder).call;
     call.set_tensors(at::TensorList(saved).slice(2));
-    std::array<bool, 7> wanted{};
+    WantedGradients wanted{};
     for (size_t i = 0, edge = 0; i < wanted.size(); ++i) {
       wanted[i] = call.optional_tensor(kDifferentiable[i]).has_value() && ctx->needs_input_grad(edge++);
     }

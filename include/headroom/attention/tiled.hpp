@@ -255,8 +255,7 @@ class TiledRequest {
 struct TiledParamGradients {
   torch::Tensor bias, relative_bias, slopes, sink;  // of the shapes of the request's; undefined: not wanted
 
-  /// `wanted` as in AttentionFunction.
-  TiledParamGradients(const torch::Tensor& q, const AttentionRequest& request, const std::array<bool, 7>& wanted) {
+  TiledParamGradients(const torch::Tensor& q, const AttentionRequest& request, const WantedGradients& wanted) {
     const auto zeros = [](bool is_wanted, const torch::Tensor& x, torch::ScalarType dtype) {
       return is_wanted && x.defined() ? torch::zeros(x.sizes(), x.options().dtype(dtype)) : torch::Tensor();
     };
@@ -290,26 +289,19 @@ struct TiledParamGradients {
 };
 
 /// The only functions that compile core's kernels, which takes about a minute.
-HEADROOM_KERNEL AttentionForward tiled_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                                 const AttentionRequest& request);
-
-/// What a backward pass of the kernel takes: the inputs and results of the forward pass, and their gradients, of which
-/// that of the log-sum-exp may be undefined.
-struct TiledBackward {
-  const torch::Tensor &q, &k, &v;
-  const AttentionForward& forward;
-  const torch::Tensor &grad_output, &grad_lse;
-};
+HEADROOM_KERNEL AttentionForward tiled_attention(const AttentionInputs& in);
 
 /// Writes the gradients of q, k and v into the tensors of `grad`, of their shapes with any strides, and adds those of
 /// what is added to scores.
-HEADROOM_KERNEL void tiled_attention_backward(const TiledBackward& pass, const AttentionRequest& request,
-                                              const AttentionGradients& grad, const TiledParamGradients& param_grads);
+HEADROOM_KERNEL void tiled_attention_backward(const AttentionInputs& in, const AttentionForward& forward,
+                                              const ResultGradients& results, const AttentionGradients& grad,
+                                              const TiledParamGradients& param_grads);
 
 #ifdef HEADROOM_DEFINE_KERNELS
 
-HEADROOM_KERNEL AttentionForward tiled_attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                                                 const AttentionRequest& request) {
+HEADROOM_KERNEL AttentionForward tiled_attention(const AttentionInputs& in) {
+  const torch::Tensor &q = in.q, &k = in.k, &v = in.v;
+  const AttentionRequest& request = in.request;
   RECORD_FUNCTION("headroom::attention", operator_inputs({q, k, v}));
   std::vector<int64_t> sizes = q.sizes().vec();
   sizes.back() = v.size(-1);
@@ -333,26 +325,29 @@ HEADROOM_KERNEL AttentionForward tiled_attention(const torch::Tensor& q, const t
   return {output, lse};
 }
 
-HEADROOM_KERNEL void tiled_attention_backward(const TiledBackward& pass, const AttentionRequest& request,
-                                              const AttentionGradients& grad, const TiledParamGradients& param_grads) {
-  RECORD_FUNCTION("headroom::attention_backward", operator_inputs({pass.q, pass.k, pass.v}));
+HEADROOM_KERNEL void tiled_attention_backward(const AttentionInputs& in, const AttentionForward& forward,
+                                              const ResultGradients& results, const AttentionGradients& grad,
+                                              const TiledParamGradients& param_grads) {
+  const torch::Tensor &q = in.q, &k = in.k, &v = in.v;
+  const AttentionRequest& request = in.request;
+  RECORD_FUNCTION("headroom::attention_backward", operator_inputs({q, k, v}));
   const auto& scores = request.score_sizes;
   if (c10::multiply_integers(all_but_last(scores, 2)) == 0) {  // keys may be left that no query sees
     for (const torch::Tensor* x : {&grad.q, &grad.k, &grad.v}) x->zero_();
     return;
   }
-  const TiledRequest tiled(pass.q, request);
-  TiledTensors tensors = tiled.tensors(pass.q, pass.k, pass.v);
-  tensors.output = pass.forward.output, tensors.lse = pass.forward.lse.unsqueeze(-1);
-  tensors.grad_output = pass.grad_output;
+  const TiledRequest tiled(q, request);
+  TiledTensors tensors = tiled.tensors(q, k, v);
+  tensors.output = forward.output, tensors.lse = forward.lse.unsqueeze(-1);
+  tensors.grad_output = results.output;
   tensors.grad_q = grad.q, tensors.grad_k = grad.k, tensors.grad_v = grad.v;
-  if (pass.grad_lse.defined()) tensors.grad_lse = pass.grad_lse.unsqueeze(-1);
+  if (results.lse.defined()) tensors.grad_lse = results.lse.unsqueeze(-1);
   if (param_grads.bias.defined()) tensors.grad_bias = param_grads.bias.expand(scores);
   if (param_grads.slopes.defined()) {
     tensors.grad_slopes = param_grads.slopes.expand(all_but_last(scores, 1)).unsqueeze(-1);
   }
   for_each_4d(tensors, 0, [&](const TiledTensors& x, int64_t batch) {
-    with_element_type(pass.q, [&](auto zero) {
+    with_element_type(q, [&](auto zero) {
       using T = decltype(zero);
       core::attention_backward<T>({.q = view_of<const T>(x.q),
                                    .k = view_of<const T>(x.k),
@@ -365,7 +360,7 @@ HEADROOM_KERNEL void tiled_attention_backward(const TiledBackward& pass, const A
                                    .grad_k = view_of<T>(x.grad_k),
                                    .grad_v = view_of<T>(x.grad_v),
                                    .param_grads = param_grads.views(x, request)},
-                                  tiled.params(x, batch), tiled.mask(batch), TorchExecutor{is_dry(pass.q)});
+                                  tiled.params(x, batch), tiled.mask(batch), TorchExecutor{is_dry(q)});
     });
   });
 }

@@ -8,7 +8,7 @@ namespace headroom::inline v0::detail {
 struct TiledBackend {
   static constexpr bool kDifferentiableLse = true;
 
-  static AttentionForward forward(const AttentionInputs& in) { return tiled_attention(in.q, in.k, in.v, in.request); }
+  static AttentionForward forward(const AttentionInputs& in) { return tiled_attention(in); }
   static AttentionGradients backward(const AttentionInputs& in, const AttentionForward& forward,
                                      const ResultGradients& grad, const WantedGradients& wanted) {
     const auto empty_as = [](const torch::Tensor& x) { return empty_in_order_of(x, x.sizes(), x.options()); };
@@ -21,7 +21,7 @@ struct TiledBackend {
   static void write_gradients(const AttentionInputs& in, const AttentionForward& forward, const ResultGradients& grad,
                               const WantedGradients& wanted, AttentionGradients& result) {
     const TiledParamGradients sums(in.q, in.request, wanted);
-    tiled_attention_backward({in.q, in.k, in.v, forward, grad.output, grad.lse}, in.request, result, sums);
+    tiled_attention_backward(in, forward, grad, result, sums);
     sums.store(result, in.request);
   }
 };

@@ -2,6 +2,7 @@
 
 #include <Eigen/Core>
 #include <algorithm>
+#include <utility>
 
 #include "headroom/core/error.hpp"
 
@@ -45,7 +46,6 @@ class CenteredFrames {
     const bool mirrored = padding_ == FramePadding::mirrored;
     require(!mirrored || total_ > half_, "headroom.core.frames.length", "a signal of ", total_,
             " samples is too short to be mirrored at its ends; expected more than ", half_);
-    if (is_first_) mirror_begin();
     Eigen::MatrixXd end = Eigen::MatrixXd::Zero(samples_.cols(), half_);
     if (mirrored) end = samples_.middleRows(filled_ - 1 - half_, half_).colwise().reverse().transpose();
     add(end, on_frame);
@@ -56,17 +56,13 @@ class CenteredFrames {
   /// A frame is taken when one sample more than it needs is there: the first is mirrored from that one on.
   template <class F>
   void take_frame(F&& on_frame) {
-    if (is_first_) mirror_begin();
+    if (std::exchange(is_first_, false) && padding_ == FramePadding::mirrored) {
+      samples_.topRows(half_) = samples_.middleRows(half_ + 1, half_).colwise().reverse().eval();
+    }
     on_frame(Eigen::MatrixXd(samples_.topRows(2 * half_)));
     const Eigen::MatrixXd kept = samples_.middleRows(hop_, filled_ - hop_);
     samples_.topRows(kept.rows()) = kept;
     filled_ -= hop_;
-  }
-  void mirror_begin() {
-    is_first_ = false;
-    if (padding_ == FramePadding::mirrored) {
-      samples_.topRows(half_) = samples_.middleRows(half_ + 1, half_).colwise().reverse().eval();
-    }
   }
 
   Eigen::Index half_, hop_;

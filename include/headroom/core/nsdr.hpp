@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "headroom/core/error.hpp"
+#include "headroom/core/same_shape.hpp"
 
 namespace headroom::inline v0::core {
 
@@ -29,9 +30,7 @@ class NsdrAccumulator {
   /// Throws headroom.core.nsdr.shape.
   template <class Reference, class Estimate>
   void add(const Eigen::MatrixBase<Reference>& reference, const Eigen::MatrixBase<Estimate>& estimate) {
-    require(reference.rows() == estimate.rows() && reference.cols() == estimate.cols(), "headroom.core.nsdr.shape",
-            "got a reference of ", reference.rows(), " x ", reference.cols(), " and an estimate of ", estimate.rows(),
-            " x ", estimate.cols(), "; expected the same channels and samples in both");
+    detail::check_same_shape("headroom.core.nsdr.shape", reference, estimate);
     reference_energy_ += reference.template cast<double>().squaredNorm();
     error_energy_ += (reference.template cast<double>() - estimate.template cast<double>()).squaredNorm();
   }

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "headroom/core/error.hpp"
+#include "headroom/core/same_shape.hpp"
 
 namespace headroom::inline v0::core {
 
@@ -20,9 +20,7 @@ class SiSdrAccumulator {
   /// Adds a block of the track, two matrices of one shape. Throws headroom.core.si_sdr.shape.
   template <class Reference, class Estimate>
   void add(const Eigen::MatrixBase<Reference>& reference, const Eigen::MatrixBase<Estimate>& estimate) {
-    require(reference.rows() == estimate.rows() && reference.cols() == estimate.cols(), "headroom.core.si_sdr.shape",
-            "got a reference of ", reference.rows(), " x ", reference.cols(), " and an estimate of ", estimate.rows(),
-            " x ", estimate.cols(), "; expected the same channels and samples in both");
+    detail::check_same_shape("headroom.core.si_sdr.shape", reference, estimate);
     const auto s = reference.template cast<double>().array(), e = estimate.template cast<double>().array();
     reference_energy_ += s.square().sum();
     estimate_energy_ += e.square().sum();

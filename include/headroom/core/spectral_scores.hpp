@@ -4,13 +4,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <numbers>
 #include <vector>
 
 #include "headroom/core/centered_frames.hpp"
-#include "headroom/core/error.hpp"
 #include "headroom/core/mel.hpp"
 #include "headroom/core/real_transform.hpp"
+#include "headroom/core/same_shape.hpp"
+#include "headroom/core/stft.hpp"
 
 // Scores between 0 and 100 that compare magnitudes of spectra, as Music-Source-Separation-Training defines them
 // (utils/metrics.py: L1Freq_metric and bleed_full). Each takes a stem block by block and keeps one frame.
@@ -22,10 +22,7 @@ namespace detail {
 /// References and estimates [channels, n] in one matrix [2 x channels, n]. Throws headroom.core.spectral_scores.shape.
 template <class Reference, class Estimate>
 Eigen::MatrixXd stacked(const Eigen::MatrixBase<Reference>& reference, const Eigen::MatrixBase<Estimate>& estimate) {
-  require(reference.rows() == estimate.rows() && reference.cols() == estimate.cols(),
-          "headroom.core.spectral_scores.shape", "got a reference of ", reference.rows(), " x ", reference.cols(),
-          " and an estimate of ", estimate.rows(), " x ", estimate.cols(),
-          "; expected the same channels and samples in both");
+  check_same_shape("headroom.core.spectral_scores.shape", reference, estimate);
   Eigen::MatrixXd both(2 * reference.rows(), reference.cols());
   both << reference.template cast<double>(), estimate.template cast<double>();
   return both;
@@ -74,12 +71,8 @@ class MelLevels {
   MelLevels(Eigen::Index rows, double sample_rate)
       : frames_(rows, kLength, kLength / 4, FramePadding::zeros),
         transform_(kLength),
-        window_(kLength),
-        bands_(mel_bands(sample_rate, kLength, 512)) {
-    for (Eigen::Index i = 0; i < kLength; ++i) {
-      window_(i) = 0.5 - 0.5 * std::cos(2 * std::numbers::pi * static_cast<double>(i) / kLength);
-    }
-  }
+        window_(Stft<double>({.n_fft = kLength}).window()),
+        bands_(mel_bands(sample_rate, kLength, 512)) {}
 
   /// `on_levels` gets [bands, rows] for each frame.
   template <class F>

@@ -26,6 +26,10 @@ struct BsRoformerOptions : RoformerOptions {
   TORCH_ARG(bool, zero_dc) = true;
 
  public:
+  int64_t band_count() const { return static_cast<int64_t>(freqs_per_bands_.size()); }
+  /// Throws headroom.models.bands.
+  std::vector<Band> bands() const { return adjacent_bands(freqs_per_bands_, bins()); }
+
   static void describe(auto& self, auto&& field) {
     describe_shared(self, field);
     field("freqs_per_bands", self.freqs_per_bands(), {.at_least = 1, .at_most = 1 << 20, .bound = true},
@@ -40,7 +44,7 @@ struct BsRoformerOptions : RoformerOptions {
 class BsRoformerImpl : public RoformerImpl {
  public:
   explicit BsRoformerImpl(const BsRoformerOptions& options)
-      : RoformerImpl(options, {.bands = adjacent_bands(options.freqs_per_bands(), options.bins()),
+      : RoformerImpl(options, {.bands = options.bands(),
                                .norm_each_transformer = false,
                                .mask_hidden_layers = options.mask_estimator_depth() - 1,
                                .silent_dc = options.zero_dc(),
@@ -49,7 +53,7 @@ class BsRoformerImpl : public RoformerImpl {
 
   void pretty_print(std::ostream& stream) const override {
     stream << "headroom::models::BsRoformer(dim=" << options.dim() << ", depth=" << options.depth()
-           << ", bands=" << options.freqs_per_bands().size() << ", stems=" << options.stems() << ")";
+           << ", bands=" << options.band_count() << ", stems=" << options.stems() << ")";
   }
 
   BsRoformerOptions options;

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <ostream>
+#include <vector>
 
 #include "headroom/models/roformer/bands.hpp"
 #include "headroom/models/roformer/roformer.hpp"
@@ -17,6 +18,10 @@ struct MelBandRoformerOptions : RoformerOptions {
   TORCH_ARG(bool, match_input_audio_length) = false;
 
  public:
+  int64_t band_count() const { return num_bands_; }
+  /// Throws headroom.models.bands.
+  std::vector<Band> bands() const { return mel_bands(num_bands_, stft_n_fft(), sample_rate_); }
+
   static void describe(auto& self, auto&& field) {
     describe_shared(self, field);
     field("num_bands", self.num_bands(), {.at_least = 2, .at_most = 1 << 20, .bound = true},
@@ -32,7 +37,7 @@ struct MelBandRoformerOptions : RoformerOptions {
 class MelBandRoformerImpl : public RoformerImpl {
  public:
   explicit MelBandRoformerImpl(const MelBandRoformerOptions& options)
-      : RoformerImpl(options, {.bands = mel_bands(options.num_bands(), options.stft_n_fft(), options.sample_rate()),
+      : RoformerImpl(options, {.bands = options.bands(),
                                .norm_each_transformer = true,
                                .mask_hidden_layers = options.mask_estimator_depth(),
                                .silent_dc = false,

@@ -39,6 +39,15 @@ inline std::vector<torch::Tensor> parameters_of(const RMSNorm& norm, const torch
   return all;
 }
 
+/// The same of the attention half, with what the request has to learn.
+inline std::vector<torch::Tensor> attention_parameters(const auto& block,
+                                                       const std::optional<AttentionOptions>& request) {
+  std::vector<torch::Tensor> all = parameters_of(block.attention_norm, *block.attention);
+  if (!request.has_value()) return all;
+  for (const torch::Tensor& x : headroom::detail::differentiable(*request)) all.push_back(x);
+  return all;
+}
+
 }  // namespace detail
 
 /// A block of a stack for run_stack(), over tokens of `dims` dimensions: attention along `axis`, with the others as
@@ -47,11 +56,7 @@ template <TokenMixer Attention, TokenWise FeedForward>
 StackBlock stack_block(const BasicEncoderBlock<Attention, FeedForward>& block, int64_t axis, int64_t dims,
                        std::optional<AttentionOptions> request = {}) {
   const auto module = block.ptr();
-  std::vector<torch::Tensor> attention_parameters = detail::parameters_of(module->attention_norm, *module->attention);
-  if constexpr (TakesRequest<Attention>) {
-    request = detail::repeatable(module->attention->request_of(request));
-    for (const torch::Tensor& x : detail::differentiable(*request)) attention_parameters.push_back(x);
-  }
+  if constexpr (TakesRequest<Attention>) request = detail::repeatable(module->attention->request_of(request));
   std::vector<int64_t> independent, all;
   for (int64_t d = dims - 2, batch_dim = 0; d >= 0; --d) {
     all.insert(all.begin(), d);
@@ -60,7 +65,7 @@ StackBlock stack_block(const BasicEncoderBlock<Attention, FeedForward>& block, i
     ++batch_dim;
   }
   return {{{[module, axis, request](const torch::Tensor& x) { return module->attend(x, axis, request); },
-            std::move(attention_parameters), std::move(independent)},
+            detail::attention_parameters(*module, request), std::move(independent)},
            {[module](const torch::Tensor& x) { return module->feed(x); },
             detail::parameters_of(module->feed_forward_norm, *module->feed_forward), std::move(all)}}};
 }
@@ -77,13 +82,11 @@ struct BlockAlong {
 inline ReversibleLayer reversible_layer(const BlockAlong& along) {
   const auto block = along.block.ptr();
   const AttentionOptions request = repeatable(block->attention->request_of(along.request));
-  std::vector<torch::Tensor> attention_parameters = parameters_of(block->attention_norm, *block->attention);
-  for (const torch::Tensor& x : differentiable(request)) attention_parameters.push_back(x);
   return {
       {[block, request, axis = along.axis](const torch::Tensor& x) {
          return block->attention->forward(block->attention_norm->forward(x), axis, request);
        },
-       std::move(attention_parameters)},
+       attention_parameters(*block, request)},
       {[block](const torch::Tensor& x) { return block->feed_forward->forward(block->feed_forward_norm->forward(x)); },
        parameters_of(block->feed_forward_norm, *block->feed_forward)}};
 }

@@ -41,9 +41,7 @@ class LinearSelfAttentionImpl : public torch::nn::Cloneable<LinearSelfAttentionI
             "dim is ", options.dim(), ", heads ", options.heads(), ", head_dim ", options.head_dim(),
             "; expected positive numbers");
     const int64_t inner = options.heads() * options.head_dim();
-    // x / norm(x)·sqrt(dim), with norms below 1e-12 left as they are
-    const double eps = 1e-24 / static_cast<double>(options.dim());
-    norm = register_module("norm", RMSNorm(RMSNormOptions(options.dim()).eps(eps).weight_name("gamma")));
+    norm = register_module("norm", detail::gamma_norm(options.dim()));
     const auto projection = [&](const char* name, const std::string& place, int64_t in, int64_t out) {
       using Modules = std::vector<std::pair<std::string, std::shared_ptr<torch::nn::Module>>>;
       const Linear linear(torch::nn::LinearOptions(in, out).bias(false));

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <vector>
 
 #include "headroom/attention/checks.hpp"
 #include "headroom/attention/options.hpp"
@@ -24,15 +23,6 @@ inline bool is_alike_along(const AttentionOptions& request, int64_t batch_dim) {
   const bool drops_by_place = request.dropout() > 0 && request.seed().has_value();  // heads are counted over the batch
   return alike(request.key_lengths(), 0) && alike(request.alibi_slopes(), 2) && alike(request.mask(), 3) &&
          alike(request.hidden(), 3) && alike(request.block_mask(), 3) && alike(request.bias(), 3) && !drops_by_place;
-}
-
-/// The request's tensors that need a gradient.
-inline std::vector<torch::Tensor> differentiable(const AttentionOptions& request) {
-  std::vector<torch::Tensor> all;
-  for (const auto& x : {request.bias(), request.relative_bias(), request.alibi_slopes(), request.sink()}) {
-    if (x.has_value() && x->defined() && x->requires_grad()) all.push_back(*x);
-  }
-  return all;
 }
 
 /// The request with the seed that its own generator draws, so that it asks for the same when it is computed again.

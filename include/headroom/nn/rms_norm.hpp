@@ -200,4 +200,13 @@ class RMSNormImpl : public torch::nn::Cloneable<RMSNormImpl> {
 };
 TORCH_MODULE(RMSNorm);
 
+namespace detail {
+
+/// x / |x|·sqrt(dim)·gamma, with norms below 1e-12 counted as that: the norm of RoFormers and of linear attention.
+inline RMSNorm gamma_norm(int64_t dim) {
+  return RMSNorm(RMSNormOptions(dim).eps(1e-24 / static_cast<double>(dim)).weight_name("gamma"));
+}
+
+}  // namespace detail
+
 }  // namespace headroom::inline v0::nn

@@ -9,6 +9,17 @@
 
 namespace headroom::inline v0::nn {
 
+namespace detail {
+
+/// Rotations by each position: complex double [length, pairs], element (l, i) is exp(j·l·frequencies[i]).
+inline torch::Tensor rotations(int64_t length, const torch::Tensor& frequencies) {
+  const torch::Tensor wide = frequencies.to(torch::kDouble);
+  const torch::Tensor angles = torch::outer(torch::arange(length, wide.options()), wide);
+  return torch::polar(torch::ones_like(angles), angles);
+}
+
+}  // namespace detail
+
 /// Rotations of rotary position embedding (Su et al. 2021): complex [length, dim / 2], element (l, i) is
 /// exp(j·l·theta^(-2i/dim)). dim must be even.
 inline torch::Tensor rotary_table(int64_t length, int64_t dim, double theta = 10000.0,
@@ -18,8 +29,7 @@ inline torch::Tensor rotary_table(int64_t length, int64_t dim, double theta = 10
   const auto real = torch::TensorOptions(torch::kDouble).device(device);
   const torch::Tensor frequencies =
       torch::exp(torch::arange(0, dim, 2, real) * (-std::log(theta) / static_cast<double>(dim)));
-  const torch::Tensor angles = torch::outer(torch::arange(length, real), frequencies);
-  return torch::polar(torch::ones_like(angles), angles).to(torch::kComplexFloat);
+  return detail::rotations(length, frequencies).to(torch::kComplexFloat);
 }
 
 /// Rotates neighbouring pairs of features of x [..., L, D] by the table [L, D/2]; differentiable, keeps x's dtype.

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <functional>
 #include <map>
-#include <optional>
 #include <string>
 #include <string_view>
 
@@ -45,7 +44,9 @@ inline double convolution_flops(const ConvolutionSizes& sizes) {
 
 using FlopsFormula = double (*)(OperatorInputs);
 
-/// The formula of an operator, nullptr where it has none.
+/// What counts the floating-point operations of calls of an operator, such as "aten::mm", where a product and its sum
+/// are two: of those that multiply matrices and transform; nullptr for the others. Attention counts every pair of a
+/// query and a key, whether or not a mask hides it.
 inline FlopsFormula flops_formula(std::string_view name) {
   using Inputs = OperatorInputs;
   static constexpr auto product = [](Inputs x, size_t a, size_t b) {  // [...,m,k] · [...,k,n]
@@ -106,13 +107,5 @@ inline FlopsFormula flops_formula(std::string_view name) {
 }
 
 }  // namespace detail
-
-/// Floating-point operations of an operator call, where a product and its sum are two: of those that multiply matrices
-/// and transform; none for the others. `name` is "aten::mm". Attention counts every pair of a query and a key, whether
-/// or not a mask hides it.
-inline std::optional<double> flops_of(std::string_view name, c10::ArrayRef<const c10::IValue> inputs) {
-  const detail::FlopsFormula formula = detail::flops_formula(name);
-  return formula == nullptr ? std::nullopt : std::optional(formula(inputs));
-}
 
 }  // namespace headroom::inline v0

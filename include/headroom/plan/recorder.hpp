@@ -11,18 +11,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <deque>
-#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
-#include "headroom/core/error.hpp"
 #include "headroom/memory/counting_allocator.hpp"
 #include "headroom/memory/ledger.hpp"
 #include "headroom/memory/meta_allocator.hpp"

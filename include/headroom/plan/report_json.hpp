@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/core/json_string.hpp"
 #include "headroom/plan/report.hpp"
 #include "headroom/plan/result.hpp"
 #include "headroom/plan/trace.hpp"
@@ -22,33 +23,16 @@ namespace headroom::inline v0 {
 
 namespace detail {
 
-/// Text as a JSON string, quotes included.
-inline std::string json_string(std::string_view text) {
-  std::ostringstream out;
-  out << '"';
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      out << '\\' << c;
-    } else if (static_cast<unsigned char>(c) < 0x20) {
-      out << "\\u" << std::hex << std::setw(4) << std::setfill('0') << static_cast<int>(c) << std::dec;
-    } else {
-      out << c;
-    }
-  }
-  out << '"';
-  return out.str();
-}
-
 inline std::string json_block(const Plan& plan, const MemoryTrace::Block& block) {
   std::ostringstream out;
   out << "{\"bytes\": " << block.bytes << ", \"shape\": [";
   const at::IntArrayRef shape = shape_of(block);
   for (size_t i = 0; i < shape.size(); ++i) out << (i == 0 ? "" : ", ") << shape[i];
-  out << "], \"dtype\": " << json_string(c10::toString(block.dtype))
-      << ", \"module\": " << json_string(plan.module_of(block))
-      << ", \"operator\": " << json_string(plan.operator_of(block))
-      << ", \"phase\": " << json_string(plan.phase_of(block))
-      << ", \"use\": " << json_string(kMemoryUseNames[static_cast<size_t>(block.use)]) << "}";
+  out << "], \"dtype\": " << core::detail::json_string(c10::toString(block.dtype))
+      << ", \"module\": " << core::detail::json_string(plan.module_of(block))
+      << ", \"operator\": " << core::detail::json_string(plan.operator_of(block))
+      << ", \"phase\": " << core::detail::json_string(plan.phase_of(block))
+      << ", \"use\": " << core::detail::json_string(kMemoryUseNames[static_cast<size_t>(block.use)]) << "}";
   return out.str();
 }
 
@@ -57,16 +41,16 @@ inline std::string json_block(const Plan& plan, const MemoryTrace::Block& block)
 /// The plan as a JSON document.
 inline std::string plan_json(const Plan& plan) {
   std::ostringstream out;
-  const auto table = [&](const char* name, const auto& rows, bool last = false) {
+  const auto table = [&](const char* name, const auto& rows) {
     out << "  \"" << name << "\": {";
     bool first = true;
     for (const auto& [key, value] : rows) {
-      out << (std::exchange(first, false) ? "" : ", ") << detail::json_string(key) << ": " << std::setprecision(17)
-          << value;
+      out << (std::exchange(first, false) ? "" : ", ") << core::detail::json_string(key) << ": "
+          << std::setprecision(17) << value;
     }
-    out << "}" << (last ? "\n" : ",\n");
+    out << "},\n";
   };
-  out << "{\n  \"device\": " << detail::json_string(plan.device.name) << ",\n  \"budget_bytes\": " << plan.budget
+  out << "{\n  \"device\": " << core::detail::json_string(plan.device.name) << ",\n  \"budget_bytes\": " << plan.budget
       << ",\n  \"fits\": " << (plan.fits ? "true" : "false") << ",\n  \"peak_bytes\": " << plan.peak_bytes
       << ",\n  \"reserved_bytes\": " << plan.reserved_bytes << ",\n  \"occupied_bytes\": " << plan.occupied_bytes()
       << ",\n  \"flops\": " << std::setprecision(17) << plan.flops << ",\n";
@@ -74,7 +58,7 @@ inline std::string plan_json(const Plan& plan) {
   for (size_t use = 0; use < plan.parts.size(); ++use) parts.emplace_back(kMemoryUseNames[use], plan.parts[use]);
   out << "  \"estimated\": [";
   for (size_t i = 0; i < plan.estimated.size(); ++i) {
-    out << (i == 0 ? "" : ", ") << detail::json_string(plan.estimated[i]);
+    out << (i == 0 ? "" : ", ") << core::detail::json_string(plan.estimated[i]);
   }
   out << "],\n";
   table("parts", parts);
@@ -104,7 +88,7 @@ inline void write_plan_trace(std::ostream& out, const Plan& plan) {
   for (const auto& op : plan.trace.operators) {
     const int64_t end = op.end == MemoryTrace::kForever ? plan.trace.events : op.end;
     const auto name_of = [&](int32_t name) {
-      return detail::json_string(name < 0 ? std::string() : plan.trace.names[static_cast<size_t>(name)]);
+      return core::detail::json_string(name < 0 ? std::string() : plan.trace.names[static_cast<size_t>(name)]);
     };
     out << ",\n{\"ph\": \"X\", \"pid\": 1, \"tid\": 1, \"ts\": " << op.begin << ", \"dur\": " << end - op.begin
         << ", \"name\": " << name_of(op.name) << ", \"cat\": " << name_of(op.phase)
@@ -116,7 +100,7 @@ inline void write_plan_trace(std::ostream& out, const Plan& plan) {
     live[static_cast<size_t>(block.use)] += event.begins ? block.bytes : -block.bytes;
     out << ",\n{\"ph\": \"C\", \"pid\": 1, \"ts\": " << event.time << ", \"name\": \"bytes\", \"args\": {";
     for (size_t use = 0; use < live.size(); ++use) {
-      out << (use == 0 ? "" : ", ") << detail::json_string(kMemoryUseNames[use]) << ": " << live[use];
+      out << (use == 0 ? "" : ", ") << core::detail::json_string(kMemoryUseNames[use]) << ": " << live[use];
     }
     out << "}}";
   }

@@ -5,11 +5,9 @@
 #include <cstdint>
 #include <map>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <vector>
 
-#include "headroom/attention/options.hpp"
 #include "headroom/audio/losses.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/models/bs_roformer.hpp"
@@ -17,6 +15,7 @@
 #include "headroom/models/separator.hpp"
 #include "headroom/models/time_frequency_transformer.hpp"
 #include "headroom/training/described.hpp"
+#include "headroom/training/model_rules.hpp"
 #include "headroom/training/model_type.hpp"
 #include "headroom/training/roformers.hpp"
 #include "headroom/training/rules.hpp"
@@ -28,11 +27,7 @@ namespace headroom::inline v0::training {
 /// The options of the time-frequency transformer that a configuration describes. Throws headroom.training.model_options
 /// for another model.
 inline models::TimeFrequencyTransformerOptions model_options(const Config& config) {
-  auto options = config.model.as<models::TimeFrequencyTransformerOptions>();
-  return options.channels(config.audio.channels)
-      .stems(static_cast<int64_t>(config.audio.stems.size()))
-      .gradient_checkpointing(config.model.gradient_checkpointing)
-      .attention(attention_backend(config.model.attention));
+  return detail::with_sections(config.model.as<models::TimeFrequencyTransformerOptions>(), config);
 }
 
 /// The loss that the section `loss` describes.
@@ -85,15 +80,8 @@ inline void check_time_frequency_transformer(const models::TimeFrequencyTransfor
       {"model.reversible", "model.gradient_checkpointing"},
       [&] { return !model.reversible() || config.model.gradient_checkpointing == StackPolicy(); },
       "got true, expected false or no model.gradient_checkpointing, which has nothing to store there");
-  rule(
-      {"model.n_fft"}, [&] { return model.n_fft() % 2 == 0; }, "got ", model.n_fft(), ", expected an even number");
-  rule(
-      {"model.hop_length", "model.n_fft"}, [&] { return model.hop_length() <= model.n_fft() / 2; }, "got ",
-      model.hop_length(), ", expected at most half of model.n_fft, which is ", model.n_fft(),
-      ", else the spectrum has no inverse");
-  rule(
-      {"training.segment_length", "model.n_fft"}, [&] { return config.training.segment_length >= model.n_fft(); },
-      "got ", config.training.segment_length, ", expected at least model.n_fft, which is ", model.n_fft());
+  check_stft({{"model.n_fft", model.n_fft()}, {"model.hop_length", model.hop_length()}, {"model.n_fft", model.n_fft()}},
+             config, rule);
 }
 
 inline ModelEntry<models::TimeFrequencyTransformerOptions> time_frequency_transformer() {
@@ -110,11 +98,8 @@ inline ModelEntry<models::TimeFrequencyTransformerOptions> time_frequency_transf
               },
           .summary =
               [](const Options& model, int64_t samples) {
-                std::ostringstream text;
-                text << model.n_layers() << " layers, width " << model.emb_dim() << ", " << model.n_heads()
-                     << " heads; " << model.frames(samples) * model.bins() << " tokens a segment ("
-                     << model.frames(samples) << " frames x " << model.bins() << " bins)";
-                return text.str();
+                return size_summary({model.n_layers(), model.emb_dim(), model.n_heads()}, model.frames(samples),
+                                    model.bins(), "bins");
               }};
 }
 

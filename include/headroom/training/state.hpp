@@ -14,7 +14,6 @@
 #include <fstream>
 #include <initializer_list>
 #include <limits>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <sstream>
@@ -32,11 +31,12 @@
 #include "headroom/training/config.hpp"
 #include "headroom/training/models.hpp"
 #include "headroom/training/separate.hpp"
+#include "headroom/weights/tensor_map.hpp"
 
 namespace headroom::inline v0::training {
 
-/// Tensors by name.
-using TensorMap = std::map<std::string, torch::Tensor>;
+using weights::TensorMap;
+using weights::tensors_of;
 
 /// Everything that a training run needs to go on as if it had never stopped: one file a state.
 struct TrainingState {
@@ -193,14 +193,6 @@ HEADROOM_TRAINING TrainingState load_state(const std::filesystem::path& path) {
   }
 }
 #endif
-
-/// Parameters and buffers of a module by name; they share memory with the module.
-inline TensorMap tensors_of(const torch::nn::Module& module) {
-  TensorMap tensors;
-  for (const auto& parameter : module.named_parameters()) tensors.emplace(parameter.key(), parameter.value());
-  for (const auto& buffer : module.named_buffers()) tensors.emplace(buffer.key(), buffer.value());
-  return tensors;
-}
 
 /// Copies tensors into others of the same names. Throws headroom.training.state.structure unless names, shapes and
 /// types agree, with every difference, before anything is changed. `what` names the source, such as a file.

@@ -17,7 +17,6 @@ namespace headroom::inline v0::weights {
 
 /// A weight file whose tensors are known, and not read yet.
 struct WeightFile {
-  std::string name;  ///< as errors tell it
   std::shared_ptr<const FileMap> map;
   Contents contents;
 };
@@ -37,7 +36,7 @@ inline Contents read_contents(const Source& source, std::string_view key = "") {
 inline WeightFile open_weights(const std::filesystem::path& path, std::string_view key = "") {
   auto map = std::make_shared<const FileMap>(path);
   const Source source{map->bytes(), path.string()};
-  return {source.name, std::move(map), read_contents(source, key)};
+  return {std::move(map), read_contents(source, key)};
 }
 
 }  // namespace headroom::inline v0::weights

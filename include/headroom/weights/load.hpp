@@ -9,7 +9,6 @@
 #include <filesystem>
 #include <map>
 #include <ostream>
-#include <set>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -20,6 +19,7 @@
 #include "headroom/io/nearest.hpp"
 #include "headroom/weights/bytes.hpp"
 #include "headroom/weights/file.hpp"
+#include "headroom/weights/tensor_map.hpp"
 #include "headroom/weights/tensors.hpp"
 
 namespace headroom::inline v0::weights {
@@ -80,14 +80,6 @@ inline std::string to_string(const LoadReport& report) {
   }
   detail::list_names(text, "other shape or type", misfits, {});
   return text.str();
-}
-
-/// Parameters and buffers of a module by name; they share memory with the module.
-inline TensorMap tensors_of(const torch::nn::Module& module) {
-  TensorMap tensors;
-  for (const auto& parameter : module.named_parameters()) tensors.emplace(parameter.key(), parameter.value());
-  for (const auto& buffer : module.named_buffers()) tensors.emplace(buffer.key(), buffer.value());
-  return tensors;
 }
 
 namespace detail {

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -30,10 +29,7 @@ inline constexpr std::uint64_t kLongestHeader = 100'000'000;
 class SafetensorsReader {
  public:
   explicit SafetensorsReader(const Source& source)
-      : source_(source),
-        reader_(source, "headroom.weights.safetensors"),
-        header_(header_text()),
-        json_(header_, reader_) {}
+      : source_(source), reader_(source, "headroom.weights.safetensors"), json_(header_text(), reader_) {}
 
   Contents read() {
     json_.expect('{');
@@ -114,18 +110,15 @@ class SafetensorsReader {
   }
 
   void place(TensorRecord& tensor, std::uint64_t begin, std::uint64_t end) const {
-    const std::size_t element = bytes_of(tensor.dtype);
-    const auto elements = span_of_shape(tensor.shape, element);
-    const std::uint64_t expected =
-        is_empty(tensor.shape) ? 0 : static_cast<std::uint64_t>(elements.value_or(0)) * element;
-    reader_.check(elements.has_value() && begin <= end && end - begin == expected, "has tensor ",
-                  in_quotes(tensor.name), " in bytes ", begin, " to ", end, ", expected ", expected,
+    const auto expected = data_bytes(tensor.shape, bytes_of(tensor.dtype));
+    reader_.check(expected.has_value() && begin <= end && end - begin == *expected, "has tensor ",
+                  in_quotes(tensor.name), " in bytes ", begin, " to ", end, ", expected ", expected.value_or(0),
                   " bytes by its dtype and shape");
     reader_.check(end <= reader_.left(), "ends before tensor ", in_quotes(tensor.name), " does, in bytes ", begin,
                   " to ", end, " of ", reader_.left());
     tensor.strides = contiguous_strides(tensor.shape);
     tensor.begin = reader_.position() + begin;
-    tensor.bytes = expected;
+    tensor.bytes = *expected;
   }
 
   /// Every byte behind the header belongs to one tensor.
@@ -149,7 +142,6 @@ class SafetensorsReader {
 
   const Source& source_;
   ByteReader reader_;
-  std::string_view header_;
   JsonText json_;
   Contents contents_;
   bool metadata_seen_ = false;

@@ -15,10 +15,10 @@
 #include <vector>
 
 #include "headroom/core/error.hpp"
+#include "headroom/core/json_string.hpp"
 #include "headroom/io/atomic_file.hpp"
 #include "headroom/weights/bytes.hpp"
 #include "headroom/weights/dtype.hpp"
-#include "headroom/weights/json_text.hpp"
 #include "headroom/weights/tensor_record.hpp"
 
 namespace headroom::inline v0::weights {
@@ -32,27 +32,21 @@ struct TensorHeader {
 
 namespace detail {
 
-inline std::uint64_t data_bytes(const TensorHeader& tensor) {
-  return is_empty(tensor.shape) ? 0
-                                : static_cast<std::uint64_t>(*span_of_shape(tensor.shape, bytes_of(tensor.dtype))) *
-                                      bytes_of(tensor.dtype);
-}
-
 /// The length of the header and the header, padded with spaces so that the elements behind it are aligned.
 inline std::string safetensors_header(std::span<const TensorHeader* const> tensors,
                                       const std::map<std::string, std::string>& metadata) {
   std::string header = "{";
   const auto member = [&](std::string& object, std::string_view key) -> std::string& {
-    return (object += object == "{" ? "" : ",") += json_string(key) + ":";
+    return (object += object == "{" ? "" : ",") += core::detail::json_string(key) + ":";
   };
   if (!metadata.empty()) {
     std::string texts = "{";
-    for (const auto& [key, text] : metadata) member(texts, key) += json_string(text);
+    for (const auto& [key, text] : metadata) member(texts, key) += core::detail::json_string(text);
     member(header, "__metadata__") += texts + "}";
   }
   std::uint64_t begin = 0;
   for (const TensorHeader* const tensor : tensors) {
-    const std::uint64_t end = begin + data_bytes(*tensor);
+    const std::uint64_t end = begin + *data_bytes(tensor->shape, bytes_of(tensor->dtype));
     std::string shape;
     for (const std::int64_t size : tensor->shape) shape += (shape.empty() ? "" : ",") + std::to_string(size);
     member(header, tensor->name) += "{\"dtype\":\"" + std::string(names_of(tensor->dtype).safetensors) +

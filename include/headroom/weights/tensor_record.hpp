@@ -44,6 +44,13 @@ inline std::optional<std::int64_t> span_of_shape(std::span<const std::int64_t> s
 /// Whether there is nothing in a tensor of this shape.
 inline bool is_empty(std::span<const std::int64_t> shape) { return std::ranges::find(shape, 0) != shape.end(); }
 
+/// Bytes of all elements of a shape; none where a size is negative or they are more than an int64 holds.
+inline std::optional<std::uint64_t> data_bytes(std::span<const std::int64_t> shape, std::size_t element_bytes) {
+  const auto elements = span_of_shape(shape, element_bytes);
+  if (!elements.has_value()) return std::nullopt;
+  return is_empty(shape) ? 0 : static_cast<std::uint64_t>(*elements) * element_bytes;
+}
+
 /// Strides of a tensor whose elements stand one after the other, the last axis innermost. For a shape that
 /// span_of_shape accepts.
 inline std::vector<std::int64_t> contiguous_strides(std::span<const std::int64_t> shape) {

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
-#include <map>
 #include <optional>
 #include <ostream>
 #include <string>
@@ -19,12 +18,10 @@
 #include "headroom/weights/dtype.hpp"
 #include "headroom/weights/file.hpp"
 #include "headroom/weights/safetensors_writer.hpp"
+#include "headroom/weights/tensor_map.hpp"
 #include "headroom/weights/tensor_record.hpp"
 
 namespace headroom::inline v0::weights {
-
-/// Tensors by name.
-using TensorMap = std::map<std::string, torch::Tensor>;
 
 namespace detail {
 

@@ -3,6 +3,7 @@
 #include "headroom/core/attention/backward.hpp"
 #include "headroom/core/attention/checks.hpp"
 #include "headroom/core/attention/reductions.hpp"
+#include "headroom/core/executor.hpp"
 
 namespace headroom::inline v0::core {
 namespace detail {

@@ -47,6 +47,11 @@ struct AttentionParamGradients {
   TensorView<double> relative_bias = {};  // [1,H,1,2R-1], stride 0 between heads that share it
   TensorView<double> slopes = {};         // [B,H,Lq,1], stride 0 where broadcast
   TensorView<double> sink = {};           // [1,H,1,1]
+
+  /// Tiles of scores add to the gradient of a bias, unless it is broadcast along the keys: then their sums over keys
+  /// do.
+  bool bias_by_tiles() const { return bias && bias.strides[3] != 0; }
+  bool bias_over_keys() const { return bias && bias.strides[3] == 0; }
 };
 
 /// The tensors of a forward pass, any strides. Hk divides H: each head of k and v serves a run of heads of q.

@@ -3,7 +3,6 @@
 #include "headroom/core/attention/online_softmax.hpp"
 #include "headroom/core/attention/schedule.hpp"
 #include "headroom/core/bfloat16_product.hpp"
-#include "headroom/core/executor.hpp"
 #include "headroom/core/scratch.hpp"
 
 /// The seven products of attention, with S = scores, P = weights, O = output, G = gradient of the output:

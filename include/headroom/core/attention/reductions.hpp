@@ -14,7 +14,7 @@ class HeadSums {
   HeadSums(std::byte* at, const BackwardProblem& x) : x_(x), scratch_(at), start_(Scratch(at).take<double>(0)) {
     const AttentionParamGradients& grads = x.param_grads;
     const auto take = [&](bool wanted, Index count) { return wanted ? scratch_.take<double>(count) : nullptr; };
-    bias_over_keys_ = take(grads.bias && grads.bias.strides[3] == 0, x.q.length());
+    bias_over_keys_ = take(grads.bias_over_keys(), x.q.length());
     relative_ = take(grads.relative_bias.data != nullptr, grads.relative_bias.dim());
     slopes_ = take(grads.slopes.data != nullptr, x.q.length());
     sink_ = take(grads.sink.data != nullptr, 1);
@@ -60,8 +60,7 @@ class SharedBiasSums {
  public:
   SharedBiasSums(std::byte* at, const BackwardProblem& x, const HeadFamilies& families) : x_(x), scratch_(at) {
     const StoredTensor& bias = x.param_grads.bias;
-    by_tiles_ = bias && bias.strides[3] != 0;
-    if (by_tiles_ && bias.type != kStoredType<Scalar>) {
+    if (x.param_grads.bias_by_tiles() && bias.type != kStoredType<Scalar>) {
       const std::array<Index, 3> extents{families.batches(), families.heads(), x.q.length()};
       bool shared = false;
       for (int d = 0; d < 3; ++d) {
@@ -78,7 +77,7 @@ class SharedBiasSums {
   /// Where the tiles of a head and a strip add, from the strip's first key on; without data where the gradient of a
   /// bias is not summed by tiles.
   StoredMatrix of_head(const HeadFamily& family, HeadIndex head, KeyRange keys) const {
-    if (!by_tiles_) return {};
+    if (!x_.param_grads.bias_by_tiles()) return {};
     if (size() > 0) return sums(head.b - family.first_batch, head.h - family.first_head);
     return gradient(head).block(0, keys.begin, x_.q.length(), keys.end - keys.begin);
   }
@@ -105,7 +104,6 @@ class SharedBiasSums {
   }
 
   const BackwardProblem& x_;
-  bool by_tiles_;
   std::array<Index, 4> shape_{};
   Scratch scratch_;
   Scalar* data_;

@@ -7,8 +7,8 @@
 #include "headroom/core/lanes.hpp"
 #include "headroom/core/mask.hpp"
 
-/// How the work of a pass is divided, and in which order results are added up. Everything here depends on the shape
-/// alone, never on the number of workers, because the bits of sums depend on it.
+/// How the work of a pass is divided, and in which order results are added up. Strips, blocks and the order of sums
+/// depend on the shape alone, never on the number of workers, because the bits of sums depend on them.
 ///
 /// A tile is a run of positions in vector lanes (lanes.hpp). A strip is a run of tiles that one task has loaded at the
 /// same time, so that they share what it reads of the other side. A block is a run of positions of that other side.
@@ -94,7 +94,7 @@ class HeadFamilies {
  public:
   explicit HeadFamilies(const BackwardProblem& x) : heads_(x.heads()) {
     const StoredTensor& bias = x.param_grads.bias;
-    const bool by_tiles = bias && bias.strides[3] != 0;  // written where it lies, tile by tile
+    const bool by_tiles = x.param_grads.bias_by_tiles();
     const bool one_batch = x.k.shape[0] == 1 || (by_tiles && bias.strides[0] == 0);
     const bool one_head = by_tiles && bias.strides[1] == 0;
     family_batches_ = one_batch ? x.batch() : 1;

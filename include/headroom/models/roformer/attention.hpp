@@ -4,7 +4,6 @@
 #include <torch/nn/modules/dropout.h>
 
 #include <cstdint>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -12,6 +11,7 @@
 #include "headroom/attention/packed.hpp"
 #include "headroom/checkpoint/function.hpp"
 #include "headroom/models/roformer/parts.hpp"
+#include "headroom/nn/rotary.hpp"
 #include "headroom/nn/token_axis.hpp"
 
 namespace headroom::inline v0::models {
@@ -28,10 +28,8 @@ class RotaryEmbeddingImpl : public torch::nn::Module {
 
   /// The rotation by each position: complex [length, D/2]. Angles are computed in double.
   torch::Tensor table(int64_t length) const {
-    const auto type = torch::kDouble;
-    const torch::Tensor angles = torch::outer(torch::arange(length, freqs.options().dtype(type)), freqs.to(type));
     const bool wide = freqs.scalar_type() == torch::kDouble;
-    return torch::polar(torch::ones_like(angles), angles).to(wide ? torch::kComplexDouble : torch::kComplexFloat);
+    return nn::detail::rotations(length, freqs).to(wide ? torch::kComplexDouble : torch::kComplexFloat);
   }
 
   torch::Tensor freqs;  // [D/2]

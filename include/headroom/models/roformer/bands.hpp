@@ -1,11 +1,11 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <vector>
 
 #include "headroom/core/error.hpp"
+#include "headroom/core/mel.hpp"
 
 // A band is a run of neighbouring frequency bins that make one token together.
 namespace headroom::inline v0::models {
@@ -38,24 +38,6 @@ inline std::vector<int64_t> bands_per_bin(const std::vector<Band>& bands, int64_
   return counts;
 }
 
-namespace detail {
-
-/// Slaney's mel scale (Auditory Toolbox, 1998): linear up to 1000 Hz, logarithmic above.
-struct MelScale {
-  static constexpr double kHertzPerMel = 200.0 / 3, kFirstLogarithmic = 1000,
-                          kMelAtFirst = kFirstLogarithmic / kHertzPerMel;
-  static inline const double kStep = std::log(6.4) / 27;
-
-  static double mel(double hertz) {
-    return hertz < kFirstLogarithmic ? hertz / kHertzPerMel : kMelAtFirst + std::log(hertz / kFirstLogarithmic) / kStep;
-  }
-  static double hertz(double mel) {
-    return mel < kMelAtFirst ? mel * kHertzPerMel : kFirstLogarithmic * std::exp(kStep * (mel - kMelAtFirst));
-  }
-};
-
-}  // namespace detail
-
 /// The bands of Mel-Band RoFormer: those bins to which librosa's filters.mel(sr, n_fft, n_mels) gives a weight, and the
 /// first and the last bin in any case. Neighbouring bands overlap: a band reaches from the middle of the one before it
 /// to the middle of the one after it. Throws headroom.models.bands for so many bands that one of them has no bin, or
@@ -64,19 +46,17 @@ inline std::vector<Band> mel_bands(int64_t count, int64_t n_fft, int64_t sample_
   require(count > 1 && n_fft > 1 && sample_rate > 0, "headroom.models.bands", "got ", count, " mel bands, n_fft ",
           n_fft, " and sample rate ", sample_rate, "; expected two bands or more and positive numbers");
   const int64_t bins = n_fft / 2 + 1;
-  const double nyquist = static_cast<double>(sample_rate) / 2, last = detail::MelScale::mel(nyquist);
-  const auto edge = [&](int64_t i) {
-    return detail::MelScale::hertz(last * static_cast<double>(i) / static_cast<double>(count + 1));
-  };
-  const double width = static_cast<double>(sample_rate) / static_cast<double>(n_fft);
   std::vector<Band> bands;
-  for (int64_t i = 0; i < count; ++i) {
-    const double low = edge(i), high = edge(i + 2);
-    int64_t first = i == 0 ? 0 : static_cast<int64_t>(std::floor(low / width)) + 1;
-    int64_t end = i + 1 == count ? bins : static_cast<int64_t>(std::ceil(high / width));
-    bands.push_back({first, std::min(end, bins) - first});
-    require(bands.back().count > 0, "headroom.models.bands", "mel band ", i, " of ", count,
-            " is narrower than a bin of n_fft ", n_fft, "; ask for fewer bands or a longer n_fft");
+  for (const core::MelBand& filter : core::mel_bands(static_cast<double>(sample_rate), n_fft, count)) {
+    const auto i = static_cast<int64_t>(bands.size());
+    int64_t first = filter.first, end = first + filter.weights.size();
+    while (first < end && filter.weights(first - filter.first) == 0) ++first;
+    while (first < end && filter.weights(end - 1 - filter.first) == 0) --end;
+    if (i == 0) first = 0;
+    if (i + 1 == count) first = std::min(first, bins - 1), end = bins;
+    bands.push_back({first, end - first});
+    require(first < end, "headroom.models.bands", "mel band ", i, " of ", count, " is narrower than a bin of n_fft ",
+            n_fft, "; ask for fewer bands or a longer n_fft");
   }
   const std::vector<int64_t> counts = bands_per_bin(bands, bins);
   const auto lost = std::ranges::find(counts, 0);

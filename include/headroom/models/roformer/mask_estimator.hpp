@@ -4,7 +4,6 @@
 #include <torch/nn/modules/activation.h>
 #include <torch/nn/modules/container/modulelist.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <tuple>
 #include <vector>

@@ -9,10 +9,7 @@
 // What the parts of RoFormers are made of, as the published models have it.
 namespace headroom::inline v0::models::detail {
 
-/// x / |x|·sqrt(dim)·gamma, with norms below 1e-12 counted as that.
-inline nn::RMSNorm gamma_norm(int64_t dim) {
-  return nn::RMSNorm(nn::RMSNormOptions(dim).eps(1e-24 / static_cast<double>(dim)).weight_name("gamma"));
-}
+using nn::detail::gamma_norm;
 
 /// A chain that starts with the norm of x.
 inline nn::detail::TokenChain normed(const torch::Tensor& x, const nn::RMSNorm& norm) {

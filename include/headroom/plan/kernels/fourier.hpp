@@ -12,10 +12,8 @@
 
 namespace headroom::inline v0::detail::meta {
 
-// As with MKL.
-
-/// How a transform of some dimensions goes through a tensor: the batch dimensions first, in the order of their strides,
-/// and taken as one.
+/// How a transform of some dimensions goes through a tensor, as with MKL: the batch dimensions first, in the order of
+/// their strides, and taken as one.
 class TransformOrder {
  public:
   TransformOrder(const Tensor& x, IntArrayRef dims) : dims_(dims.vec()), order_(static_cast<size_t>(x.dim())) {

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "command_line.hpp"
-#include "headroom/audio/separator.hpp"
+#include "headroom/audio/separate_file.hpp"
 #include "headroom/io/process.hpp"
 #include "headroom/training/state.hpp"
 

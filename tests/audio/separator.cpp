@@ -40,7 +40,7 @@ TORCH_MODULE(Probe);
 TEST_CASE("separating in memory keeps every sample in place, for any length") {
   for (const std::int64_t length : {0, 1, 7, 64, 65, 997, 70001}) {
     const torch::Tensor mixture = torch::randn({2, length});
-    const torch::Tensor stems = audio::separate(mixture, scale, {.segment = 64, .stems = 3});
+    const torch::Tensor stems = audio::separate(mixture, scale, {.segments = {.length = 64}, .stems = 3});
     REQUIRE(stems.sizes() == torch::IntArrayRef({3, 2, length}));
     for (int n = 0; n < 3; ++n) {
       CHECK(torch::allclose(stems[n], (n + 1) * mixture, 1e-6, 1e-6));
@@ -56,7 +56,7 @@ TEST_CASE("segments are blended with the weights of overlap-add") {
     return torch::full({1, 1, 1, 4}, ++segment);
   };
   const auto stems =
-      audio::separate(torch::zeros({1, 8}), number, {.segment = 4, .overlap = 0.5, .channels = 1, .stems = 1});
+      audio::separate(torch::zeros({1, 8}), number, {.segments = {.length = 4, .overlap = 0.5}, .channels = 1, .stems = 1});
   const auto expected = torch::tensor({1., 1., 4. / 3, 5. / 3, 7. / 3, 8. / 3, 3., 3.}).to(torch::kFloat);
   CHECK(segment == 3);
   CHECK(torch::allclose(stems.flatten(), expected));
@@ -67,14 +67,14 @@ TEST_CASE("a module runs in evaluation mode without gradients, on a copy, and ge
   model->train();
   model->frozen->eval();
   const torch::Tensor mixture = torch::ones({2, 10});
-  const auto stems = audio::separate(mixture, model, {.segment = 4, .overlap = 0.5, .stems = 1});
+  const auto stems = audio::separate(mixture, model, {.segments = {.length = 4, .overlap = 0.5}, .stems = 1});
   CHECK(torch::allclose(stems, torch::full({1, 2, 10}, 2.)));  // would grow where segments overlap if in place
   CHECK(torch::equal(mixture, torch::ones({2, 10})));
   CHECK(model->is_training());
   CHECK_FALSE(model->frozen->is_training());
   CHECK(torch::GradMode::is_enabled());
   const auto failing = [](const torch::Tensor&) -> torch::Tensor { fail("test.model", "no"); };
-  CHECK(error_of([&] { audio::separate(mixture, failing, {.segment = 4}); }).id() == "test.model");
+  CHECK(error_of([&] { audio::separate(mixture, failing, {.segments = {.length = 4}}); }).id() == "test.model");
   CHECK(torch::GradMode::is_enabled());
 }
 
@@ -86,7 +86,7 @@ TEST_CASE("a file becomes one file a stem; mono is separated as stereo of equal 
     audio::write_audio(folder / "in.wav", mixture, 44100);
     std::vector<std::pair<std::int64_t, std::int64_t>> told;
     const auto clipped = audio::separate_file(
-        folder / "in.wav", outputs, scale, {.segment = 40000, .stems = 3}, 44100, audio::Encoding::float32,
+        folder / "in.wav", outputs, scale, {.segments = {.length = 40000}, .stems = 3}, 44100, audio::Encoding::float32,
         [&](std::int64_t done, std::int64_t total) { told.emplace_back(done, total); });
     CHECK(clipped == 0);
     for (int n = 0; n < 3; ++n) {
@@ -100,7 +100,7 @@ TEST_CASE("a file becomes one file a stem; mono is separated as stereo of equal 
   }
   // Three times a sample beyond 1/3 is clipped in integers and counted.
   audio::write_audio(folder / "in.wav", torch::tensor({{0.2f, 0.4f, -0.6f}, {0.f, 0.f, 0.f}}), 44100);
-  CHECK(audio::separate_file(folder / "in.wav", outputs, scale, {.segment = 4, .stems = 3}, 44100,
+  CHECK(audio::separate_file(folder / "in.wav", outputs, scale, {.segments = {.length = 4}, .stems = 3}, 44100,
                              audio::Encoding::pcm16) == 3);
   CHECK(torch::allclose(audio::read_audio(outputs[2]).samples[0], torch::tensor({0.6f, 1.f, -1.f}), 0, 1e-4));
 }
@@ -130,14 +130,14 @@ TEST_CASE("a file ten times as long takes the same memory") {
       return stems;
     };
     audio::separate_file(folder / "in.wav", {folder / "a.wav", folder / "b.wav", folder / "c.wav"}, model,
-                         {.segment = 44100, .stems = 3}, 44100, audio::Encoding::pcm16,
+                         {.segments = {.length = 44100}, .stems = 3}, 44100, audio::Encoding::pcm16,
                          [&](std::int64_t, std::int64_t) { sample(); });
     return peak - before;
   };
   peak_of(100000);  // what LibTorch sets up once
   const std::size_t once = peak_of(400000), ten_times = peak_of(4000000);
   const std::size_t state =
-      core::OverlapAdd<float>::state_bytes({.segment = 44100, .in_channels = 2, .out_channels = 6});
+      core::OverlapAdd<float>::state_bytes({.segments = {.length = 44100}, .in_channels = 2, .out_channels = 6});
   CHECK(once >= state);
   CHECK(once < 2 * state + (4 << 20));
   CHECK(ten_times < once + (64 << 10));  // ten times as long would be 44 MB more of samples alone
@@ -155,7 +155,7 @@ TEST_CASE("separate says what does not fit, and leaves no file") {
     CHECK(folder.names() == std::vector<std::string>{"in.wav"});
     return error;
   };
-  const SeparatorOptions options{.segment = 64, .stems = 3};
+  const SeparatorOptions options{.segments = {.length = 64}, .stems = 3};
   Error error = separate_error(2, 48000, outputs, options, scale);
   CHECK(error.id() == "headroom.audio.file.sample_rate");
   error = separate_error(6, 44100, outputs, options, scale);
@@ -174,8 +174,8 @@ TEST_CASE("separate says what does not fit, and leaves no file") {
   error = separate_error(2, 44100, outputs, options, [](const torch::Tensor& x) { return scale(x) / 0.0; });
   CHECK(error.id() == "headroom.audio.file.not_finite");
   CHECK_THAT(error.what(), Catch::Contains("a.wav") && Catch::Contains("frame 0"));
-  error = separate_error(2, 44100, outputs, {.segment = 0, .stems = 3}, scale);
-  CHECK(error.id() == "headroom.core.overlap_add.options");
+  error = separate_error(2, 44100, outputs, {.segments = {.length = 0}, .stems = 3}, scale);
+  CHECK(error.id() == "headroom.core.segments.options");
   CHECK(error_of([&] {
           audio::separate(torch::zeros({2, 5}), scale, {.stems = 0});
         }).id() == "headroom.audio.separator.options");

@@ -89,8 +89,8 @@ void run(const Arguments& arguments) {
                  "0.25 avoids it\n";
   }
   const audio::SeparatorOptions options{
-      .segment = arguments.segment > 0 ? arguments.segment : config.training.segment_length,
-      .overlap = arguments.overlap,
+      .segments = {.length = arguments.segment > 0 ? arguments.segment : config.training.segment_length,
+                   .overlap = arguments.overlap},
       .channels = config.audio.channels,
       .stems = static_cast<std::int64_t>(outputs.size()),
       .device = device};

@@ -29,7 +29,7 @@ TEST_CASE("a file becomes one file a stem; mono is separated as stereo of equal 
     audio::write_audio(folder / "in.wav", mixture, 44100);
     std::vector<std::pair<std::int64_t, std::int64_t>> told;
     const auto clipped = audio::separate_file(
-        folder / "in.wav", outputs, scale, {.segment = 40000, .stems = 3}, 44100, audio::Encoding::float32,
+        folder / "in.wav", outputs, scale, {.segments = {.length = 40000}, .stems = 3}, 44100, audio::Encoding::float32,
         [&](std::int64_t done, std::int64_t total) { told.emplace_back(done, total); });
     CHECK(clipped == 0);
     for (int n = 0; n < 3; ++n) {
@@ -43,7 +43,7 @@ TEST_CASE("a file becomes one file a stem; mono is separated as stereo of equal 
   }
   // Three times a sample beyond 1/3 is clipped in integers and counted.
   audio::write_audio(folder / "in.wav", torch::tensor({{0.2f, 0.4f, -0.6f}, {0.f, 0.f, 0.f}}), 44100);
-  CHECK(audio::separate_file(folder / "in.wav", outputs, scale, {.segment = 4, .stems = 3}, 44100,
+  CHECK(audio::separate_file(folder / "in.wav", outputs, scale, {.segments = {.length = 4}, .stems = 3}, 44100,
                              audio::Encoding::pcm16) == 3);
   CHECK(torch::allclose(audio::read_audio(outputs[2]).samples[0], torch::tensor({0.6f, 1.f, -1.f}), 0, 1e-4));
 }
@@ -73,14 +73,14 @@ TEST_CASE("a file ten times as long takes the same memory") {
       return stems;
     };
     audio::separate_file(folder / "in.wav", {folder / "a.wav", folder / "b.wav", folder / "c.wav"}, model,
-                         {.segment = 44100, .stems = 3}, 44100, audio::Encoding::pcm16,
+                         {.segments = {.length = 44100}, .stems = 3}, 44100, audio::Encoding::pcm16,
                          [&](std::int64_t, std::int64_t) { sample(); });
     return peak - before;
   };
   peak_of(100000);  // what LibTorch sets up once
   const std::size_t once = peak_of(400000), ten_times = peak_of(4000000);
   const std::size_t state =
-      core::OverlapAdd<float>::state_bytes({.segment = 44100, .in_channels = 2, .out_channels = 6});
+      core::OverlapAdd<float>::state_bytes({.segments = {.length = 44100}, .in_channels = 2, .out_channels = 6});
   CHECK(once >= state);
   CHECK(once < 2 * state + (4 << 20));
   CHECK(ten_times < once + (64 << 10));  // ten times as long would be 44 MB more of samples alone
@@ -98,7 +98,7 @@ TEST_CASE("separate_file says what does not fit, and leaves no file") {
     CHECK(folder.names() == std::vector<std::string>{"in.wav"});
     return error;
   };
-  const SeparatorOptions options{.segment = 64, .stems = 3};
+  const SeparatorOptions options{.segments = {.length = 64}, .stems = 3};
   Error error = separate_error(2, 48000, outputs, options, scale);
   CHECK(error.id() == "headroom.audio.file.sample_rate");
   error = separate_error(6, 44100, outputs, options, scale);
@@ -114,6 +114,6 @@ TEST_CASE("separate_file says what does not fit, and leaves no file") {
   error = separate_error(2, 44100, outputs, options, [](const torch::Tensor& x) { return scale(x) / 0.0; });
   CHECK(error.id() == "headroom.audio.file.not_finite");
   CHECK_THAT(error.what(), Catch::Contains("a.wav") && Catch::Contains("frame 0"));
-  error = separate_error(2, 44100, outputs, {.segment = 0, .stems = 3}, scale);
-  CHECK(error.id() == "headroom.core.overlap_add.options");
+  error = separate_error(2, 44100, outputs, {.segments = {.length = 0}, .stems = 3}, scale);
+  CHECK(error.id() == "headroom.core.segments.options");
 }

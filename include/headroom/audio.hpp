@@ -4,5 +4,8 @@
 #include "headroom/audio/container.hpp"
 #include "headroom/audio/losses.hpp"
 #include "headroom/audio/metrics.hpp"
+#include "headroom/audio/segment_model.hpp"
 #include "headroom/audio/separator.hpp"
+#include "headroom/audio/separator_stream.hpp"
 #include "headroom/audio/stft.hpp"
+#include "headroom/audio/test_time.hpp"

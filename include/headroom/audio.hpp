@@ -2,6 +2,7 @@
 
 // audio/file.hpp and audio/separate_file.hpp need libsndfile, which headroom::training links.
 #include "headroom/audio/container.hpp"
+#include "headroom/audio/ensemble.hpp"
 #include "headroom/audio/losses.hpp"
 #include "headroom/audio/metrics.hpp"
 #include "headroom/audio/segment_model.hpp"

@@ -4,6 +4,7 @@
 #include <map>
 #include <numeric>
 
+#include "headroom/training/load_model.hpp"
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/one_thread.hpp"

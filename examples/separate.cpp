@@ -80,8 +80,9 @@ void run(const Arguments& arguments) {
     torch::set_num_threads(arguments.threads);
   }
   headroom::io::handle_stop_signals(headroom::io::OnStop::finish_first);
-  auto [config, model, notices] =
-      headroom::training::load_model({.weights = arguments.model, .config = arguments.config});
+  std::vector<std::string> notices;
+  auto [config, model] =
+      headroom::training::load_model({.weights = arguments.model, .config = arguments.config}, &notices);
   for (const std::string& notice : notices) std::cerr << "separate: " << notice << '\n';
   const torch::Device device = find_device(arguments.device);
   model->to(device);

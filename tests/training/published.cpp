@@ -198,7 +198,7 @@ TEST_CASE("a published BS-RoFormer is read") {
   CHECK((config.inference.segment_length == 0 && config.inference.overlap == 0.75));
   CHECK(config.inference_segment() == 5120);
   CHECK(notices == Lines{"training.use_amp: bfloat16, not float16",
-                         "augmentations that are not here: mixup, mixup_probs, vocals",
+                         "augmentations that are not here: random_inverse, mixup, mixup_probs, vocals",
                          "without effect here: audio.dim_f, audio.dim_t, audio.hop_length, audio.n_fft, "
                          "audio.min_mean_abs, model.flash_attn, model.sage_attention, model.dim_freqs_in, "
                          "training.patience, training.reduce_factor, training.q, training.coarse_loss_clip, "

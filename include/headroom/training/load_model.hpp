@@ -36,12 +36,11 @@ struct ModelFiles {
 struct LoadedModel {
   Config config;
   models::Separator model;
-  std::vector<std::string> notices = {};  ///< of load_config
 };
 
-/// Reads a model for inference: it is in evaluation mode and needs no gradients. Throws like load_config, load_weights
-/// and load_state, and headroom.training.no_config for weights without a configuration.
-HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files);
+/// Reads a model for inference: it is in evaluation mode and needs no gradients. `notices` as in load_config. Throws
+/// like load_config, load_weights and load_state, and headroom.training.no_config for weights without a configuration.
+HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files, std::vector<std::string>* notices = nullptr);
 inline LoadedModel load_model(const std::filesystem::path& weights) { return load_model(ModelFiles{weights}); }
 
 /// Copies weights of any format into the model of a configuration, see weights::load_weights. Throws
@@ -98,17 +97,16 @@ HEADROOM_TRAINING weights::LoadReport load_weights(const models::Separator& mode
   return std::move(matches.report);
 }
 
-HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files) {
+HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files, std::vector<std::string>* notices) {
   const std::filesystem::path& path = files.weights;
-  std::vector<std::string> notices;
   std::optional<std::string> within;
   std::optional<TrainingState> state;
   if (files.config.empty()) within = detail::config_within(path);
   if (files.config.empty() && !within) state = load_state(path);
   const Config config = !files.config.empty()
-                            ? load_config(files.config, &notices)
+                            ? load_config(files.config, notices)
                             : parse_config(state ? state->config : *within, path.string() + " (configuration)");
-  LoadedModel loaded{config, make_model(config), std::move(notices)};
+  LoadedModel loaded{config, make_model(config)};
   if (state) {
     copy_tensors(state->model, tensors_of(*loaded.model), path.string());
   } else {

@@ -266,11 +266,16 @@ class PublishedReader {
     put("data.flip_polarity", any && get("augmentations.all.random_polarity", 0.0) > 0);
     published_.names.emplace_back("data.gain", "augmentations.loudness_min");
     std::string idle;
-    for (const auto& [key, value] : section("augmentations").items()) {
-      const bool is_read = known_.contains("augmentations." + key) || key.starts_with("loudness") || key == "all";
-      if (!is_read && any) idle += (idle.empty() ? "" : ", ") + key;
-      find("augmentations." + key);
-    }
+    const auto tell = [&](const std::string& parent) {
+      for (const auto& [key, value] : section(parent).items()) {
+        const std::string path = parent + "." + key;
+        const bool is_read = known_.contains(path) || key.starts_with("loudness") || key == "all";
+        if (!is_read && any) idle += (idle.empty() ? "" : ", ") + key;
+        find(path);
+      }
+    };
+    tell("augmentations.all");
+    tell("augmentations");
     if (!idle.empty()) published_.notices.push_back("augmentations that are not here: " + idle);
   }
 

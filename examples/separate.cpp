@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "command_line.hpp"
-#include "headroom/audio/separator.hpp"
+#include "headroom/audio/separate_file.hpp"
 #include "headroom/io/process.hpp"
 #include "headroom/training/load_model.hpp"
 
@@ -94,8 +94,8 @@ void run(const Arguments& arguments) {
                  "0.25 avoids it\n";
   }
   const audio::SeparatorOptions options{
-      .segment = arguments.segment > 0 ? arguments.segment : config.inference_segment(),
-      .overlap = overlap,
+      .segments = {.length = arguments.segment > 0 ? arguments.segment : config.inference_segment(),
+                   .overlap = overlap},
       .channels = config.audio.channels,
       .stems = static_cast<std::int64_t>(outputs.size()),
       .device = device};

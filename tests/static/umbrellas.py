@@ -11,7 +11,7 @@ from pathlib import Path
 OPT_IN = {
     "attention/register_ops.hpp": "registers operators when it is included: for one unit of a program",
     "audio/file.hpp": "needs libsndfile, which headroom::headroom does not link",
-    "audio/separator.hpp": "reads and writes audio files",
+    "audio/separate_file.hpp": "reads and writes audio files",
 }
 
 

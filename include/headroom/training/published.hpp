@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <set>
 #include <string>
@@ -131,6 +132,12 @@ class PublishedReader {
     return otherwise;
   }
 
+  /// The same of an integer that is passed on as well: it is told there when it is something else.
+  std::int64_t integer(const std::string& path, std::int64_t otherwise) {
+    const Json* const json = find(path);
+    return json != nullptr && json->is_number_integer() ? json->get<std::int64_t>() : otherwise;
+  }
+
   Json& ours(const std::string& path) {
     const std::size_t dot = path.find('.');
     return published_.document[path.substr(0, dot)][path.substr(dot + 1)];
@@ -159,7 +166,8 @@ class PublishedReader {
     if (get("model.use_torch_checkpoint", false) && find("model.gradient_checkpointing") == nullptr) {
       put("model.gradient_checkpointing", true);
     }
-    put("loss.min_n_fft", get<std::int64_t>("model.stft_n_fft", 2048));
+    put("loss.min_n_fft", integer("model.stft_n_fft", 2048));
+    published_.names.emplace_back("loss.min_n_fft", "model.stft_n_fft");
     pass("model.multi_stft_resolution_loss_weight", "loss.stft_weight");
     pass("model.multi_stft_resolutions_window_sizes", "loss.windows");
     pass("model.multi_stft_hop_size", "loss.hop");
@@ -185,8 +193,8 @@ class PublishedReader {
                                                      ", expected " + (stereo ? "2" : "1") + ", as model.stereo is " +
                                                      (stereo ? "true" : "false, or missing")});
     }
-    pass("model.sample_rate", "audio.sample_rate");
     pass("audio.sample_rate", "audio.sample_rate");
+    pass("model.sample_rate", "audio.sample_rate");
     const Json *const of_model = find("model.sample_rate"), *const of_files = find("audio.sample_rate");
     if (of_model != nullptr && of_files != nullptr && *of_model != *of_files) {
       problems_.push_back({"model.sample_rate",
@@ -199,7 +207,9 @@ class PublishedReader {
   void read_stems() {
     std::vector<std::string> stems, others;
     const auto target = get<std::string>("training.target_instrument", "");
+    const std::size_t problems = problems_.size();
     stems = get("training.instruments", stems, {.file_names = true});
+    if (problems_.size() > problems) return;
     published_.names.emplace_back("audio.stems", "training.instruments");
     if (stems.empty()) {
       if (find("training.instruments") == nullptr) {
@@ -231,14 +241,15 @@ class PublishedReader {
     pass("training.grad_clip", "training.clip_grad_norm");
     pass("training.num_epochs", "training.epochs");
     // An epoch there is a number of batches, here one of steps
-    const auto passes = std::max<std::int64_t>(get<std::int64_t>("training.gradient_accumulation_steps", 1), 1);
+    const auto passes = std::max<std::int64_t>(integer("training.gradient_accumulation_steps", 1), 1);
     const auto batches = get<std::int64_t>("training.num_steps", 1000, {.at_least = 1});
     put("training.steps_per_epoch", (batches + passes - 1) / passes);
     published_.names.emplace_back("training.steps_per_epoch", "training.num_steps");
     put("training.warmup_steps", 0);  // the learning rate stays as it is
     put("training.min_learning_rate_ratio", 1);
-    put("training.bf16", get("training.use_amp", true));
-    if (get("training.use_amp", true)) published_.notices.push_back("training.use_amp: bfloat16, not float16");
+    const bool mixed = get("training.use_amp", true);
+    put("training.bf16", mixed);
+    if (mixed) published_.notices.push_back("training.use_amp: bfloat16, not float16");
     read_optimizer();
   }
 
@@ -253,7 +264,8 @@ class PublishedReader {
                                  " is not here; AdamW trains, with a learning rate of " +
                                  number_text(TrainingConfig().learning_rate) + " in the place of training.lr");
     find("training.lr");
-    for (const auto& [key, value] : section("optimizer").items()) find("optimizer." + key);
+    const Json of_it = section("optimizer");
+    for (const auto& [key, value] : of_it.items()) find("optimizer." + key);
   }
 
   /// Random changes of stems. Those that are here act on every stem.
@@ -267,7 +279,8 @@ class PublishedReader {
     published_.names.emplace_back("data.gain", "augmentations.loudness_min");
     std::string idle;
     const auto tell = [&](const std::string& parent) {
-      for (const auto& [key, value] : section(parent).items()) {
+      const Json members = section(parent);
+      for (const auto& [key, value] : members.items()) {
         const std::string path = parent + "." + key;
         const bool is_read = known_.contains(path) || key.starts_with("loudness") || key == "all";
         if (!is_read && any) idle += (idle.empty() ? "" : ", ") + key;

@@ -9,13 +9,14 @@
 #include <iomanip>
 #include <iostream>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "command_line.hpp"
 #include "headroom/audio/separate_file.hpp"
 #include "headroom/io/process.hpp"
-#include "headroom/training/state.hpp"
+#include "headroom/training/load_model.hpp"
 
 namespace fs = std::filesystem;
 namespace audio = headroom::audio;
@@ -50,8 +51,8 @@ class ProgressLine {
 };
 
 struct Arguments {
-  fs::path model, input, output;
-  double overlap = 0.25;
+  fs::path model, config, input, output;
+  std::optional<double> overlap;
   std::int64_t segment = 0;  // 0: as trained
   audio::Encoding encoding = audio::Encoding::pcm16;
   int threads = 0;  // 0: LibTorch's choice
@@ -79,18 +80,22 @@ void run(const Arguments& arguments) {
     torch::set_num_threads(arguments.threads);
   }
   headroom::io::handle_stop_signals(headroom::io::OnStop::finish_first);
-  auto [config, model] = headroom::training::load_model(arguments.model);
+  std::vector<std::string> notices;
+  auto [config, model] =
+      headroom::training::load_model({.weights = arguments.model, .config = arguments.config}, &notices);
+  for (const std::string& notice : notices) std::cerr << "separate: " << notice << '\n';
   const torch::Device device = find_device(arguments.device);
   model->to(device);
 
   const std::vector<fs::path> outputs = output_paths(arguments, config.audio.stems);
-  if (arguments.overlap == 0) {
+  const double overlap = arguments.overlap.value_or(config.inference.overlap);
+  if (overlap == 0) {
     std::cerr << "separate: without overlap segments don't fade into each other, their borders may click; --overlap "
                  "0.25 avoids it\n";
   }
   const audio::SeparatorOptions options{
-      .segments = {.length = arguments.segment > 0 ? arguments.segment : config.training.segment_length,
-                   .overlap = arguments.overlap},
+      .segments = {.length = arguments.segment > 0 ? arguments.segment : config.inference_segment(),
+                   .overlap = overlap},
       .channels = config.audio.channels,
       .stems = static_cast<std::int64_t>(outputs.size()),
       .device = device};
@@ -119,15 +124,18 @@ int main(int argc, char** argv) {
   const std::map<std::string, audio::Encoding> encodings = {
       {"wav16", audio::Encoding::pcm16}, {"wav24", audio::Encoding::pcm24}, {"wav32f", audio::Encoding::float32}};
   std::string format = "wav16";
-  line.path("--model", arguments.model, "saved state written by train").required();
+  line.path("--model,--weights", arguments.model,
+            "saved state or .safetensors written by train; with --config any .ckpt, .pth or .safetensors")
+      .required();
+  line.path("--config", arguments.config, "configuration of the weights, also one that was published with them");
   line.path("INPUT", arguments.input,
             "recording: WAV, FLAC, AIFF or Ogg, with the model's sample rate; - is the standard input")
       .required();
   line.path("OUTDIR", arguments.output, "folder for the stems, made if it is not there").required();
   line.number("--overlap", arguments.overlap, Bounds<double>{0, 0.999},
-              "share of a segment that the next one covers again, default 0.25");
+              "share of a segment that the next one covers again; default: as configured, 0.25");
   line.number("--segment", arguments.segment, Bounds<std::int64_t>{1, 1'000'000'000},
-              "samples the model works on at a time; default: as trained");
+              "samples the model works on at a time; default: as configured");
   line.flag("--overwrite", arguments.overwrite, "replace stems that are in OUTDIR already");
   line.text("--format", format, "wav16, wav24 (integers) or wav32f (float)")
       .one_of({"wav16", "wav24", "wav32f"})

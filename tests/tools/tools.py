@@ -20,7 +20,10 @@ import unittest
 import wave
 from pathlib import Path
 
+import published_reference
+
 TOOLS = Path(sys.argv.pop(1))
+PUBLISHED = Path(__file__).parent / "published"
 CONFIGS = Path(__file__).parents[2] / "examples/configs"
 STEMS = ["vocals", "drums", "bass", "other"]
 RATE = 44100
@@ -76,6 +79,14 @@ def write_wav(path, samples, rate=RATE, channels=2):
 def read_wav(path):
     with wave.open(str(path), "rb") as file:
         return file.getnframes(), file.getnchannels(), file.getframerate()
+
+
+def read_floats(path):
+    """The samples of a WAV file in float, one channel after the other."""
+    content = path.read_bytes()
+    data = content.index(b"data")
+    samples = array.array("f", content[data + 8:data + 8 + int.from_bytes(content[data + 4:data + 8], "little")])
+    return samples[::2] + samples[1::2]
 
 
 class Tools(unittest.TestCase):
@@ -404,6 +415,78 @@ class Tools(unittest.TestCase):
         self.assertEqual(json.loads(single.read_text())["peak_bytes"], rows[1]["peak_bytes"])
         self.assertEqual(result.stdout.count("\n"), 2 + 6)
         self.fails(run("plan", "--config", config, "--sweep", "segment=1,2"), "headroom.training.sweep", "segment")
+
+    def write_mixture(self):
+        """What tests/tools/published_reference.py gave to the Python models."""
+        path = self.root / "published.wav"
+        with wave.open(str(path), "wb") as file:
+            file.setnchannels(2)
+            file.setsampwidth(2)
+            file.setframerate(RATE)
+            left, right = published_reference.mixture()
+            file.writeframes(array.array("h", [s for pair in zip(left, right) for s in pair]).tobytes())
+        return path
+
+    def test_published_weights_give_the_stems_of_the_python_package(self):
+        song = self.write_mixture()
+        for name, stems in [("bs", ["vocals"]), ("mel", ["vocals", "other"])]:
+            config, weights, out = PUBLISHED / f"{name}.yaml", PUBLISHED / f"{name}.ckpt", self.root / f"stems of {name}"
+            self.assertEqual(config.read_text(), published_reference.FILES[name])
+            result = run("separate", "--config", config, "--weights", weights, song, out, "--format", "wav32f")
+            self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertIn("without effect here: audio.dim_f, ", result.stderr)
+            expected = array.array("f", (PUBLISHED / f"{name}.f32").read_bytes())
+            found = array.array("f")
+            for stem in stems:
+                found += read_floats(out / f"{stem}.wav")
+            self.assertEqual(len(found), len(expected))
+            self.assertLess(max(abs(a - b) for a, b in zip(found, expected)), 1e-5)
+            self.assertGreater(max(map(abs, expected)), 1e-2)
+            planned = run("plan", "--config", config)
+            self.assertEqual(planned.returncode, 0, planned.stderr)
+            self.assertIn(f"{name}.yaml: without effect here: audio.dim_f, ", planned.stdout)
+
+    def test_published_weights_are_trained_further(self):
+        song, out = self.write_mixture(), self.root / "finetuned"
+        arguments = ["--data", self.root / "data", "--out", out, "--steps", 2, "--threads", 1]
+        config, weights = PUBLISHED / "bs.yaml", PUBLISHED / "bs.ckpt"
+        result = run("train", "--config", config, "--weights", weights, *arguments)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertRegex(result.stdout, r"weights:  \d+ tensors from \S+bs.ckpt\n")
+        self.assertEqual(json.loads((out / "config.json").read_text())["data"]["accompaniment"], ["drums", "bass", "other"])
+        # The weights alone have their configuration with them, and are those of the saved state
+        for name in ["last", "best"]:
+            for file in [f"{name}.pt", f"{name}.safetensors"]:
+                separated = run("separate", "--model", out / file, song, self.root / file)
+                self.assertEqual(separated.returncode, 0, separated.stderr)
+            self.assertEqual((self.root / f"{name}.pt/vocals.wav").read_bytes(),
+                             (self.root / f"{name}.safetensors/vocals.wav").read_bytes())
+        header = (out / "last.safetensors").read_bytes()
+        header = json.loads(header[8:8 + int.from_bytes(header[:8], "little")])
+        metadata = header["__metadata__"]
+        self.assertEqual((metadata["format"], metadata["headroom.step"]), ("pt", "2"))
+        self.assertEqual(json.loads(metadata["headroom.config"])["model"]["type"], "bs_roformer")
+        self.assertIn("final_norm.gamma", header)
+        again = run("train", "--config", config, "--weights", out / "best.safetensors", *arguments, "--overwrite")
+        self.assertEqual(again.returncode, 0, again.stderr)
+
+    def test_weights_of_another_model_are_refused_with_the_keys_to_look_at(self):
+        song, config = self.write_mixture(), self.root / "other.yaml"
+        config.write_text((PUBLISHED / "bs.yaml").read_text().replace("depth: 1\n  stereo", "depth: 3\n  stereo"))
+        arguments = ["--config", config, "--weights", PUBLISHED / "bs.ckpt"]
+        self.fails(run("separate", *arguments, song, self.root / "never"), "headroom.training.weights",
+                   "\n  model.depth: the weights have 1, the configuration 3", 'missing in the file: "layers.1.0.')
+        self.fails(run("separate", "--config", PUBLISHED / "mel.yaml", "--weights", PUBLISHED / "bs.ckpt", song,
+                       self.root / "never"), 'model.type: the weights have "bs_roformer"',
+                   "number of stems (audio.stems, or model.num_stems with training.instruments): the weights have 1")
+        self.fails(run("separate", "--weights", PUBLISHED / "bs.ckpt", song, self.root / "never"), "--config")
+        train = ["--data", self.root / "data", "--out", self.root / "partial", "--steps", 1]
+        self.fails(run("train", *arguments, *train), "headroom.training.weights", "--allow-partial")
+        result = run("train", *arguments, *train, "--allow-partial")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn('missing in the file: "layers.1.0.', result.stdout)
+        self.fails(run("train", *arguments, *train, "--resume", self.model), "--resume", code=2)
+        self.assertFalse((self.root / "never").exists())
 
     def test_usage(self):
         for tool in ["train", "separate", "evaluate", "plan"]:

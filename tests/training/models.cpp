@@ -5,6 +5,7 @@
 #include "headroom/audio/separator.hpp"
 #include "headroom/checkpoint/stack.hpp"
 #include "headroom/memory/meter.hpp"
+#include "headroom/training/load_model.hpp"
 #include "headroom/training/plan.hpp"
 #include "headroom/training/recommend.hpp"
 #include "headroom/training/state.hpp"

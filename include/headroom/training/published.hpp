@@ -206,6 +206,7 @@ class PublishedReader {
   /// The stems of the model: all instruments, or the target alone, whose accompaniment are the others.
   void read_stems() {
     std::vector<std::string> stems, others;
+    const auto count = get<std::int64_t>("model.num_stems", 1);
     const auto target = get<std::string>("training.target_instrument", "");
     const std::size_t problems = problems_.size();
     stems = get("training.instruments", stems, {.file_names = true});
@@ -224,7 +225,7 @@ class PublishedReader {
     }
     put("audio.stems", stems);
     put("data.accompaniment", others);
-    const auto count = get<std::int64_t>("model.num_stems", 1), named = static_cast<std::int64_t>(stems.size());
+    const auto named = static_cast<std::int64_t>(stems.size());
     if (count != named) {
       problems_.push_back({"model.num_stems", "got " + std::to_string(count) + ", expected " + std::to_string(named) +
                                                   (target.empty() ? ", one for each of training.instruments"

@@ -113,8 +113,8 @@ int run(Arguments arguments) {
   const std::vector<NamedSum> sums = chosen_sums(config.audio.stems, arguments.choice);
   Separation separation{
       .model = model,
-      .options = {.segment = arguments.segment > 0 ? arguments.segment : config.training.segment_length,
-                  .overlap = arguments.overlap,
+      .options = {.segments = {.length = arguments.segment > 0 ? arguments.segment : config.training.segment_length,
+                               .overlap = arguments.overlap},
                   .channels = config.audio.channels,
                   .stems = static_cast<std::int64_t>(config.audio.stems.size()),
                   .device = find_device(arguments.device)},

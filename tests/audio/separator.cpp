@@ -34,7 +34,7 @@ TORCH_MODULE(Probe);
 TEST_CASE("separating in memory keeps every sample in place, for any length") {
   for (const std::int64_t length : {0, 1, 7, 64, 65, 997, 70001}) {
     const torch::Tensor mixture = torch::randn({2, length});
-    const torch::Tensor stems = audio::separate(mixture, scale, {.segment = 64, .stems = 3});
+    const torch::Tensor stems = audio::separate(mixture, scale, {.segments = {.length = 64}, .stems = 3});
     REQUIRE(stems.sizes() == torch::IntArrayRef({3, 2, length}));
     for (int n = 0; n < 3; ++n) {
       CHECK(torch::allclose(stems[n], (n + 1) * mixture, 1e-6, 1e-6));
@@ -49,8 +49,8 @@ TEST_CASE("segments are blended with the weights of overlap-add") {
     CHECK(x.sizes() == torch::IntArrayRef({1, 1, 4}));
     return torch::full({1, 1, 1, 4}, ++segment);
   };
-  const auto stems =
-      audio::separate(torch::zeros({1, 8}), number, {.segment = 4, .overlap = 0.5, .channels = 1, .stems = 1});
+  const auto stems = audio::separate(torch::zeros({1, 8}), number,
+                                     {.segments = {.length = 4, .overlap = 0.5}, .channels = 1, .stems = 1});
   const auto expected = torch::tensor({1., 1., 4. / 3, 5. / 3, 7. / 3, 8. / 3, 3., 3.}).to(torch::kFloat);
   CHECK(segment == 3);
   CHECK(torch::allclose(stems.flatten(), expected));
@@ -61,19 +61,19 @@ TEST_CASE("a module runs in evaluation mode without gradients, on a copy, and ge
   model->train();
   model->frozen->eval();
   const torch::Tensor mixture = torch::ones({2, 10});
-  const auto stems = audio::separate(mixture, model, {.segment = 4, .overlap = 0.5, .stems = 1});
+  const auto stems = audio::separate(mixture, model, {.segments = {.length = 4, .overlap = 0.5}, .stems = 1});
   CHECK(torch::allclose(stems, torch::full({1, 2, 10}, 2.)));  // would grow where segments overlap if in place
   CHECK(torch::equal(mixture, torch::ones({2, 10})));
   CHECK(model->is_training());
   CHECK_FALSE(model->frozen->is_training());
   CHECK(torch::GradMode::is_enabled());
   const auto failing = [](const torch::Tensor&) -> torch::Tensor { fail("test.model", "no"); };
-  CHECK(error_of([&] { audio::separate(mixture, failing, {.segment = 4}); }).id() == "test.model");
+  CHECK(error_of([&] { audio::separate(mixture, failing, {.segments = {.length = 4}}); }).id() == "test.model");
   CHECK(torch::GradMode::is_enabled());
 }
 
 TEST_CASE("separate says what does not fit") {
-  const SeparatorOptions options{.segment = 64, .stems = 3};
+  const SeparatorOptions options{.segments = {.length = 64}, .stems = 3};
   const auto cut = [](const torch::Tensor& x) { return scale(x).narrow(3, 0, 60); };
   const Error error = error_of([&] { audio::separate(torch::zeros({2, 5}), cut, options); });
   CHECK(error.id() == "headroom.audio.separator.model");

@@ -13,6 +13,7 @@
 #include "headroom/audio/format.hpp"
 #include "headroom/audio/reader.hpp"
 #include "headroom/audio/resampler.hpp"
+#include "headroom/audio/segment_model.hpp"
 #include "headroom/audio/separator.hpp"
 #include "headroom/audio/stem_files.hpp"
 #include "headroom/core/error.hpp"
@@ -46,9 +47,8 @@ inline torch::Tensor with_channels(const torch::Tensor& samples, std::int64_t ch
 }
 
 /// A model of `channels` channels as one of any multiple: [B,k·C,S] to [B,N,k·C,S], one group of C after the other.
-template <class Model>
-auto in_groups(Model& model, std::int64_t channels) {
-  return [&model, channels](const torch::Tensor& mixture) -> torch::Tensor {
+inline SegmentModel in_groups(SegmentModel model, std::int64_t channels) {
+  return [model = std::move(model), channels](const torch::Tensor& mixture) -> torch::Tensor {
     if (mixture.size(1) == channels) return model(mixture);
     std::vector<torch::Tensor> stems;
     for (const torch::Tensor& group : mixture.split(channels, 1)) stems.push_back(model(group));  // [B,N,C,S]
@@ -151,8 +151,7 @@ template <class Model>
 std::int64_t separate_file(AudioReader input, const FileSeparation& files, Model&& model, SeparatorOptions options,
                            const Progress& progress = {}) {
   detail::require_stem_files(files.outputs, options.stems, input.path());
-  const detail::EvaluationMode evaluation(model);
-  const auto grouped = detail::in_groups(model, options.channels);
+  const SegmentModel grouped = detail::in_groups(segment_model(std::forward<Model>(model)), options.channels);
   detail::FileStream stream(std::move(input), files, options.channels, progress);
   options.channels = stream.channels();
   separate([&](std::int64_t frames) { return stream.read(frames); }, grouped, options,

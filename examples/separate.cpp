@@ -107,7 +107,8 @@ int run(Arguments arguments) {
   if (arguments.threads > 0) {
     torch::set_num_threads(arguments.threads);
   }
-  const fs::path output = arguments.paths.back();
+  fs::path output = arguments.paths.back();
+  if (!output.has_filename()) output = output.parent_path();  // without the separator at its end
   arguments.paths.pop_back();
   auto [config, model] = headroom::training::load_model(arguments.model);
   const std::vector<NamedSum> sums = chosen_sums(config.audio.stems, arguments.choice);

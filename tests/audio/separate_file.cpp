@@ -216,7 +216,7 @@ TEST_CASE("separate_file says what does not fit, and leaves no file") {
   CHECK(error.id() == "headroom.audio.file.not_finite");
   CHECK_THAT(error.what(), Catch::Contains("a.wav") && Catch::Contains("frame 0"));
   error = separate_error(2, outputs, {.segments = {.length = 0}, .stems = 3}, scale);
-  CHECK(error.id() == "headroom.core.overlap_add.options");
+  CHECK(error.id() == "headroom.core.segments.options");
   error = separate_error(2, {}, options, scale);
   CHECK_THAT(error.what(), Catch::Contains("no file to write"));
 }

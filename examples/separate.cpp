@@ -14,8 +14,10 @@
 
 #include "command_line.hpp"
 #include "headroom/audio/separate_file.hpp"
+#include "headroom/core/segments.hpp"
 #include "headroom/io/process.hpp"
 #include "headroom/training/state.hpp"
+#include "separation_blend.hpp"
 #include "separation_inputs.hpp"
 #include "separation_outputs.hpp"
 #include "separation_progress.hpp"
@@ -34,8 +36,7 @@ const std::map<std::string, audio::Encoding> kFormats = {{"wav16", audio::Encodi
 struct Arguments {
   fs::path model;
   std::vector<fs::path> paths;  // the inputs and the output folder
-  double overlap = 0.25;
-  std::int64_t segment = 0;  // 0: as trained
+  BlendChoice blend;
   std::string format = "wav16";
   OutputChoice choice;
   std::string name;  // empty: {stem} for one file, {track}/{stem} else
@@ -112,16 +113,19 @@ int run(Arguments arguments) {
   arguments.paths.pop_back();
   auto [config, model] = headroom::training::load_model(arguments.model);
   const std::vector<NamedSum> sums = chosen_sums(config.audio.stems, arguments.choice);
-  Separation separation{
-      .model = model,
-      .options = {.segments = {.length = arguments.segment > 0 ? arguments.segment : config.training.segment_length,
-                               .overlap = arguments.overlap},
-                  .channels = config.audio.channels,
-                  .stems = static_cast<std::int64_t>(config.audio.stems.size()),
-                  .device = find_device(arguments.device)},
-      .files = {.outputs = {},
-                .sample_rate = static_cast<int>(config.audio.sample_rate),
-                .encoding = kFormats.at(arguments.format)}};
+  Separation separation{.model = model,
+                        .options = {.segments = chosen_segments(arguments.blend, config.training.segment_length, 0.25),
+                                    .batch = arguments.blend.batch,
+                                    .channels = config.audio.channels,
+                                    .stems = static_cast<std::int64_t>(config.audio.stems.size()),
+                                    .test_time = {.shifts = arguments.blend.shifts,
+                                                  .max_shift = config.audio.sample_rate / 2,
+                                                  .augment = arguments.blend.augment},
+                                    .bf16 = arguments.blend.bf16,
+                                    .device = find_device(arguments.device)},
+                        .files = {.outputs = {},
+                                  .sample_rate = static_cast<int>(config.audio.sample_rate),
+                                  .encoding = kFormats.at(arguments.format)}};
   model->to(separation.options.device);
 
   std::error_code failure;
@@ -135,7 +139,8 @@ int run(Arguments arguments) {
   const auto files = output_files(found.tracks, sums, names);
   if (!arguments.overwrite) require_new(files);
   make_folder(output);
-  if (arguments.overlap == 0) {
+  const auto& segments = separation.options.segments;
+  if (headroom::core::segment_step(segments) == segments.length) {
     notice("without overlap segments don't fade into each other, their borders may click; --overlap 0.25 avoids it");
   }
   tell_rates(found.tracks, separation.files.sample_rate);
@@ -169,10 +174,7 @@ int main(int argc, char** argv) {
   line.text("--name", arguments.name,
             "names of the files, of {track}, {stem} and {model}; default {stem} for one file, else {track}/{stem}");
   line.flag("--overwrite", arguments.overwrite, "replace files that are in OUTDIR already");
-  line.number("--overlap", arguments.overlap, Bounds<double>{0, 0.999},
-              "share of a segment that the next one covers again, default 0.25");
-  line.number("--segment", arguments.segment, Bounds<std::int64_t>{1, 1'000'000'000},
-              "samples the model works on at a time; default: as trained");
+  add_blend_options(line, arguments.blend);
   line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
   line.text("--device", arguments.device, "where the model runs, e.g. cpu or cuda").with_default();
   return line.run("separate", argc, argv, [&] { return run(arguments); });

@@ -176,6 +176,27 @@ class Tools(unittest.TestCase):
         self.fails(self.separate(song), code=2)
         self.assertFalse((self.root / "never").exists())
 
+    def test_separate_blends_as_asked(self):
+        song = self.song / "mixture.wav"
+
+        def bass(*options):
+            out = self.root / ("blend " + " ".join(map(str, options)))
+            result = self.separate(song, out, *options)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertEqual(read_wav(out / "bass.wav"), (self.frames, 2, RATE))
+            return (out / "bass.wav").read_bytes()
+
+        quarter, default = bass("--num-overlap", 4), bass()
+        self.assertEqual(bass("--step", 1024), quarter)
+        self.assertEqual(bass("--overlap", 0.75), quarter)
+        self.assertEqual(bass("--like", "msst", "--batch", 3), bass("--like", "msst", "--num-overlap", 4))
+        different = [quarter, default, bass("--like", "msst"), bass("--like", "audio-separator"), bass("--shifts", 2),
+                     bass("--like", "demucs"), bass("--window", "hann"), bass("--augment"), bass("--segment", 2048)]
+        self.assertEqual(len(set(different)), len(different))
+        bass("--bf16")
+        self.fails(self.separate(song, self.root / "never", "--overlap", "0.5", "--step", "3"), "excludes", code=2)
+        self.fails(self.separate(song, self.root / "never", "--step", "5000"), "headroom.core.segments.options")
+
     def test_separate_takes_folders(self):
         songs, out = self.root / "songs", self.root / "separated songs"
         noise = [s * 7919 % 4001 - 2000 for s in range(9000)]

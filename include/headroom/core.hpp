@@ -5,6 +5,7 @@
 #include "headroom/core/bfloat16_product.hpp"
 #include "headroom/core/bsseval.hpp"
 #include "headroom/core/centered_frames.hpp"
+#include "headroom/core/combine.hpp"
 #include "headroom/core/dropout.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/core/executor.hpp"

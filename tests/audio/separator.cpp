@@ -1,5 +1,13 @@
 #include "headroom/audio/separator.hpp"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
 #include "support/catch.hpp"
 
 using namespace headroom;
@@ -71,6 +79,117 @@ TEST_CASE("a module runs in evaluation mode without gradients, on a copy, and ge
   CHECK(error_of([&] { audio::separate(mixture, failing, {.segments = {.length = 4}}); }).id() == "test.model");
   CHECK(torch::GradMode::is_enabled());
 }
+
+// Depends on the place in the segment and not evenly on the polarity and the channels.
+torch::Tensor uneven(const torch::Tensor& x) {  // [B,C,S]
+  const torch::Tensor place = torch::arange(x.size(2)).to(torch::kFloat) / x.size(2);
+  const torch::Tensor weight = torch::arange(1, x.size(1) + 1).to(torch::kFloat).unsqueeze(1);
+  return torch::stack({x * place + 0.1, weight * x.square()}, 1);  // [B,2,C,S]
+}
+
+TEST_CASE("several segments in one call of the model give what one at a time gives") {
+  const torch::Tensor mixture = torch::randn({2, 1000});
+  SeparatorOptions options{.segments = core::like_msst(64, 4), .stems = 2};
+  const torch::Tensor one = audio::separate(mixture, uneven, options);
+  for (const std::int64_t batch : {2, 5, 100}) {
+    std::vector<std::int64_t> sizes;
+    options.batch = batch;
+    const auto several = audio::separate(
+        mixture,
+        [&](const torch::Tensor& x) {
+          sizes.push_back(x.size(0));
+          return uneven(x);
+        },
+        options);
+    CHECK(torch::equal(several, one));
+    CHECK(*std::max_element(sizes.begin(), sizes.end()) == std::min<std::int64_t>(batch, 69));
+    CHECK(std::accumulate(sizes.begin(), sizes.end(), std::int64_t{0}) == 69);  // ceil((1000 + 2 · 48 - 64) / 16) + 1
+  }
+}
+
+TEST_CASE("shifts are the mean over silences of random length in front, the same for the same seed") {
+  const torch::Tensor mixture = torch::randn({2, 700});
+  SeparatorOptions options{.segments = core::like_demucs(64), .stems = 2, .test_time = {.max_shift = 100, .seed = 5}};
+  torch::Tensor sum = torch::zeros({2, 2, 700});
+  options.test_time.shifts = 3;
+  const std::vector<std::int64_t> lengths = audio::detail::shift_lengths(options.test_time);
+  REQUIRE(lengths.size() == 3);
+  const torch::Tensor shifted = audio::separate(mixture, uneven, options);
+  CHECK(torch::equal(audio::separate(mixture, uneven, options), shifted));
+  options.test_time.seed = 6;
+  CHECK_FALSE(torch::equal(audio::separate(mixture, uneven, options), shifted));
+  options.test_time.shifts = 0;
+  for (const std::int64_t length : lengths) {
+    CHECK((0 <= length && length <= 100));
+    sum += audio::separate(torch::constant_pad_nd(mixture, {length, 0}), uneven, options).narrow(2, length, 700);
+  }
+  CHECK(torch::allclose(shifted, sum / 3, 1e-6, 1e-6));
+}
+
+TEST_CASE("augmentation is the mean over the mixture, its polarity flipped and its channels reversed, each undone") {
+  for (const std::int64_t channels : {1, 2, 3}) {
+    const torch::Tensor mixture = torch::randn({channels, 300});
+    SeparatorOptions options{.segments = core::like_audio_separator(64, 4), .channels = channels, .stems = 2};
+    const auto plain = [&](const torch::Tensor& x) { return audio::separate(x, uneven, options); };
+    torch::Tensor expected = plain(mixture) - plain(-mixture);
+    if (channels > 1) expected += plain(mixture.flip(0)).flip(1);
+    options.test_time.augment = true;
+    options.batch = 3;
+    CHECK(torch::allclose(plain(mixture), expected / (channels > 1 ? 3 : 2), 1e-6, 1e-6));
+  }
+}
+
+TEST_CASE("with bf16 the model runs under autocast and its results are float") {
+  torch::manual_seed(0);
+  torch::nn::Linear linear(8, 8);
+  const auto model = [&](const torch::Tensor& x) { return linear(x).unsqueeze(1); };
+  const torch::Tensor mixture = torch::randn({2, 80});
+  SeparatorOptions options{.segments = {.length = 8}, .stems = 1};
+  const torch::Tensor exact = audio::separate(mixture, model, options);
+  options.bf16 = true;
+  const torch::Tensor rounded = audio::separate(mixture, model, options);
+  CHECK(rounded.scalar_type() == torch::kFloat);
+  CHECK_FALSE(torch::equal(rounded, exact));
+  CHECK(torch::allclose(rounded, exact, 0.02, 0.02));
+  CHECK_FALSE(at::autocast::is_autocast_enabled(at::kCPU));
+}
+
+#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+TEST_CASE("shifts and batches take the memory that is stated, however long the recording") {
+  const auto in_use = [] {
+    const auto info = mallinfo2();
+    return info.uordblks + info.hblkhd;
+  };
+  const SeparatorOptions options{
+      .segments = core::like_msst(20000, 4), .batch = 3, .stems = 2, .test_time = {.shifts = 2}};
+  const torch::Tensor block = torch::randn({2, 30000});
+  const auto peak_of = [&](int blocks) {
+    std::size_t peak = 0;
+    const std::size_t before = in_use();
+    audio::SeparatorStream stream(
+        [&](const torch::Tensor& x) {
+          const torch::Tensor stems = torch::stack({x, x}, 1);
+          peak = std::max(peak, in_use());
+          return stems;
+        },
+        options, [&](const audio::SamplesRef&) { peak = std::max(peak, in_use()); });
+    for (int i = 0; i < blocks; ++i) {
+      stream.push(Eigen::Map<const audio::Samples>(block.data_ptr<float>(), 2, 30000));
+    }
+    stream.finish();
+    return peak - before;
+  };
+  peak_of(1);
+  // In [2, 2 · S] and sums [5, S], for each of 3 segments in [2, S] and out [4, S], the window; what is ahead [4, 11/4
+  // S].
+  const std::size_t state = 2 * 4 * 20000 * (2 * 2 + 5 + 3 * 6 + 1 + 4 * 11 / 4);
+  CHECK(audio::SeparatorStream::state_bytes(options) == state);
+  const std::size_t short_one = peak_of(4), long_one = peak_of(40);
+  CHECK(short_one >= state);
+  CHECK(short_one < state + 4 * 20000 * 3 * 6 + (64 << 10));  // the model's copy of the batch and its result
+  CHECK(long_one < short_one + (16 << 10));
+}
+#endif
 
 TEST_CASE("separate says what does not fit") {
   const SeparatorOptions options{.segments = {.length = 64}, .stems = 3};

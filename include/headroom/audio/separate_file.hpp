@@ -7,14 +7,17 @@
 #include <deque>
 #include <functional>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "headroom/audio/ensemble.hpp"
 #include "headroom/audio/format.hpp"
 #include "headroom/audio/reader.hpp"
 #include "headroom/audio/resampler.hpp"
 #include "headroom/audio/segment_model.hpp"
 #include "headroom/audio/separator.hpp"
+#include "headroom/audio/separator_stream.hpp"
 #include "headroom/audio/stem_files.hpp"
 #include "headroom/core/error.hpp"
 
@@ -139,24 +142,40 @@ class FileStream {
 
 }  // namespace detail
 
-/// Separates an audio file into files, in the memory of one segment. Its stems have its sample rate, its length and,
-/// where the model does, its channels: of k·C channels each C in turn are separated by a model of C = options.channels.
-/// A mono file is separated as if all the model's channels were the same; a model of one channel gets the mean of a
-/// file's. Files appear under their names when all of the recording is done. Returns how many samples an integer
-/// encoding clipped.
+/// Separates an audio file into files by the models of an ensemble, in the memory of their segments. The files have the
+/// recording's sample rate, its length and, where the models do, its channels: of k·C channels each C in turn are
+/// separated by models of C channels. A mono file is separated as if all the models' channels were the same; models of
+/// one channel get the mean of a file's. Files appear under their names when all of the recording is done. Returns how
+/// many samples an integer encoding clipped.
 /// Throws `headroom.audio.file.*`, `headroom.audio.resampler.options`, `headroom.audio.separator.channels`,
-/// `headroom.audio.separator.outputs` (no output, factors for other than options.stems, a path twice, or the input),
-/// and like `separate`.
-template <class Model>
-std::int64_t separate_file(AudioReader input, const FileSeparation& files, Model&& model, SeparatorOptions options,
-                           const Progress& progress = {}) {
-  detail::require_stem_files(files.outputs, options.stems, input.path());
-  const SegmentModel grouped = detail::in_groups(segment_model(std::forward<Model>(model)), options.channels);
-  detail::FileStream stream(std::move(input), files, options.channels, progress);
-  options.channels = stream.channels();
-  separate([&](std::int64_t frames) { return stream.read(frames); }, grouped, options,
-           [&](const torch::Tensor& stems) { stream.write(stems); });
+/// `headroom.audio.separator.outputs` (no output, factors for other than the stems of the ensemble, a path twice, or
+/// the input), and like `separate`.
+inline std::int64_t separate_file(AudioReader input, const FileSeparation& files, Ensemble ensemble,
+                                  const Progress& progress = {}) {
+  const std::int64_t channels = ensemble.channels();
+  detail::require_stem_files(files.outputs, static_cast<std::int64_t>(ensemble.stems().size()), input.path());
+  detail::FileStream stream(std::move(input), files, channels, progress);
+  for (EnsembleMember& member : ensemble.members) {
+    member.model = detail::in_groups(std::move(member.model), channels);
+    member.options.channels = stream.channels();
+  }
+  const Source source = [&](std::int64_t frames) { return stream.read(frames); };
+  const StemSink sink = [&](const torch::Tensor& stems) { stream.write(stems); };
+  if (const EnsembleMember& first = ensemble.members.front(); ensemble.members.size() == 1) {
+    separate(source, first.model, first.options, sink);
+  } else {
+    separate(source, ensemble, sink);
+  }
   return stream.finish();
+}
+
+/// The same by one model, a function or a module holder.
+template <class Model>
+std::int64_t separate_file(AudioReader input, const FileSeparation& files, Model&& model,
+                           const SeparatorOptions& options, const Progress& progress = {}) {
+  EnsembleMember member{segment_model(std::forward<Model>(model)), options, {}};
+  for (std::int64_t n = 0; n < options.stems; ++n) member.stems.push_back(std::to_string(n));
+  return separate_file(std::move(input), files, Ensemble{{std::move(member)}}, progress);
 }
 
 }  // namespace headroom::inline v0::audio

@@ -56,24 +56,35 @@ void separate(const Source& source, Model&& model, const SeparatorOptions& optio
   detail::drain(source, options.channels, stream);
 }
 
-/// Separates a recording in memory: `mixture` [C,T], or [1,T] for every channel the same, gives stems [N,C,T] on the
-/// CPU. Throws like the streaming form.
-template <class Model>
-torch::Tensor separate(const torch::Tensor& mixture, Model&& model, const SeparatorOptions& options) {
+namespace detail {
+
+/// Stems [N,C,T] of `mixture` [C,T] or [1,T] by a streaming form, `separate(source, sink)`.
+template <class Separate>
+torch::Tensor in_memory(const torch::Tensor& mixture, torch::IntArrayRef stems_and_channels, Separate&& separate) {
   require(mixture.dim() == 2, "headroom.audio.separator.source", "got a mixture ", mixture.sizes(),
           ", expected [channels, samples]");
   const std::int64_t length = mixture.size(1);
-  const torch::Tensor stems = torch::empty({options.stems, options.channels, length});  // [N,C,T]
+  const torch::Tensor stems = torch::empty({stems_and_channels[0], stems_and_channels[1], length});
   std::int64_t taken = 0, done = 0;
   const Source source = [&](std::int64_t frames) {
     const std::int64_t n = std::min(frames, length - taken);
     return mixture.narrow(1, std::exchange(taken, taken + n), n);
   };
-  separate(source, model, options, [&](const torch::Tensor& finished) {
+  separate(source, [&](const torch::Tensor& finished) {
     stems.narrow(2, done, finished.size(2)).copy_(finished);
     done += finished.size(2);
   });
   return stems;
+}
+
+}  // namespace detail
+
+/// Separates a recording in memory: `mixture` [C,T], or [1,T] for every channel the same, gives stems [N,C,T] on the
+/// CPU. Throws like the streaming form.
+template <class Model>
+torch::Tensor separate(const torch::Tensor& mixture, Model&& model, const SeparatorOptions& options) {
+  return detail::in_memory(mixture, {options.stems, options.channels},
+                           [&](const Source& source, const StemSink& sink) { separate(source, model, options, sink); });
 }
 
 }  // namespace headroom::inline v0::audio

@@ -83,8 +83,10 @@ const Option& Option::one_of(const std::vector<std::string>& choices) const {
 }
 const Option& Option::without(const Option& other) const { return option_->excludes(other.option_), *this; }
 const Option& Option::separated_by(char delimiter) const {
-  return option_->delimiter(delimiter)->allow_extra_args(false), *this;
+  option_->delimiter(delimiter);
+  return one_each_time();
 }
+const Option& Option::one_each_time() const { return option_->allow_extra_args(false), *this; }
 const Option& Option::at_least(int count) const {
   return option_->expected(count, CLI::detail::expected_max_vector_size), *this;
 }

@@ -2,6 +2,7 @@
 //
 //   separate --model experiments/small/best.pt song.wav separated/song
 //   separate --model experiments/small/best.pt --format flac24 --two-stems vocals albums separated
+//   separate --model one.pt --model other.pt --ensemble median song.mp3 separated/song
 
 #include <cstddef>
 #include <cstdint>
@@ -13,12 +14,13 @@
 #include <vector>
 
 #include "command_line.hpp"
+#include "headroom/audio/ensemble.hpp"
 #include "headroom/audio/separate_file.hpp"
 #include "headroom/core/segments.hpp"
 #include "headroom/io/process.hpp"
-#include "headroom/training/state.hpp"
 #include "separation_blend.hpp"
 #include "separation_inputs.hpp"
+#include "separation_models.hpp"
 #include "separation_outputs.hpp"
 #include "separation_progress.hpp"
 
@@ -34,8 +36,9 @@ const std::map<std::string, audio::Encoding> kFormats = {{"wav16", audio::Encodi
                                                          {"flac24", audio::Encoding::flac24}};
 
 struct Arguments {
-  fs::path model;
+  std::vector<fs::path> models;
   std::vector<fs::path> paths;  // the inputs and the output folder
+  std::string ensemble = "mean";
   BlendChoice blend;
   std::string format = "wav16";
   OutputChoice choice;
@@ -45,10 +48,9 @@ struct Arguments {
   bool overwrite = false;
 };
 
-// A model, how it separates, and into what.
+// What separates, and into what.
 struct Separation {
-  headroom::models::Separator model;
-  audio::SeparatorOptions options;
+  audio::Ensemble ensemble;
   audio::FileSeparation files;  // of the recording in work
 };
 
@@ -59,7 +61,7 @@ std::int64_t separate_track(Track& track, Separation& separation, const fs::path
                             SeparationProgress& progress) {
   for (const audio::StemFile& file : separation.files.outputs) make_folder(file.path.parent_path());
   try {
-    return audio::separate_file(track.open(), separation.files, separation.model, separation.options,
+    return audio::separate_file(track.open(), separation.files, separation.ensemble,
                                 [&](std::int64_t done, std::int64_t total) {
                                   headroom::require(headroom::io::stop_signal() == 0, "headroom.separate.interrupted",
                                                     "stopped by a signal; nothing of ", track.file, " was written");
@@ -104,6 +106,12 @@ void tell_rates(const std::vector<Track>& tracks, int sample_rate) {
   }
 }
 
+void warn_of_borders(const headroom::core::Segments& segments) {
+  if (headroom::core::segment_step(segments) == segments.length) {
+    notice("without overlap segments don't fade into each other, their borders may click; --overlap 0.25 avoids it");
+  }
+}
+
 int run(Arguments arguments) {
   if (arguments.threads > 0) {
     torch::set_num_threads(arguments.threads);
@@ -111,22 +119,12 @@ int run(Arguments arguments) {
   fs::path output = arguments.paths.back();
   if (!output.has_filename()) output = output.parent_path();  // without the separator at its end
   arguments.paths.pop_back();
-  auto [config, model] = headroom::training::load_model(arguments.model);
-  const std::vector<NamedSum> sums = chosen_sums(config.audio.stems, arguments.choice);
-  Separation separation{.model = model,
-                        .options = {.segments = chosen_segments(arguments.blend, config.training.segment_length, 0.25),
-                                    .batch = arguments.blend.batch,
-                                    .channels = config.audio.channels,
-                                    .stems = static_cast<std::int64_t>(config.audio.stems.size()),
-                                    .test_time = {.shifts = arguments.blend.shifts,
-                                                  .max_shift = config.audio.sample_rate / 2,
-                                                  .augment = arguments.blend.augment},
-                                    .bf16 = arguments.blend.bf16,
-                                    .device = find_device(arguments.device)},
-                        .files = {.outputs = {},
-                                  .sample_rate = static_cast<int>(config.audio.sample_rate),
-                                  .encoding = kFormats.at(arguments.format)}};
-  model->to(separation.options.device);
+  SeparationModels models;
+  models.ensemble.combination = combinations().at(arguments.ensemble);
+  const torch::Device device = find_device(arguments.device);
+  for (const fs::path& model : arguments.models) add_model(model, arguments.blend, device, models);
+  models.ensemble.check();
+  const std::vector<NamedSum> sums = chosen_sums(models.ensemble.stems(), arguments.choice);
 
   std::error_code failure;
   const bool one = arguments.paths.size() == 1 && !fs::is_directory(arguments.paths.front(), failure);
@@ -135,16 +133,14 @@ int run(Arguments arguments) {
                           !arguments.name.empty() ? arguments.name
                           : one                   ? "{stem}"
                                                   : "{track}/{stem}",
-                          arguments.model.stem().string(), audio::extension_of(separation.files.encoding)};
+                          models.name, audio::extension_of(kFormats.at(arguments.format))};
   const auto files = output_files(found.tracks, sums, names);
   if (!arguments.overwrite) require_new(files);
   make_folder(output);
-  const auto& segments = separation.options.segments;
-  if (headroom::core::segment_step(segments) == segments.length) {
-    notice("without overlap segments don't fade into each other, their borders may click; --overlap 0.25 avoids it");
-  }
-  tell_rates(found.tracks, separation.files.sample_rate);
+  for (const audio::EnsembleMember& member : models.ensemble.members) warn_of_borders(member.options.segments);
+  tell_rates(found.tracks, models.sample_rate);
   headroom::io::handle_stop_signals(headroom::io::OnStop::finish_first);
+  Separation separation{models.ensemble, {{}, models.sample_rate, kFormats.at(arguments.format)}};
   separate_tracks(found, files, separation, output);
   if (!one && !found.errors.empty()) notice(std::to_string(found.errors.size()) + " could not be separated:");
   for (const std::string& error : found.errors) notice(error);
@@ -156,7 +152,15 @@ int run(Arguments arguments) {
 int main(int argc, char** argv) {
   CommandLine line("Separates recordings into stems: OUTDIR/<stem>.wav for each stem of the model.");
   Arguments arguments;
-  line.path("--model", arguments.model, "saved state written by train").required();
+  line.paths("--model", arguments.models, "saved state written by train; given several times, an ensemble")
+      .required()
+      .one_each_time();
+  std::vector<std::string> ensembles;
+  for (const auto& [name, combination] : combinations()) ensembles.push_back(name);
+  line.text("--ensemble", arguments.ensemble,
+            "of several models: mean, median, min or max, of samples or, with :spectrum, of spectra")
+      .one_of(ensembles)
+      .with_default();
   line.paths("INPUT...OUTDIR", arguments.paths,
              "recordings and, last, the folder for the stems, which is made if it is not there. A recording is a file "
              "(WAV, FLAC, MP3, Ogg, AIFF of any sample rate), a folder with such files, or -, the standard input")

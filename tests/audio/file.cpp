@@ -176,7 +176,7 @@ TEST_CASE("a writer that is not closed, fails, or gets too little leaves the old
 
 TEST_CASE("FLAC keeps every bit of integers, has its limits, and is whole or not at all on a full disk") {
   const TemporaryFolder folder;
-  for (const auto [encoding, steps] : {std::pair{Encoding::flac16, 32768}, {Encoding::flac24, 8388608}}) {
+  for (const auto& [encoding, steps] : {std::pair{Encoding::flac16, 32768}, {Encoding::flac24, 8388608}}) {
     const torch::Tensor samples = torch::randint(-steps, steps, {3, 100000}).to(torch::kFloat) / steps;
     audio::write_audio(folder / "a.flac", samples, 96000, encoding);
     const audio::Recording back = audio::read_audio(folder / "a.flac");

@@ -120,7 +120,7 @@ TEST_CASE("a file of another sample rate is separated at the model's, and its st
   for (int n = 0; n < 3; ++n) sum = sum + audio::read_audio(folder / names[n]).samples;
   CHECK(testing::largest_difference(sum, mixture) < 1e-6);
 
-  for (const auto [frames, rate] : {std::pair{1, 8000}, {7, 192000}, {333, 44101}, {20000, 11025}}) {
+  for (const auto& [frames, rate] : {std::pair{1, 8000}, {7, 192000}, {333, 44101}, {20000, 11025}}) {
     audio::write_audio(folder / "in.wav", torch::rand({1, frames}), rate);
     audio::separate_file(audio::AudioReader(folder / "in.wav"), {with_residual(folder)}, scale,
                          {.segments = {.length = 1000}, .stems = 3});

@@ -19,10 +19,10 @@ inline std::int64_t resampled_length(std::int64_t frames, int from, int to) {
   return frames / from * to + (frames % from * to + from - 1) / from;
 }
 
-/// Converts a stream from one sample rate to another with libsoxr's recipe for very high quality (28 bits, linear
-/// phase, pass band to 0.91 of the lower Nyquist frequency). Sample k of the result is the sound at k/to seconds: there
-/// is no delay, and behind the end there is silence. Memory is that of the filters and a block, whatever the length.
-/// How a stream is cut into blocks changes no bit.
+/// Converts a stream from one sample rate to another with libsoxr's recipe for very high quality: 28 bits, linear
+/// phase, flat to 0.91 of the lower Nyquist frequency. Sample k of the result is the sound at k/to seconds: there is no
+/// delay, and behind the end there is silence. Memory is that of the filters and a block, whatever the length. How a
+/// stream is cut into blocks changes no bit.
 ///
 ///   Resampler to_model(2, 48000, 44100);
 ///   while (...) use(to_model.push(block));  // [C,any] -> [C,what is ready]
@@ -35,7 +35,7 @@ class Resampler {
     require(channels >= 1 && from >= 1 && to >= 1, id, "asked to resample ", channels, " channels from ", from, " to ",
             to, " Hz, expected at least 1 of each");
     const soxr_io_spec_t separate_channels = soxr_io_spec(SOXR_FLOAT32_S, SOXR_FLOAT32_S);
-    const soxr_quality_spec_t quality = soxr_quality_spec(SOXR_VHQ, 0);
+    const soxr_quality_spec_t quality = soxr_quality_spec(SOXR_VHQ, SOXR_ROLLOFF_NONE);
     soxr_error_t error = nullptr;
     state_.reset(soxr_create(from, to, static_cast<unsigned>(channels), &error, &separate_channels, &quality, nullptr));
     require(state_ != nullptr && error == nullptr, id, "can't resample ", channels, " channels from ", from, " to ", to,

@@ -5,9 +5,12 @@
 #endif
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
+#include <string>
 #include <vector>
 
+#include "headroom/audio/ensemble.hpp"
 #include "support/catch.hpp"
 
 using namespace headroom;
@@ -154,40 +157,152 @@ TEST_CASE("with bf16 the model runs under autocast and its results are float") {
   CHECK_FALSE(at::autocast::is_autocast_enabled(at::kCPU));
 }
 
+// Makes `stems` of a mixture that differ by `seed`.
+audio::SegmentModel model_of(std::int64_t stems, double seed) {
+  return [=](const torch::Tensor& x) {
+    std::vector<torch::Tensor> made;
+    for (std::int64_t n = 0; n < stems; ++n) made.push_back((x * (seed + static_cast<double>(n))).sin());
+    return torch::stack(made, 1);
+  };
+}
+
+// Three models with stems, segments, windows, batches and shifts of their own.
+audio::Ensemble three_models() {
+  return {.members = {{.model = model_of(2, 0.5),
+                       .options = {.segments = core::like_msst(200, 4), .batch = 3, .stems = 2},
+                       .stems = {"vocals", "other"}},
+                      {.model = model_of(3, 1.5),
+                       .options = {.segments = core::like_demucs(333), .stems = 3, .test_time = {.shifts = 2}},
+                       .stems = {"drums", "other", "vocals"}},
+                      {.model = model_of(1, 2.5),
+                       .options = {.segments = core::like_audio_separator(64, 8), .stems = 1},
+                       .stems = {"vocals"}}}};
+}
+
+TEST_CASE("an ensemble combines each stem from the models that have it") {
+  const torch::Tensor mixture = torch::randn({2, 3000});
+  audio::Ensemble ensemble = three_models();
+  CHECK(ensemble.stems() == std::vector<std::string>{"vocals", "other", "drums"});
+  std::vector<torch::Tensor> alone;
+  for (const auto& member : ensemble.members) {
+    alone.push_back(audio::separate(mixture, member.model, member.options));
+  }
+  const torch::Tensor vocals = torch::stack({alone[0][0], alone[1][2], alone[2][0]});
+  const torch::Tensor other = torch::stack({alone[0][1], alone[1][1]});
+  const auto smallest = [](const torch::Tensor& x) { return x.gather(0, x.abs().argmin(0, true))[0]; };
+  const auto expect = [&](const torch::Tensor& expected_vocals, const torch::Tensor& expected_other) {
+    const torch::Tensor stems = audio::separate(mixture, ensemble);
+    REQUIRE(stems.sizes() == torch::IntArrayRef({3, 2, 3000}));
+    CHECK(torch::allclose(stems[0], expected_vocals, 1e-6, 1e-6));
+    CHECK(torch::allclose(stems[1], expected_other, 1e-6, 1e-6));
+    CHECK(torch::allclose(stems[2], alone[1][0], 1e-6, 1e-6));
+  };
+  using core::Domain;
+  using core::Statistic;
+  expect(vocals.mean(0), other.mean(0));
+  ensemble.combination = {Statistic::median, Domain::waveform};
+  expect(std::get<0>(vocals.median(0)), other.mean(0));
+  ensemble.combination = {Statistic::min, Domain::waveform};
+  expect(smallest(vocals), smallest(other));
+  ensemble.combination = {Statistic::max, Domain::spectrum};
+  CHECK(torch::allclose(audio::separate(mixture, ensemble)[2], alone[1][0], 1e-6, 1e-6));
+  ensemble.combination = {Statistic::mean, Domain::spectrum};
+  ensemble.members[0].weights = {3, 1};
+  ensemble.members[1].weights = {1, 0.5, 2};
+  expect((3 * vocals[0] + 2 * vocals[1] + vocals[2]) / 6, (other[0] + 0.5 * other[1]) / 1.5);
+  CHECK(audio::separate(torch::zeros({2, 0}), ensemble).sizes() == torch::IntArrayRef({3, 2, 0}));
+}
+
+TEST_CASE("models of an ensemble are in evaluation mode while it lives") {
+  Probe model;
+  model->train();
+  {
+    const audio::Ensemble ensemble{.members = {{.model = audio::segment_model(model),
+                                                .options = {.segments = {.length = 4}, .stems = 1},
+                                                .stems = {"other"}}}};
+    CHECK_FALSE(model->is_training());
+    CHECK(torch::allclose(audio::separate(torch::ones({2, 10}), ensemble), torch::full({1, 2, 10}, 2.)));
+  }
+  CHECK(model->is_training());
+}
+
+TEST_CASE("an ensemble says what can't be combined") {
+  const auto error = [](auto change) {
+    audio::Ensemble ensemble = three_models();
+    change(ensemble);
+    const Error error = error_of([&] { audio::separate(torch::zeros({2, 5}), ensemble); });
+    CHECK(error.id() == "headroom.audio.ensemble.options");
+    return std::string(error.what());
+  };
+  using Catch::Contains;
+  CHECK_THAT(error([](auto& e) { e.members.clear(); }), Contains("got no models"));
+  CHECK_THAT(error([](auto& e) { e.members[1].options.channels = 1; }), Contains("got models of 2 and of 1 channels"));
+  CHECK_THAT(error([](auto& e) { e.members[1].stems.pop_back(); }), Contains("got 2 names for the 3 stems"));
+  CHECK_THAT(error([](auto& e) { e.members[0].stems[1] = "vocals"; }), Contains("two stems with the name vocals"));
+  CHECK_THAT(error([](auto& e) { e.members[0].weights = {1}; }), Contains("got 1 weights for the 2 stems"));
+  CHECK_THAT(error([](auto& e) { e.members[0].weights = {1, 0}; }), Contains("got a weight of 0"));
+  CHECK_THAT(error([](auto& e) {
+               e.members[0].weights = {1, 1};
+               e.combination.statistic = core::Statistic::max;
+             }),
+             Contains("none with a median, min or max"));
+}
+
 #if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
-TEST_CASE("shifts and batches take the memory that is stated, however long the recording") {
+// Highest bytes in use beyond those before, over a recording of so many blocks of 30000 samples.
+template <class Make>
+std::size_t peak_of(int blocks, Make&& make) {
   const auto in_use = [] {
     const auto info = mallinfo2();
     return info.uordblks + info.hblkhd;
   };
+  const torch::Tensor block = torch::randn({2, 30000});
+  const std::size_t before = in_use();
+  std::size_t peak = before;
+  {
+    const auto stream = make([&] { peak = std::max(peak, in_use()); });
+    for (int i = 0; i < blocks; ++i) {
+      stream->push(Eigen::Map<const audio::Samples>(block.data_ptr<float>(), 2, 30000));
+    }
+    stream->finish();
+  }
+  return peak - before;
+}
+
+TEST_CASE("shifts, batches and ensembles take the memory that is stated, however long the recording") {
   const SeparatorOptions options{
       .segments = core::like_msst(20000, 4), .batch = 3, .stems = 2, .test_time = {.shifts = 2}};
-  const torch::Tensor block = torch::randn({2, 30000});
-  const auto peak_of = [&](int blocks) {
-    std::size_t peak = 0;
-    const std::size_t before = in_use();
-    audio::SeparatorStream stream(
-        [&](const torch::Tensor& x) {
-          const torch::Tensor stems = torch::stack({x, x}, 1);
-          peak = std::max(peak, in_use());
-          return stems;
-        },
-        options, [&](const audio::SamplesRef&) { peak = std::max(peak, in_use()); });
-    for (int i = 0; i < blocks; ++i) {
-      stream.push(Eigen::Map<const audio::Samples>(block.data_ptr<float>(), 2, 30000));
-    }
-    stream.finish();
-    return peak - before;
+  const auto model = [](const torch::Tensor& x) { return torch::stack({x, x}, 1); };
+  const auto stream = [&](const auto& sample) {
+    return std::make_unique<audio::SeparatorStream>(model, options, [=](const audio::SamplesRef&) { sample(); });
   };
-  peak_of(1);
-  // In [2, 2 · S] and sums [5, S], for each of 3 segments in [2, S] and out [4, S], the window; what is ahead [4, 11/4
-  // S].
+  // The recording [2, 2 · S], sums [5, S], for each of 3 segments in [2, S] and out [4, S], the window [S]; and what
+  // one shift is ahead [4, 11 / 4 · S].
   const std::size_t state = 2 * 4 * 20000 * (2 * 2 + 5 + 3 * 6 + 1 + 4 * 11 / 4);
   CHECK(audio::SeparatorStream::state_bytes(options) == state);
-  const std::size_t short_one = peak_of(4), long_one = peak_of(40);
-  CHECK(short_one >= state);
-  CHECK(short_one < state + 4 * 20000 * 3 * 6 + (64 << 10));  // the model's copy of the batch and its result
-  CHECK(long_one < short_one + (16 << 10));
+  peak_of(1, stream);  // what LibTorch sets up once
+  const std::size_t once = peak_of(4, stream), ten_times = peak_of(40, stream);
+  CHECK(once >= state);
+  CHECK(once < state + (64 << 10));
+  CHECK(ten_times < once + (16 << 10));
+
+  for (const auto domain : {core::Domain::waveform, core::Domain::spectrum}) {
+    audio::Ensemble ensemble{.combination = {core::Statistic::max, domain}};
+    for (const std::int64_t segment : {20000, 5000}) {
+      ensemble.members.push_back({.model = model,
+                                  .options = {.segments = core::like_demucs(segment), .stems = 2},
+                                  .stems = {"vocals", "other"}});
+    }
+    const auto stream = [&](const auto& sample) {
+      return std::make_unique<audio::EnsembleStream>(ensemble, [=](const audio::SamplesRef&) { sample(); });
+    };
+    peak_of(1, stream);
+    const std::size_t state = audio::EnsembleStream::state_bytes(ensemble);
+    const std::size_t once = peak_of(4, stream), ten_times = peak_of(40, stream);
+    CHECK(once >= state);
+    CHECK(once < state + (1 << 20));  // frames and spectra
+    CHECK(ten_times < once + (16 << 10));
+  }
 }
 #endif
 

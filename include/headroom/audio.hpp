@@ -1,6 +1,7 @@
 #pragma once
 
-// audio/file.hpp and audio/separate_file.hpp need libsndfile, which headroom::training links.
+// What reads, writes, resamples and separates files (audio/file.hpp, resampler.hpp, separate_file.hpp and what they
+// include) needs libsndfile and libsoxr, which headroom::training links.
 #include "headroom/audio/container.hpp"
 #include "headroom/audio/ensemble.hpp"
 #include "headroom/audio/losses.hpp"

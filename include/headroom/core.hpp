@@ -32,4 +32,5 @@
 #include "headroom/core/spectral_scores.hpp"
 #include "headroom/core/stft.hpp"
 #include "headroom/core/stored.hpp"
+#include "headroom/core/track_scores.hpp"
 #include "headroom/core/view.hpp"

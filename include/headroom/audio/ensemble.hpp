@@ -31,7 +31,7 @@ struct EnsembleMember {
 
 /// Several models of one recording. A stem is combined from the models that have it.
 struct Ensemble {
-  std::vector<EnsembleMember> members;
+  std::vector<EnsembleMember> members = {};
   core::Combination combination = {};
 
   /// Names of all stems, in the order in which the members name them.

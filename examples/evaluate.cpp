@@ -87,7 +87,8 @@ void report_silence(const std::string& track, const headroom::core::TrackScores&
       std::cerr << "evaluate: " << track << ": the estimate of " << stems[i] << " is silent\n";
     }
   }
-  const auto silent = std::ranges::count(scores.frames, headroom::core::BssFrame());
+  const auto silent =
+      std::ranges::count_if(scores.frames, [](const headroom::core::BssFrame& frame) { return !frame; });
   if (silent > 0) {
     std::cerr << "evaluate: " << track << ": BSSEval leaves out " << silent << " of " << scores.frames.size()
               << " frames, in which some stem is silent\n";

@@ -207,6 +207,20 @@ class Tools(unittest.TestCase):
         self.fails(self.separate(song, self.root / "never", "--overlap", "0.5", "--step", "3"), "excludes", code=2)
         self.fails(self.separate(song, self.root / "never", "--step", "5000"), "headroom.core.segments.options")
 
+    def test_separate_takes_several_models(self):
+        song = self.song / "mixture.wav"
+        alone = self.root / "alone"
+        self.assertEqual(self.separate(song, alone).returncode, 0)
+        for ensemble in ["mean", "median", "max", "min:spectrum"]:
+            out = self.root / f"ensemble {ensemble}"
+            result = self.separate("--model", self.model, "--ensemble", ensemble, song, out, "--name", "{model} {stem}")
+            self.assertEqual(result.returncode, 0, result.stderr)
+            name = f"{self.model.stem}+{self.model.stem} bass.wav"
+            self.assertEqual(read_wav(out / name), (self.frames, 2, RATE))
+            if ensemble != "min:spectrum":  # a model and itself
+                self.assertEqual((out / name).read_bytes(), (alone / "bass.wav").read_bytes())
+        self.fails(self.separate(song, self.root / "never", "--ensemble", "mode"), "--ensemble", code=2)
+
     def test_separate_takes_folders(self):
         songs, out = self.root / "songs", self.root / "separated songs"
         noise = [s * 7919 % 4001 - 2000 for s in range(9000)]

@@ -85,7 +85,8 @@ TEST_CASE("the length of what is resampled follows from the rates, and back it i
                                  {11025, 192000},
                                  {192000, 11025},
                                  {7, 3},
-                                 {1, 44100}}) {
+                                 {1000, 1},
+                                 {1, 1000}}) {
     for (const std::int64_t frames : {0, 1, 2, 99, 4096, 10007}) {
       INFO(from << " to " << to << ", " << frames);
       const std::int64_t length = resampled_length(frames, from, to);
@@ -113,7 +114,8 @@ TEST_CASE("how a stream is cut changes no bit, nor do its neighbours") {
 }
 
 TEST_CASE("a resampler refuses what it cannot do") {
-  for (const auto& [channels, from, to] : {std::array{0, 1, 1}, {1, 0, 1}, {1, 44100, -1}}) {
+  for (const auto& [channels, from, to] :
+       {std::array{0, 1, 1}, {1, 0, 1}, {1, 44100, -1}, {2, 1, 44100}, {2, 44100, 1}}) {
     CHECK(error_of([&] { Resampler(channels, from, to); }).id() == "headroom.audio.resampler.options");
   }
   Resampler resampler(2, 48000, 44100);

@@ -60,7 +60,6 @@ model:
   - 64
   multi_stft_hop_size: 37
   multi_stft_normalized: False
-  mlp_expansion_factor: 1
 
 training:
   batch_size: 1
@@ -81,7 +80,7 @@ training:
 inference:
   batch_size: 1
   dim_t: 801
-  num_overlap: 2
+  num_overlap: 1 # one segment is what is compared
 """
 
 
@@ -96,13 +95,13 @@ FILES = {
 
 def main(sources, folder):
     sys.path.insert(0, str(sources))
-    for name in ("audio_separator", "audio_separator.separator"):  # without what their __init__ asks for
+    for name in ("audio_separator", "audio_separator.separator", "bs_roformer"):  # without what their __init__ asks for
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [str(sources / name.replace(".", "/"))]
     import torch
     import yaml
-    from audio_separator.separator.uvr_lib_v5.roformer.bs_roformer import BSRoformer
     from audio_separator.separator.uvr_lib_v5.roformer.mel_band_roformer import MelBandRoformer
+    from bs_roformer.bs_roformer import BSRoformer
 
     yaml.FullLoader.add_constructor(TUPLE, lambda loader, node: tuple(loader.construct_sequence(node)))
     folder.mkdir(exist_ok=True)
@@ -111,6 +110,9 @@ def main(sources, folder):
     for name, published in FILES.items():
         (folder / f"{name}.yaml").write_text(published)
         options = yaml.load(published, Loader=yaml.FullLoader)["model"]
+        options.pop("linear_transformer_depth", None)  # 0, and the package does not know it
+        if name == "bs":
+            options["zero_dc"] = True  # the default of Music-Source-Separation-Training
         torch.manual_seed(1)
         model = (BSRoformer if name == "bs" else MelBandRoformer)(**options).eval()
         state = model.state_dict()

@@ -22,12 +22,11 @@ import wave
 from pathlib import Path
 
 import published_reference
+from sample_track import RATE, STEMS, find_sample_track, samples_of, write_sample_estimates
 
 TOOLS = Path(sys.argv.pop(1))
 PUBLISHED = Path(__file__).parent / "published"
 CONFIGS = Path(__file__).parents[2] / "examples/configs"
-STEMS = ["vocals", "drums", "bass", "other"]
-RATE = 44100
 CONFIG = {
     "model": {"n_fft": 256, "hop_length": 128, "n_layers": 1, "emb_dim": 8, "n_heads": 2, "ffn_hidden_dim": [8, 8]},
     "training": {"segment_length": 4096, "batch_size": 1, "steps_per_epoch": 2, "epochs": 1, "learning_rate": 1e-3,
@@ -277,6 +276,62 @@ class Tools(unittest.TestCase):
             write_wav(short / f"{stem}.wav", [0] * 100)
         self.fails(run("evaluate", "--reference", self.song, "--estimate", short), "100", str(self.frames))
         self.fails(run("evaluate", "--reference", self.song, "--estimate", self.root / "nowhere"), "nowhere")
+
+    def evaluate(self, reference, estimate, *arguments, **options):
+        return run("evaluate", "--reference", reference, "--estimate", estimate, *arguments, **options)
+
+    def test_evaluate_scores_what_is_asked_for(self):
+        estimates, out = self.root / "two estimates", self.root / "scores"
+        for track in ["A - One", "B - Two"]:  # each stem is its mixture's half; the first track has silence in drums
+            for stem in STEMS:
+                _, samples = samples_of(self.root / "data/train" / track / "mixture.wav")
+                silent = stem == "drums" and track == "A - One"
+                write_wav(estimates / track / f"{stem}.wav", [0 if silent else s // 2 for s in samples[::2]])
+        arguments = [self.root / "data/train", estimates, "--metrics", "all", "--museval", out / "train", "--json",
+                     self.root / "all.json"]
+        runs = [self.evaluate(*arguments, "--threads", threads) for threads in (1, 2)]
+        self.assertEqual(runs[0].returncode, 0, runs[0].stderr)
+        self.assertEqual(runs[0].stdout, runs[1].stdout)
+        self.assertIn("A - One: the estimate of drums is silent", runs[0].stderr)
+        self.assertIn("A - One: BSSEval leaves out 1 of 1 frames", runs[0].stderr)
+        scores = json.loads((self.root / "all.json").read_text())
+        self.assertIsNone(scores["tracks"]["A - One"]["sdr"]["drums"])
+        self.assertEqual(scores["sdr"], scores["tracks"]["B - Two"]["sdr"])  # the median of one track
+        first, second = (scores["tracks"][track]["l1_freq"]["bass"] for track in ["A - One", "B - Two"])
+        self.assertAlmostEqual(scores["l1_freq"]["bass"], (first + second) / 2)
+        museval = json.loads((out / "train/B - Two.json").read_text())
+        self.assertEqual([target["name"] for target in museval["targets"]], STEMS)
+        frame = museval["targets"][0]["frames"][0]
+        self.assertEqual((frame["time"], frame["duration"], len(frame["metrics"])), (0, 1, 4))
+        self.assertAlmostEqual(frame["metrics"]["SDR"], scores["sdr"]["vocals"], places=8)
+        self.assertIn('"SDR": NaN', (out / "train/A - One.json").read_text())
+
+        self.fails(self.evaluate(*arguments[:2], "--metrics", "sisdr"), "headroom.evaluate.metrics", "si_sdr?")
+        self.fails(self.evaluate(*arguments[:2], "--museval", self.root / "config.json"), "headroom.evaluate.json")
+        (out / "train/B - Two.json").write_text("precious")
+        self.fails(self.evaluate(*arguments[:6], preexec_fn=lambda: small_files(100)), "headroom.evaluate.json")
+        self.assertEqual((out / "train/B - Two.json").read_text(), "precious")
+        self.assertFalse(list(out.glob("train/*.partial")))
+
+        cut = estimates / "B - Two/bass.wav"
+        cut.write_bytes(cut.read_bytes()[:-10000])
+        (self.root / "all.json").unlink()
+        self.fails(self.evaluate(*arguments), "headroom.audio.file.truncated", "bass.wav")
+        self.assertFalse((self.root / "all.json").exists())
+
+    def test_evaluate_equals_museval_on_a_real_track(self):
+        track = find_sample_track()
+        if track is None:
+            self.skipTest("skipped: set HEADROOM_SAMPLE_DATA to a folder in the MUSDB18-HQ layout")
+        write_sample_estimates(track, self.root / "sample")
+        result = self.evaluate(track, self.root / "sample", "--museval", self.root / "museval")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        found = json.loads((self.root / f"museval/{track.name}.json").read_text())
+        expected = json.loads((Path(__file__).parent / "museval_sample.json").read_text())
+        for target in found["targets"]:
+            for frame, metrics in zip(target["frames"], expected[target["name"]], strict=True):
+                for name, value in metrics.items():
+                    self.assertAlmostEqual(frame["metrics"][name], value, delta=1e-6)
 
     def separate(self, *arguments):
         return run("separate", "--model", self.model, *arguments)

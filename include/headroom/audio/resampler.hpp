@@ -19,6 +19,15 @@ inline std::int64_t resampled_length(std::int64_t frames, int from, int to) {
   return frames / from * to + (frames % from * to + from - 1) / from;
 }
 
+namespace detail {
+
+/// How many samples at `from` Hz become no more than about `count` at `to` Hz: what is resampled at once.
+inline std::int64_t frames_at_once(std::int64_t count, int from, int to) {
+  return std::clamp<std::int64_t>(count * from / to, 1, count);
+}
+
+}  // namespace detail
+
 /// Converts a stream from one sample rate to another with libsoxr's recipe for very high quality: 28 bits, linear
 /// phase, flat to 0.91 of the lower Nyquist frequency. Sample k of the result is the sound at k/to seconds: there is no
 /// delay, and behind the end there is silence. Memory is that of the filters and a block, whatever the length. How a
@@ -29,17 +38,18 @@ inline std::int64_t resampled_length(std::int64_t frames, int from, int to) {
 ///   use(to_model.finish());                 // in total resampled_length of what was pushed
 class Resampler {
  public:
-  /// Throws `headroom.audio.resampler.options`: fewer than 1 channel or 1 Hz, or a ratio that libsoxr refuses.
+  /// Throws `headroom.audio.resampler.options`: fewer than 1 channel or 1 Hz, or a ratio beyond 1000.
   Resampler(std::int64_t channels, int from, int to) : channels_(channels), from_(from), to_(to) {
     constexpr auto id = "headroom.audio.resampler.options";
-    require(channels >= 1 && from >= 1 && to >= 1, id, "asked to resample ", channels, " channels from ", from, " to ",
-            to, " Hz, expected at least 1 of each");
+    require(channels >= 1 && from >= 1 && to >= 1 && from / 1000 <= to && to / 1000 <= from, id, "asked to resample ",
+            channels, " channels from ", from, " to ", to,
+            " Hz, expected at least 1 of each, and rates of which one is at most 1000 times the other");
     const soxr_io_spec_t separate_channels = soxr_io_spec(SOXR_FLOAT32_S, SOXR_FLOAT32_S);
     const soxr_quality_spec_t quality = soxr_quality_spec(SOXR_VHQ, SOXR_ROLLOFF_NONE);
     soxr_error_t error = nullptr;
     state_.reset(soxr_create(from, to, static_cast<unsigned>(channels), &error, &separate_channels, &quality, nullptr));
-    require(state_ != nullptr && error == nullptr, id, "can't resample ", channels, " channels from ", from, " to ", to,
-            " Hz: ", error == nullptr ? "" : error, "; choose rates that are closer");
+    require(state_ != nullptr && error == nullptr, "headroom.audio.resampler.failed", "can't resample ", channels,
+            " channels from ", from, " to ", to, " Hz, libsoxr says: ", error == nullptr ? "" : error);
   }
 
   /// Takes the next samples [C,n] of any floating dtype and device; gives those that are ready, float [C,m] on the CPU.
@@ -56,7 +66,7 @@ class Resampler {
   /// Ends the recording and gives what is left.
   torch::Tensor finish() {
     finished_ = true;
-    const torch::Tensor silence = torch::zeros({channels_, kBlock});
+    const torch::Tensor silence = torch::zeros({channels_, detail::frames_at_once(kBlock, from_, to_)});
     const std::int64_t length = resampled_length(taken_, from_, to_);
     std::vector<torch::Tensor> pieces = {torch::empty({channels_, 0})};
     while (given_ < length) {

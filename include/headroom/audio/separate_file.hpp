@@ -89,10 +89,11 @@ class FileStream {
       : reader_(std::move(input)),
         channels_(stem_channels(reader_, model_channels)),
         writers_(files.outputs, {static_cast<int>(channels_), reader_.sample_rate(), files.encoding}, reader_.frames()),
-        progress_(progress) {
-    if (reader_.sample_rate() == files.sample_rate) return;
-    to_model_.emplace(channels_, reader_.sample_rate(), files.sample_rate);
-    from_model_.emplace(channels_ * static_cast<std::int64_t>(files.outputs.size()), files.sample_rate,
+        progress_(progress),
+        model_rate_(files.sample_rate) {
+    if (reader_.sample_rate() == model_rate_) return;
+    to_model_.emplace(channels_, reader_.sample_rate(), model_rate_);
+    from_model_.emplace(channels_ * static_cast<std::int64_t>(files.outputs.size()), model_rate_,
                         reader_.sample_rate());
   }
 
@@ -101,7 +102,8 @@ class FileStream {
   /// The next samples [C,n] for the model, made of at most `frames` of the file.
   torch::Tensor read(std::int64_t frames) {
     while (true) {
-      const torch::Tensor samples = with_channels(reader_.read(frames), channels_);
+      const std::int64_t count = to_model_ ? frames_at_once(frames, reader_.sample_rate(), model_rate_) : frames;
+      const torch::Tensor samples = with_channels(reader_.read(count), channels_);
       const bool ended = samples.size(1) == 0;
       if (writers_.need_mixture() && !ended) waiting_.push(samples);
       if (!to_model_ || (ended && std::exchange(ended_, true))) return samples;
@@ -113,7 +115,11 @@ class FileStream {
   /// Takes the next stems [N,C,n] of the model.
   void write(const torch::Tensor& stems) {
     const torch::Tensor combined = writers_.combine(stems);  // [K,C,n]
-    store(from_model_ ? from_model_->push(combined.flatten(0, 1)).unflatten(0, {-1, channels_}) : combined);
+    if (!from_model_) return store(combined);
+    const std::int64_t count = frames_at_once(kFramesAtOnce, model_rate_, reader_.sample_rate());
+    for (const torch::Tensor& piece : combined.split(count, 2)) {
+      store(from_model_->push(piece.flatten(0, 1)).unflatten(0, {-1, channels_}));
+    }
   }
 
   /// Writes what is left and names the files; tells how many samples were clipped.
@@ -135,6 +141,7 @@ class FileStream {
   std::int64_t channels_;
   StemWriters writers_;
   const Progress& progress_;
+  int model_rate_;
   std::optional<Resampler> to_model_, from_model_;  // for a file that has not the model's sample rate
   SampleQueue waiting_;
   bool ended_ = false;

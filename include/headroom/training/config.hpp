@@ -112,7 +112,7 @@ HEADROOM_TRAINING Config parse_config(std::string_view text, const std::string& 
   Json document = detail::is_yaml(text, name) ? parse_yaml(text, name) : parse_json(text, name);
   if (is_published(document)) {
     Published published = translate_published(document, problems);
-    detail::read_config(std::move(published.document), config, problems);
+    if (!published.document.empty()) detail::read_config(std::move(published.document), config, problems);
     rename_problems(problems, published);
     if (notices != nullptr) *notices = std::move(published.notices);
   } else {

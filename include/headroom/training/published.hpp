@@ -21,7 +21,7 @@
 // its kind: sections audio, model, training, augmentations, inference. What it leaves out has that program's defaults.
 namespace headroom::inline v0::training {
 
-/// A published file as a configuration of ours.
+/// A published file as a configuration of ours; `document` is empty where the file is one of a model that is not here.
 struct Published {
   Json document = Json::object();
   std::vector<std::pair<std::string, std::string>> names = {};  ///< "training.segment_length", "audio.chunk_size"
@@ -88,6 +88,12 @@ class PublishedReader {
   PublishedReader(const Json& document, std::vector<Problem>& problems) : document_(document), problems_(problems) {}
 
   Published read() {
+    if (find("model.dim") == nullptr || find("model.depth") == nullptr) {
+      problems_.push_back({"model",
+                           "has no `dim` and `depth`, as those of BS-RoFormers and Mel-Band RoFormers have; "
+                           "other published models are not here"});
+      return {};
+    }
     read_model();
     read_audio();
     read_training();
@@ -278,13 +284,14 @@ class PublishedReader {
     put("data.swap_channels", any && get("augmentations.all.channel_shuffle", 0.0) > 0);
     put("data.flip_polarity", any && get("augmentations.all.random_polarity", 0.0) > 0);
     published_.names.emplace_back("data.gain", "augmentations.loudness_min");
-    std::string idle;
+    std::string idle, last;
     const auto tell = [&](const std::string& parent) {
       const Json members = section(parent);
       for (const auto& [key, value] : members.items()) {
         const std::string path = parent + "." + key;
         const bool is_read = known_.contains(path) || key.starts_with("loudness") || key == "all";
-        if (!is_read && any) idle += (idle.empty() ? "" : ", ") + key;
+        const bool is_detail = !last.empty() && key.starts_with(last + "_");  // pitch_shift, pitch_shift_min_semitones
+        if (!is_read && !is_detail && any) idle += (idle.empty() ? "" : ", ") + (last = key);
         find(path);
       }
     };

@@ -115,11 +115,17 @@ std::string out_of_memory_error(const training::Config& config, c10::Device devi
   }
 }
 
-std::function<double()> make_repeated_step(const training::Config& config, const PythonTwin& twin,
-                                           const Accelerator* gpu) {
+namespace {
+
+struct Repeated {
+  models::Separator model;
+  training::Example example;
+};
+
+/// With weights and an example of seed 0, which are written for the twin if there is one.
+Repeated make_repeated(const training::Config& config, const PythonTwin& twin, torch::Device device) {
   torch::manual_seed(0);
-  const torch::Device device = gpu != nullptr ? gpu->device : torch::Device(torch::kCPU);
-  const models::Separator model = training::make_model(config);
+  models::Separator model = training::make_model(config);
   const auto stems = static_cast<int64_t>(config.audio.stems.size());
   training::Example example;
   example.stems = 0.1 * torch::randn({config.training.batch_size, stems, config.audio.channels,
@@ -127,10 +133,28 @@ std::function<double()> make_repeated_step(const training::Config& config, const
   example.mixture = example.stems.sum(1);                                // [B,C,S]
   if (!twin.file.empty()) write_for_python(twin, config, device, *model, example);
   model->to(device);
-  example = {example.mixture.to(device), example.stems.to(device)};
-  const auto source = [example](int64_t, int64_t) { return example; };
+  return {std::move(model), {example.mixture.to(device), example.stems.to(device)}};
+}
+
+}  // namespace
+
+std::function<double()> make_repeated_step(const training::Config& config, const PythonTwin& twin,
+                                           const Accelerator* gpu) {
+  const auto [model, example] = make_repeated(config, twin, gpu != nullptr ? gpu->device : torch::Device(torch::kCPU));
+  const auto source = [example = example](int64_t, int64_t) { return example; };
   const auto trainer = std::make_shared<training::Trainer>(model, config, source);
   return [trainer, rate = config.training.learning_rate] { return trainer->step(rate); };
+}
+
+std::function<double()> make_repeated_separation(const training::Config& config, const PythonTwin& twin) {
+  const auto repeated = make_repeated(config, twin, torch::kCPU);
+  repeated.model->eval();
+  return [repeated, bf16 = config.training.bf16] {
+    const torch::NoGradGuard guard;
+    std::optional<headroom::detail::AutocastGuard> autocast;
+    if (bf16) autocast.emplace(torch::kCPU, torch::kBFloat16);
+    return repeated.model(repeated.example.mixture).abs().mean().item<double>();
+  };
 }
 
 }  // namespace headroom::benchmarks

@@ -65,5 +65,8 @@ struct PythonTwin {
 /// are written for the twin if there is one.
 std::function<double()> make_repeated_step(const training::Config& config, const PythonTwin& twin,
                                            const Accelerator* gpu = nullptr);
+/// A separation of that example by the model, under autocast if the configuration says so; returns the mean magnitude
+/// of the stems.
+std::function<double()> make_repeated_separation(const training::Config& config, const PythonTwin& twin);
 
 }  // namespace headroom::benchmarks

@@ -2,15 +2,13 @@
 // the same step in plain PyTorch (train_step.py), eager and compiled, on the same weights and inputs.
 
 #include <torch/torch.h>
-#include <unistd.h>
 
 #include <cstdio>
-#include <cstdlib>
 #include <filesystem>
-#include <map>
 
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/resident.hpp"
+#include "python_twin.hpp"
 #include "steps.hpp"
 #include "timing.hpp"
 
@@ -19,26 +17,12 @@ using namespace headroom;
 
 namespace {
 
-/// A folder that goes away with its contents.
-struct TemporaryFolder {
-  fs::path path = fs::temp_directory_path() / ("headroom_train_step_" + std::to_string(::getpid()));
-  TemporaryFolder() { fs::create_directories(path); }
-  ~TemporaryFolder() { fs::remove_all(path); }
-};
-
-/// What some steps of an implementation took.
-struct Measurement {
-  double seconds = 0;  ///< of the shortest
-  int64_t memory_bytes = 0;
-  double loss = 0, last_loss = 0;
-};
-
 /// The trainer's steps. Memory is what the device's allocator peaked at, on the CPU what the resident size grew by.
-Measurement run_ours(const training::Config& config, const benchmarks::PythonTwin& twin,
-                     const benchmarks::Accelerator* gpu) {
+benchmarks::Measurement run_ours(const training::Config& config, const benchmarks::PythonTwin& twin,
+                                 const benchmarks::Accelerator* gpu) {
   const auto step = benchmarks::make_repeated_step(config, twin, gpu);
   std::vector<double> losses;
-  Measurement result;
+  benchmarks::Measurement result;
   const auto once = [&] { losses.push_back(step()); };
   const auto all = [&] {
     result.seconds = benchmarks::shortest_of([&] { return benchmarks::seconds_on(gpu, once); },
@@ -56,24 +40,13 @@ Measurement run_ours(const training::Config& config, const benchmarks::PythonTwi
   return result;
 }
 
-/// The twin's steps. It prints `{"seconds": 1.5, "memory_bytes": …, "loss": …, "last_loss": …}`.
-Measurement run_python(const std::string& interpreter_and_script, const std::string& step_file,
-                       const std::string& mode) {
-  const std::string row_file = step_file + ".json";
-  const std::string command = interpreter_and_script + " '" + step_file + "' " + mode + " > '" + row_file + "'";
-  require(std::system(command.c_str()) == 0, "headroom.benchmarks.python", "failed: ", command,
-          "; expected a Python with torch and the script train_step.py");
-  const std::map<std::string, double> row = benchmarks::read_numbers(row_file);
-  return {row.at("seconds"), static_cast<int64_t>(row.at("memory_bytes")), row.at("loss"), row.at("last_loss")};
-}
-
 /// Prints and keeps the measurements of one configuration.
 struct Table {
   benchmarks::Benchmark& benchmark;
   std::string configuration;
   int64_t segment_length;
 
-  void add(const char* implementation, const Measurement& now) const {
+  void add(const char* implementation, const benchmarks::Measurement& now) const {
     std::printf("%-24s %-10s %10.3f %14s %12.6f %12.6f\n", configuration.c_str(), implementation, now.seconds,
                 format_bytes(now.memory_bytes).c_str(), now.loss, now.last_loss);
     std::fflush(stdout);
@@ -85,7 +58,7 @@ struct Table {
                        {"implementation", implementation},
                        {"segment_length", segment_length}});
   }
-  void compare(const Measurement& ours, const Measurement& theirs) const {
+  void compare(const benchmarks::Measurement& ours, const benchmarks::Measurement& theirs) const {
     std::printf("%-24s %-10s %9.2fx %13.2fx %12.1e %12.1e\n", configuration.c_str(), "ratio",
                 theirs.seconds / ours.seconds,
                 static_cast<double>(ours.memory_bytes) / static_cast<double>(theirs.memory_bytes),
@@ -129,16 +102,16 @@ int main(int argc, char** argv) {
       config.training.bf16 = bf16;
       if (segment > 0) config.training.segment_length = segment;
       const Table table{benchmark, fs::path(file).stem().string(), config.training.segment_length};
-      const TemporaryFolder folder;
+      const benchmarks::TemporaryFolder folder;
       const std::string step_file = python.empty() ? "" : (folder.path / "step.pt").string();
       const benchmarks::PythonTwin twin{step_file, steps};
-      const Measurement ours = run_ours(config, twin, gpu ? &*gpu : nullptr);
+      const benchmarks::Measurement ours = run_ours(config, twin, gpu ? &*gpu : nullptr);
       table.add("headroom", ours);
       if (python.empty()) continue;
       if (gpu) gpu->allocator->emptyCache();  // the twin is another process
       for (const char* mode : {"eager", "compiled"}) {
         if (mode == std::string("compiled") && !compiled) continue;
-        const Measurement theirs = run_python("'" + python + "' '" + script + "'", twin.file, mode);
+        const benchmarks::Measurement theirs = benchmarks::Python{python, script}.run(twin.file, mode);
         table.add(mode, theirs);
         table.compare(ours, theirs);
       }

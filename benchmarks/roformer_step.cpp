@@ -1,0 +1,201 @@
+// A training step (forward, loss, backward, clipping, AdamW) of BS-RoFormer and a separation by it, beside those of the
+// PyPI package bs-roformer-infer with PyTorch's fused attention (roformer_step.py), on the same weights and inputs, in
+// turns. Or, with --budget, one training step under the first checkpoint policy that fits: planned, counted, resident.
+
+#include <malloc.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "headroom/memory/format.hpp"
+#include "headroom/memory/meter.hpp"
+#include "headroom/memory/resident.hpp"
+#include "python_twin.hpp"
+#include "steps.hpp"
+#include "timing.hpp"
+
+using namespace headroom;
+
+namespace {
+
+/// One of several ways to take a step.
+struct Way {
+  std::string name;
+  bool trains;
+  std::function<benchmarks::Measurement()> run;
+  benchmarks::Measurement best = {};
+
+  void run_again() {
+    const benchmarks::Measurement now = run();
+    const bool first = best.seconds == 0;
+    best.seconds = first ? now.seconds : std::min(best.seconds, now.seconds);
+    best.memory_bytes = std::max(best.memory_bytes, now.memory_bytes);
+    best.loss = now.loss, best.last_loss = now.last_loss;
+  }
+};
+
+struct Sizes {
+  int64_t dim = 128, depth = 6, stems = 1, segment = 131584, hop = 512, batch = 1;
+
+  training::Config config() const {
+    std::string text = R"({"model": {"type": "bs_roformer", "time_transformer_depth": 1, "freq_transformer_depth": 1)";
+    const auto number = [](const char* name, int64_t value) {
+      return std::string(", \"") + name + "\": " + std::to_string(value);
+    };
+    text += number("dim", dim) + number("depth", depth) + number("stft_hop_length", hop);
+    text += R"(}, "audio": {"stems": [)";
+    for (int64_t i = 0; i < stems; ++i) text += (i > 0 ? ", \"stem" : "\"stem") + std::to_string(i) + "\"";
+    text += R"(]}, "training": {"seed": 0)" + number("segment_length", segment) + number("batch_size", batch) + "}}";
+    return training::parse_config(text, "roformer_step");
+  }
+};
+
+/// Memory is what the resident size grew by.
+benchmarks::Measurement measured(const std::function<double()>& step, int64_t steps) {
+  std::vector<double> losses;
+  ::malloc_trim(0);  // what others left behind is not ours to use
+  reset_peak_resident_bytes();
+  const int64_t before = resident_bytes();
+  benchmarks::Measurement result;
+  result.seconds = benchmarks::shortest_of([&] { return benchmarks::seconds_of([&] { losses.push_back(step()); }); },
+                                           {.warm_up = false, .least = static_cast<int>(steps)});
+  result.memory_bytes = peak_resident_bytes() - before;
+  result.loss = losses.front(), result.last_loss = losses.back();
+  return result;
+}
+
+Way ours(const training::Config& config, bool trains, const char* policy, bool bf16,
+         const benchmarks::PythonTwin& twin) {
+  training::Config changed = config;
+  changed.model.gradient_checkpointing = policy;
+  changed.training.bf16 = bf16;
+  std::string name = trains ? std::string("headroom ") + policy : "headroom";
+  if (bf16) name += ", bf16";
+  const auto run = [=] {
+    const auto step =
+        trains ? benchmarks::make_repeated_step(changed, twin) : benchmarks::make_repeated_separation(changed, twin);
+    return measured(step, twin.steps);
+  };
+  return {name, trains, run};
+}
+
+/// Prints and keeps what each way took, and how that compares with the Python model's.
+void report(benchmarks::Benchmark& benchmark, const std::vector<Way>& ways) {
+  for (const Way& way : ways) {
+    const auto theirs =
+        std::ranges::find_if(ways, [&](const Way& w) { return w.trains == way.trains && w.name == "PyTorch"; });
+    const bool compared = theirs != ways.end();
+    const double speed = compared ? theirs->best.seconds / way.best.seconds : 0;
+    const double memory = compared ? static_cast<double>(way.best.memory_bytes) / theirs->best.memory_bytes : 0;
+    std::printf("%-9s %-22s %9.3f %12s %8.2fx %8.2fx %12.6f %12.6f\n", way.trains ? "step" : "separate",
+                way.name.c_str(), way.best.seconds, format_bytes(way.best.memory_bytes).c_str(), speed, memory,
+                way.best.loss, way.best.last_loss);
+    benchmark.add_row({{"work", way.trains ? "step" : "separate"},
+                       {"implementation", way.name},
+                       {"seconds", way.best.seconds},
+                       {"memory_bytes", way.best.memory_bytes},
+                       {"times_as_fast", speed},
+                       {"memory_ratio", memory},
+                       {"loss", way.best.loss},
+                       {"last_loss", way.best.last_loss}});
+  }
+}
+
+/// The first training step under the first policy that fits.
+void run_within_budget(benchmarks::Benchmark& benchmark, const training::Config& config, int64_t budget) {
+  const training::Config fitting = benchmarks::fitted(config, budget);
+  const std::string policy = fitting.model.gradient_checkpointing.text();
+  const int64_t planned = benchmarks::planned_first_step(fitting).peak_bytes;
+  std::printf("policy %s, planned %s (%lld bytes)\n", policy.c_str(), format_bytes(planned).c_str(),
+              static_cast<long long>(planned));
+  std::fflush(stdout);
+  ::malloc_trim(0);
+  reset_peak_resident_bytes();
+  const int64_t before = resident_bytes();
+  double seconds = 0;
+  const int64_t counted = MemoryMeter().measure([&] { seconds = benchmarks::train(fitting, 1); }).added_peak();
+  const int64_t resident = peak_resident_bytes() - before;
+  std::printf("counted %lld bytes, resident grew by %s, %.1f s\n", static_cast<long long>(counted),
+              format_bytes(resident).c_str(), seconds);
+  benchmark.add_row({{"policy", policy},
+                     {"planned_bytes", planned},
+                     {"counted_bytes", counted},
+                     {"memory_bytes", resident},
+                     {"seconds", seconds}});
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  benchmarks::Benchmark benchmark("roformer_step",
+                                  "Seconds and memory of BS-RoFormer's training step and separation, beside the Python "
+                                  "model's");
+  Sizes sizes;
+  std::string python, script = "benchmarks/roformer_step.py", work = "both";
+  int64_t steps = 2, rounds = 2, budget = 0;
+  bool headline = false;
+  benchmark.add({.name = "--dim", .help = "Width of a token", .target = &sizes.dim, .least = 2});
+  benchmark.add({.name = "--depth", .help = "Layers", .target = &sizes.depth, .least = 1});
+  benchmark.add({.name = "--stems", .help = "Stems", .target = &sizes.stems, .least = 1});
+  benchmark.add({.name = "--segment", .help = "Samples of an example", .target = &sizes.segment, .least = 4096});
+  benchmark.add({.name = "--hop", .help = "Samples between frames", .target = &sizes.hop, .least = 1});
+  benchmark.add({.name = "--batch", .help = "Examples", .target = &sizes.batch, .least = 1});
+  benchmark.add({.name = "--work", .help = "What to do", .target = &work, .choices = {"step", "separate", "both"}});
+  benchmark.add(
+      {.name = "--steps", .help = "Steps of each in a round; the shortest counts", .target = &steps, .least = 1});
+  benchmark.add({.name = "--rounds", .help = "How often all of them take their turn", .target = &rounds, .least = 1});
+  benchmark.add({.name = "--budget",
+                 .help = "Only a training step under the first checkpoint policy that fits so many bytes",
+                 .target = &budget});
+  benchmark.add({.name = "--headline", .help = "Without checkpoints and bfloat16", .target = &headline});
+  benchmark.add({.name = "--python",
+                 .help = "Also run the Python model with this interpreter, which has the package",
+                 .target = &python});
+  benchmark.add({.name = "--script", .help = "The script that it runs", .target = &script});
+  return benchmark.run(argc, argv, [&] {
+    const benchmarks::TemporaryFolder folder;
+    const benchmarks::PythonTwin twin{python.empty() ? "" : (folder.path / "step.pt").string(), steps};
+    const training::Config config = sizes.config();
+    if (budget > 0) return run_within_budget(benchmark, config, budget);
+    std::vector<Way> ways;
+    const auto theirs = [&](const char* name, bool trains, const char* mode) {
+      if (python.empty()) return;
+      ways.push_back({name, trains, [=] { return benchmarks::Python{python, script}.run(twin.file, mode); }});
+    };
+    if (work != "separate") {
+      ways.push_back(ours(config, true, "none", false, twin));
+      theirs("PyTorch", true, "train");
+      if (!headline) {
+        ways.push_back(ours(config, true, "full", false, twin));
+        theirs("PyTorch, checkpointed", true, "checkpointed");
+        ways.push_back(ours(config, true, "none", true, twin));
+        ways.push_back(ours(config, true, "full", true, twin));
+      }
+    }
+    if (work != "step") {
+      ways.push_back(ours(config, false, "none", false, twin));
+      theirs("PyTorch", false, "separate");
+      if (!headline) ways.push_back(ours(config, false, "none", true, twin));
+    }
+    benchmark.note("processor", benchmarks::processor());
+    benchmark.note("threads", torch::get_num_threads());
+    benchmark.note("model", {{"dim", sizes.dim},
+                             {"depth", sizes.depth},
+                             {"stems", sizes.stems},
+                             {"segment", sizes.segment},
+                             {"hop", sizes.hop},
+                             {"batch", sizes.batch}});
+    for (int64_t round = 0; round < rounds; ++round) {
+      for (Way& way : ways) way.run_again();
+    }
+    std::printf("%lld/%lld, %lld samples, %d threads\n%-9s %-22s %9s %12s %9s %9s %12s %12s\n",
+                static_cast<long long>(sizes.dim), static_cast<long long>(sizes.depth),
+                static_cast<long long>(sizes.segment), torch::get_num_threads(), "", "", "seconds", "resident",
+                "faster", "memory", "first loss", "last loss");
+    report(benchmark, ways);
+  });
+}

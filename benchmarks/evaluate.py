@@ -48,11 +48,22 @@ def run_tool(arguments, folder, *options):
     """Seconds and peak resident bytes of a run of `evaluate`."""
     command = [arguments.tool, "--reference", folder / "true", "--estimate", folder / "estimated", "--threads",
                str(arguments.threads), *options]
-    begin = time.perf_counter()
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, "evaluate failed"
-    return time.perf_counter() - begin, usage.ru_maxrss * 1024
+    begin, peak = time.perf_counter(), 0
+    with subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:  # what the system reports in the end counts this process, too, as it was at the fork
+            peak = max(peak, peak_bytes(process.pid))
+            time.sleep(0.01)
+    assert process.returncode == 0, "evaluate failed"
+    return time.perf_counter() - begin, peak
+
+
+def peak_bytes(process="self"):
+    """The greatest resident size of a process so far; 0 when it has ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
 
 
 def run_museval(folder):
@@ -63,8 +74,7 @@ def run_museval(folder):
               for part in ("true", "estimated")]
     scores = np.array(metrics.bss_eval(*sounds, window=44100, hop=44100)[:4])
     seconds = time.perf_counter() - begin
-    peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:")) * 1024
-    return seconds, peak, scores
+    return seconds, peak_bytes(), scores
 
 
 def main():

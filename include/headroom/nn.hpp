@@ -7,6 +7,7 @@
 #include "headroom/nn/encoder_block.hpp"
 #include "headroom/nn/encoder_stack.hpp"
 #include "headroom/nn/feed_forward.hpp"
+#include "headroom/nn/gated_rows.hpp"
 #include "headroom/nn/linear.hpp"
 #include "headroom/nn/linear_self_attention.hpp"
 #include "headroom/nn/matrix_product.hpp"

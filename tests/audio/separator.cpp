@@ -249,20 +249,20 @@ TEST_CASE("an ensemble says what can't be combined") {
 }
 
 #if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
-// Highest bytes in use beyond those before, over a recording of so many blocks of 30000 samples.
+// Highest bytes in use beyond those before, over a recording of so many blocks of 6000 samples.
 template <class Make>
 std::size_t peak_of(int blocks, Make&& make) {
   const auto in_use = [] {
     const auto info = mallinfo2();
     return info.uordblks + info.hblkhd;
   };
-  const torch::Tensor block = torch::randn({2, 30000});
+  const torch::Tensor block = torch::randn({2, 6000});
   const std::size_t before = in_use();
   std::size_t peak = before;
   {
     const auto stream = make([&] { peak = std::max(peak, in_use()); });
     for (int i = 0; i < blocks; ++i) {
-      stream->push(Eigen::Map<const audio::Samples>(block.data_ptr<float>(), 2, 30000));
+      stream->push(Eigen::Map<const audio::Samples>(block.data_ptr<float>(), 2, 6000));
     }
     stream->finish();
   }
@@ -271,24 +271,24 @@ std::size_t peak_of(int blocks, Make&& make) {
 
 TEST_CASE("shifts, batches and ensembles take the memory that is stated, however long the recording") {
   const SeparatorOptions options{
-      .segments = core::like_msst(20000, 4), .batch = 3, .stems = 2, .test_time = {.shifts = 2}};
+      .segments = core::like_msst(4000, 4), .batch = 3, .stems = 2, .test_time = {.shifts = 2}};
   const auto model = [](const torch::Tensor& x) { return torch::stack({x, x}, 1); };
   const auto stream = [&](const auto& sample) {
     return std::make_unique<audio::SeparatorStream>(model, options, [=](const audio::SamplesRef&) { sample(); });
   };
   // The recording [2, 2 · S], sums [5, S], for each of 3 segments in [2, S] and out [4, S], the window [S]; and what
   // one shift is ahead [4, 11 / 4 · S].
-  const std::size_t state = 2 * 4 * 20000 * (2 * 2 + 5 + 3 * 6 + 1 + 4 * 11 / 4);
+  const std::size_t state = 2 * 4 * 4000 * (2 * 2 + 5 + 3 * 6 + 1 + 4 * 11 / 4);
   CHECK(audio::SeparatorStream::state_bytes(options) == state);
   peak_of(1, stream);  // what LibTorch sets up once
-  const std::size_t once = peak_of(4, stream), ten_times = peak_of(40, stream);
+  const std::size_t once = peak_of(2, stream), ten_times = peak_of(20, stream);
   CHECK(once >= state);
   CHECK(once < state + (64 << 10));
   CHECK(ten_times < once + (16 << 10));
 
   for (const auto domain : {core::Domain::waveform, core::Domain::spectrum}) {
     audio::Ensemble ensemble{.combination = {core::Statistic::max, domain}};
-    for (const std::int64_t segment : {20000, 5000}) {
+    for (const std::int64_t segment : {4000, 1000}) {
       ensemble.members.push_back({.model = model,
                                   .options = {.segments = core::like_demucs(segment), .stems = 2},
                                   .stems = {"vocals", "other"}});
@@ -298,9 +298,9 @@ TEST_CASE("shifts, batches and ensembles take the memory that is stated, however
     };
     peak_of(1, stream);
     const std::size_t state = audio::EnsembleStream::state_bytes(ensemble);
-    const std::size_t once = peak_of(4, stream), ten_times = peak_of(40, stream);
+    const std::size_t once = peak_of(2, stream), ten_times = peak_of(20, stream);
     CHECK(once >= state);
-    CHECK(once < state + (1 << 20));  // frames and spectra
+    CHECK(once < state + 8 * (128 << 10));  // frames and spectra of 2 models, 2 stems, 2 channels
     CHECK(ten_times < once + (16 << 10));
   }
 }

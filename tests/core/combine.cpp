@@ -18,31 +18,31 @@ using core::Contribution;
 using core::Domain;
 using core::Statistic;
 using Eigen::Index;
-using Block = Combine::Block;
+using Stream = Combine::Block;
 
 namespace {
 
 // Samples of a stream, all rows and streams different.
-Block recording(Index rows, Index length, double seed) {
-  return Block::NullaryExpr(rows, length, [&](Index r, Index t) {
+Stream recording(Index rows, Index length, double seed) {
+  return Stream::NullaryExpr(rows, length, [&](Index r, Index t) {
     const double phase = seed + static_cast<double>(r);
     return static_cast<float>(std::sin(0.05 * (1 + phase) * static_cast<double>(t)) * std::cos(phase * 3e-4 * t * t));
   });
 }
 
-Block combine(const Combination& how, const std::vector<std::vector<Contribution>>& rows,
-              const std::vector<Block>& streams, Index block) {
+Stream combine(const Combination& how, const std::vector<std::vector<Contribution>>& rows,
+               const std::vector<Stream>& streams, Index block) {
   const Index length = streams.front().cols();
-  Block result(static_cast<Index>(rows.size()), length);
+  Stream result(static_cast<Index>(rows.size()), length);
   Index done = 0;
-  Combine combine(how, rows, [&](const Eigen::Ref<const Block>& finished) {
+  Combine combine(how, rows, [&](const Eigen::Ref<const Stream>& finished) {
     result.middleCols(done, finished.cols()) = finished;
     done += finished.cols();
   });
   for (Index t = 0; t < length; t += block) {
     const Index n = std::min(block, length - t);
-    std::vector<Block> next;
-    for (const Block& stream : streams) next.emplace_back(stream.middleCols(t, n));
+    std::vector<Stream> next;
+    for (const Stream& stream : streams) next.emplace_back(stream.middleCols(t, n));
     combine.add(next, n);
   }
   combine.finish();
@@ -132,8 +132,8 @@ Eigen::ArrayXd combine_spectra(Statistic statistic, const std::vector<Eigen::Arr
 }  // namespace
 
 TEST_CASE("samples are combined by weighted mean, median, min and max of their magnitudes") {
-  const std::vector<Block> streams = {recording(2, 300, 0.3), recording(1, 300, 1.7), recording(2, 300, 2.1),
-                                      recording(1, 300, 3.9)};
+  const std::vector<Stream> streams = {recording(2, 300, 0.3), recording(1, 300, 1.7), recording(2, 300, 2.1),
+                                       recording(1, 300, 3.9)};
   // Rows of one, two, three and four streams.
   const std::vector<std::vector<Contribution>> rows = {{{1, 0, 2.5}},
                                                        {{0, 1, 1}, {2, 0, 3}},
@@ -141,7 +141,7 @@ TEST_CASE("samples are combined by weighted mean, median, min and max of their m
                                                        {{0, 0, 1}, {1, 0, 1}, {2, 1, 1}, {3, 0, 1}}};
   for (const auto statistic : {Statistic::mean, Statistic::median, Statistic::min, Statistic::max}) {
     for (const Index block : {1, 77, 5000}) {
-      const Block result = combine({.statistic = statistic}, rows, streams, block);
+      const Stream result = combine({.statistic = statistic}, rows, streams, block);
       double worst = 0;
       for (std::size_t r = 0; r < rows.size(); ++r) {
         for (Index t = 0; t < 300; ++t) {
@@ -164,7 +164,7 @@ TEST_CASE("samples are combined by weighted mean, median, min and max of their m
 }
 
 TEST_CASE("of equal magnitudes min and max keep the first, sign included") {
-  Block plus(1, 1), minus(1, 1);
+  Stream plus(1, 1), minus(1, 1);
   plus << 0.5f;
   minus << -0.5f;
   for (const auto statistic : {Statistic::min, Statistic::max}) {
@@ -175,13 +175,13 @@ TEST_CASE("of equal magnitudes min and max keep the first, sign included") {
 
 TEST_CASE("spectra are combined by median, min and max of their magnitudes") {
   for (const Index length : {1, 1023, 1024, 2500}) {
-    const std::vector<Block> streams = {recording(1, length, 0.3), recording(1, length, 1.7),
-                                        recording(1, length, 2.1)};
+    const std::vector<Stream> streams = {recording(1, length, 0.3), recording(1, length, 1.7),
+                                         recording(1, length, 2.1)};
     std::vector<Eigen::ArrayXd> recordings;
-    for (const Block& stream : streams) recordings.emplace_back(stream.row(0).transpose().cast<double>());
+    for (const Stream& stream : streams) recordings.emplace_back(stream.row(0).transpose().cast<double>());
     for (const auto statistic : {Statistic::median, Statistic::min, Statistic::max}) {
       INFO("length " << length << ", statistic " << int(statistic));
-      const Block result =
+      const Stream result =
           combine({statistic, Domain::spectrum}, {{{0, 0}, {1, 0}, {2, 0}}, {{1, 0}, {0, 0}}}, streams, 700);
       const Eigen::ArrayXd three = combine_spectra(statistic, recordings);
       const Eigen::ArrayXd two = combine_spectra(statistic, {recordings[1], recordings[0]});
@@ -193,9 +193,9 @@ TEST_CASE("spectra are combined by median, min and max of their magnitudes") {
 
 TEST_CASE("in the spectrum one stream stays as it is, and a mean is that of the waveforms") {
   for (const Index length : {1, 5, 1024, 5001}) {
-    const std::vector<Block> streams = {recording(1, length, 0.3), recording(1, length, 1.7)};
+    const std::vector<Stream> streams = {recording(1, length, 0.3), recording(1, length, 1.7)};
     for (const auto statistic : {Statistic::median, Statistic::min, Statistic::max}) {
-      const Block result = combine({statistic, Domain::spectrum}, {{{1, 0}}}, streams, 999);
+      const Stream result = combine({statistic, Domain::spectrum}, {{{1, 0}}}, streams, 999);
       CHECK((result - streams[1]).abs().maxCoeff() < 1e-6f);
     }
     const std::vector<std::vector<Contribution>> both = {{{0, 0, 1}, {1, 0, 3}}};

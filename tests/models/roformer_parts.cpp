@@ -8,6 +8,7 @@
 #include "headroom/memory.hpp"
 #include "headroom/models/bs_roformer.hpp"
 #include "headroom/models/mel_band_roformer.hpp"
+#include "headroom/plan.hpp"
 #include "headroom/runtime/dry_run.hpp"
 #include "headroom/weights/load.hpp"
 #include "support/catch.hpp"
@@ -81,6 +82,25 @@ template <class F>
 int64_t held(F&& f) {
   Tensor result;
   return MemoryMeter().measure([&] { result = f(); }).held();
+}
+
+/// The same in a plan for a device, of the function that `make` gives.
+template <class Make>
+int64_t planned_held(const DeviceProfile& device, Make&& make) {
+  Tensor result;
+  int64_t start = 0;
+  const Plan planned = plan(
+      [&] {
+        auto f = make();
+        start = TraceRecorder::current()->now();
+        result = f();
+      },
+      device);
+  int64_t bytes = 0;
+  for (const auto& block : planned.trace.blocks) {
+    if (block.begin >= start && block.end == MemoryTrace::kForever) bytes += block.bytes;
+  }
+  return bytes;
 }
 
 }  // namespace
@@ -178,20 +198,81 @@ TEST_CASE("a block keeps its input, q, k and v, attention's result, the gates an
   const int64_t tokens = batch * time * bands;
   auto options = models::RoformerTransformerOptions().attention(
       models::GatedAttentionOptions().dim(dim).heads(heads).head_dim(head_dim));
-  models::RotaryEmbedding rotary(head_dim);
-  const Tensor x = torch::randn({batch, time, bands, dim}).requires_grad_();
   const int64_t axis = GENERATE(1, 2);
   const bool norm = GENERATE(false, true);
   CAPTURE(axis, norm);
-  models::RoformerTransformer transformer(options.norm_output(norm), rotary);
-  const Tensor rotation = rotary->table(x.size(axis));
-  const auto block = transformer->blocks(axis, rotation).front();
-  block.forward(x).sum().backward();  // chooses kernels
-  // per token: q, k, v; attention's result; log-sum-exp (in double) and gate of each head; x between the halves; GELU's
-  // input. The block's input is there already, and its output is what the next block keeps
-  const int64_t floats = 3 * inner + inner + 3 * heads + dim + 4 * dim;
-  const int64_t output = dim, before_norm = norm ? dim : 0;
-  CHECK(held([&] { return block.forward(x); }) == tokens * (floats + output + before_norm) * 4);
+  const auto make = [&] {
+    models::RotaryEmbedding rotary(head_dim);
+    const Tensor x = torch::randn({batch, time, bands, dim}).requires_grad_();
+    models::RoformerTransformer transformer(options.norm_output(norm), rotary);
+    return [x, block = transformer->blocks(axis, rotary->table(x.size(axis))).front()] { return block.forward(x); };
+  };
+  // per token: q, k, v; attention's result; log-sum-exp and gate of each head; x between the halves; GELU's input. The
+  // block's input is there already, and its output is what the next block keeps
+  const int64_t floats = 3 * inner + inner + heads + dim + 4 * dim + dim + (norm ? dim : 0);
+  const int64_t here = tokens * (4 * floats + 8 * heads);  // the log-sum-exp is in double
+  const auto block = make();
+  block().sum().backward();  // chooses kernels
+  CHECK(held(block) == here);
+  CHECK(planned_held(this_machine(), make) == here);
+  // kernels of CUDA have another in float, of lengths in steps of 32, and their random state
+  const int64_t length = axis == 1 ? time : bands, padded = (length + 31) / 32 * 32;
+  CHECK(planned_held(device_profile("rtx-4090-24gb"), make) == here + tokens / length * padded * heads * 4 + 32);
+}
+
+TEST_CASE("a chain with gates has the values and gradients of its formula, in chunks and by operators") {
+  const testing::OneThread one_thread;
+  torch::manual_seed(5);
+  const auto type = GENERATE(torch::kFloat, torch::kDouble);
+  const auto noise = [&](at::IntArrayRef sizes) { return torch::randn(sizes, type).requires_grad_(); };
+  const std::vector<Tensor> inputs{noise({2, 290, 12}), noise({2, 290, 3}), noise({10, 12}), noise({2, 290, 10})};
+  const auto& [x, gates, weight, residual] = std::tie(inputs[0], inputs[1], inputs[2], inputs[3]);
+  const Tensor ours = nn::detail::run({.x = x, .residual = residual, .gates = gates, .weights = {weight}});
+  const Tensor opened = (x.unflatten(-1, {3, 4}) * gates.sigmoid().unsqueeze(-1)).flatten(-2);
+  const Tensor plain = opened.matmul(weight.t()) + residual;
+  const double tolerance = type == torch::kFloat ? 2e-5 : 1e-13;
+  CHECK(ours.allclose(plain, tolerance, tolerance));
+  const Tensor grad = torch::randn_like(plain);
+  const auto ours_grads = torch::autograd::grad({ours}, inputs, {grad}, true, true),
+             plain_grads = torch::autograd::grad({plain}, inputs, {grad}, true, true);
+  const auto once = torch::autograd::grad({ours}, inputs, {grad}, true);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    CAPTURE(i);
+    CHECK(once[i].allclose(plain_grads[i], 10 * tolerance, 10 * tolerance));
+    CHECK(ours_grads[i].allclose(plain_grads[i], 10 * tolerance, 10 * tolerance));
+  }
+}
+
+TEST_CASE("a model keeps what its blocks and mask estimators keep, the spectrum, and no more") {
+  const testing::OneThread one_thread;
+  const int64_t batch = 2, channels = 2, stems = 3, samples = 600, bands = 5, dim = 24, heads = 2, head_dim = 8;
+  auto options = one_block<models::BsRoformerOptions>(dim, 2);
+  options.freqs_per_bands({2, 3, 5, 7, 16});
+  options.heads(heads).dim_head(head_dim).stft_n_fft(64).stft_hop_length(16).stft_win_length(64).stems(stems);
+  options.mask_estimator_depth(3).mlp_expansion_factor(2);
+  const bool recomputes = GENERATE(false, true);
+  CAPTURE(recomputes);
+  options.gradient_checkpointing(recomputes);
+  const auto make = [&] {
+    return [mixture = torch::randn({batch, channels, samples}), model = models::BsRoformer(options)]() mutable {
+      return model->forward(mixture);
+    };
+  };
+  const int64_t frames = options.frames(samples), tokens = batch * frames * bands, inner = heads * head_dim;
+  const int64_t spectrum = 2 * batch * channels * options.bins() * frames;
+  // of each block, and of two hidden layers and the gated linear unit of each estimator
+  const int64_t blocks = 4 * tokens * (recomputes ? dim : 4 * inner + 3 * heads + dim + 4 * dim + dim);
+  const int64_t estimators = recomputes ? 0 : stems * (2 * tokens * 2 * dim + 2 * spectrum);
+  const int64_t floats = 2 * spectrum +                        // and each band's bins
+                         tokens * dim + blocks +               // the first block's input
+                         tokens * dim + estimators +           // the estimators' input
+                         stems * batch * channels * samples +  // the stems themselves
+                         (frames + bands) * head_dim +         // rotations
+                         64 + samples;                         // window and its envelope
+  auto forward = make();
+  forward().sum().backward();
+  CHECK(held(forward) == 4 * floats);
+  CHECK(planned_held(this_machine(), make) == 4 * floats);
 }
 
 TEST_CASE("checkpoint policies change no gradient of a RoFormer; tiles change rounding alone") {
@@ -203,7 +284,8 @@ TEST_CASE("checkpoint policies change no gradient of a RoFormer; tiles change ro
     models::BsRoformer plain(options);
     const Tensor mixture = torch::randn({2, 2, 300});
     const auto expected = gradients(plain, mixture);
-    for (const char* policy : {"full", "selective", "3*full,none", "1*full+offload,3*selective,full", "tiled"}) {
+    for (const char* policy :
+         {"full", "selective", "3*full,none", "1*full+offload,3*selective,full", "full+offload", "tiled"}) {
       auto copy = like(plain, options, policy);
       for (const auto& [name, gradient] : gradients(copy, mixture)) {
         CAPTURE(skip, policy, name);

@@ -239,7 +239,7 @@ TEST_CASE("RoFormers are planned byte for byte, trained, saved and separate, by 
                                  "roformer.json");
     CHECK(config.model.blocks() == 4);
     CHECK(stored_scores_bytes(config).value() > 0);
-    for (const char* policy : {"none", "full", "2*selective,none"}) {
+    for (const char* policy : {"none", "full", "2*selective,none", "tiled+offload"}) {
       CAPTURE(policy);
       config.model.gradient_checkpointing = policy;
       CHECK(plan_training(config, this_machine()).peak_bytes == measured_peak(config));

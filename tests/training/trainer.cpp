@@ -113,7 +113,7 @@ TEST_CASE("a run that is stopped and resumed in new objects ends bit-equal to on
   CHECK(rates == rates_in_parts);
   CHECK(last.epoch_losses == summary.epoch_losses);
   CHECK(last.best_score == summary.best_score);
-  for (const std::string& name : {"last", "best"}) {
+  for (const std::string name : {"last", "best"}) {
     INFO(name);
     const TrainingState a = load_state(whole / (name + ".pt")), b = load_state(parts / (name + ".pt"));
     CHECK(a.step == b.step);

@@ -41,7 +41,7 @@ class Resampler {
   /// Throws `headroom.audio.resampler.options`: fewer than 1 channel or 1 Hz, or a ratio beyond 1000.
   Resampler(std::int64_t channels, int from, int to) : channels_(channels), from_(from), to_(to) {
     constexpr auto id = "headroom.audio.resampler.options";
-    require(channels >= 1 && from >= 1 && to >= 1 && from / 1000 <= to && to / 1000 <= from, id, "asked to resample ",
+    require(channels >= 1 && from >= 1 && to >= 1 && from / 1e3 <= to && to / 1e3 <= from, id, "asked to resample ",
             channels, " channels from ", from, " to ", to,
             " Hz, expected at least 1 of each, and rates of which one is at most 1000 times the other");
     const soxr_io_spec_t separate_channels = soxr_io_spec(SOXR_FLOAT32_S, SOXR_FLOAT32_S);

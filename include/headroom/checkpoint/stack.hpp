@@ -104,6 +104,17 @@ inline bool keeps_results(const StackBlock& block, const at::Tensor& x) {
   return activations > parameters;
 }
 
+/// The inputs of checkpoints are kept as `policy` says, for its lifetime.
+class PolicyStorageScope {
+ public:
+  explicit PolicyStorageScope(const CheckpointPolicy& policy) {
+    if (policy.storage != CheckpointStorage::memory) scope_.emplace(checkpoint_pack(policy.storage));
+  }
+
+ private:
+  std::optional<CheckpointStorageScope> scope_;
+};
+
 /// Runs blocks[first, last) under `levels` levels of checkpoints.
 inline at::Tensor run_blocks(const std::vector<StackBlock>& blocks, at::Tensor x, const CheckpointPolicy& policy,
                              int64_t levels) {
@@ -151,14 +162,24 @@ inline at::Tensor run_stack(const std::vector<StackBlock>& blocks, at::Tensor x,
   auto next = blocks.begin();
   const auto run = [&](const CheckpointPolicy& part, int64_t size) {
     detail::check_policy(part, part.text());
-    std::optional<detail::CheckpointStorageScope> storage;
-    if (part.storage != CheckpointStorage::memory) storage.emplace(checkpoint_pack(part.storage));
+    const detail::PolicyStorageScope storage(part);
     x = detail::run_blocks({next, next + size}, x, part, part.levels);
     next += size;
   };
   for (const auto& [size, part] : policy.first) run(part, size);
   run(policy.rest, blocks.end() - next);
   return x;
+}
+
+/// What goes with a stack without being a block of it: forward(inputs...), computed again in backward unless `policy`
+/// is `none`, with the inputs kept where the policy keeps those of blocks.
+template <class F, class... Inputs>
+auto run_under(const CheckpointPolicy& policy, F&& forward, Inputs&&... inputs) {
+  if (policy.recompute == CheckpointPolicy::Recompute::none) {
+    return std::invoke(std::forward<F>(forward), std::forward<Inputs>(inputs)...);
+  }
+  const detail::PolicyStorageScope storage(policy);
+  return checkpoint(std::forward<F>(forward), std::forward<Inputs>(inputs)...);
 }
 
 }  // namespace headroom::inline v0

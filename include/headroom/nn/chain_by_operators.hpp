@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "headroom/nn/chain_layout.hpp"
+#include "headroom/nn/gated_rows.hpp"
 #include "headroom/nn/rms_norm.hpp"
 #include "headroom/runtime/dry_run.hpp"
 
@@ -37,8 +38,9 @@ class ChainByOperators {
     if (!request.output_wanted) result.out = torch::empty({0}, chain_.x.options());
     if (computed == 0) return result;
     const bool keeps = request.records || torch::GradMode::is_enabled();
-    torch::Tensor x =
-        chain_.norm_weight.defined() ? RmsNormFunction::apply(chain_.x, chain_.norm_weight, chain_.eps) : chain_.x;
+    torch::Tensor x = chain_.gates.defined()         ? gated(chain_.x, chain_.gates)
+                      : chain_.norm_weight.defined() ? RmsNormFunction::apply(chain_.x, chain_.norm_weight, chain_.eps)
+                                                     : chain_.x;
     x = operand(x);
     for (size_t i = 0; i < computed; ++i) {
       torch::Tensor y = at::linear(x, operand(chain_.weights[i]),
@@ -77,6 +79,14 @@ class ChainByOperators {
       std::tie(g, result[layout.norm()]) =
           rms_norm_gradients(g, chain_.x, chain_.norm_weight, chain_.eps, {wanted[0], wanted[layout.norm()]});
     }
+    if (layout.has_gates) {
+      const torch::Tensor open = chain_.gates.sigmoid(), by_head = g.unflatten(-1, {open.size(-1), -1});
+      if (wanted[layout.gates()]) {
+        const torch::Tensor sum = (by_head * chain_.x.unflatten(-1, {open.size(-1), -1})).sum(-1);
+        result[layout.gates()] = like(chain_.gates, at::sigmoid_backward(sum, open));
+      }
+      g = (by_head * open.unsqueeze(-1)).flatten(-2);
+    }
     if (!wanted[0]) return result;
     if (layout.residual_is_x) g = sum(std::move(g), grad);
     result[0] = like(chain_.x, g);
@@ -102,12 +112,13 @@ class ChainByOperators {
     return chain_.residual.defined() ? sum(std::move(y), chain_.residual) : y;
   }
   torch::Tensor first_input() const {
+    if (chain_.gates.defined()) return gated(chain_.x, chain_.gates);
     return chain_.norm_weight.defined() ? normalized(chain_.x, chain_.norm_weight, chain_.eps) : chain_.x;
   }
 
   /// Whether anything is wanted that lies in front of a layer's product.
   static bool wants_before(const ChainLayout& layout, int64_t layer, const std::vector<bool>& wanted) {
-    bool any = wanted[0] || (layout.has_norm && wanted[layout.norm()]);
+    bool any = wanted[0] || (layout.has_norm && wanted[layout.norm()]) || (layout.has_gates && wanted[layout.gates()]);
     for (int64_t i = 0; i < layer; ++i) {
       any = any || wanted[layout.weight(i)] || (layout.has_biases && wanted[layout.bias(i)]);
     }

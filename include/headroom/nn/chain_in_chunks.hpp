@@ -1,10 +1,12 @@
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/record_function.h>
 
 #include <algorithm>
 
 #include "headroom/nn/chain_layout.hpp"
+#include "headroom/nn/gated_rows.hpp"
 #include "headroom/nn/matrix_product.hpp"
 #include "headroom/nn/rms_norm.hpp"
 
@@ -40,15 +42,11 @@ class ChainInChunks {
       }
     }
     const torch::Tensor out = torch::empty({rows, chain_.weights.back().size(0)}, chain_.x.options());
-    const ChunkScratch normed(chain_.norm_weight.defined() ? chunk : 0, in, out);
+    const ChunkScratch first_input(changes_x() ? chunk : 0, in, out);
     const ChunkScratch activation(chunk, widest_hidden(), out);
     for (int64_t first = 0; first < rows; first = next_chunk(first, chunk)) {
       const int64_t count = std::min(chunk, rows - first);
-      torch::Tensor x = chain_.x.narrow(0, first, count);
-      if (chain_.norm_weight.defined()) {
-        normalize_rows(x, chain_.norm_weight, chain_.eps, normed(count, in));
-        x = normed(count, in);
-      }
+      torch::Tensor x = input_of(first, count, first_input);
       for (size_t i = 0; i < layers; ++i) {
         const torch::Tensor bias = !chain_.biases.empty() ? chain_.biases[i] : torch::Tensor();
         if (i + 1 < layers) {
@@ -80,22 +78,39 @@ class ChainInChunks {
     torch::autograd::variable_list result(layout.size());
     const auto all = layout.list(chain_);
     for (int64_t i = 0; i < layout.size(); ++i) {
-      if (wanted[i]) result[i] = i == 0 ? torch::empty_like(all[i]) : torch::zeros_like(all[i]);
+      const bool written = i == 0 || (layout.has_gates && i == layout.gates());
+      if (wanted[i]) result[i] = written ? torch::empty_like(all[i]) : torch::zeros_like(all[i]);
     }
     write_gradients(layout, inputs_of_gelu, grad.contiguous(), result);
     return result;
   }
 
  private:
-  /// Rows of a chunk, so that a thread's share of its widest matrix takes about 400 KB.
+  /// Rows of a chunk, so that its widest matrix takes about 800 KB, as long as there are enough rows for the threads.
+  /// Gradients of weights are sums over chunks: their number does not depend on that of the threads.
   int64_t chunk_rows() const {
     int64_t widest = chain_.weights[0].size(1);
     for (const torch::Tensor& w : chain_.weights) widest = std::max(widest, w.size(0));
-    return at::get_num_threads() * std::max<int64_t>(64, 98304 / widest / 64 * 64);
+    return std::max<int64_t>(256, 196608 / widest / 64 * 64);
+  }
+  /// Whether something comes before the first layer.
+  bool changes_x() const { return chain_.norm_weight.defined() || chain_.gates.defined(); }
+  /// What the first layer is given for `count` rows, in `scratch` where that is not x itself.
+  torch::Tensor input_of(int64_t first, int64_t count, const ChunkScratch& scratch) const {
+    const torch::Tensor x = chain_.x.narrow(0, first, count);
+    if (!changes_x()) return x;
+    const torch::Tensor to = scratch(count, x.size(1));
+    if (chain_.gates.defined()) {
+      gate_rows(x, chain_.gates.narrow(0, first, count), to);
+    } else {
+      normalize_rows(x, chain_.norm_weight, chain_.eps, to);
+    }
+    return to;
   }
   /// What profilers and traces see: x [, norm_weight], weights ….
   std::vector<torch::Tensor> operands() const {
     std::vector<torch::Tensor> all{chain_.x};
+    if (chain_.gates.defined()) all.push_back(chain_.gates);
     if (chain_.norm_weight.defined()) all.push_back(chain_.norm_weight);
     all.insert(all.end(), chain_.weights.begin(), chain_.weights.end());
     return all;
@@ -112,16 +127,14 @@ class ChainInChunks {
     return widest;
   }
 
-  /// Fills the tensors of `result` that are defined; all but that of x are zero before.
+  /// Fills the tensors of `result` that are defined; those of parameters are zero before.
   void write_gradients(const ChainLayout& layout, at::TensorList inputs_of_gelu, const torch::Tensor& grad,
                        const torch::autograd::variable_list& result) const {
     RECORD_FUNCTION("headroom::token_chain_backward", headroom::detail::operator_inputs(operands()));
     const int64_t rows = chain_.x.size(0), in = chain_.x.size(1), chunk = std::min(rows, chunk_rows());
-    const bool has_norm = layout.has_norm;
-    const torch::Tensor grad_norm = has_norm ? result[layout.norm()] : torch::Tensor();
     std::vector<PackedB> weights(chain_.weights.begin(), chain_.weights.end());
     const int64_t hidden = widest_hidden();
-    const ChunkScratch normed(has_norm ? chunk : 0, in, grad), grad_normed(has_norm ? chunk : 0, in, grad);
+    const ChunkScratch first_input(changes_x() ? chunk : 0, in, grad), grad_input(changes_x() ? chunk : 0, in, grad);
     const ChunkScratch activation(chunk, hidden, grad);
     const ChunkScratch grad_hidden[2] = {{layout.layers > 2 ? chunk : 0, hidden, grad},
                                          {layout.layers > 1 ? chunk : 0, hidden, grad}};
@@ -145,24 +158,42 @@ class ChainInChunks {
           g = at::gelu_backward_out(grad_before, grad_before, before);
           continue;
         }
-        // forward did: x = norm(x)·wᵀ + b
-        const torch::Tensor x = part(chain_.x);
+        // forward did: y = input_of(x)·wᵀ + b
         if (grad_weight.defined()) {
-          if (has_norm) normalize_rows(x, chain_.norm_weight, chain_.eps, normed(count, in));
-          PackedB right(has_norm ? normed(count, in) : x);
+          PackedB right(input_of(first, count, first_input));
           multiply(g.t(), right, grad_weight, AddTo::c);
         }
-        const torch::Tensor grad_x = result[0].defined() ? part(result[0]) : torch::Tensor();
-        const torch::Tensor through = layout.residual_is_x ? part(grad) : torch::Tensor();
-        if (has_norm && (grad_x.defined() || grad_norm.defined())) {
-          multiply(g, weights[0], grad_normed(count, in), AddTo::nothing);
-          normalize_rows_backward(grad_normed(count, in), x, chain_.norm_weight, chain_.eps,
-                                  {grad_x, grad_norm, through});
-        } else if (grad_x.defined()) {
-          if (through.defined()) grad_x.copy_(through);
-          multiply(g, weights[0], grad_x, through.defined() ? AddTo::c : AddTo::nothing);
-        }
+        const auto wanted_part = [&](const torch::Tensor& t) { return t.defined() ? part(t) : t; };
+        write_input_gradients(g, weights[0], first, grad_input,
+                              {.x = wanted_part(result[0]),
+                               .norm = layout.has_norm ? result[layout.norm()] : torch::Tensor(),
+                               .gates = layout.has_gates ? wanted_part(result[layout.gates()]) : torch::Tensor(),
+                               .through = layout.residual_is_x ? part(grad) : torch::Tensor()});
       }
+    }
+  }
+
+  /// Where the gradients of what the first layer starts from go, those of rows for the rows of a chunk; undefined: not
+  /// wanted. `through` is added to that of x.
+  struct InputGradients {
+    torch::Tensor x, norm, gates, through;
+  };
+
+  /// Given g, the gradient of the first layer's result, for the chunk that starts at row `first`.
+  void write_input_gradients(const torch::Tensor& g, PackedB& weight, int64_t first, const ChunkScratch& scratch,
+                             const InputGradients& to) const {
+    if (!to.x.defined() && !to.norm.defined() && !to.gates.defined()) return;
+    const int64_t count = g.size(0), in = chain_.x.size(1);
+    if (!changes_x()) {
+      if (to.through.defined()) to.x.copy_(to.through);
+      return multiply(g, weight, to.x, to.through.defined() ? AddTo::c : AddTo::nothing);
+    }
+    const torch::Tensor x = chain_.x.narrow(0, first, count), grad = scratch(count, in);
+    multiply(g, weight, grad, AddTo::nothing);
+    if (chain_.gates.defined()) {
+      gate_rows_backward(grad, x, chain_.gates.narrow(0, first, count), {to.x, to.gates});
+    } else {
+      normalize_rows_backward(grad, x, chain_.norm_weight, chain_.eps, {to.x, to.norm, to.through});
     }
   }
 
@@ -170,16 +201,21 @@ class ChainInChunks {
   static void add_column_sums(const torch::Tensor& g, const torch::Tensor& sums) {
     if (is_dry(g)) return;
     const int64_t n = g.size(1);
-    Eigen::ArrayXd chunk = Eigen::ArrayXd::Zero(n);
-    Eigen::ArrayXf block(n);
-    for (int64_t first = 0; first < g.size(0); first += 16) {
-      block.setZero();
-      for (int64_t r = first; r < std::min(first + 16, g.size(0)); ++r) {
-        block += ConstRow(g.const_data_ptr<float>() + r * n, n);
+    const float* const from = g.const_data_ptr<float>();
+    float* const to = sums.mutable_data_ptr<float>();
+    at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+      const int64_t columns = end - begin;
+      Eigen::ArrayXd chunk = Eigen::ArrayXd::Zero(columns);
+      Eigen::ArrayXf block(columns);
+      for (int64_t first = 0; first < g.size(0); first += 16) {
+        block.setZero();
+        for (int64_t r = first; r < std::min(first + 16, g.size(0)); ++r) {
+          block += ConstRow(from + r * n + begin, columns);
+        }
+        chunk += block.cast<double>();
       }
-      chunk += block.cast<double>();
-    }
-    Row(sums.mutable_data_ptr<float>(), n) += chunk.cast<float>();
+      Row(to + begin, columns) += chunk.cast<float>();
+    });
   }
 
   const TokenChain& chain_;

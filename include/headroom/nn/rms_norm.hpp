@@ -46,7 +46,7 @@ inline float inverse_rms(const ConstRow& x, double eps) {
   return static_cast<float>(1 / std::sqrt(static_cast<double>(x.square().mean()) + eps));
 }
 
-inline constexpr int64_t kNormRows = 256;  ///< rows of a task
+inline constexpr int64_t kNormRows = 64;  ///< rows of a task
 
 /// out = x·inverse·weight for each row; x and out [rows, dim] dense floats on the CPU.
 inline void normalize_rows(const torch::Tensor& x, const torch::Tensor& weight, double eps, const torch::Tensor& out) {

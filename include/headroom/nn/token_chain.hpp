@@ -14,7 +14,8 @@
 #include "headroom/nn/chain_layout.hpp"
 
 // Words of this file and of chain_*.hpp:
-//   token chain   a fused MLP of tokens: [RMS norm,] linear, GELU, …, linear [, + residual]; with one layer a linear
+//   token chain   a fused MLP of tokens: [RMS norm or gates,] linear, GELU, …, linear [, + residual]; with one layer a
+//   linear
 //                 layer fused with the norm before it and the sum behind it
 //   in chunks     by our own loops, a few hundred tokens at a time through all layers, so that what lies between the
 //                 layers stays in the cache
@@ -142,7 +143,7 @@ HEADROOM_KERNEL torch::Tensor run(TokenChain chain) {
   auto tensors = layout.list(chain);
   kernel.in_chunks = !kernel.cast_to.has_value();
   for (const torch::Tensor& t : tensors) kernel.in_chunks = kernel.in_chunks && has_float_rows(t);
-  if (!kernel.in_chunks && !layout.has_norm) {
+  if (!kernel.in_chunks && !layout.has_norm && !layout.has_gates) {
     if (layout.layers == 1) return ChainByOperators(chain).forward({}).out;  // saves as little, and autocast caches
     if (kernel.cast_to.has_value() && chain.x.scalar_type() != torch::kDouble) {  // the cast is what has to be saved
       chain.x = chain.x.to(*kernel.cast_to);
@@ -153,7 +154,7 @@ HEADROOM_KERNEL torch::Tensor run(TokenChain chain) {
   const int64_t rows = c10::multiply_integers(chain.x.sizes().slice(0, chain.x.dim() - 1));
   bool records = false;
   for (int64_t i = 0; i < layout.size(); ++i) {
-    if (i < layout.norm()) tensors[i] = tensors[i].reshape({rows, tensors[i].size(-1)});  // x, residual
+    if (i < layout.norm()) tensors[i] = tensors[i].reshape({rows, tensors[i].size(-1)});  // x, residual, gates
     if (i < layout.norm() || kernel.in_chunks) tensors[i] = tensors[i].contiguous();
     records = records || tensors[i].requires_grad();
   }

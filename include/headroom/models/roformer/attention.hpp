@@ -9,7 +9,6 @@
 
 #include "headroom/attention/options.hpp"
 #include "headroom/attention/packed.hpp"
-#include "headroom/checkpoint/function.hpp"
 #include "headroom/models/roformer/parts.hpp"
 #include "headroom/nn/rotary.hpp"
 #include "headroom/nn/token_axis.hpp"
@@ -74,17 +73,10 @@ class GatedAttentionImpl : public torch::nn::Module {
     const torch::Tensor heads = attended(nn::detail::run(std::move(chain)), sequence, rotation, dropout);  // [...,H,D]
     chain = detail::normed(x, norm);
     detail::append(chain, to_gates);
-    const torch::Tensor gates = nn::detail::run(std::move(chain));  // [...,H]
-    // What the gates let through is computed again in backward
-    return checkpoint(
-        [weight = project_->weight, dropout](const torch::Tensor& heads, const torch::Tensor& gates,
-                                             const torch::Tensor& x) {
-          nn::detail::TokenChain chain{.x = (heads * gates.sigmoid().unsqueeze(-1)).flatten(-2), .weights = {weight}};
-          if (dropout > 0) return x + torch::dropout(nn::detail::run(std::move(chain)), dropout, /*train=*/true);
-          chain.residual = x;
-          return nn::detail::run(std::move(chain));
-        },
-        heads, gates, x);
+    chain = {.x = heads.flatten(-2), .gates = nn::detail::run(std::move(chain)), .weights = {project_->weight}};
+    if (dropout > 0) return x + torch::dropout(nn::detail::run(std::move(chain)), dropout, /*train=*/true);
+    chain.residual = x;
+    return nn::detail::run(std::move(chain));
   }
 
   GatedAttentionOptions options;

@@ -47,18 +47,15 @@ class MaskEstimatorImpl : public torch::nn::Module {
     }
   }
 
-  /// The tokens of each band, [B,T,dim] -> its masks [B,T,count·channels·2], real and imaginary parts in turn.
-  std::vector<torch::Tensor> forward(const std::vector<torch::Tensor>& tokens) {
-    std::vector<torch::Tensor> masks;
-    for (size_t k = 0; k < linears_.size(); ++k) {
-      torch::Tensor x = tokens[k];
-      for (size_t i = 0; i < linears_[k].size(); ++i) {
-        if (i > 0) x = x.tanh();
-        x = linears_[k][i]->forward(x);
-      }
-      masks.push_back(torch::glu(x, -1));
+  /// The tokens of a band, [B,T,dim] -> its masks [B,T,count·channels·2], real and imaginary parts in turn. Saves the
+  /// tokens, the result of each tanh and the input of the gated linear unit.
+  torch::Tensor forward(const torch::Tensor& tokens, int64_t band) {
+    torch::Tensor x = tokens;
+    for (size_t i = 0; i < linears_[band].size(); ++i) {
+      if (i > 0) x = x.tanh();
+      x = linears_[band][i]->forward(x);
     }
-    return masks;
+    return torch::glu(x, -1);
   }
 
   torch::nn::ModuleList to_freqs{nullptr};

@@ -41,7 +41,8 @@ struct RoformerOptions {
   /// Channels of the mixture and of each stem.
   TORCH_ARG(int64_t, channels) = 2;
   TORCH_ARG(int64_t, stems) = 1;
-  /// What of the blocks is kept for the backward pass; true: the input of each block, the rest is computed again.
+  /// What of the blocks is kept for the backward pass; true: the input of each block, the rest is computed again. The
+  /// mask estimators are computed again, a band at a time, where the last block is.
   TORCH_ARG(StackPolicy, gradient_checkpointing) = {};
   TORCH_ARG(AttentionBackend, attention) = AttentionBackend::automatic;
 
@@ -115,7 +116,8 @@ inline StackPolicy policy_of(const StackPolicy& policy, int64_t begin, int64_t c
 /// mixture [B,C,S] -> spectrum [B,C,F,T] -> tokens [B,T,K,dim] -> masks [B,N,T,F,C] -> stems [B,N,C,S].
 ///
 /// Kept for backward by a block without dropout: its input x, q, k and v, what attention gives with its log-sum-exp,
-/// the gates, x after attention, and the input of GELU.
+/// the gates, x after attention, and the input of GELU. By the mask estimators: what they are given, the result of each
+/// tanh and the input of the gated linear unit.
 class RoformerImpl : public torch::nn::Module {
  public:
   /// mixture [B,C,S] -> stems [B,N,C,S]. Throws headroom.models.mixture.
@@ -235,15 +237,25 @@ class RoformerImpl : public torch::nn::Module {
   /// tokens [B,T,K,dim] -> complex masks [B,N,T,F,C]
   torch::Tensor masks(torch::Tensor tokens) {
     const std::vector<torch::Tensor> by_band =
-        std::exchange(tokens, {}).movedim(2, 0).contiguous().unbind(0);  // K of [B,T,dim]
-    const detail::MeanOfBands::Layout layout{layout_.bands, shared_.bins(), 2 * shared_.channels(), layout_.silent_dc};
-    std::vector<torch::Tensor> all;
-    for (MaskEstimator& estimator : estimators_) {
-      std::vector<torch::Tensor> masks = estimator->forward(by_band);
-      for (torch::Tensor& mask : masks) mask = mask.to(audio::detail::compute_type(mask));
-      all.push_back(detail::MeanOfBands::apply(at::TensorList(masks), layout));  // [B,T,F·C·2]
+        std::exchange(tokens, {}).movedim(2, 0).contiguous().unbind(0);   // K of [B,T,dim]
+    std::vector<std::vector<torch::Tensor>> by_stem(estimators_.size());  // N times K of [B,T,count·C·2]
+    for (size_t k = 0; k < by_band.size(); ++k) {
+      // A band at a time: only its part of the estimators is there when it is computed again
+      const auto estimate = [estimators = estimators_, k](const torch::Tensor& x) {
+        std::vector<torch::Tensor> all;
+        for (MaskEstimator estimator : estimators) all.push_back(estimator->forward(x, static_cast<int64_t>(k)));
+        return all;
+      };
+      const auto all = run_under(shared_.gradient_checkpointing().rest, estimate, by_band[k]);
+      for (size_t n = 0; n < all.size(); ++n) by_stem[n].push_back(all[n].to(audio::detail::compute_type(all[n])));
     }
-    return torch::view_as_complex(torch::stack(all, 1).unflatten(-1, {shared_.bins(), shared_.channels(), 2}));
+    const detail::MeanOfBands::Layout layout{layout_.bands, shared_.bins(), 2 * shared_.channels(), layout_.silent_dc};
+    std::vector<torch::Tensor> means;
+    for (std::vector<torch::Tensor>& stem : by_stem) {
+      means.push_back(detail::MeanOfBands::apply(at::TensorList(stem), layout));  // [B,T,F·C·2]
+      stem.clear();
+    }
+    return torch::view_as_complex(torch::stack(means, 1).unflatten(-1, {shared_.bins(), shared_.channels(), 2}));
   }
 
   RoformerOptions shared_;

@@ -19,7 +19,7 @@ using testing::TemporaryFolder;
 namespace {
 
 // Stem n is the mixture times n + 1: a model that any cut and blend must leave alone.
-torch::Tensor scale(const torch::Tensor& mixture) {             // [1,C,S]
+torch::Tensor times(const torch::Tensor& mixture) {             // [1,C,S]
   return torch::stack({mixture, 2 * mixture, 3 * mixture}, 1);  // [1,3,C,S]
 }
 
@@ -42,7 +42,7 @@ TEST_CASE("a file becomes one file a stem; mono is separated as stereo of equal 
     audio::write_audio(folder / "in.wav", mixture, 44100);
     std::vector<std::pair<std::int64_t, std::int64_t>> told;
     const auto clipped = audio::separate_file(
-        audio::AudioReader(folder / "in.wav"), {outputs}, scale, {.segments = {.length = 40000}, .stems = 3},
+        audio::AudioReader(folder / "in.wav"), {outputs}, times, {.segments = {.length = 40000}, .stems = 3},
         [&](std::int64_t done, std::int64_t total) { told.emplace_back(done, total); });
     CHECK(clipped == 0);
     for (int n = 0; n < 3; ++n) {
@@ -56,7 +56,7 @@ TEST_CASE("a file becomes one file a stem; mono is separated as stereo of equal 
   }
   // Three times a sample beyond 1/3 is clipped in integers and counted.
   audio::write_audio(folder / "in.wav", torch::tensor({{0.2f, 0.4f, -0.6f}, {0.f, 0.f, 0.f}}), 44100);
-  CHECK(audio::separate_file(audio::AudioReader(folder / "in.wav"), {outputs, 44100, audio::Encoding::pcm16}, scale,
+  CHECK(audio::separate_file(audio::AudioReader(folder / "in.wav"), {outputs, 44100, audio::Encoding::pcm16}, times,
                              {.segments = {.length = 4}, .stems = 3}) == 3);
   CHECK(torch::allclose(audio::read_audio(outputs[2].path).samples[0], torch::tensor({0.6f, 1.f, -1.f}), 0, 1e-4));
 }
@@ -103,7 +103,7 @@ TEST_CASE("a file of another sample rate is separated at the model's, and its st
   int segments = 0;
   const auto model = [&](const torch::Tensor& x) {
     ++segments;
-    return scale(x);
+    return times(x);
   };
   audio::separate_file(audio::AudioReader(folder / "in.wav"), {with_residual(folder), 44100}, model,
                        {.segments = {.length = 4000}, .stems = 3});
@@ -122,7 +122,7 @@ TEST_CASE("a file of another sample rate is separated at the model's, and its st
 
   for (const auto& [frames, rate] : {std::pair{1, 8000}, {7, 192000}, {333, 44101}, {20000, 11025}}) {
     audio::write_audio(folder / "in.wav", torch::rand({1, frames}), rate);
-    audio::separate_file(audio::AudioReader(folder / "in.wav"), {with_residual(folder)}, scale,
+    audio::separate_file(audio::AudioReader(folder / "in.wav"), {with_residual(folder)}, times,
                          {.segments = {.length = 1000}, .stems = 3});
     const audio::Recording stem = audio::read_audio(folder / "residual.wav");
     CHECK(stem.sample_rate == rate);
@@ -137,7 +137,7 @@ TEST_CASE("files hold sums of stems, and what they leave of the recording, as FL
   const std::vector<audio::StemFile> files = {
       {folder / "b.flac", {0, 1, 0}}, {folder / "rest.flac", {1, 0, 1}}, {folder / "minus.flac", {0, -1, 0}, 1}};
   for (const auto encoding : {audio::Encoding::flac16, audio::Encoding::flac24}) {
-    CHECK(audio::separate_file(audio::AudioReader(folder / "in.wav"), {files, 44100, encoding}, scale,
+    CHECK(audio::separate_file(audio::AudioReader(folder / "in.wav"), {files, 44100, encoding}, times,
                                {.segments = {.length = 30000}, .stems = 3}) == 0);
     const double step = encoding == audio::Encoding::flac16 ? 1.0 / 32768 : 2.0 / 8388608;
     for (const auto& [name, factor] : {std::pair{"b.flac", 2}, {"rest.flac", 4}, {"minus.flac", -1}}) {
@@ -166,7 +166,7 @@ TEST_CASE("a file ten times as long takes the same memory") {
     sample();
     const std::size_t before = peak;
     const auto model = [&](const torch::Tensor& x) {
-      const torch::Tensor stems = scale(x);
+      const torch::Tensor stems = times(x);
       sample();
       return stems;
     };
@@ -201,22 +201,22 @@ TEST_CASE("separate_file says what does not fit, and leaves no file") {
     return error;
   };
   const SeparatorOptions options{.segments = {.length = 64}, .stems = 3};
-  Error error = separate_error(5, outputs, options, scale);
+  Error error = separate_error(5, outputs, options, times);
   CHECK(error.id() == "headroom.audio.separator.channels");
   CHECK_THAT(error.what(), Catch::Contains("has 5 channels, expected 1 or a multiple of the model's 2") &&
                                Catch::Contains("sox INPUT -c 2"));
-  error = separate_error(2, {outputs[0]}, options, scale);
+  error = separate_error(2, {outputs[0]}, options, times);
   CHECK(error.id() == "headroom.audio.separator.outputs");
-  error = separate_error(2, {outputs[0], outputs[1], outputs[0]}, options, scale);
+  error = separate_error(2, {outputs[0], outputs[1], outputs[0]}, options, times);
   CHECK_THAT(error.what(), Catch::Contains("a.wav") && Catch::Contains("two stems"));
-  error = separate_error(2, {outputs[0], folder / "./in.wav", outputs[1]}, options, scale);
+  error = separate_error(2, {outputs[0], folder / "./in.wav", outputs[1]}, options, times);
   CHECK(error.id() == "headroom.audio.separator.outputs");
   CHECK_THAT(error.what(), Catch::Contains("is the input"));
-  error = separate_error(2, outputs, options, [](const torch::Tensor& x) { return scale(x) / 0.0; });
+  error = separate_error(2, outputs, options, [](const torch::Tensor& x) { return times(x) / 0.0; });
   CHECK(error.id() == "headroom.audio.file.not_finite");
   CHECK_THAT(error.what(), Catch::Contains("a.wav") && Catch::Contains("frame 0"));
-  error = separate_error(2, outputs, {.segments = {.length = 0}, .stems = 3}, scale);
+  error = separate_error(2, outputs, {.segments = {.length = 0}, .stems = 3}, times);
   CHECK(error.id() == "headroom.core.segments.options");
-  error = separate_error(2, {}, options, scale);
+  error = separate_error(2, {}, options, times);
   CHECK_THAT(error.what(), Catch::Contains("no file to write"));
 }

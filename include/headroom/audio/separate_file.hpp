@@ -112,13 +112,13 @@ class FileStream {
     }
   }
 
-  /// Takes the next stems [N,C,n] of the model.
+  /// Takes the next stems [N,C,n] of the model, a little at a time: what is made of them stays small.
   void write(const torch::Tensor& stems) {
-    const torch::Tensor combined = writers_.combine(stems);  // [K,C,n]
-    if (!from_model_) return store(combined);
-    const std::int64_t count = frames_at_once(kFramesAtOnce, model_rate_, reader_.sample_rate());
-    for (const torch::Tensor& piece : combined.split(count, 2)) {
-      store(from_model_->push(piece.flatten(0, 1)).unflatten(0, {-1, channels_}));
+    const std::int64_t count =
+        from_model_ ? frames_at_once(kFramesAtOnce, model_rate_, reader_.sample_rate()) : kFramesAtOnce;
+    for (const torch::Tensor& piece : stems.split(count, 2)) {
+      const torch::Tensor combined = writers_.combine(piece);  // [K,C,n]
+      store(from_model_ ? from_model_->push(combined.flatten(0, 1)).unflatten(0, {-1, channels_}) : combined);
     }
   }
 

@@ -38,6 +38,10 @@ std::string told(const std::exception& error) {
   return "[headroom.tools.unforeseen] " + cause + "; an input that was not foreseen: please report it with headroom";
 }
 
+std::string not_empty(const std::string& path) {
+  return path.empty() ? "got an empty path, expected the name of a file or folder" : "";
+}
+
 }  // namespace
 
 std::int64_t parse_bytes(const std::string& text) {
@@ -78,7 +82,14 @@ const Option& Option::one_of(const std::vector<std::string>& choices) const {
   return option_->check(CLI::IsMember(choices)), *this;
 }
 const Option& Option::without(const Option& other) const { return option_->excludes(other.option_), *this; }
-const Option& Option::separated_by(char delimiter) const { return option_->delimiter(delimiter), *this; }
+const Option& Option::separated_by(char delimiter) const {
+  option_->delimiter(delimiter);
+  return one_each_time();
+}
+const Option& Option::one_each_time() const { return option_->allow_extra_args(false), *this; }
+const Option& Option::at_least(int count) const {
+  return option_->expected(count, CLI::detail::expected_max_vector_size), *this;
+}
 
 CommandLine::CommandLine(const std::string& description) : app_(std::make_unique<CLI::App>(description)) {}
 CommandLine::~CommandLine() = default;
@@ -93,13 +104,11 @@ Option CommandLine::texts(const std::string& name, std::vector<std::string>& val
   return app_->add_option(name, values, description);
 }
 Option CommandLine::path(const std::string& name, std::filesystem::path& value, const std::string& description) {
-  return app_->add_option(name, value, description)->check([](const std::string& text) {
-    return text.empty() ? std::string("got an empty path, expected the name of a file or folder") : "";
-  });
+  return app_->add_option(name, value, description)->check(not_empty);
 }
 Option CommandLine::paths(const std::string& name, std::vector<std::filesystem::path>& values,
                           const std::string& description) {
-  return app_->add_option(name, values, description);
+  return app_->add_option(name, values, description)->check(not_empty);
 }
 Option CommandLine::read_by(const std::string& name, const std::function<std::string(const std::string&)>& read,
                             const char* type, const std::string& description) {

@@ -43,7 +43,9 @@ class CommandLine {
     const Option& with_default() const;  ///< --help tells what the variable holds now
     const Option& one_of(const std::vector<std::string>& choices) const;
     const Option& without(const Option& other) const;  ///< the other one excludes it
-    const Option& separated_by(char delimiter) const;
+    const Option& separated_by(char delimiter) const;  ///< several values in one word
+    const Option& one_each_time() const;               ///< several values by giving the option several times
+    const Option& at_least(int count) const;           ///< values, of an option that takes several
 
    private:
     CLI::Option* option_;
@@ -55,7 +57,7 @@ class CommandLine {
   Option flag(const std::string& name, bool& value, const std::string& description);
   Option text(const std::string& name, std::string& value, const std::string& description);
   Option texts(const std::string& name, std::vector<std::string>& values, const std::string& description);
-  /// An empty path, as of a variable that is not set, is a wrong command line.
+  /// An empty path, as of a variable that is not set, is a wrong command line; so it is among `paths`.
   Option path(const std::string& name, std::filesystem::path& value, const std::string& description);
   Option paths(const std::string& name, std::vector<std::filesystem::path>& values, const std::string& description);
 

@@ -1,112 +1,171 @@
-// evaluate: how close separated stems are to the true ones, in dB of nSDR, track by track and in the mean, beside two
-// estimators that need no model: silence (always 0 dB) and the mixture itself.
+// evaluate: how close separated stems are to the true ones, track by track and over all tracks: nSDR beside that of two
+// estimators that need no model, silence (always 0 dB) and the mixture itself, and whatever other metrics are asked
+// for.
 //
 //   evaluate --reference musdb18hq/test --estimate separated/test --json result.json
-//   evaluate --reference "musdb18hq/test/Artist - Title" --estimate "separated/Artist - Title"
+//   evaluate --reference "musdb18hq/test/Artist - Title" --estimate "separated/Artist - Title" --metrics all
+//   evaluate --reference musdb18hq/test --estimate separated/test --metrics bsseval --museval scores/test
+
+#include <torch/utils.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <filesystem>
-#include <iomanip>
 #include <iostream>
 #include <map>
 #include <optional>
 #include <string>
-#include <tuple>
+#include <system_error>
+#include <utility>
 #include <vector>
 
 #include "command_line.hpp"
 #include "evaluation.hpp"
+#include "headroom/core/bsseval.hpp"
+#include "headroom/core/error.hpp"
+#include "headroom/core/track_scores.hpp"
 #include "headroom/io/atomic_file.hpp"
 #include "headroom/io/file_name.hpp"
+#include "headroom/io/nearest.hpp"
 #include "headroom/training/json.hpp"
+#include "museval_file.hpp"
+#include "score_table.hpp"
 
 namespace fs = std::filesystem;
 
 namespace {
 
-int width_of(const std::string& column) { return std::max(9, static_cast<int>(column.size()) + 1); }
+struct Arguments {
+  fs::path reference, estimate, json, museval;
+  std::vector<std::string> stems = {"vocals", "drums", "bass", "other"}, metrics = {"nsdr"};
+  int threads = 0;  // 0: LibTorch's choice
+};
 
-void print_row(const std::string& name, const Scores& scores, const std::vector<std::string>& columns, int width) {
-  std::cout << std::left << std::setw(width) << name << std::right << std::fixed << std::setprecision(2);
-  for (const std::string& column : columns) {
-    std::cout << std::setw(width_of(column));
-    if (const auto& value = scores.at(column)) {
-      std::cout << *value;
-    } else {
-      std::cout << "silent";
+// The metrics that are asked for, in the order of the library. Throws headroom.evaluate.metrics.
+std::vector<std::string> chosen_metrics(const Arguments& arguments) {
+  std::vector<std::string> known(headroom::core::kMetrics.begin(), headroom::core::kMetrics.end()), names = known;
+  names.insert(names.end(), {"bsseval", "all"});
+  for (const std::string& given : arguments.metrics) {
+    if (std::ranges::find(names, given) != names.end()) continue;
+    std::string expected;
+    for (const std::string& name : names) expected += (expected.empty() ? "" : ", ") + name;
+    const auto meant = headroom::io::nearest(given, names);
+    headroom::fail("headroom.evaluate.metrics", "there is no metric \"", given, "\"; expected ", expected,
+                   meant ? "; did you mean " + *meant + "?" : "");
+  }
+  const auto asks_for = [&](const char* name) {
+    return std::ranges::find(arguments.metrics, name) != arguments.metrics.end();
+  };
+  std::erase_if(known, [&](const std::string& metric) {
+    return !asks_for("all") && !asks_for(metric.c_str()) &&
+           !(headroom::core::is_bss_metric(metric) && (asks_for("bsseval") || !arguments.museval.empty()));
+  });
+  return known;
+}
+
+// Asked before anything is computed: whether the results can be written.
+void check_results(const Arguments& arguments, const std::vector<std::string>& tracks) {
+  std::vector<fs::path> results;
+  if (!arguments.json.empty()) results.push_back(arguments.json);
+  if (!arguments.museval.empty()) {
+    std::error_code failure;
+    fs::create_directories(arguments.museval, failure);
+    for (const std::string& track : tracks) results.push_back(arguments.museval / (track + ".json"));
+  }
+  for (const fs::path& result : results) {
+    const std::string reason = headroom::io::why_not_writable(result);
+    headroom::require(reason.empty(), "headroom.evaluate.json", "can't write ", result, ": ", reason,
+                      "; give another path");
+  }
+}
+
+void report_silence(const std::string& track, const headroom::core::TrackScores& scores,
+                    const std::vector<std::string>& stems) {
+  for (std::size_t i = 0; i < stems.size(); ++i) {
+    if (scores.silent_reference[i]) std::cerr << "evaluate: " << track << ": the true " << stems[i] << " is silent\n";
+    if (scores.silent_estimate[i]) {
+      std::cerr << "evaluate: " << track << ": the estimate of " << stems[i] << " is silent\n";
     }
   }
-  std::cout << std::endl;  // a row appears when its track is done
-}
-
-headroom::training::Json to_json(const Scores& scores, const std::vector<std::string>& columns) {
-  headroom::training::Json json;
-  for (const std::string& column : columns) {
-    json[column] = scores.at(column) ? headroom::training::Json(*scores.at(column)) : nullptr;
+  const auto silent =
+      std::ranges::count_if(scores.frames, [](const headroom::core::BssFrame& frame) { return !frame; });
+  if (silent > 0) {
+    std::cerr << "evaluate: " << track << ": BSSEval leaves out " << silent << " of " << scores.frames.size()
+              << " frames, in which some stem is silent\n";
   }
-  return json;
 }
 
-void run(const fs::path& reference, const fs::path& estimate, const std::vector<std::string>& stems,
-         const fs::path& json_path) {
-  for (const std::string& stem : stems) {
+void run(const Arguments& arguments) {
+  for (const std::string& stem : arguments.stems) {
     headroom::require(headroom::io::is_file_name(stem), "headroom.evaluate.stems", "the stem \"", stem,
                       "\" is no plain file name; give names such as vocals,drums");
   }
-  if (!json_path.empty()) {
-    const std::string reason = headroom::io::why_not_writable(json_path);
-    headroom::require(reason.empty(), "headroom.evaluate.json", "can't write ", json_path, ": ", reason,
-                      "; give another path");
-  }
-  const std::vector<std::string> tracks = find_tracks(reference, stems);
-  const auto name_of = [&](const std::string& track) {
-    return track.empty() ? fs::canonical(reference).filename().string() : track;
-  };
-  int width = 16;
-  for (const std::string& track : tracks) {
-    width = std::max(width, static_cast<int>(name_of(track).size()) + 1);
-  }
+  const std::vector<std::string> metrics = chosen_metrics(arguments);
+  if (arguments.threads > 0) torch::set_num_threads(arguments.threads);
+  const std::vector<std::string> tracks = find_tracks(arguments.reference, arguments.stems);
+  std::vector<std::string> names = tracks;
+  if (tracks.front().empty()) names = {fs::canonical(arguments.reference).filename().string()};
+  check_results(arguments, names);
 
-  std::vector<std::string> columns = stems;
-  columns.push_back("mean");
-  std::cout << std::left << std::setw(width) << "nSDR [dB]" << std::right;
-  for (const std::string& column : columns) {
-    std::cout << std::setw(width_of(column)) << column;
-  }
-  std::cout << '\n';
-  std::vector<TrackScores> scores;
+  const ScoreTable table(arguments.stems, names);
+  std::map<std::string, std::vector<Row>> rows;  // by metric, for each track
   headroom::training::Json json;
-  for (const std::string& track : tracks) {
-    scores.push_back(evaluate_track(reference / track, estimate / track, stems));
-    print_row(name_of(track), scores.back().estimate, columns, width);
-    json["tracks"][name_of(track)] = to_json(scores.back().estimate, columns);
+  for (std::size_t i = 0; i < tracks.size(); ++i) {
+    TrackFiles files(arguments.reference / tracks[i], arguments.estimate / tracks[i], arguments.stems);
+    headroom::core::TrackOptions options = files.options();
+    options.metrics = metrics;
+    const headroom::core::TrackScores scores =
+        headroom::core::score_track(options, [&](auto&& on_block) { files.read(on_block); });
+    for (const std::string& metric : metrics) {
+      rows[metric].push_back(with_mean(scores.metrics.at(metric)));
+      table.print(names[i], metric, rows[metric].back());
+      json["tracks"][names[i]][metric] = table.json(rows[metric].back());
+    }
+    rows["nsdr_mixture"].push_back(with_mean(scores.mixture_nsdr));
+    Row silence = rows["nsdr_mixture"].back();
+    for (auto& value : silence) value = value ? std::optional(0.0) : std::nullopt;
+    rows["nsdr_silence"].push_back(silence);
+    report_silence(names[i], scores, arguments.stems);
+    if (!arguments.museval.empty()) {
+      write_museval_file(arguments.museval / (names[i] + ".json"), arguments.stems, scores.frames);
+    }
   }
-  for (const auto& [name, key, estimator] : {std::tuple("mean", "nsdr", &TrackScores::estimate),
-                                             std::tuple("silence", "nsdr_silence", &TrackScores::silence),
-                                             std::tuple("mixture", "nsdr_mixture", &TrackScores::mixture)}) {
-    const Scores mean = mean_over_tracks(scores, estimator);
-    print_row(name, mean, columns, width);
-    json[key] = to_json(mean, columns);
+  for (const std::string& metric : metrics) {
+    const Row row = over_tracks(metric, rows[metric]);
+    table.print(headroom::core::is_bss_metric(metric) ? "median" : "mean", metric, row);
+    json[metric] = table.json(row);
   }
-
-  if (!json_path.empty()) {
-    headroom::io::write_file(json_path, "headroom.evaluate.json", {json.dump(2), "\n"});
+  if (std::ranges::find(metrics, "nsdr") != metrics.end()) {
+    for (const auto& [name, key] : {std::pair("silence", "nsdr_silence"), std::pair("mixture", "nsdr_mixture")}) {
+      const Row row = over_tracks("nsdr", rows[key]);
+      table.print(name, "nsdr", row);
+      json[key] = table.json(row);
+    }
+  }
+  if (!arguments.json.empty()) {
+    headroom::io::write_file(arguments.json, "headroom.evaluate.json", {json.dump(2), "\n"});
   }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  CommandLine line("Compares separated stems with the true ones: nSDR in dB of each stem and track.");
-  fs::path reference, estimate, json;
-  std::vector<std::string> stems = {"vocals", "drums", "bass", "other"};
-  line.path("--reference", reference, "track folder with mixture.wav and the true stems, or a folder of such")
+  CommandLine line("Compares separated stems with the true ones: scores of each stem and track.");
+  Arguments arguments;
+  line.path("--reference", arguments.reference, "track folder with mixture.wav and the true stems, or a folder of such")
       .required();
-  line.path("--estimate", estimate, "separated stems in the same layout and with the same names").required();
-  line.texts("--stems", stems, "file names without .wav").separated_by(',').with_default();
-  line.path("--json", json, "also write the result to this file");
+  line.path("--estimate", arguments.estimate, "separated stems in the same layout and with the same names").required();
+  line.texts("--stems", arguments.stems, "file names without .wav or .flac").separated_by(',').with_default();
+  line.texts("--metrics", arguments.metrics,
+             "nsdr, si_sdr, sdr, isr, sir, sar (these four: bsseval), l1_freq, log_wmse, bleedless, fullness, or all")
+      .separated_by(',')
+      .with_default();
+  line.path("--json", arguments.json, "also write the result to this file");
+  line.path("--museval", arguments.museval,
+            "also compute BSSEval and write DIR/TRACK.json as museval does, with each frame");
+  line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
   return line.run("evaluate", argc, argv, [&] {
-    run(reference, estimate, stems, json);
+    run(arguments);
     return 0;
   });
 }

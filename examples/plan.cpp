@@ -58,11 +58,18 @@ headroom::PlanOptions plan_options(const Arguments& arguments) {
   return options;
 }
 
+// A configuration, and what a published file asks for in vain.
+training::Config load(const fs::path& path) {
+  std::vector<std::string> notices;
+  training::Config config = training::load_config(path, &notices);
+  for (const std::string& notice : notices) std::cout << path.filename().string() << ": " << notice << '\n';
+  return config;
+}
+
 // All configurations at all values of one of their numbers.
 int run_sweep(const Arguments& arguments) {
   std::vector<std::pair<std::string, training::Config>> configs;
-  for (const fs::path& path : arguments.configs)
-    configs.emplace_back(path.stem().string(), training::load_config(path));
+  for (const fs::path& path : arguments.configs) configs.emplace_back(path.stem().string(), load(path));
   const int64_t rate = configs.front().second.audio.sample_rate;
   const training::Sweep sweep = training::parse_sweep(arguments.sweep, rate, configs.front().second);
   const headroom::DeviceProfile device = training::find_device_profile(arguments.device);
@@ -85,7 +92,7 @@ int run(const Arguments& arguments) {
   check_outputs(arguments);
   if (!arguments.sweep.empty()) return run_sweep(arguments);
   const fs::path& path = arguments.configs.front();
-  training::Config config = training::load_config(path);
+  training::Config config = load(path);
   if (!arguments.attention.empty()) config.model.attention = arguments.attention;
   const headroom::DeviceProfile device = training::find_device_profile(arguments.device);
   if (config.model.attention == "tiled" && !device.device().is_cpu()) {
@@ -122,7 +129,7 @@ int main(int argc, char** argv) {
   std::string devices = "cpu";
   for (const auto& profile : headroom::known_devices()) devices += ", " + profile.name;
   line.paths("--config", arguments.configs,
-             "configuration, such as examples/configs/musdb18_small.json; several for --sweep")
+             "configuration, such as examples/configs/musdb18_small.json, or published .yaml; several for --sweep")
       .required();
   line.text("--device", arguments.device, devices + ", or a profile that ends with .json").with_default();
   line.text("--budget", arguments.budget, "what tensors may take, e.g. 24GiB; default: what the device has");

@@ -19,7 +19,7 @@ inline headroom::io::FolderLock open_run_folder(const std::filesystem::path& out
   headroom::io::FolderLock lock(out, "headroom.train.locked");
   const fs::path from = resume.has_parent_path() ? resume.parent_path() : ".";
   const bool goes_on = !resume.empty() && fs::equivalent(from, out, failure);
-  for (const char* name : {"last.pt", "best.pt", "summary.json"}) {
+  for (const char* name : {"last.pt", "best.pt", "last.safetensors", "best.safetensors", "summary.json"}) {
     headroom::require(goes_on || overwrite || !fs::exists(out / name, failure), "headroom.train.used",
                       "there is a run in ", out.string(), " already, with ", name,
                       "; go on with --resume, give --out another folder, or --overwrite to lose it");

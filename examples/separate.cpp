@@ -1,142 +1,192 @@
-// separate: splits a recording of any length into the stems of a trained model, in the memory of one segment.
+// separate: splits recordings of any length into the stems of a trained model, in the memory of one segment.
 //
 //   separate --model experiments/small/best.pt song.wav separated/song
+//   separate --model experiments/small/best.pt --format flac24 --two-stems vocals albums separated
+//   separate --model one.pt --model other.pt --ensemble median song.mp3 separated/song
 
-#include <unistd.h>
-
-#include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <filesystem>
-#include <iomanip>
 #include <iostream>
 #include <map>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "command_line.hpp"
-#include "headroom/audio/separator.hpp"
+#include "headroom/audio/ensemble.hpp"
+#include "headroom/audio/separate_file.hpp"
+#include "headroom/core/segments.hpp"
 #include "headroom/io/process.hpp"
-#include "headroom/training/state.hpp"
+#include "separation_blend.hpp"
+#include "separation_inputs.hpp"
+#include "separation_models.hpp"
+#include "separation_outputs.hpp"
+#include "separation_progress.hpp"
 
 namespace fs = std::filesystem;
 namespace audio = headroom::audio;
 
 namespace {
 
-// One line that is written over on a terminal, a line every tenth of the way elsewhere.
-class ProgressLine {
- public:
-  void show(std::int64_t done, std::int64_t total) {
-    const double share = static_cast<double>(done) / static_cast<double>(total);
-    if (!terminal_ && share < next_ && done < total) {
-      return;
-    }
-    next_ = share + 0.1;
-    const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
-    std::cerr << (terminal_ ? "\r" : "") << std::setw(3) << static_cast<int>(100 * share) << "%, " << time(elapsed)
-              << " elapsed, " << time(elapsed / share - elapsed) << " left" << (terminal_ && done < total ? "  " : "\n")
-              << std::flush;
-  }
-
- private:
-  static std::string time(double seconds) {
-    const auto s = static_cast<long>(seconds + 0.5);
-    const std::string rest = std::to_string(s % 60);
-    return std::to_string(s / 60) + (rest.size() < 2 ? ":0" : ":") + rest;
-  }
-
-  bool terminal_ = isatty(STDERR_FILENO) != 0;
-  double next_ = 0;
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
+const std::map<std::string, audio::Encoding> kFormats = {{"wav16", audio::Encoding::pcm16},
+                                                         {"wav24", audio::Encoding::pcm24},
+                                                         {"wav32f", audio::Encoding::float32},
+                                                         {"flac16", audio::Encoding::flac16},
+                                                         {"flac24", audio::Encoding::flac24}};
 
 struct Arguments {
-  fs::path model, input, output;
-  double overlap = 0.25;
-  std::int64_t segment = 0;  // 0: as trained
-  audio::Encoding encoding = audio::Encoding::pcm16;
-  int threads = 0;  // 0: LibTorch's choice
+  std::vector<fs::path> models, configs;
+  std::vector<fs::path> paths;  // the inputs and the output folder
+  std::string ensemble = "mean";
+  BlendChoice blend;
+  std::string format = "wav16";
+  OutputChoice choice;
+  std::string name;  // empty: {stem} for one file, {track}/{stem} else
+  int threads = 0;   // 0: LibTorch's choice
   std::string device = "cpu";
   bool overwrite = false;
 };
 
-// Where the stems go. What is there already is not replaced unasked: it may be the true stems of the recording.
-std::vector<fs::path> output_paths(const Arguments& arguments, const std::vector<std::string>& stems) {
-  std::error_code failure;
-  fs::create_directories(arguments.output, failure);
-  headroom::require(fs::is_directory(arguments.output), "headroom.separate.output", "can't make the folder ",
-                    arguments.output, ": ", failure.message(), "; choose another output folder");
-  std::vector<fs::path> outputs;
-  for (const std::string& stem : stems) {
-    outputs.push_back(arguments.output / (stem + ".wav"));
-    headroom::require(arguments.overwrite || !fs::exists(outputs.back(), failure), "headroom.separate.exists",
-                      outputs.back(), " is there already; choose another output folder or give --overwrite");
+// What separates, and into what.
+struct Separation {
+  audio::Ensemble ensemble;
+  audio::FileSeparation files;  // of the recording in work
+};
+
+void notice(const std::string& text) { std::cerr << "separate: " << text << '\n'; }
+
+// Separates one recording into separation.files and returns the number of clipped samples.
+std::int64_t separate_track(Track& track, Separation& separation, const fs::path& output,
+                            SeparationProgress& progress) {
+  for (const audio::StemFile& file : separation.files.outputs) make_folder(file.path.parent_path());
+  try {
+    return audio::separate_file(track.open(), separation.files, separation.ensemble,
+                                [&](std::int64_t done, std::int64_t total) {
+                                  headroom::require(headroom::io::stop_signal() == 0, "headroom.separate.interrupted",
+                                                    "stopped by a signal; nothing of ", track.file, " was written");
+                                  progress.show(done, total);
+                                });
+  } catch (...) {
+    progress.close();
+    for (const audio::StemFile& file : separation.files.outputs) remove_empty(file.path.parent_path(), output);
+    throw;
   }
-  return outputs;
 }
 
-void run(const Arguments& arguments) {
+// Separates one recording after the other. What is wrong with one is kept for the end; a signal ends all.
+void separate_tracks(Tracks& found, const std::vector<std::vector<audio::StemFile>>& files, Separation& separation,
+                     const fs::path& output) {
+  SeparationProgress progress(found.tracks);
+  std::int64_t clipped = 0;
+  for (std::size_t i = 0; i < found.tracks.size(); ++i) {
+    Track& track = found.tracks[i];
+    separation.files.outputs = files[i];
+    progress.begin(track);
+    bool whole = false;
+    try {
+      clipped += separate_track(track, separation, output, progress);
+      for (const audio::StemFile& file : files[i]) std::cout << file.path.string() << std::endl;
+      whole = true;
+    } catch (const headroom::Error& error) {
+      if (headroom::io::stop_signal() != 0) throw;
+      found.errors.push_back(error.what());
+    }
+    progress.end(whole);
+  }
+  if (clipped > 0) {
+    notice(std::to_string(clipped) + " samples were beyond full scale and clipped; --format wav32f keeps them");
+  }
+}
+
+// Tells how many files have which other sample rate.
+void tell_rates(const std::vector<Track>& tracks, int sample_rate) {
+  for (const std::string& files : other_rates(tracks, sample_rate)) {
+    notice(files + ": resampled to the model's " + std::to_string(sample_rate) + " Hz, and the stems back");
+  }
+}
+
+void warn_of_borders(const headroom::core::Segments& segments) {
+  if (headroom::core::segment_step(segments) == segments.length) {
+    notice("without overlap segments don't fade into each other, their borders may click; --overlap 0.25 avoids it");
+  }
+}
+
+int run(Arguments arguments) {
   if (arguments.threads > 0) {
     torch::set_num_threads(arguments.threads);
   }
-  headroom::io::handle_stop_signals(headroom::io::OnStop::finish_first);
-  auto [config, model] = headroom::training::load_model(arguments.model);
+  fs::path output = arguments.paths.back();
+  if (!output.has_filename()) output = output.parent_path();  // without the separator at its end
+  arguments.paths.pop_back();
+  SeparationModels models;
+  models.ensemble.combination = combinations().at(arguments.ensemble);
   const torch::Device device = find_device(arguments.device);
-  model->to(device);
+  for (const auto& files : model_files(arguments.models, arguments.configs)) {
+    for (const std::string& text : add_model(files, arguments.blend, device, models)) notice(text);
+  }
+  models.ensemble.check();
+  const std::vector<NamedSum> sums = chosen_sums(models.ensemble.stems(), arguments.choice);
 
-  const std::vector<fs::path> outputs = output_paths(arguments, config.audio.stems);
-  if (arguments.overlap == 0) {
-    std::cerr << "separate: without overlap segments don't fade into each other, their borders may click; --overlap "
-                 "0.25 avoids it\n";
-  }
-  const audio::SeparatorOptions options{
-      .segment = arguments.segment > 0 ? arguments.segment : config.training.segment_length,
-      .overlap = arguments.overlap,
-      .channels = config.audio.channels,
-      .stems = static_cast<std::int64_t>(outputs.size()),
-      .device = device};
-
-  ProgressLine line;
-  const std::int64_t clipped =
-      audio::separate_file(arguments.input, outputs, model, options, static_cast<int>(config.audio.sample_rate),
-                           arguments.encoding, [&](std::int64_t done, std::int64_t total) {
-                             headroom::require(headroom::io::stop_signal() == 0, "headroom.separate.interrupted",
-                                               "stopped by a signal; no stem was written");
-                             line.show(done, total);
-                           });
-  for (const fs::path& path : outputs) {
-    std::cout << path.string() << '\n';
-  }
-  if (clipped > 0) {
-    std::cerr << "separate: " << clipped << " samples were beyond full scale and clipped; --format wav32f keeps them\n";
-  }
+  std::error_code failure;
+  const bool one = arguments.paths.size() == 1 && !fs::is_directory(arguments.paths.front(), failure);
+  Tracks found = find_tracks(arguments.paths, output);
+  const OutputNames names{output,
+                          !arguments.name.empty() ? arguments.name
+                          : one                   ? "{stem}"
+                                                  : "{track}/{stem}",
+                          models.name, audio::extension_of(kFormats.at(arguments.format))};
+  const auto files = output_files(found.tracks, sums, names);
+  if (!arguments.overwrite) require_new(files);
+  make_folder(output);
+  for (const audio::EnsembleMember& member : models.ensemble.members) warn_of_borders(member.options.segments);
+  tell_rates(found.tracks, models.sample_rate);
+  headroom::io::handle_stop_signals(headroom::io::OnStop::finish_first);
+  Separation separation{models.ensemble, {{}, models.sample_rate, kFormats.at(arguments.format)}};
+  separate_tracks(found, files, separation, output);
+  if (!one && !found.errors.empty()) notice(std::to_string(found.errors.size()) + " could not be separated:");
+  for (const std::string& error : found.errors) notice(error);
+  return found.errors.empty() ? 0 : 1;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  CommandLine line("Separates a recording into stems: OUTDIR/<stem>.wav for each stem of the model.");
+  CommandLine line("Separates recordings into stems: OUTDIR/<stem>.wav for each stem of the model.");
   Arguments arguments;
-  const std::map<std::string, audio::Encoding> encodings = {
-      {"wav16", audio::Encoding::pcm16}, {"wav24", audio::Encoding::pcm24}, {"wav32f", audio::Encoding::float32}};
-  std::string format = "wav16";
-  line.path("--model", arguments.model, "saved state written by train").required();
-  line.path("INPUT", arguments.input,
-            "recording: WAV, FLAC, AIFF or Ogg, with the model's sample rate; - is the standard input")
-      .required();
-  line.path("OUTDIR", arguments.output, "folder for the stems, made if it is not there").required();
-  line.number("--overlap", arguments.overlap, Bounds<double>{0, 0.999},
-              "share of a segment that the next one covers again, default 0.25");
-  line.number("--segment", arguments.segment, Bounds<std::int64_t>{1, 1'000'000'000},
-              "samples the model works on at a time; default: as trained");
-  line.flag("--overwrite", arguments.overwrite, "replace stems that are in OUTDIR already");
-  line.text("--format", format, "wav16, wav24 (integers) or wav32f (float)")
-      .one_of({"wav16", "wav24", "wav32f"})
+  line.paths("--model,--weights", arguments.models,
+             "saved state or .safetensors written by train; with --config any .ckpt, .pth or .safetensors; given "
+             "several times, an ensemble")
+      .required()
+      .one_each_time();
+  line.paths("--config", arguments.configs,
+             "configuration of the weights, also one that was published with them; one for all or one each")
+      .one_each_time();
+  std::vector<std::string> ensembles;
+  for (const auto& [name, combination] : combinations()) ensembles.push_back(name);
+  line.text("--ensemble", arguments.ensemble,
+            "of several models: mean, median, min or max, of samples or, with :spectrum, of spectra")
+      .one_of(ensembles)
       .with_default();
+  line.paths("INPUT...OUTDIR", arguments.paths,
+             "recordings and, last, the folder for the stems, which is made if it is not there. A recording is a file "
+             "(WAV, FLAC, MP3, Ogg, AIFF of any sample rate), a folder with such files, or -, the standard input")
+      .required()
+      .at_least(2);
+  const auto stems = line.texts("--stems", arguments.choice.stems, "write these stems only: vocals,drums");
+  stems.separated_by(',');
+  line.text("--two-stems", arguments.choice.two_stems, "write this stem, and all the rest as no_STEM").without(stems);
+  line.text("--residual", arguments.choice.residual, "also write what the stems leave of the recording, as NAME");
+  std::vector<std::string> formats;
+  for (const auto& [name, encoding] : kFormats) formats.push_back(name);
+  line.text("--format", arguments.format, "wav16, wav24, flac16, flac24 (integers) or wav32f (float)")
+      .one_of(formats)
+      .with_default();
+  line.text("--name", arguments.name,
+            "names of the files, of {track}, {stem} and {model}; default {stem} for one file, else {track}/{stem}");
+  line.flag("--overwrite", arguments.overwrite, "replace files that are in OUTDIR already");
+  add_blend_options(line, arguments.blend);
   line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
   line.text("--device", arguments.device, "where the model runs, e.g. cpu or cuda").with_default();
-  return line.run("separate", argc, argv, [&] {
-    arguments.encoding = encodings.at(format);
-    run(arguments);
-    return 0;
-  });
+  return line.run("separate", argc, argv, [&] { return run(arguments); });
 }

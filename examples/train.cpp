@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "command_line.hpp"
 #include "headroom/io/process.hpp"
@@ -19,6 +20,7 @@
 #include "headroom/models/separator.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/json.hpp"
+#include "headroom/training/load_model.hpp"
 #include "headroom/training/models.hpp"
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/split.hpp"
@@ -34,14 +36,14 @@ namespace training = headroom::training;
 namespace {
 
 struct Arguments {
-  fs::path config, resume, data, out = "experiments/run";
+  fs::path config, resume, weights, data, out = "experiments/run";
   std::optional<int64_t> steps;
   std::optional<double> seconds;
   int threads = 0;  // 0: LibTorch's choice
   std::string device = "cpu";
   std::string card;    // whose memory to plan for; empty: this machine's when it runs on the CPU
   std::string budget;  // what tensors may take; empty: what the card has
-  bool fit = false, unplanned = false, memory_summary = false, overwrite = false;
+  bool allow_partial = false, fit = false, unplanned = false, memory_summary = false, overwrite = false;
 };
 
 void print_start(const training::Config& config, const torch::nn::Module& model, const Arguments& arguments) {
@@ -59,6 +61,19 @@ void print_start(const training::Config& config, const torch::nn::Module& model,
     std::cout << "stored attention scores would take " << headroom::format_bytes(*bytes) << " a step; "
               << (config.model.attention == "reference" ? "this backend stores them" : "none are stored") << std::endl;
   }
+}
+
+// The model of a configuration, with the weights that it begins with.
+headroom::models::Separator first_model(const training::Config& config, const Arguments& arguments) {
+  torch::manual_seed(static_cast<uint64_t>(config.training.seed));
+  headroom::models::Separator model = training::make_model(config);
+  if (!arguments.weights.empty()) {
+    const auto report =
+        training::load_weights(model, config, arguments.weights, {.allow_partial = arguments.allow_partial});
+    std::cout << "weights:  " << report.loaded.size() << " tensors from " << arguments.weights.string()
+              << to_string(report) << "\n";
+  }
+  return model;
 }
 
 std::optional<int64_t> budget(const Arguments& arguments) {
@@ -129,7 +144,9 @@ int finish(const training::Summary& summary, const training::Config& config, con
 
 // Returns the exit code.
 int run(const Arguments& arguments) {
-  training::Config config = training::load_config(arguments.config);
+  std::vector<std::string> notices;
+  training::Config config = training::load_config(arguments.config, &notices);
+  for (const std::string& notice : notices) std::cout << "config:   " << notice << "\n";
   const fs::path data = arguments.data.empty() ? fs::path(config.data.path) : arguments.data;
   headroom::require(!data.empty(), "headroom.train.data", "no data: ", arguments.config.string(),
                     " has no data.path; give --data the folder that holds `train`");
@@ -148,8 +165,7 @@ int run(const Arguments& arguments) {
   const auto valid = training::validation_split(data, config);
   const auto lock = open_run_folder(arguments.out, arguments.resume, arguments.overwrite);
   for (const std::string& notice : split.dataset.notices()) std::cout << "data:     " << notice << "\n";
-  torch::manual_seed(static_cast<uint64_t>(config.training.seed));
-  const headroom::models::Separator model = training::make_model(config);
+  const headroom::models::Separator model = first_model(config, arguments);
   model->to(device);
   training::Trainer trainer(model, config, split);
   if (!arguments.resume.empty()) {
@@ -174,10 +190,17 @@ int run(const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CommandLine line("Trains a separator on a MUSDB18-HQ folder; writes last.pt, best.pt, config.json and summary.json.");
+  CommandLine line(
+      "Trains a separator on a MUSDB18-HQ folder; writes last.pt, best.pt, their weights as .safetensors, config.json "
+      "and "
+      "summary.json.");
   Arguments arguments;
-  line.path("--config", arguments.config, "configuration, such as examples/configs/musdb18_small.json").required();
-  line.path("--resume", arguments.resume, "saved state to go on from, of the same model");
+  line.path("--config", arguments.config,
+            "configuration, such as examples/configs/musdb18_small.json, or published .yaml")
+      .required();
+  line.path("--weights", arguments.weights, "weights to begin with: .ckpt, .pth, .safetensors or a saved state")
+      .without(line.path("--resume", arguments.resume, "saved state to go on from, of the same model"));
+  line.flag("--allow-partial", arguments.allow_partial, "of --weights take what fits, and tell the rest");
   line.path("--data", arguments.data, "folder with `train` and, optionally, `valid`; default: data.path");
   line.path("--out", arguments.out, "folder for what is written").with_default();
   line.flag("--overwrite", arguments.overwrite, "start anew in a folder that holds another run");

@@ -59,19 +59,21 @@ collect_programs() {
 }
 
 make_bundle() {
-  local package library
+  local package library name
   mkdir -p "$bundle"
-  for package in libeigen3-dev nlohmann-json3-dev catch2 libcli11-dev libsndfile1-dev; do
+  for package in libeigen3-dev nlohmann-json3-dev catch2 libcli11-dev libsndfile1-dev libsoxr-dev libyaml-cpp-dev; do
     dpkg -L "$package" | grep -E '^/usr/(include|lib|share)/' | grep -vE '/(doc|man)/' |
       while read -r file; do
         if [ -f "$file" ]; then cp -P --parents "$file" "$bundle"; fi
       done
   done
-  library=$(ldconfig -p | awk '/libsndfile.so.1 / {print $NF; exit}')
-  for library in "$library" $(ldd "$library" | awk '/=> .*\/lib(FLAC|ogg|vorbis|vorbisenc|opus|mpg123|mp3lame)\.so/ {print $3}'); do
-    cp -L --parents "/usr${library#/usr}" "$bundle"
+  for name in libsndfile.so.1 libsoxr.so.0 libyaml-cpp.so.0.7; do
+    library=$(ldconfig -p | awk -v name="$name" '$1 == name {print $NF; exit}')
+    for library in "$library" $(ldd "$library" | awk '/=> .*\/lib(FLAC|ogg|vorbis|vorbisenc|opus|mpg123|mp3lame)\.so/ {print $3}'); do
+      cp -L --parents "/usr${library#/usr}" "$bundle"
+    done
+    ln -sf "$name" "$(dirname "$(find "$bundle" -name "$name")")/${name%%.so*}.so"
   done
-  ln -sf libsndfile.so.1 "$(dirname "$(find "$bundle" -name libsndfile.so.1)")/libsndfile.so"
   if [ -n "$torch" ]; then
     build_programs "$(realpath "$torch")" build/gpu_bundle
     collect_programs build/gpu_bundle "$bundle/programs"

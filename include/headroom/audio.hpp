@@ -1,7 +1,13 @@
 #pragma once
 
-// audio/file.hpp and audio/separator.hpp need libsndfile: headroom::training links it, headroom/training.hpp has them.
+// What reads, writes, resamples and separates files (audio/file.hpp, resampler.hpp, separate_file.hpp and what they
+// include) needs libsndfile and libsoxr, which headroom::training links.
 #include "headroom/audio/container.hpp"
+#include "headroom/audio/ensemble.hpp"
 #include "headroom/audio/losses.hpp"
 #include "headroom/audio/metrics.hpp"
+#include "headroom/audio/segment_model.hpp"
+#include "headroom/audio/separator.hpp"
+#include "headroom/audio/separator_stream.hpp"
 #include "headroom/audio/stft.hpp"
+#include "headroom/audio/test_time.hpp"

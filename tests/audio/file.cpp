@@ -174,6 +174,40 @@ TEST_CASE("a writer that is not closed, fails, or gets too little leaves the old
   CHECK(error_of([&] { closed.close(); }).id() == "headroom.audio.file.samples");
 }
 
+TEST_CASE("FLAC keeps every bit of integers, has its limits, and is whole or not at all on a full disk") {
+  const TemporaryFolder folder;
+  for (const auto& [encoding, steps] : {std::pair{Encoding::flac16, 32768}, {Encoding::flac24, 8388608}}) {
+    const torch::Tensor samples = torch::randint(-steps, steps, {3, 100000}).to(torch::kFloat) / steps;
+    audio::write_audio(folder / "a.flac", samples, 96000, encoding);
+    const audio::Recording back = audio::read_audio(folder / "a.flac");
+    CHECK(back.sample_rate == 96000);
+    CHECK(torch::equal(back.samples, samples));
+    const std::string bytes = testing::read_bytes(folder / "a.flac");
+    CHECK(bytes.substr(0, 4) == "fLaC");
+    audio::write_audio(folder / "a.flac", samples, 96000, encoding);
+    CHECK((testing::read_bytes(folder / "a.flac") == bytes));
+
+    std::vector<std::string> ids;
+    {  // from the header alone to all but the last bytes, which libsndfile writes when it closes the file
+      for (const std::size_t limit : {std::size_t{30}, std::size_t{100000}, bytes.size() - 1}) {
+        const testing::FileSizeLimit few(limit);
+        const Error error = error_of([&] { audio::write_audio(folder / "a.flac", samples, 96000, encoding); });
+        ids.push_back(error.id());
+      }
+    }
+    CHECK(ids == std::vector<std::string>(3, "headroom.audio.file.write"));
+    CHECK((testing::read_bytes(folder / "a.flac") == bytes));
+    CHECK(folder.names().size() == 1);
+  }
+  AudioWriter writer(folder / "b.flac", {1, 44100, Encoding::flac16}, 3);
+  writer.write(torch::tensor({{2.f, -2.f, 0.5f}}));
+  CHECK(writer.clipped() == 2);
+  writer.close();
+  const Error error = error_of([&] { AudioWriter(folder / "c.flac", {9, 44100, Encoding::flac16}, 1); });
+  CHECK(error.id() == "headroom.audio.file.options");
+  CHECK_THAT(error.what(), Catch::Contains("with 9 channels, expected at most 8 in FLAC"));
+}
+
 TEST_CASE("a disk that fills up while writing is an error that names the file, and leaves no temporary file") {
   const TemporaryFolder folder;
   testing::write_bytes(folder / "a.wav", "precious");

@@ -163,6 +163,30 @@ TEST_CASE("a track that is silent, or an estimate that is perfect, is no crash")
   CHECK_FALSE(frames(track, options, 500)[0].has_value());
 }
 
+TEST_CASE("scores have the same bits for any number of threads") {
+  const Signals track = signals(3, 2, 1000);
+  const auto scored = [&](const auto& executor) {
+    core::BssCorrelations correlations(kOptions, executor);
+    correlations.add(track.references, track.estimates);
+    core::BssFrames found(core::BssFilters(correlations), executor);
+    found.add(track.references, track.estimates);
+    return found.finish();
+  };
+  const auto expected = scored(core::SerialExecutor());
+#ifdef _OPENMP
+  for (const int threads : {1, 2, 5}) {
+    const auto found = scored(core::OpenMpExecutor{threads});
+    for (std::size_t t = 0; t < expected.size(); ++t) {
+      for (std::size_t source = 0; source < 3; ++source) {
+        CHECK((*found[t])[source].isr == (*expected[t])[source].isr);
+        CHECK((*found[t])[source].sar == (*expected[t])[source].sar);
+      }
+    }
+  }
+#endif
+  check_scores(expected, kStereo);
+}
+
 TEST_CASE("blocks and options of another shape are refused") {
   CHECK(testing::error_of([] { core::BssCorrelations({.sources = 0}); }).id() == "headroom.core.bsseval.options");
   core::BssCorrelations correlations(kOptions);

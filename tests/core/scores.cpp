@@ -1,11 +1,17 @@
 #include <algorithm>
 #include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
 
+#include "headroom/core/log_wmse.hpp"
 #include "headroom/core/si_sdr.hpp"
 #include "headroom/core/spectral_scores.hpp"
+#include "headroom/core/track_scores.hpp"
 #include "support/catch.hpp"
 
-// SI-SDR, L1-frequency, bleedless and fullness, against what scores_reference.py prints.
+// SI-SDR, L1-frequency, bleedless and fullness, against what scores_reference.py prints; logWMSE, against
+// log_wmse_reference.py; and all of them of a track.
 
 using namespace headroom;
 using Eigen::Index;
@@ -93,6 +99,95 @@ TEST_CASE("bleedless and fullness are those of Music-Source-Separation-Training"
   core::BleedFullnessScore equal(peaks, 2, 44100);
   equal.add(stem.reference, stem.reference);
   CHECK(equal.finish().bleedless == 100);
+}
+
+namespace {
+
+/// logWMSE of a stem in blocks of some length.
+double log_wmse_of(const MatrixXd& mixture, const StereoStem& stem, Index block, double sample_rate = 44100) {
+  core::HearingEnergy error(2, sample_rate), of_mixture(2, sample_rate);
+  for (Index begin = 0; begin < mixture.cols(); begin += block) {
+    const Index count = std::min(block, mixture.cols() - begin);
+    error.add((stem.estimate - stem.reference).middleCols(begin, count));
+    of_mixture.add(mixture.middleCols(begin, count));
+  }
+  return core::log_wmse(error.finish(), of_mixture.finish());
+}
+
+}  // namespace
+
+TEST_CASE("logWMSE is that of torch-log-wmse") {
+  StereoStem stem = stereo_stem();
+  const MatrixXd mixture = stem.reference + stem.estimate;
+  const auto close = [](double expected) { return Approx(expected).margin(2e-6).epsilon(0); };
+  for (const Index block : {20000, 123}) CHECK(log_wmse_of(mixture, stem, block) == close(10.6763022263));
+  CHECK(log_wmse_of(mixture, stem, 20000, 48000) == close(10.6863440515));
+  CHECK(log_wmse_of(mixture, stem, 20000, 32000) == close(10.6417065857));
+  CHECK(log_wmse_of(0 * mixture, stem, 20000) == close(-137.2703887427));
+  const StereoStem brief{stem.reference.leftCols(10), stem.estimate.leftCols(10)};
+  CHECK(log_wmse_of(mixture.leftCols(10), brief, 10) == close(15.1015778153));
+  stem.reference.setZero();
+  CHECK(log_wmse_of(mixture, stem, 20000) == close(7.3932020233));
+  stem.estimate = stem.reference;
+  CHECK(log_wmse_of(mixture, stem, 20000) == close(73.6827229758));
+  CHECK(core::log_wmse(core::HearingEnergy(1, 44100).finish(), core::HearingEnergy(1, 44100).finish()) ==
+        close(73.6827229758));
+  CHECK(testing::error_of([] { core::HearingEnergy(0, 44100); }).id() == "headroom.core.log_wmse.options");
+  CHECK(testing::error_of([] { core::HearingEnergy(2, 44100).add(MatrixXd::Zero(1, 9)); }).id() ==
+        "headroom.core.log_wmse.shape");
+  CHECK(testing::error_of([] { core::log_wmse(Eigen::ArrayXd::Ones(2), Eigen::ArrayXd::Ones(1)); }).id() ==
+        "headroom.core.log_wmse.shape");
+}
+
+namespace {
+
+/// A track of two mono sources, the channels of a stereo stem, in blocks of 1000 samples.
+core::TrackScores score_both(const StereoStem& stem, const std::vector<std::string>& metrics) {
+  const core::TrackOptions options{.sources = 2, .channels = 1, .sample_rate = 5000, .metrics = metrics};
+  return core::score_track(options, [&](auto&& on_block) {
+    for (Index begin = 0; begin < stem.reference.cols(); begin += 1000) {
+      const MatrixXd references = stem.reference.middleCols(begin, 1000),
+                     estimates = stem.estimate.middleCols(begin, 1000);
+      on_block({references.cast<float>(), estimates.cast<float>(), references.colwise().sum().cast<float>()});
+    }
+  });
+}
+
+}  // namespace
+
+TEST_CASE("all scores of a track are those of its parts, and what is silent is told") {
+  StereoStem stem = stereo_stem();
+  const std::vector<std::string> all(core::kMetrics.begin(), core::kMetrics.end());
+  const core::TrackScores scores = score_both(stem, all);
+  CHECK(scores.metrics.size() == all.size());
+  CHECK(scores.frames.size() == 4);
+  for (std::size_t source = 0; source < 2; ++source) {
+    const MatrixXd s = stem.reference.row(static_cast<Index>(source)),
+                   e = stem.estimate.row(static_cast<Index>(source));
+    core::NsdrAccumulator nsdr;
+    core::SiSdrAccumulator si_sdr;
+    core::L1FrequencyScore l1_frequency(1);
+    nsdr.add(s, e), si_sdr.add(s, e), l1_frequency.add(s, e);
+    CHECK(*scores.metrics.at("nsdr")[source] == Approx(nsdr.value()).epsilon(1e-6));
+    CHECK(*scores.metrics.at("si_sdr")[source] == Approx(si_sdr.value()).epsilon(1e-6));
+    CHECK(*scores.metrics.at("l1_freq")[source] == Approx(l1_frequency.finish()).epsilon(1e-6));
+    CHECK(*scores.metrics.at("sdr")[source] == core::median_scores(scores.frames, static_cast<Index>(source))->sdr);
+    CHECK(*scores.metrics.at("bleedless")[source] > 0);
+    CHECK_FALSE(scores.silent_reference[source]);
+  }
+
+  stem.reference.row(0).setZero(), stem.estimate.row(1).setZero();
+  const core::TrackScores silent = score_both(stem, all);
+  CHECK(silent.silent_reference == std::vector{true, false});
+  CHECK(silent.silent_estimate == std::vector{false, true});
+  CHECK(silent.metrics.at("nsdr") == std::vector<std::optional<double>>{std::nullopt, 0});
+  CHECK_FALSE(silent.metrics.at("si_sdr")[0].has_value());
+  CHECK_FALSE(silent.metrics.at("sir")[1].has_value());
+  CHECK(silent.metrics.at("log_wmse")[0].has_value());
+  CHECK(silent.metrics.at("fullness")[0] == 100);
+
+  CHECK(score_both(stem, {"nsdr"}).metrics.size() == 1);
+  CHECK(testing::error_of([&] { score_both(stem, {"sdri"}); }).id() == "headroom.core.track_scores.options");
 }
 
 TEST_CASE("frames are those of torch.stft, at both ends") {

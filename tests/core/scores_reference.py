@@ -41,6 +41,7 @@ def bleed_fullness(s, e):
     return 100 / (1 + float(louder)), 100 / (1 - float(quieter))
 
 
-print(f"si_sdr {si_sdr(reference, estimate):.10f}")
-print(f"l1_frequency {l1_frequency(reference, estimate):.10f}")
-print("bleedless {:.10f} fullness {:.10f}".format(*bleed_fullness(reference, estimate)))
+if __name__ == "__main__":
+    print(f"si_sdr {si_sdr(reference, estimate):.10f}")
+    print(f"l1_frequency {l1_frequency(reference, estimate):.10f}")
+    print("bleedless {:.10f} fullness {:.10f}".format(*bleed_fullness(reference, estimate)))

@@ -115,7 +115,7 @@ TEST_CASE("separating on the device gives what separating on the CPU gives", "[g
   const training::Config config = small_config();
   models::TimeFrequencyTransformer model = make_transformer(config);
   audio::SeparatorOptions options;
-  options.segment = 2048, options.channels = 2, options.stems = 4, options.device = test_device();
+  options.segments.length = 2048, options.channels = 2, options.stems = 4, options.device = test_device();
   const Tensor mixture = 0.1 * torch::randn({2, 9000});
   const Tensor there = audio::separate(mixture, model, options);
   model->to(torch::kCPU);

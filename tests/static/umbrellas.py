@@ -10,8 +10,9 @@ from pathlib import Path
 # Headers that a program includes by itself, each for the reason given.
 OPT_IN = {
     "attention/register_ops.hpp": "registers operators when it is included: for one unit of a program",
-    "audio/file.hpp": "needs libsndfile, which headroom::headroom does not link",
-    "audio/separator.hpp": "reads and writes audio files",
+    **dict.fromkeys((f"audio/{name}.hpp" for name in (
+        "file", "format", "reader", "resampler", "separate_file", "sound_file", "stem_files", "writer")),
+        "needs libsndfile or libsoxr, which headroom::headroom does not link"),
 }
 
 

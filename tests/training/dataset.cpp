@@ -92,6 +92,27 @@ TEST_CASE("an example that is not remixed is the same segment of all files of a 
   CHECK(frames[2].size() == 20);
 }
 
+TEST_CASE("the accompaniment is in the mixture and among no stems") {
+  const TemporaryFolder folder;
+  make_tracks(folder, {50, 50});
+  for (const double remix : {0.0, 1.0}) {
+    const MusdbDataset all(folder.path(), {.segment_length = 5, .remix = remix});
+    const MusdbDataset two(
+        folder.path(),
+        {.segment_length = 5, .stems = {"vocals", "drums"}, .accompaniment = {"bass", "other"}, .remix = remix});
+    for (int i = 0; i < 20; ++i) {
+      const Example expected = all.example(1, i), found = two.example(1, i);
+      CHECK(torch::equal(found.mixture, expected.mixture));
+      CHECK(torch::equal(found.stems, expected.stems.narrow(0, 0, 2)));
+    }
+  }
+  std::filesystem::remove(folder / "1/other.wav");
+  const auto wanted = [&] {
+    MusdbDataset(folder.path(), {.segment_length = 5, .stems = {"bass"}, .accompaniment = {"other"}});
+  };
+  CHECK(error_of(wanted).id() == "headroom.training.dataset.missing");
+}
+
 TEST_CASE("a remixed example takes each stem from its own track and position, with gain, swap and polarity") {
   const TemporaryFolder folder;
   make_tracks(folder, {50, 50, 50});

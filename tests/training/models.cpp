@@ -5,6 +5,7 @@
 #include "headroom/audio/separator.hpp"
 #include "headroom/checkpoint/stack.hpp"
 #include "headroom/memory/meter.hpp"
+#include "headroom/training/load_model.hpp"
 #include "headroom/training/plan.hpp"
 #include "headroom/training/recommend.hpp"
 #include "headroom/training/state.hpp"
@@ -214,7 +215,7 @@ TEST_CASE("a model of the program's own is trained with its loss, saved, resumed
 
   auto [saved, model] = load_model(folder / "last.pt");
   CHECK(saved.model.type() == "frame_mlp");
-  const torch::Tensor stems = audio::separate(torch::randn({2, 10'000}), model, {.segment = 4096});
+  const torch::Tensor stems = audio::separate(torch::randn({2, 10'000}), model, {.segments = {.length = 4096}});
   CHECK(stems.sizes() == torch::IntArrayRef({4, 2, 10'000}));
 
   // As another type it is another model, whatever else agrees
@@ -249,7 +250,7 @@ TEST_CASE("RoFormers are planned byte for byte, trained, saved and separate, by 
     trainer.run({.folder = folder.path()});
     auto [saved, separator] = load_model(folder / "last.pt");
     CHECK(to_json(saved) == to_json(config));
-    const torch::Tensor stems = audio::separate(torch::randn({2, 10'001}), separator, {.segment = 4096});
+    const torch::Tensor stems = audio::separate(torch::randn({2, 10'001}), separator, {.segments = {.length = 4096}});
     CHECK(stems.sizes() == torch::IntArrayRef({4, 2, 10'001}));
     CHECK(stems.isfinite().all().item<bool>());
   }

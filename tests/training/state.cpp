@@ -8,6 +8,7 @@
 #include <sstream>
 #include <thread>
 
+#include "headroom/training/load_model.hpp"
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/tiny_separator.hpp"
@@ -189,10 +190,10 @@ TEST_CASE("tensors of another structure are refused with every difference, and n
   const Error error = error_of([&] { copy_tensors(source, target, "x.pt"); });
   CHECK(error.id() == "headroom.training.state.structure");
   CHECK(contains(error.what(), "x.pt does not fit this model"));
-  CHECK(contains(error.what(), "missing: last.bias [8] Float"));
-  CHECK(contains(error.what(), "unexpected: extra [2] Float"));
-  CHECK(contains(error.what(), "differs: first.weight is [7, 2, 9] Float, expected [6, 2, 9] Float"));
-  CHECK(contains(error.what(), "differs: scale is [1] Double, expected [1] Float"));
+  CHECK(contains(error.what(), "missing in the file: \"last.bias\""));
+  CHECK(contains(error.what(), "not in the module: \"extra\""));
+  CHECK(contains(error.what(), "first.weight is Float [7, 2, 9] in the file, expected Float [6, 2, 9]"));
+  CHECK(contains(error.what(), "scale is Double [1] in the file, expected Float [1]"));
   CHECK(small->norm->weight.equal(norm));
   TinySeparator other(6);
   copy_tensors(tensors_of(*other), target, "y");
@@ -214,8 +215,9 @@ TEST_CASE("load_model gives the saved model ready for inference") {
   CHECK(options.stems() == 2);
   CHECK(options.ffn_hidden_dim() == std::vector<int64_t>{16});
   models::TimeFrequencyTransformer model(options);
-  save_state(folder / "m.pt",
-             {.config = to_json(config), .random = random_state(), .model = tensors_of(*model), .optimizer = {}});
+  const TrainingState state{
+      .config = to_json(config), .step = 3, .random = random_state(), .model = tensors_of(*model), .optimizer = {}};
+  save_state(folder / "m.pt", state);
   LoadedModel loaded = load_model(folder / "m.pt");
   CHECK(loaded.config.audio.stems == config.audio.stems);
   CHECK_FALSE(loaded.model->is_training());
@@ -223,4 +225,19 @@ TEST_CASE("load_model gives the saved model ready for inference") {
   const torch::Tensor stems = loaded.model(mixture);
   CHECK_FALSE(stems.requires_grad());
   CHECK(stems.equal(model->forward(mixture)));
+
+  // Weights alone, with their configuration in the metadata or beside them
+  save_weights(folder / "m.safetensors", state);
+  CHECK(load_model(folder / "m.safetensors").model(mixture).equal(stems));
+  const auto plain = folder / "plain.safetensors", beside = folder / "config.json";
+  weights::save_tensors(plain, state.model);
+  write_bytes(beside, state.config);
+  const Error error = error_of([&] { load_model(plain); });
+  CHECK(error.id() == "headroom.training.no_config");
+  CHECK(contains(error.what(), "give the one that was published with it as well, --config FILE"));
+  for (const auto& weights : {plain, folder / "m.safetensors", folder / "m.pt"}) {
+    LoadedModel again = load_model({.weights = weights, .config = beside});
+    CHECK_FALSE(again.model->is_training());
+    CHECK(again.model(mixture).equal(stems));
+  }
 }

@@ -4,6 +4,7 @@
 #include <map>
 #include <numeric>
 
+#include "headroom/training/load_model.hpp"
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/one_thread.hpp"
@@ -112,15 +113,18 @@ TEST_CASE("a run that is stopped and resumed in new objects ends bit-equal to on
   CHECK(rates == rates_in_parts);
   CHECK(last.epoch_losses == summary.epoch_losses);
   CHECK(last.best_score == summary.best_score);
-  for (const char* name : {"last.pt", "best.pt"}) {
+  for (const std::string name : {"last", "best"}) {
     INFO(name);
-    const TrainingState a = load_state(whole / name), b = load_state(parts / name);
+    const TrainingState a = load_state(whole / (name + ".pt")), b = load_state(parts / (name + ".pt"));
     CHECK(a.step == b.step);
     CHECK(a.epoch_losses == b.epoch_losses);
     CHECK(a.random.equal(b.random));
     check_equal(a.model, b.model);
     check_equal(a.optimizer, b.optimizer);
     CHECK(a.optimizer.at("first.weight.step").item<int64_t>() == a.step);
+    const auto beside = parts / (name + ".safetensors");
+    check_equal(weights::load_tensors(beside), b.model);
+    CHECK(testing::read_bytes(beside) == testing::read_bytes(whole / (name + ".safetensors")));
   }
 }
 

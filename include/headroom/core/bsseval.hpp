@@ -4,12 +4,14 @@
 #include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <limits>
 #include <optional>
 #include <utility>
 #include <vector>
 
-#include "headroom/core/error.hpp"
+#include "headroom/core/bss_correlations.hpp"
+#include "headroom/core/executor.hpp"
 #include "headroom/core/real_transform.hpp"
 
 // BSSEval version 4 as museval computes it (Stöter, Liutkus, Ito: "The 2018 Signal Separation Evaluation Campaign";
@@ -24,24 +26,10 @@
 // SDR = s against all three errors, ISR = s against spatial, SIR = P_j against interference, SAR = P against artifacts,
 // as ratios of energy in dB, for each frame of one second. The filters need the correlations of the whole track, so a
 // track is read twice: BssCorrelations, then BssFilters, then BssFrames. Each keeps as much as a window has, whatever
-// the length of the track; the equations of 4 stereo sources with 512 taps take 4096² doubles, 128 MiB.
+// the length of the track; the equations of 4 stereo sources with 512 taps take 4096² doubles, 128 MiB. An executor
+// runs the transforms and products of both readings; the numbers are the same whatever its threads.
 
 namespace headroom::inline v0::core {
-
-struct BssOptions {
-  Eigen::Index sources = 4, channels = 2;
-  Eigen::Index window = 44100, hop = 44100;  ///< of frames, in samples; museval's tools take one second
-  Eigen::Index filter_length = 512;          ///< taps
-
-  Eigen::Index rows() const { return sources * channels; }
-
-  /// Throws headroom.core.bsseval.options.
-  void check() const {
-    require(sources >= 1 && channels >= 1 && window >= 1 && hop >= 1 && filter_length >= 1,
-            "headroom.core.bsseval.options", "got ", sources, " sources, ", channels, " channels, window ", window,
-            ", hop ", hop, ", ", filter_length, " taps; expected at least 1 of each");
-  }
-};
 
 /// Scores of one source in one frame, in dB. What has no error at all has some thousand dB.
 struct BssScores {
@@ -51,95 +39,12 @@ struct BssScores {
 /// Scores of all sources in a frame; none where a true or an estimated source is silent, which museval calls NaN.
 using BssFrame = std::optional<std::vector<BssScores>>;
 
-namespace detail {
-
-/// Throws headroom.core.bsseval.shape.
-template <class References, class Estimates>
-void check_bss_block(const References& references, const Estimates& estimates, const BssOptions& options) {
-  require(references.rows() == options.rows() && estimates.rows() == options.rows() &&
-              references.cols() == estimates.cols(),
-          "headroom.core.bsseval.shape", "got references of ", references.rows(), " x ", references.cols(),
-          " and estimates of ", estimates.rows(), " x ", estimates.cols(), "; expected ", options.rows(),
-          " rows (sources x channels) and the same samples in both");
-}
-
-}  // namespace detail
-
-/// The first reading of a track: how much true sources correlate with each other and with the estimates, at every
-/// delay of the filters.
-class BssCorrelations {
- public:
-  /// Throws headroom.core.bsseval.options.
-  explicit BssCorrelations(const BssOptions& options)
-      : options_(options),
-        transform_(detail::fast_length((options.check(), std::max<Eigen::Index>(8192, 4 * options.filter_length)))) {
-    const Eigen::Index rows = options_.rows();
-    references_ = estimates_ = Eigen::MatrixXd::Zero(transform_.length(), rows);
-    among_references_ = with_estimates_ = Eigen::MatrixXcd::Zero(transform_.bins(), rows * rows);
-  }
-
-  const BssOptions& options() const { return options_; }
-
-  /// Adds a block of any length, [sources x channels, samples], the channels of a source one after the other.
-  /// Throws headroom.core.bsseval.shape.
-  template <class References, class Estimates>
-  void add(const Eigen::MatrixBase<References>& references, const Eigen::MatrixBase<Estimates>& estimates) {
-    detail::check_bss_block(references, estimates, options_);
-    for (Eigen::Index done = 0; done < references.cols();) {
-      const Eigen::Index count = std::min(references.cols() - done, transform_.length() - filled_);
-      references_.middleRows(filled_, count) = references.middleCols(done, count).transpose().template cast<double>();
-      estimates_.middleRows(filled_, count) = estimates.middleCols(done, count).transpose().template cast<double>();
-      filled_ += count;
-      done += count;
-      if (filled_ == transform_.length()) take_block();
-    }
-  }
-
-  /// sum of rows `first` at n and `second` at n - delay, for delays from 0 to filter_length - 1. `first` is a true
-  /// source, or with `of_estimate` an estimated one. To be called after all that is added.
-  Eigen::VectorXd correlation(Eigen::Index first, Eigen::Index second, bool of_estimate) {
-    if (filled_ > history()) take_block();
-    const Eigen::Index column = first * options_.rows() + second;
-    const Eigen::MatrixXcd& spectra = of_estimate ? with_estimates_ : among_references_;
-    return transform_.inverse(spectra.col(column)).head(options_.filter_length);
-  }
-
- private:
-  Eigen::Index history() const { return options_.filter_length - 1; }
-
-  /// A block stands behind the last samples of the one before, so that delays reach back; its spectrum without them
-  /// against the spectrum with them counts each pair of samples once.
-  void take_block() {
-    references_.bottomRows(transform_.length() - filled_).setZero();
-    estimates_.bottomRows(transform_.length() - filled_).setZero();
-    const Eigen::MatrixXcd delayed = transform_.forward(references_);
-    const Eigen::MatrixXd last = references_.middleRows(filled_ - history(), history());
-    references_.topRows(history()).setZero();
-    const Eigen::MatrixXcd present = transform_.forward(references_), estimated = transform_.forward(estimates_);
-    const Eigen::Index rows = options_.rows();
-    for (Eigen::Index first = 0; first < rows; ++first) {
-      for (Eigen::Index second = 0; second < rows; ++second) {
-        const auto conjugate = delayed.col(second).array().conjugate();
-        among_references_.col(first * rows + second).array() += present.col(first).array() * conjugate;
-        with_estimates_.col(first * rows + second).array() += estimated.col(first).array() * conjugate;
-      }
-    }
-    references_.topRows(history()) = last;
-    filled_ = history();
-  }
-
-  BssOptions options_;
-  detail::RealTransform transform_;
-  Eigen::MatrixXd references_, estimates_;              // [length, rows]: history, then the block
-  Eigen::MatrixXcd among_references_, with_estimates_;  // [bins, rows x rows]
-  Eigen::Index filled_ = options_.filter_length - 1;
-};
-
 /// The filters of a track: for each estimated channel those of all true sources, and those of its own source alone.
 class BssFilters {
  public:
   /// Solves the normal equations, by far the most work: (sources · channels · taps)³ / 3 multiplications.
-  explicit BssFilters(BssCorrelations& correlations) : options_(correlations.options()) {
+  template <Executor E>
+  explicit BssFilters(BssCorrelations<E>& correlations) : options_(correlations.options()) {
     const Eigen::Index rows = options_.rows(), taps = options_.filter_length, channels = options_.channels;
     all_ = Eigen::MatrixXd(rows * taps, rows);
     for (Eigen::Index estimate = 0; estimate < rows; ++estimate) {
@@ -168,7 +73,8 @@ class BssFilters {
 
  private:
   /// The correlation matrix of `rows` true channels from `first` on, at every pair of delays.
-  Eigen::MatrixXd normal_matrix(BssCorrelations& correlations, Eigen::Index first, Eigen::Index rows) const {
+  template <Executor E>
+  Eigen::MatrixXd normal_matrix(BssCorrelations<E>& correlations, Eigen::Index first, Eigen::Index rows) const {
     const Eigen::Index taps = options_.filter_length;
     Eigen::MatrixXd matrix(rows * taps, rows * taps);
     for (Eigen::Index i = 0; i < rows; ++i) {
@@ -185,7 +91,8 @@ class BssFilters {
 
   /// A little is added to the diagonal, as museval does; more where sources are filtered copies of each other, such as
   /// two equal channels, so that rounding leaves the matrix with negative pivots. What is projected stays the same.
-  Eigen::MatrixXd solve(BssCorrelations& correlations, Eigen::Index first, Eigen::Index rows,
+  template <Executor E>
+  Eigen::MatrixXd solve(BssCorrelations<E>& correlations, Eigen::Index first, Eigen::Index rows,
                         const Eigen::MatrixXd& right) const {
     for (double ridge = std::numeric_limits<double>::epsilon();;) {
       Eigen::MatrixXd matrix = normal_matrix(correlations, first, rows);
@@ -202,24 +109,22 @@ class BssFilters {
 };
 
 /// The second reading of a track: the scores of its frames.
+template <Executor E = DefaultExecutor>
 class BssFrames {
  public:
-  explicit BssFrames(const BssFilters& filters)
+  explicit BssFrames(const BssFilters& filters, const E& executor = {})
       : options_(filters.options()),
-        transform_(detail::fast_length(options_.window + options_.filter_length - 1)),
+        transform_(detail::fast_length(options_.window + options_.filter_length - 1), executor),
         references_(Eigen::MatrixXd::Zero(transform_.length(), options_.rows())),
         estimates_(references_) {
-    const auto spectrum = [&](const auto& taps) {
-      Eigen::MatrixXd padded = Eigen::MatrixXd::Zero(transform_.length(), 1);
-      padded.topRows(taps.size()) = taps;
+    const auto spectra = [&](Eigen::Index count, const auto& taps) {
+      Eigen::MatrixXd padded = Eigen::MatrixXd::Zero(transform_.length(), count);
+      for (Eigen::Index i = 0; i < count; ++i) padded.col(i).head(options_.filter_length) = taps(i);
       return transform_.forward(padded);
     };
     for (Eigen::Index estimate = 0; estimate < options_.rows(); ++estimate) {
-      Eigen::MatrixXcd all(transform_.bins(), options_.rows()), own(transform_.bins(), options_.channels);
-      for (Eigen::Index row = 0; row < all.cols(); ++row) all.col(row) = spectrum(filters.of_all(row, estimate));
-      for (Eigen::Index c = 0; c < own.cols(); ++c) own.col(c) = spectrum(filters.of_own(c, estimate));
-      all_.push_back(std::move(all));
-      own_.push_back(std::move(own));
+      all_.push_back(spectra(options_.rows(), [&](Eigen::Index row) { return filters.of_all(row, estimate); }));
+      own_.push_back(spectra(options_.channels, [&](Eigen::Index c) { return filters.of_own(c, estimate); }));
     }
   }
 
@@ -272,32 +177,53 @@ class BssFrames {
     return false;
   }
 
-  /// The filtered signals are as long as the transform at most, so that by Parseval's theorem the energies of spectra
-  /// are those of signals, and nothing is transformed back.
+  /// Energies that the scores of a source are ratios of; they add up over its channels.
+  struct Energies {
+    double truth = 0, projected = 0, explained = 0, error = 0, spatial = 0, interference = 0, artifacts = 0;
+
+    Energies& operator+=(const Energies& other) {
+      for (double Energies::*energy : {&Energies::truth, &Energies::projected, &Energies::explained, &Energies::error,
+                                       &Energies::spatial, &Energies::interference, &Energies::artifacts}) {
+        this->*energy += other.*energy;
+      }
+      return *this;
+    }
+  };
+
   std::vector<BssScores> scores() {
     const Eigen::MatrixXcd references = transform_.forward(references_), estimates = transform_.forward(estimates_);
-    std::vector<BssScores> scores(static_cast<std::size_t>(options_.sources));
+    std::vector<Energies> of_row(static_cast<std::size_t>(options_.rows()));
+    transform_.executor().run(options_.rows(), [&](Eigen::Index row, int /*worker*/) {
+      of_row[static_cast<std::size_t>(row)] = energies(references, estimates.col(row), row);
+    });
+    std::vector<BssScores> scores;
     for (Eigen::Index source = 0; source < options_.sources; ++source) {
-      double truth = 0, projected = 0, explained = 0, error = 0, spatial = 0, interference = 0, artifacts = 0;
+      Energies sum;
       for (Eigen::Index c = 0; c < options_.channels; ++c) {
-        const Eigen::Index row = source * options_.channels + c;
-        const auto filtered = [&](const Eigen::MatrixXcd& filters, Eigen::Index first) {
-          return Eigen::VectorXcd(filters.cwiseProduct(references.middleCols(first, filters.cols())).rowwise().sum());
-        };
-        const Eigen::VectorXcd own = filtered(own_[static_cast<std::size_t>(row)], source * options_.channels);
-        const Eigen::VectorXcd all = filtered(all_[static_cast<std::size_t>(row)], 0);
-        truth += energy(references.col(row));
-        projected += energy(own);
-        explained += energy(all);
-        error += energy(estimates.col(row) - references.col(row));
-        spatial += energy(own - references.col(row));
-        interference += energy(all - own);
-        artifacts += energy(estimates.col(row) - all);
+        sum += of_row[static_cast<std::size_t>(source * options_.channels + c)];
       }
-      scores[static_cast<std::size_t>(source)] = {decibels(truth, error), decibels(truth, spatial),
-                                                  decibels(projected, interference), decibels(explained, artifacts)};
+      scores.push_back({decibels(sum.truth, sum.error), decibels(sum.truth, sum.spatial),
+                        decibels(sum.projected, sum.interference), decibels(sum.explained, sum.artifacts)});
     }
     return scores;
+  }
+
+  /// The filtered signals are as long as the transform at most, so that by Parseval's theorem the energies of spectra
+  /// are those of signals, and nothing is transformed back.
+  Energies energies(const Eigen::MatrixXcd& references, const Eigen::VectorXcd& estimate, Eigen::Index row) const {
+    const auto filtered = [&](const Eigen::MatrixXcd& filters, Eigen::Index first) {
+      return Eigen::VectorXcd(filters.cwiseProduct(references.middleCols(first, filters.cols())).rowwise().sum());
+    };
+    const Eigen::VectorXcd own = filtered(own_[static_cast<std::size_t>(row)], row - row % options_.channels);
+    const Eigen::VectorXcd all = filtered(all_[static_cast<std::size_t>(row)], 0);
+    const auto truth = references.col(row);
+    return {.truth = energy(truth),
+            .projected = energy(own),
+            .explained = energy(all),
+            .error = energy(estimate - truth),
+            .spatial = energy(own - truth),
+            .interference = energy(all - own),
+            .artifacts = energy(estimate - all)};
   }
 
   /// Of a real signal, by half of its spectrum.
@@ -312,7 +238,7 @@ class BssFrames {
   }
 
   BssOptions options_;
-  detail::RealTransform transform_;
+  detail::ParallelTransform<E> transform_;
   std::vector<Eigen::MatrixXcd> all_, own_;  // for each estimated channel [bins, rows], [bins, channels]
   Eigen::MatrixXd references_, estimates_;   // [length, rows], zeros behind the window
   Eigen::Index filled_ = 0, to_skip_ = 0;

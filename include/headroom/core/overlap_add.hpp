@@ -2,59 +2,33 @@
 
 #include <Eigen/Core>
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <functional>
-#include <optional>
 #include <utility>
+#include <vector>
 
 #include "headroom/core/error.hpp"
+#include "headroom/core/segments.hpp"
 
 namespace headroom::inline v0::core {
 
-/// What stands behind the end of the recording in a last segment that it does not fill.
-enum class TailPadding {
-  zero,     ///< silence
-  reflect,  ///< the last segment's samples mirrored at the last one (which is not repeated), as often as needed
-};
-
-/// How a recording is cut into overlapping segments and put together again. All lengths are in samples.
+/// What OverlapAdd works on.
 struct OverlapAddOptions {
-  Eigen::Index segment = 0;  ///< length the model works on
-  double overlap = 0.25;     ///< share of a segment that the next one covers again, in [0, 1)
-  std::optional<Eigen::Index> step =
-      {};  ///< from one segment's start to the next; set, it is used instead of `overlap`
-  std::optional<Eigen::Index> fade = {};  ///< linear fade at both ends; default segment / 2: a triangle. 0: no fade
-  TailPadding padding = TailPadding::zero;
+  Segments segments;
+  Eigen::Index batch = 1;         ///< segments in one call of the model; the result is the same for any
   Eigen::Index in_channels = 2;   ///< rows of the recording
   Eigen::Index out_channels = 2;  ///< rows of the result, e.g. stems x channels
 };
 
-/// The step that `options` stand for: `step`, or round(segment·(1 - overlap)) and at least 1.
-/// Throws `headroom.core.overlap_add.options`.
-inline Eigen::Index overlap_add_step(const OverlapAddOptions& options) {
-  constexpr auto id = "headroom.core.overlap_add.options";
-  require(options.segment > 0, id, "segment is ", options.segment, ", expected at least 1 sample");
-  require(options.overlap >= 0 && options.overlap < 1, id, "overlap is ", options.overlap,
-          ", expected a share of a segment in [0, 1), e.g. 0.25");
-  const auto from_overlap =
-      static_cast<Eigen::Index>(std::llround(static_cast<double>(options.segment) * (1 - options.overlap)));
-  const Eigen::Index step = options.step.value_or(std::max<Eigen::Index>(1, from_overlap));
-  require(step >= 1 && step <= options.segment, id, "step is ", step, ", expected 1 to the segment of ",
-          options.segment, " samples: a longer step would leave samples out");
-  return step;
-}
-
 /// Streaming overlap-add: cuts a recording of any length, pushed in blocks of any size, into overlapping segments,
-/// gives each to a model, and blends the results. Nothing depends on the recording's length: all memory is
-/// allocated by the constructor, `state_bytes` of it.
+/// gives them to a model, and blends the results. Nothing depends on the recording's length: all memory is allocated by
+/// the constructor, `state_bytes` of it.
 ///
-/// Segment k covers the samples [k·step, k·step + segment). A finished sample is Σ w·y / Σ w over the segments that
-/// cover it, with the trapezoid w[i] = min(1, (i+1)/(fade+1), (segment-i)/(fade+1)). Every weight is positive, so the
-/// division is safe, and a model that returns its input reproduces the recording up to rounding. With fade =
-/// segment/2 this is demucs' triangular weight, with segment/10 the fade of Music-Source-Separation-Training.
+/// Segment k covers the samples [k·step, k·step + length), behind a border where there is one. A finished sample is
+/// Σ w·y / Σ w over the segments that cover it. No weight is 0, so the division is safe, and a model that returns its
+/// input reproduces the recording up to rounding.
 ///
-///   OverlapAdd<float> blend({.segment = 441000}, model, sink);
+///   OverlapAdd<float> blend({.segments = {.length = 441000}}, model, sink);
 ///   while (...) blend.push(block);   // [in_channels, any]
 ///   blend.finish();
 template <class Scalar>
@@ -63,130 +37,237 @@ class OverlapAdd {
   using Block = Eigen::Array<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
   using ConstBlockRef = Eigen::Ref<const Block>;
   using BlockRef = Eigen::Ref<Block>;
-  /// Reads [in_channels, segment] and writes every element of [out_channels, segment]. Both are contiguous.
+  /// Reads n segments [n·in_channels, length] and writes every element of [n·out_channels, length], 1 <= n <= batch.
+  /// Both are contiguous.
   using Model = std::function<void(const ConstBlockRef& input, BlockRef output)>;
   /// Takes finished samples [out_channels, n], in order, each once, in total as many as were pushed.
   using Sink = std::function<void(const ConstBlockRef& finished)>;
 
-  /// Throws `headroom.core.overlap_add.options`.
+  /// Throws `headroom.core.segments.options` and `headroom.core.overlap_add.options`.
   OverlapAdd(const OverlapAddOptions& options, Model model, Sink sink)
-      : step_(overlap_add_step(options)), padding_(options.padding), model_(std::move(model)), sink_(std::move(sink)) {
-    constexpr auto id = "headroom.core.overlap_add.options";
-    const Eigen::Index segment = options.segment, fade = options.fade.value_or(segment / 2);
-    require(fade >= 0 && fade <= segment / 2, id, "fade is ", fade, ", expected 0 to half the segment of ", segment,
-            " samples");
-    require(options.in_channels > 0 && options.out_channels > 0, id, "got ", options.in_channels, " input and ",
-            options.out_channels, " output channels, expected at least 1 of each");
-    window_.resize(1, segment);
-    for (Eigen::Index i = 0; i < segment; ++i) {
-      const auto rise = static_cast<Scalar>(std::min(i + 1, segment - i)) / static_cast<Scalar>(fade + 1);
-      window_(i) = std::min(Scalar(1), rise);
-    }
-    input_.resize(options.in_channels, segment);
-    output_.resize(options.out_channels, segment);
-    sum_.resize(options.out_channels, segment);
-    weight_.resize(1, segment);
+      : sizes_(options),
+        lead_(options.segments.lead),
+        tail_(options.segments.tail),
+        model_(std::move(model)),
+        sink_(std::move(sink)) {
+    window_ = options.segments.window.template weights<Scalar>(sizes_.length);
+    input_.resize(sizes_.in, sizes_.held);
+    segments_.resize(sizes_.batch * sizes_.in, sizes_.length);
+    output_.resize(sizes_.batch * sizes_.out, sizes_.length);
+    sum_.resize(sizes_.out, sizes_.blended);
+    weight_.resize(1, sizes_.blended);
+    placed_.reserve(static_cast<std::size_t>(sizes_.batch));
     reset();
   }
 
-  /// Bytes of all buffers: the input segment, the model's output, its weighted sum, the window and the sum of weights.
+  /// Bytes of all buffers: the recording where it is cut, a batch of segments and of the model's outputs, their
+  /// weighted sum and the sum of weights, and the window. Throws like the constructor.
   static std::size_t state_bytes(const OverlapAddOptions& options) {
-    return sizeof(Scalar) * static_cast<std::size_t>(options.segment) *
-           static_cast<std::size_t>(options.in_channels + 2 * options.out_channels + 2);
+    const Sizes sizes(options);
+    return sizeof(Scalar) *
+           static_cast<std::size_t>(sizes.in * sizes.held + sizes.batch * (sizes.in + sizes.out) * sizes.length +
+                                    (sizes.out + 1) * sizes.blended + sizes.length);
   }
 
-  Eigen::Index segment() const { return input_.cols(); }
-  Eigen::Index step() const { return step_; }
+  /// Never more samples than this are pushed and not handed out yet. Throws like the constructor.
+  static Eigen::Index latency(const OverlapAddOptions& options) {
+    const Sizes sizes(options);
+    return sizes.length + sizes.batch * sizes.step;
+  }
 
-  /// Takes the next samples [in_channels, n], n >= 0; runs the model for each segment that they complete.
+  Eigen::Index length() const { return sizes_.length; }
+  Eigen::Index step() const { return sizes_.step; }
+
+  /// Takes the next samples [in_channels, n], n >= 0; runs the model for each batch of segments that they complete.
   /// After an exception from the model or the sink call `reset()` before the next recording.
   /// Throws `headroom.core.overlap_add.channels`.
   void push(const ConstBlockRef& samples) {
-    require(samples.rows() == input_.rows(), "headroom.core.overlap_add.channels", "got a block of ", samples.rows(),
-            " channels, expected ", input_.rows());
-    for (Eigen::Index taken = 0; taken < samples.cols();) {
-      const Eigen::Index n = std::min(samples.cols() - taken, segment() - filled_);
-      input_.middleCols(filled_, n) = samples.middleCols(taken, n);
-      taken += n;
-      filled_ += n;
-      if (filled_ == segment()) {
-        run();
-        emit(step_);
-        advance();
-      }
-    }
+    require(samples.rows() == sizes_.in, "headroom.core.overlap_add.channels", "got a block of ", samples.rows(),
+            " channels, expected ", sizes_.in);
+    if (pushed_ == 0 && samples.cols() > 0) append(lead_, [](BlockRef to, Eigen::Index) { to.setZero(); });
+    pushed_ += samples.cols();
+    append(samples.cols(), [&](BlockRef to, Eigen::Index from) { to = samples.middleCols(from, to.cols()); });
   }
 
-  /// Ends the recording: pads and runs the last segment if it has samples that no segment covered yet, hands out what
-  /// remains, and is ready for the next recording.
+  /// Ends the recording: runs what its last samples need, hands out what remains, and is ready for the next one.
   void finish() {
-    if (filled_ > covered_) {
-      pad();
-      run();
-    }
-    if (filled_ > 0) {
-      emit(filled_);
+    if (pushed_ > 0) {
+      if (in_head_) reflect_head();
+      append_mirrored(sizes_.border);
+      run_tail();
+      if (!placed_.empty()) run();
+      emit(end_);
     }
     reset();
   }
 
   /// Forgets the recording in progress.
   void reset() {
-    filled_ = covered_ = 0;
+    origin_ = next_ = done_ = pushed_ = 0;
+    end_ = sizes_.border;
+    in_head_ = sizes_.border > 0;
+    placed_.clear();
     sum_.setZero();
     weight_.setZero();
   }
 
  private:
+  struct Sizes {
+    explicit Sizes(const OverlapAddOptions& options)
+        : length(options.segments.length),
+          step(segment_step(options.segments)),
+          border(options.segments.borders == Borders::reflect ? length - step : 0),
+          hold(options.segments.tail == Tail::move_back ? step : 0),
+          held(length + step + border),
+          blended(length + hold),
+          batch(options.batch),
+          in(options.in_channels),
+          out(options.out_channels) {
+      require(in > 0 && out > 0 && batch > 0, "headroom.core.overlap_add.options", "got ", in, " input and ", out,
+              " output channels, a batch of ", batch, ", expected at least 1 of each");
+    }
+    Eigen::Index length, step, border;
+    Eigen::Index hold;           ///< a segment that is moved back may begin so much earlier than the next one would
+    Eigen::Index held, blended;  ///< columns of the recording and of the sums
+    Eigen::Index batch, in, out;
+  };
+
+  /// A segment in the batch. Positions count from the begin of the border in front, if there is one.
+  struct Placed {
+    Eigen::Index at;      ///< position of the first sample of the result that it covers
+    Eigen::Index skip;    ///< samples of the model's output in front of it
+    Eigen::Index length;  ///< samples that it covers
+  };
+
+  /// Appends `count` samples that `write` puts into the columns given; it is told how many came before them.
+  template <class Write>
+  void append(Eigen::Index count, Write&& write) {
+    for (Eigen::Index taken = 0; taken < count;) {
+      const Eigen::Index filled = end_ - origin_, n = std::min(count - taken, sizes_.held - filled);
+      write(input_.middleCols(filled, n), taken);
+      taken += n;
+      end_ += n;
+      if (in_head_ && end_ > 2 * sizes_.border) reflect_head();
+      if (!in_head_) place_complete();
+    }
+  }
+
+  /// Appends `count` samples that mirror those before at the last one, as often as needed.
+  void append_mirrored(Eigen::Index count) {
+    const Eigen::Index last = end_ - 1, available = end_ - origin_;
+    append(count, [&](BlockRef to, Eigen::Index from) {
+      for (Eigen::Index i = 0; i < to.cols(); ++i) {
+        to.col(i) = input_.col(last - folded(from + i + 1, available) - origin_);
+      }
+    });
+  }
+
+  /// Fills the border in front.
+  void reflect_head() {
+    in_head_ = false;
+    const Eigen::Index border = sizes_.border;
+    for (Eigen::Index i = 1; i <= border; ++i) {
+      input_.col(border - i) = input_.col(border + folded(i, end_ - border));
+    }
+    place_complete();
+  }
+
+  /// How far a walk of `i` steps is from its start when it turns around at both ends of `length` samples.
+  static Eigen::Index folded(Eigen::Index i, Eigen::Index length) {
+    const Eigen::Index period = std::max<Eigen::Index>(1, 2 * (length - 1));
+    return std::min(i % period, period - i % period) % length;
+  }
+
+  void place_complete() {
+    while (end_ >= next_ + sizes_.length) {
+      place(next_, {next_, 0, sizes_.length});
+      next_ += sizes_.step;
+      // What the next segments need, and one step more for those at the end.
+      const Eigen::Index gone = next_ - sizes_.step - origin_;
+      shift(input_, gone);
+      origin_ += gone;
+    }
+  }
+
+  void run_tail() {
+    const Eigen::Index length = sizes_.length, covered = next_ == 0 ? 0 : next_ - sizes_.step + length;
+    if (tail_ == Tail::centre) {
+      for (; next_ < end_; next_ += sizes_.step) {
+        const Eigen::Index before = (length - (end_ - next_)) / 2;
+        place(next_ - before, {next_, before, end_ - next_});
+      }
+    } else if (end_ > covered) {
+      const Eigen::Index missing = next_ + length - end_;
+      if (tail_ == Tail::zero) {
+        append(missing, [](BlockRef to, Eigen::Index) { to.setZero(); });
+      } else if (tail_ == Tail::move_back && next_ > 0) {
+        place(end_ - length, {end_ - length, 0, length});
+      } else {
+        append_mirrored(missing);
+      }
+    }
+  }
+
+  /// Puts the samples from position `from` on into the batch, silence where the recording has none.
+  void place(Eigen::Index from, const Placed& placed) {
+    auto segment = segments_.middleRows(static_cast<Eigen::Index>(placed_.size()) * sizes_.in, sizes_.in);
+    const Eigen::Index first = std::max(from, origin_), n = std::min(from + sizes_.length, end_) - first;
+    segment.setZero();
+    segment.middleCols(first - from, n) = input_.middleCols(first - origin_, n);
+    placed_.push_back(placed);
+    if (static_cast<Eigen::Index>(placed_.size()) == sizes_.batch) run();
+  }
+
   void run() {
-    model_(input_, output_);
-    sum_ += output_.rowwise() * window_.row(0);
-    weight_ += window_;
+    const auto count = static_cast<Eigen::Index>(placed_.size());
+    model_(segments_.topRows(count * sizes_.in), output_.topRows(count * sizes_.out));
+    for (Eigen::Index i = 0; i < count; ++i) {
+      const auto [at, skip, length] = placed_[static_cast<std::size_t>(i)];
+      const auto output = output_.block(i * sizes_.out, skip, sizes_.out, length);
+      sum_.middleCols(at - done_, length) += output.rowwise() * window_.head(length);
+      weight_.middleCols(at - done_, length) += window_.head(length);
+      emit(std::min(at + sizes_.step - sizes_.hold, end_));
+    }
+    placed_.clear();
   }
 
-  void emit(Eigen::Index n) {
-    auto finished = sum_.leftCols(n);
-    finished.rowwise() /= weight_.row(0).head(n);
-    sink_(finished);
+  /// Hands out what is before `position`: no later segment covers it.
+  void emit(Eigen::Index position) {
+    const Eigen::Index begin = sizes_.border + lead_;  // the recording's first sample
+    const Eigen::Index first = std::max(done_, begin), last = std::min(position, begin + pushed_);
+    if (first < last) {
+      auto finished = sum_.middleCols(first - done_, last - first);
+      finished.rowwise() /= weight_.row(0).segment(first - done_, last - first);
+      sink_(finished);
+    }
+    const Eigen::Index gone = position - done_;
+    for (Block* sums : {&sum_, &weight_}) {
+      shift(*sums, gone);
+      sums->rightCols(gone).setZero();
+    }
+    done_ = position;
   }
 
-  void advance() {
-    shift(input_);
-    shift(sum_);
-    shift(weight_);
-    sum_.rightCols(step_).setZero();
-    weight_.rightCols(step_).setZero();
-    filled_ = covered_ = segment() - step_;
-  }
-
-  void shift(Block& rows) const {
+  static void shift(Block& rows, Eigen::Index columns) {
     for (Eigen::Index r = 0; r < rows.rows(); ++r) {
       Scalar* row = &rows(r, 0);
-      std::copy(row + step_, row + rows.cols(), row);
+      std::copy(row + columns, row + rows.cols(), row);
     }
   }
 
-  void pad() {
-    const Eigen::Index missing = segment() - filled_;
-    if (padding_ == TailPadding::zero) {
-      input_.rightCols(missing).setZero();
-      return;
-    }
-    const Eigen::Index period = std::max<Eigen::Index>(1, 2 * (filled_ - 1));
-    for (Eigen::Index i = filled_; i < segment(); ++i) {
-      input_.col(i) = input_.col(std::min(i % period, period - i % period) % filled_);
-    }
-  }
-
-  Eigen::Index step_;
-  TailPadding padding_;
+  Sizes sizes_;
+  Eigen::Index lead_;
+  Tail tail_;
   Model model_;
   Sink sink_;
-  Block input_;            ///< [in_channels, segment], the first `filled_` columns hold samples
-  Block output_, sum_;     ///< [out_channels, segment]
-  Block window_, weight_;  ///< [1, segment]
-  Eigen::Index filled_ = 0;
-  Eigen::Index covered_ = 0;  ///< leading columns that the previous segment covered
+  Block input_;                                     ///< [in, held]: the recording from `origin_` to `end_`
+  Block segments_, output_;                         ///< [batch·in, length], [batch·out, length]
+  Block sum_, weight_;                              ///< [out, blended], [1, blended]: from `done_` on
+  Eigen::Array<Scalar, 1, Eigen::Dynamic> window_;  ///< [length]
+  std::vector<Placed> placed_;                      ///< the batch's segments that are waiting
+  Eigen::Index origin_, end_, next_, done_;         ///< positions; `next_`: of the next segment
+  Eigen::Index pushed_ = 0;                         ///< samples of the recording
+  bool in_head_ = false;                            ///< the border in front is not filled yet
 };
 
 }  // namespace headroom::inline v0::core

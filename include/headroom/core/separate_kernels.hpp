@@ -2,8 +2,8 @@
 
 // Functions that take long to compile, or are slow without optimisation, are marked HEADROOM_KERNEL. By default they
 // are inline, as everything is. A program of several units that defines HEADROOM_SEPARATE_KERNELS only sees them
-// declared, and compiles them in one unit, which also defines HEADROOM_KERNELS_HERE. Definitions stand between
-// `#ifdef HEADROOM_DEFINE_KERNELS` and `#endif`.
+// declared, and compiles them in one unit, which also defines HEADROOM_KERNELS_HERE and includes what the program uses,
+// or headroom/headroom.hpp. Definitions stand between `#ifdef HEADROOM_DEFINE_KERNELS` and `#endif`.
 
 #ifdef HEADROOM_SEPARATE_KERNELS
 #define HEADROOM_KERNEL

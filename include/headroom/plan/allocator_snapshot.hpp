@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/core/separate_kernels.hpp"
 #include "headroom/plan/allocator_model.hpp"
 #include "headroom/plan/plan.hpp"
 
@@ -187,8 +188,12 @@ class SnapshotWriter {
 /// every allocation and release of tensors and of the device's segments, with operator, module and phase in the place
 /// of a stack, and the segments as they are at the end: of the step, at its peak with `until = plan.peak_time`, or
 /// where memory runs out.
-inline std::string plan_snapshot(const Plan& plan, int64_t until = MemoryTrace::kForever) {
+HEADROOM_KERNEL std::string plan_snapshot(const Plan& plan, int64_t until = MemoryTrace::kForever);
+
+#ifdef HEADROOM_DEFINE_KERNELS
+HEADROOM_KERNEL std::string plan_snapshot(const Plan& plan, int64_t until) {
   return detail::SnapshotWriter(plan, until).write();
 }
+#endif
 
 }  // namespace headroom::inline v0

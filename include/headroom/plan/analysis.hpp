@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/core/separate_kernels.hpp"
 #include "headroom/plan/allocator_model.hpp"
 #include "headroom/plan/device_profile.hpp"
 #include "headroom/plan/result.hpp"
@@ -82,7 +83,10 @@ inline void count_flops(Plan& plan) {
 
 /// The plan that a trace gives on a device. `budget`: bytes that tensors may take, the device's usable ones unless
 /// given.
-inline Plan analyse(MemoryTrace trace, const DeviceProfile& device, std::optional<int64_t> budget) {
+HEADROOM_KERNEL Plan analyse(MemoryTrace trace, const DeviceProfile& device, std::optional<int64_t> budget);
+
+#ifdef HEADROOM_DEFINE_KERNELS
+HEADROOM_KERNEL Plan analyse(MemoryTrace trace, const DeviceProfile& device, std::optional<int64_t> budget) {
   Plan plan{.device = device, .budget = budget.value_or(device.usable_bytes()), .trace = std::move(trace)};
   plan.values_read = plan.trace.values_read;
   plan.estimated = plan.trace.estimated;
@@ -94,5 +98,6 @@ inline Plan analyse(MemoryTrace trace, const DeviceProfile& device, std::optiona
   count_flops(plan);
   return plan;
 }
+#endif
 
 }  // namespace headroom::inline v0::detail

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "headroom/core/error.hpp"
+#include "headroom/core/separate_kernels.hpp"
 #include "headroom/plan/meta_autocast.hpp"
 #include "headroom/plan/meta_kernels.hpp"
 #include "headroom/plan/recorder.hpp"
@@ -74,7 +75,12 @@ class DryRunState {
 };
 
 /// The trace of a dry run of `step` on a device of the given type. `value`: what reading a value gives; none: it fails.
-inline MemoryTrace dry_trace(const std::function<void()>& step, c10::Device device, std::optional<double> value = {}) {
+HEADROOM_KERNEL MemoryTrace dry_trace(const std::function<void()>& step, c10::Device device,
+                                      std::optional<double> value = {});
+
+#ifdef HEADROOM_DEFINE_KERNELS
+HEADROOM_KERNEL MemoryTrace dry_trace(const std::function<void()>& step, c10::Device device,
+                                      std::optional<double> value) {
   const RandomState random = RandomState::capture();
   const MetaKernels kernels;
   TraceRecorder recorder;
@@ -94,5 +100,6 @@ inline MemoryTrace dry_trace(const std::function<void()>& step, c10::Device devi
   trace.estimated.assign(meta::estimated.begin(), meta::estimated.end());
   return trace;
 }
+#endif
 
 }  // namespace headroom::inline v0::detail

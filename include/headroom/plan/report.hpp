@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/core/separate_kernels.hpp"
 #include "headroom/memory/format.hpp"
 #include "headroom/plan/result.hpp"
 #include "headroom/plan/trace.hpp"
@@ -65,7 +66,10 @@ inline std::string scaled_flops(double flops) {
 }  // namespace detail
 
 /// The plan as a table for people.
-inline void print_plan(std::ostream& out, const Plan& plan) {
+HEADROOM_KERNEL void print_plan(std::ostream& out, const Plan& plan);
+
+#ifdef HEADROOM_DEFINE_KERNELS
+HEADROOM_KERNEL void print_plan(std::ostream& out, const Plan& plan) {
   const auto row = [&](std::string_view name, int64_t bytes) {
     out << "  " << std::left << std::setw(40) << name << std::right << std::setw(12) << format_bytes(bytes) << "\n";
   };
@@ -99,9 +103,13 @@ inline void print_plan(std::ostream& out, const Plan& plan) {
     out << "the largest of all\n  " << detail::block_text(plan, *largest) << "\n";
   }
 }
+#endif
 
 /// Why a plan does not fit: what asks for memory that is not there, and who holds the rest. Empty when it fits.
-inline std::string explain(const Plan& plan) {
+HEADROOM_KERNEL std::string explain(const Plan& plan);
+
+#ifdef HEADROOM_DEFINE_KERNELS
+HEADROOM_KERNEL std::string explain(const Plan& plan) {
   if (plan.fits) return {};
   const auto& blocks = plan.trace.blocks;
   const MemoryTrace::Block& asks = blocks[*plan.first_over];
@@ -122,5 +130,6 @@ inline std::string explain(const Plan& plan) {
   out << "with room for everything the peak would be " << format_bytes(plan.peak_bytes) << "\n";
   return out.str();
 }
+#endif
 
 }  // namespace headroom::inline v0

@@ -12,6 +12,7 @@
 #include <string_view>
 #include <vector>
 
+#include "headroom/core/separate_kernels.hpp"
 #include "headroom/memory/format.hpp"
 #include "headroom/plan/report.hpp"
 #include "headroom/plan/result.hpp"
@@ -119,7 +120,10 @@ inline void write_timeline(std::ostream& out, const Plan& plan, const std::vecto
 }  // namespace detail
 
 /// The plan as a web page of its own: the timeline of memory by use, and who holds the peak.
-inline std::string plan_html(const Plan& plan, std::string_view title = "Memory plan") {
+HEADROOM_KERNEL std::string plan_html(const Plan& plan, std::string_view title = "Memory plan");
+
+#ifdef HEADROOM_DEFINE_KERNELS
+HEADROOM_KERNEL std::string plan_html(const Plan& plan, std::string_view title) {
   const std::vector<const char*> colours{"#4c78a8", "#f58518", "#e45756", "#54a24b", "#72b7b2", "#b279a2"};
   std::ostringstream out;
   out << "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>" << detail::html_text(title)
@@ -155,5 +159,6 @@ inline std::string plan_html(const Plan& plan, std::string_view title = "Memory 
   out << "</body></html>\n";
   return out.str();
 }
+#endif
 
 }  // namespace headroom::inline v0

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "headroom/core/json_string.hpp"
+#include "headroom/core/separate_kernels.hpp"
 #include "headroom/plan/report.hpp"
 #include "headroom/plan/result.hpp"
 #include "headroom/plan/trace.hpp"
@@ -39,7 +40,10 @@ inline std::string json_block(const Plan& plan, const MemoryTrace::Block& block)
 }  // namespace detail
 
 /// The plan as a JSON document.
-inline std::string plan_json(const Plan& plan) {
+HEADROOM_KERNEL std::string plan_json(const Plan& plan);
+
+#ifdef HEADROOM_DEFINE_KERNELS
+HEADROOM_KERNEL std::string plan_json(const Plan& plan) {
   std::ostringstream out;
   const auto table = [&](const char* name, const auto& rows) {
     out << "  \"" << name << "\": {";
@@ -79,10 +83,14 @@ inline std::string plan_json(const Plan& plan) {
       << (plan.largest_block() != nullptr ? detail::json_block(plan, *plan.largest_block()) : "null") << "\n}\n";
   return out.str();
 }
+#endif
 
 /// Writes the plan as a trace that Perfetto (ui.perfetto.dev) opens: operators, and counters of live bytes by use. A
 /// microsecond is an event. About 150 bytes an operator and as many for each allocation and release.
-inline void write_plan_trace(std::ostream& out, const Plan& plan) {
+HEADROOM_KERNEL void write_plan_trace(std::ostream& out, const Plan& plan);
+
+#ifdef HEADROOM_DEFINE_KERNELS
+HEADROOM_KERNEL void write_plan_trace(std::ostream& out, const Plan& plan) {
   out << "{\"displayTimeUnit\": \"ns\", \"traceEvents\": [\n"
       << R"({"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "plan"}})";
   for (const auto& op : plan.trace.operators) {
@@ -106,5 +114,6 @@ inline void write_plan_trace(std::ostream& out, const Plan& plan) {
   }
   out << "\n]}\n";
 }
+#endif
 
 }  // namespace headroom::inline v0

@@ -30,6 +30,7 @@ struct MusdbOptions {
   std::int64_t channels = 2;                                              ///< C, of every file
   std::int64_t sample_rate = 44100;                                       ///< of every file, Hz
   std::vector<std::string> stems = {"vocals", "drums", "bass", "other"};  ///< plain file names without .wav, N of them
+  std::vector<std::string> accompaniment = {};                            ///< files of the mixture that are no stems
   TrackDraw draw = TrackDraw::uniform;
   /// Probability that each stem of an example comes from a track and position of its own; the mixture is their sum.
   /// Otherwise the example is what the files hold. The three options that follow act on the stems of remixed examples.
@@ -67,7 +68,8 @@ class SplitMix64 {
 }  // namespace detail
 
 /// Random segments of a folder in the MUSDB18-HQ layout, FOLDER/<Artist - Title>/{mixture,vocals,drums,bass,other}.wav.
-/// A track without mixture.wav has the sum of its stems for one. Folders that hold none of the files (`__MACOSX`) and
+/// A track without mixture.wav has the sum of its stems and their
+/// accompaniment for one. Folders that hold none of the files (`__MACOSX`) and
 /// tracks that are shorter than a segment are left out, see notices().
 ///
 /// The constructor looks at the header of every file, so that a bad one is found before training and not in the middle
@@ -126,8 +128,8 @@ class MusdbDataset {
     random = detail::SplitMix64(random.next());  // neighbouring indices must not walk through the same states
     const bool remixed = random.uniform() < options_.remix;
     const Position together = draw(random);
-    std::vector<torch::Tensor> stems;  // N of [C,S]
-    for (const std::string& stem : options_.stems) {
+    std::vector<torch::Tensor> stems;  // N and those of the accompaniment, of [C,S]
+    for (const std::string& stem : files()) {
       torch::Tensor samples = read(remixed ? draw(random) : together, stem);  // [C,S]
       if (remixed) {
         const auto [least, greatest] = options_.gain;
@@ -138,8 +140,9 @@ class MusdbDataset {
       }
       stems.push_back(samples);
     }
-    const torch::Tensor stacked = torch::stack(stems);  // [N,C,S]
-    return {remixed || !together.track->has_mixture ? stacked.sum(0) : read(together, "mixture"), stacked};
+    const torch::Tensor all = torch::stack(stems);  // [N+…,C,S]
+    return {remixed || !together.track->has_mixture ? all.sum(0) : read(together, "mixture"),
+            all.narrow(0, 0, static_cast<std::int64_t>(options_.stems.size()))};
   }
 
   /// Examples first_index, …, first_index + count - 1: [B,C,S] and [B,N,C,S].
@@ -171,12 +174,19 @@ class MusdbDataset {
     require(o.segment_length >= 1 && o.channels >= 1 && o.sample_rate >= 1, id, "got segment_length ", o.segment_length,
             ", channels ", o.channels, ", sample_rate ", o.sample_rate, ", expected at least 1 each");
     require(!o.stems.empty(), id, "got no stems, expected names such as vocals");
-    for (const std::string& stem : o.stems) {
+    for (const std::string& stem : files()) {
       require(io::is_file_name(stem), id, "the stem \"", stem, "\" is no plain file name, expected one such as vocals");
     }
     require(o.remix >= 0 && o.remix <= 1, id, "remix is ", o.remix, ", expected a probability");
     require(o.gain[0] >= 0 && o.gain[0] <= o.gain[1], id, "gain is ", o.gain[0], " to ", o.gain[1],
             ", expected 0 <= least <= greatest");
+  }
+
+  /// Stems, then their accompaniment.
+  std::vector<std::string> files() const {
+    std::vector<std::string> names = options_.stems;
+    names.insert(names.end(), options_.accompaniment.begin(), options_.accompaniment.end());
+    return names;
   }
 
   std::filesystem::path path(const Track& track, const std::string& stem) const {
@@ -206,7 +216,7 @@ class MusdbDataset {
   std::optional<Track> checked_track(const std::string& name) const {
     Track track{name, -1, false};
     track.has_mixture = std::filesystem::exists(path(track, "mixture"));
-    std::vector<std::string> files = options_.stems;
+    std::vector<std::string> files = this->files();
     if (track.has_mixture) files.insert(files.begin(), "mixture");
     const auto is_there = [&](const std::string& file) { return std::filesystem::exists(path(track, file)); };
     if (std::ranges::none_of(files, is_there)) return std::nullopt;

@@ -12,6 +12,8 @@
 #include "headroom/core/error.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/training/described.hpp"
+#include "headroom/training/json.hpp"
+#include "headroom/weights/tensor_map.hpp"
 
 namespace headroom::inline v0::training {
 
@@ -42,6 +44,9 @@ struct ModelEntry {
   std::function<double(const Options&, double samples)> widest_tensor = {};
   /// The size of the model and of a segment in a few words: "4 layers, width 96, 6 heads".
   std::function<std::string(const Options&, int64_t samples)> summary = {};
+  /// What names and shapes of weights tell of the configuration that they belong to: an object whose keys name what a
+  /// user has to look at when weights do not fit.
+  std::function<Json(const weights::TensorMap&)> facts = {};
 };
 
 /// A ModelEntry whose Options are no longer known.
@@ -82,7 +87,8 @@ ModelType erased(ModelEntry<Options> entry) {
                 .stored_scores_bytes = erased(std::move(entry.stored_scores_bytes)),
                 .check = erased(std::move(entry.check)),
                 .widest_tensor = erased(std::move(entry.widest_tensor)),
-                .summary = erased(std::move(entry.summary))}};
+                .summary = erased(std::move(entry.summary)),
+                .facts = std::move(entry.facts)}};
 }
 
 }  // namespace detail

@@ -7,10 +7,12 @@
 #include "headroom/core/error.hpp"
 #include "headroom/models/bs_roformer.hpp"
 #include "headroom/models/mel_band_roformer.hpp"
+#include "headroom/training/json.hpp"
 #include "headroom/training/model_rules.hpp"
 #include "headroom/training/model_type.hpp"
 #include "headroom/training/rules.hpp"
 #include "headroom/training/sections.hpp"
+#include "headroom/weights/tensor_map.hpp"
 
 // What the registry has of BS-RoFormer and Mel-Band RoFormer.
 namespace headroom::inline v0::training::detail {
@@ -49,6 +51,45 @@ int64_t roformer_scores_bytes(const Options& model, int64_t batch, int64_t sampl
   return model.depth() * batch * model.heads() * scores * static_cast<int64_t>(sizeof(float));
 }
 
+/// What names and shapes of a RoFormer's weights tell, see ModelEntry::facts. What they do not have is 0.
+inline Json roformer_facts(const weights::TensorMap& weights) {
+  const auto any = [&](const std::string& prefix) {
+    const auto next = weights.lower_bound(prefix);
+    return next != weights.end() && next->first.starts_with(prefix);
+  };
+  const auto count = [&](const std::string& prefix) {
+    int64_t number = 0;
+    while (any(prefix + std::to_string(number) + ".")) ++number;
+    return number;
+  };
+  const auto size = [&](const std::string& name, int64_t axis) {
+    const auto found = weights.find(name);
+    return found != weights.end() && found->second.dim() > axis ? found->second.size(axis) : 0;
+  };
+  const int64_t transformers = count("layers.0.");
+  const std::string time = "layers.0." + std::to_string(std::max<int64_t>(transformers - 2, 0)) + ".layers.";
+  const std::string bands = "layers.0." + std::to_string(std::max<int64_t>(transformers - 1, 0)) + ".layers.";
+  const std::string mask = "mask_estimators.0.to_freqs.0.0.", attention = time + "0.0.";
+  const int64_t dim = size(attention + "to_out.0.weight", 0), heads = size(attention + "to_gates.weight", 0);
+  int64_t linears = 0, input = 0;
+  while (any(mask + std::to_string(2 * linears) + ".")) ++linears;
+  const int64_t groups = count("band_split.to_features.");
+  for (int64_t i = 0; i < groups; ++i) input += size("band_split.to_features." + std::to_string(i) + ".0.gamma", 0);
+  return {{"model.type", weights.contains("final_norm.gamma") ? "bs_roformer" : "mel_band_roformer"},
+          {"model.dim", dim},
+          {"model.depth", count("layers.")},
+          {"model.linear_transformer_depth", transformers > 2 ? count("layers.0.0.layers.") : 0},
+          {"model.time_transformer_depth", count(time)},
+          {"model.freq_transformer_depth", count(bands)},
+          {"model.heads", heads},
+          {"model.dim_head", size(attention + "to_out.0.weight", 1) / std::max<int64_t>(heads, 1)},
+          {"number of bands (model.freqs_per_bands or num_bands)", groups},
+          {"numbers in all bands (those, and audio.channels or model.stereo)", input},
+          {"linear layers of a mask (model.mask_estimator_depth)", linears},
+          {"model.mlp_expansion_factor", linears > 1 ? size(mask + "0.weight", 0) / std::max<int64_t>(dim, 1) : 0},
+          {"number of stems (audio.stems, or model.num_stems with training.instruments)", count("mask_estimators.")}};
+}
+
 template <class Model, class Options>
 ModelEntry<Options> roformer() {
   return {.make = [](const Options& model, const Config& config) { return Model(with_sections(model, config)); },
@@ -65,7 +106,8 @@ ModelEntry<Options> roformer() {
               [](const Options& model, int64_t samples) {
                 return size_summary({model.depth(), model.dim(), model.heads()}, model.frames(samples),
                                     model.band_count(), "bands");
-              }};
+              },
+          .facts = roformer_facts};
 }
 
 }  // namespace headroom::inline v0::training::detail

@@ -60,7 +60,7 @@ inline int64_t longest_window(const LossConfig& loss) {
 
 /// Elements of the widest tensor of a training step, about.
 inline double elements_of_widest(const Config& config) {
-  const auto& [model, audio, data, training, loss] = config;
+  const auto& [model, audio, data, training, loss, inference] = config;
   const double samples = static_cast<double>(training.segment_length) * static_cast<double>(training.batch_size);
   const auto signals = static_cast<double>(audio.channels) * static_cast<double>(audio.stems.size() + 1);
   const double in_loss = samples * signals * static_cast<double>(longest_window(loss)) / static_cast<double>(loss.hop);
@@ -69,7 +69,7 @@ inline double elements_of_widest(const Config& config) {
 }
 
 inline void check_model(const Config& config, Rules& rule) {
-  const auto& [model, audio, data, training, loss] = config;
+  const auto& [model, audio, data, training, loss, inference] = config;
   if (model.entry().check) model.entry().check(model.options(), config, rule);
   const int64_t named = model.blocks() > 0 ? model.gradient_checkpointing.named_blocks() : 0;
   rule(
@@ -79,7 +79,7 @@ inline void check_model(const Config& config, Rules& rule) {
 }
 
 inline void check_sizes(const Config& config, Rules& rule) {
-  const auto& [model, audio, data, training, loss] = config;
+  const auto& [model, audio, data, training, loss, inference] = config;
   rule(
       {"training.segment_length", "loss.windows", "loss.min_n_fft", "loss.stft_weight"},
       [&] { return loss.stft_weight == 0 || training.segment_length >= longest_window(loss); }, "got ",
@@ -131,6 +131,14 @@ inline void check_together(const Config& config, std::vector<Problem>& problems)
   rule(
       {"audio.stems"}, [&] { return std::set(stems.begin(), stems.end()).size() == stems.size(); },
       "got a name twice, expected different stems");
+  const std::vector<std::string>& others = config.data.accompaniment;
+  rule(
+      {"data.accompaniment", "audio.stems"},
+      [&] {
+        std::set<std::string> names(stems.begin(), stems.end());
+        return std::ranges::all_of(others, [&](const std::string& name) { return names.insert(name).second; });
+      },
+      "got a name twice, or that of a stem, expected other files");
 }
 
 }  // namespace detail

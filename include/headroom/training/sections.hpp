@@ -104,6 +104,7 @@ struct AudioConfig {
 /// `data`: the data set and its augmentation.
 struct DataConfig {
   std::string path;
+  std::vector<std::string> accompaniment = {};
   std::string draw = "uniform";
   double remix = 1.0;
   std::array<double, 2> gain = {0.25, 1.25};
@@ -112,6 +113,8 @@ struct DataConfig {
 
   static void describe(auto& self, auto&& field) {
     field("path", self.path, {.may_be_empty = true}, "MUSDB18-HQ folder, with `train` in it; `--data` overrides it");
+    field("accompaniment", self.accompaniment, {.may_be_empty = true, .file_names = true},
+          "file names without `.wav` of what is in the mixture and no stem of the model");
     field("draw", self.draw, {.choices = {"uniform", "by_length"}},
           "every track equally often, or every segment of the data set");
     field("remix", self.remix, {.at_least = 0, .at_most = 1},
@@ -195,13 +198,32 @@ struct LossConfig {
   }
 };
 
-/// Everything that a training run depends on, as read from a JSON file.
+/// `inference`: how a recording is separated.
+struct InferenceConfig {
+  int64_t segment_length = 0;
+  double overlap = 0.25;
+
+  static void describe(auto& self, auto&& field) {
+    field("segment_length", self.segment_length, {.at_least = 0, .at_most = 1e9},
+          "that the model works on at a time, samples; 0: as trained");
+    field("overlap", self.overlap, {.at_least = 0, .at_most = 0.999},
+          "share of a segment that the next one covers again");
+  }
+};
+
+/// Everything that a model and its training depend on, as read from a file.
 struct Config {
   ModelConfig model;
   AudioConfig audio;
   DataConfig data;
   TrainingConfig training;
   LossConfig loss;
+  InferenceConfig inference;
+
+  /// Samples that the model works on at a time when it separates.
+  int64_t inference_segment() const {
+    return inference.segment_length > 0 ? inference.segment_length : training.segment_length;
+  }
 
   static void describe(auto& self, auto&& field) {
     field("model", self.model, {}, "which model, and its options");
@@ -209,6 +231,7 @@ struct Config {
     field("data", self.data, {}, "the data set and its augmentation");
     field("training", self.training, {}, "segments, batches, AdamW and its schedule");
     field("loss", self.loss, {}, "what is minimised");
+    field("inference", self.inference, {}, "how a recording is separated");
   }
 };
 

@@ -16,6 +16,7 @@ inline MusdbOptions dataset_options(const Config& config) {
           .channels = config.audio.channels,
           .sample_rate = config.audio.sample_rate,
           .stems = config.audio.stems,
+          .accompaniment = config.data.accompaniment,
           .draw = config.data.draw == "uniform" ? TrackDraw::uniform : TrackDraw::by_length,
           .remix = config.data.remix,
           .gain = config.data.gain,

@@ -13,10 +13,9 @@
 #include <filesystem>
 #include <fstream>
 #include <initializer_list>
-#include <limits>
+#include <map>
 #include <memory>
 #include <mutex>
-#include <sstream>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -25,18 +24,20 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/io/atomic_file.hpp"
-#include "headroom/models/separator.hpp"
 #include "headroom/optim/adamw.hpp"
 #include "headroom/training/cause.hpp"
-#include "headroom/training/config.hpp"
-#include "headroom/training/models.hpp"
 #include "headroom/training/separate.hpp"
+#include "headroom/weights/load.hpp"
 #include "headroom/weights/tensor_map.hpp"
+#include "headroom/weights/tensors.hpp"
 
 namespace headroom::inline v0::training {
 
 using weights::TensorMap;
 using weights::tensors_of;
+
+/// Where a safetensors file of ours has its configuration: JSON text in its metadata.
+inline constexpr const char* kConfigKey = "headroom.config";
 
 /// Everything that a training run needs to go on as if it had never stopped: one file a state.
 struct TrainingState {
@@ -158,7 +159,8 @@ inline std::vector<char> read_archive(const std::filesystem::path& path) {
     file.seekg(-static_cast<std::streamoff>(sizeof trailer), std::ios::end);
     file.read(reinterpret_cast<char*>(&trailer), sizeof trailer);
   }
-  check(trailer.magic == Trailer::kMagic, "has no end mark: it is truncated or no saved state");
+  check(trailer.magic == Trailer::kMagic,
+        "has no end mark: it is truncated or no saved state (other weights come with their configuration, --config)");
   check(trailer.size == size - sizeof trailer, "should hold ", trailer.size, " bytes of data and holds ",
         size - sizeof trailer);
   std::vector<char> bytes(trailer.size);
@@ -197,31 +199,11 @@ HEADROOM_TRAINING TrainingState load_state(const std::filesystem::path& path) {
 /// Copies tensors into others of the same names. Throws headroom.training.state.structure unless names, shapes and
 /// types agree, with every difference, before anything is changed. `what` names the source, such as a file.
 inline void copy_tensors(const TensorMap& source, const TensorMap& target, const std::string& what) {
-  const auto type_of = [](const torch::Tensor& tensor) {
-    std::ostringstream text;
-    text << tensor.sizes() << " " << c10::toString(tensor.scalar_type());
-    return text.str();
-  };
-  std::ostringstream differences;
-  for (const auto& [name, tensor] : target) {
-    const auto found = source.find(name);
-    if (found == source.end()) {
-      differences << "\n  missing: " << name << " " << type_of(tensor);
-    } else if (type_of(found->second) != type_of(tensor)) {
-      differences << "\n  differs: " << name << " is " << type_of(found->second) << ", expected " << type_of(tensor);
-    }
-  }
-  for (const auto& [name, tensor] : source) {
-    if (!target.contains(name)) {
-      differences << "\n  unexpected: " << name << " " << type_of(tensor);
-    }
-  }
-  require(differences.view().empty(), "headroom.training.state.structure", what,
-          " does not fit this model; train with the configuration saved in it, or start anew", differences.str());
-  const torch::NoGradGuard guard;
-  for (const auto& [name, tensor] : target) {
-    torch::Tensor(tensor).copy_(source.at(name));
-  }
+  const weights::Matches matches = weights::match_tensors(source, target, {}, /*same_types=*/true);
+  require(matches.report.complete(), "headroom.training.state.structure", what,
+          " does not fit this model; train with the configuration saved in it, or start anew",
+          to_string(matches.report));
+  matches.copy();
 }
 
 namespace detail {
@@ -296,26 +278,13 @@ inline void set_random_state(const torch::Tensor& state) {
   generator.set_state(state);
 }
 
-/// A trained model and the configuration that it was trained with.
-struct LoadedModel {
-  Config config;
-  models::Separator model;
-};
-
-/// Reads a saved state for inference: the model is in evaluation mode and needs no gradients. Throws like load_state,
-/// copy_tensors and parse_config.
-HEADROOM_TRAINING LoadedModel load_model(const std::filesystem::path& path);
-
-#ifdef HEADROOM_TRAINING_HERE
-HEADROOM_TRAINING LoadedModel load_model(const std::filesystem::path& path) {
-  const TrainingState state = load_state(path);
-  const Config config = parse_config(state.config, path.string() + " (configuration)");
-  const models::Separator model = make_model(config);
-  copy_tensors(state.model, tensors_of(*model), path.string());
-  model->eval();
-  for (torch::Tensor& parameter : model->parameters()) parameter.requires_grad_(false);
-  return {config, model};
+/// Writes the weights of a saved state alone, with its configuration, as a safetensors file: what Python opens without
+/// a pickle, and load_model without a configuration. Throws headroom.weights.write.
+inline void save_weights(const std::filesystem::path& path, const TrainingState& state) {
+  std::map<std::string, std::string> metadata = {
+      {"format", "pt"}, {kConfigKey, state.config}, {"headroom.step", std::to_string(state.step)}};
+  if (!state.best_metric.empty()) metadata["headroom.best " + state.best_metric] = std::to_string(state.best_score);
+  weights::save_tensors(path, state.model, metadata);
 }
-#endif
 
 }  // namespace headroom::inline v0::training

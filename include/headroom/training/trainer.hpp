@@ -73,9 +73,10 @@ class Trainer {
   Trainer& operator=(const Trainer&) = delete;
   ~Trainer();
 
-  /// Trains until the end that `options` names, or until it is told to stop. Saved states: last.pt every
-  /// checkpoint_every epochs and at the end, best.pt after each epoch that is better than all before.
-  /// Throws headroom.training.non_finite, and headroom.training.state.write when a state cannot be written.
+  /// Trains until the end that `options` names, or until it is told to stop. Saved states, each beside its weights as a
+  /// safetensors file: last.pt every checkpoint_every epochs and at the end, best.pt after each epoch that is better
+  /// than all before. Throws headroom.training.non_finite, and headroom.training.state.write or headroom.weights.write
+  /// when a file cannot be written.
   Summary run(const RunOptions& options);
 
   /// One optimizer step: the mean loss of its examples.
@@ -158,7 +159,7 @@ class Trainer {
       summary.epoch_losses.push_back(loss);
       if (!summary.stopped) judge(course.options, loss, true, summary);
     }
-    save(course.options, "last.pt");
+    save(course.options, "last");
     summary.steps = state_.step;
     summary.seconds = course.elapsed();
     summary.peak_bytes = meter_.peak();
@@ -255,13 +256,11 @@ class Trainer {
     state_.unfinished_steps = 0;
     const auto epoch = static_cast<int64_t>(state_.epoch_losses.size());
     judge(options, loss, epoch % training.validation_every == 0, summary);
-    if (epoch % training.checkpoint_every == 0) {
-      save(options, "last.pt");
-    }
+    if (epoch % training.checkpoint_every == 0) save(options, "last");
   }
 
-  /// Saves best.pt when the model is better than ever. Scores of different kinds are not compared: the first validation
-  /// replaces a best training loss.
+  /// Saves the best when the model is better than ever. Scores of different kinds are not compared: the first
+  /// validation replaces a best training loss.
   void judge(const RunOptions& options, double loss, bool validation_due, Summary& summary) {
     if (options.validate && !validation_due) {
       return;
@@ -275,14 +274,16 @@ class Trainer {
     if (better || metric != state_.best_metric) {
       state_.best_metric = metric;
       state_.best_score = score;
-      save(options, "best.pt");
+      save(options, "best");
     }
   }
 
-  void save(const RunOptions& options, const char* name) {
-    if (!options.folder.empty()) {
-      save_state(options.folder / name, state());
-    }
+  /// Weights first: a run that is killed in between goes on from a state of before, and writes them again.
+  void save(const RunOptions& options, const std::string& name) {
+    if (options.folder.empty()) return;
+    const TrainingState now = state();
+    save_weights(options.folder / (name + ".safetensors"), now);
+    save_state(options.folder / (name + ".pt"), now);
   }
 
   models::Separator model_;

@@ -18,7 +18,6 @@
 #include "headroom/core/error.hpp"
 #include "headroom/io/nearest.hpp"
 #include "headroom/weights/bytes.hpp"
-#include "headroom/weights/file.hpp"
 #include "headroom/weights/tensor_map.hpp"
 #include "headroom/weights/tensors.hpp"
 
@@ -45,6 +44,7 @@ struct LoadReport {
   std::vector<Misfit> misfits = {};
 
   bool complete() const { return missing.empty() && unexpected.empty() && misfits.empty(); }
+  bool is_enough(const LoadOptions& options) const { return complete() || (options.allow_partial && !loaded.empty()); }
 };
 
 namespace detail {
@@ -84,29 +84,34 @@ inline std::string to_string(const LoadReport& report) {
 
 namespace detail {
 
+/// Takes one of the prefixes off a name; false where it has none of them.
+inline bool remove_prefix(std::string_view& name, const std::vector<std::string>& prefixes) {
+  const auto prefix =
+      std::ranges::find_if(prefixes, [&](const std::string& p) { return !p.empty() && name.starts_with(p); });
+  if (prefix != prefixes.end()) name.remove_prefix(prefix->size());
+  return prefix != prefixes.end();
+}
+
 /// The module's name that a file's name stands for: itself, or without prefixes; empty: none.
 inline std::string name_in_module(std::string_view name, const TensorMap& module,
                                   const std::vector<std::string>& prefixes) {
-  for (;;) {
-    if (const auto found = module.find(std::string(name)); found != module.end()) return found->first;
-    const auto prefix =
-        std::ranges::find_if(prefixes, [&](const std::string& p) { return !p.empty() && name.starts_with(p); });
-    if (prefix == prefixes.end()) return "";
-    name.remove_prefix(prefix->size());
-  }
+  do {
+    if (module.contains(std::string(name))) return std::string(name);
+  } while (remove_prefix(name, prefixes));
+  return "";
 }
 
-/// Pairs of the module's name and the record for it; fills the report.
-inline std::map<std::string, const TensorRecord*> match_names(const WeightFile& file, const TensorMap& module,
-                                                              const LoadOptions& options, LoadReport& report) {
-  std::map<std::string, const TensorRecord*> matches;
-  for (const TensorRecord& record : file.contents.tensors) {
-    if (module.contains(record.name)) matches.emplace(record.name, &record);
+/// Pairs of the module's name and the tensor for it; fills the report.
+inline std::map<std::string, torch::Tensor> match_names(const TensorMap& source, const TensorMap& module,
+                                                        const std::vector<std::string>& prefixes, LoadReport& report) {
+  std::map<std::string, torch::Tensor> matches;
+  for (const auto& [name, tensor] : source) {
+    if (module.contains(name)) matches.emplace(name, tensor);
   }
-  for (const TensorRecord& record : file.contents.tensors) {
-    if (module.contains(record.name)) continue;
-    const std::string name = name_in_module(record.name, module, options.prefixes);
-    if (name.empty() || !matches.emplace(name, &record).second) report.unexpected.push_back(record.name);
+  for (const auto& [name, tensor] : source) {
+    if (module.contains(name)) continue;
+    const std::string meant = name_in_module(name, module, prefixes);
+    if (meant.empty() || !matches.emplace(meant, tensor).second) report.unexpected.push_back(name);
   }
   for (const auto& [name, tensor] : module) {
     if (!matches.contains(name)) report.missing.push_back(name);
@@ -116,35 +121,67 @@ inline std::map<std::string, const TensorRecord*> match_names(const WeightFile& 
 
 }  // namespace detail
 
+/// A name without all that wrappers put before it.
+inline std::string without_prefixes(std::string_view name, const std::vector<std::string>& prefixes) {
+  while (detail::remove_prefix(name, prefixes)) {
+  }
+  return std::string(name);
+}
+
+/// Which tensors go into which.
+struct Matches {
+  LoadReport report;
+  std::vector<std::pair<torch::Tensor, torch::Tensor>> copies;  ///< to, from
+
+  void copy() const {
+    const torch::NoGradGuard guard;
+    for (const auto& [target, source] : copies) torch::Tensor(target).copy_(source);
+  }
+};
+
+/// Finds for each tensor of `target`, such as tensors_of(module), the one of its name, without prefixes where needed,
+/// and of its shape. Floating types convert into each other, unless they have to be the `same_types`.
+inline Matches match_tensors(const TensorMap& source, const TensorMap& target, const std::vector<std::string>& prefixes,
+                             bool same_types = false) {
+  Matches matches;
+  for (const auto& [name, from] : detail::match_names(source, target, prefixes, matches.report)) {
+    const torch::Tensor& to = target.at(name);
+    const bool fits =
+        same_types ? from.scalar_type() == to.scalar_type() : c10::canCast(from.scalar_type(), to.scalar_type());
+    if (fits && from.sizes() == to.sizes()) {
+      matches.copies.emplace_back(to, from);
+      matches.report.loaded.push_back(name);
+    } else {
+      matches.report.misfits.push_back({name, detail::type_text(from), detail::type_text(to)});
+    }
+  }
+  return matches;
+}
+
+/// "of its 7 tensors 4 fit, 1 are missing and 2 have another shape or type; 3 of the file are not in the module".
+inline std::string summary_of(const LoadReport& report) {
+  std::ostringstream text;
+  const std::size_t fit = report.loaded.size(), missing = report.missing.size(), misfits = report.misfits.size();
+  text << "of its " << fit + missing + misfits << " tensors " << fit << " fit, " << missing << " are missing and "
+       << misfits << " have another shape or type; " << report.unexpected.size()
+       << " of the file are not in the module";
+  return text.str();
+}
+
 /// Copies the tensors of a file into the parameters and buffers of a module that have their names, whatever their
 /// floating dtypes and the module's device. Nothing is copied unless every name and shape agrees, or
 /// `options.allow_partial`; then the rest is told in the report. Throws headroom.weights.mismatch with that report, and
 /// what open_weights throws.
 inline LoadReport load_weights(torch::nn::Module& module, const std::filesystem::path& path,
                                const LoadOptions& options = {}) {
-  const WeightFile file = open_weights(path, options.key);
-  const TensorMap targets = tensors_of(module);
-  LoadReport report;
-  std::vector<std::pair<torch::Tensor, torch::Tensor>> copies;  // to, from
-  for (const auto& [name, record] : detail::match_names(file, targets, options, report)) {
-    const torch::Tensor& target = targets.at(name);
-    const torch::Tensor source = to_tensor(file, *record);
-    if (source.sizes() == target.sizes() && c10::canCast(source.scalar_type(), target.scalar_type())) {
-      copies.emplace_back(target, source);
-      report.loaded.push_back(name);
-    } else {
-      report.misfits.push_back({name, detail::type_text(source), detail::type_text(target)});
-    }
-  }
-  const bool enough = report.complete() || (options.allow_partial && !report.loaded.empty());
-  require(enough, "headroom.weights.mismatch", path.string(), " does not fit this module: of its ", targets.size(),
-          " tensors ", report.loaded.size(), " fit, ", report.missing.size(), " are missing and ",
-          report.misfits.size(), " have another shape or type; ", report.unexpected.size(),
-          " of the file are not in the module. Build the module with the configuration that belongs to the file",
+  Matches matches = match_tensors(load_tensors(path, options.key), tensors_of(module), options.prefixes);
+  const LoadReport& report = matches.report;
+  require(report.is_enough(options), "headroom.weights.mismatch", path.string(),
+          " does not fit this module: ", summary_of(report),
+          ". Build the module with the configuration that belongs to the file",
           report.loaded.empty() ? "" : ", or allow a partial load to leave the rest as it is", to_string(report));
-  const torch::NoGradGuard guard;
-  for (auto& [target, source] : copies) target.copy_(source);
-  return report;
+  matches.copy();
+  return std::move(matches.report);
 }
 
 }  // namespace headroom::inline v0::weights

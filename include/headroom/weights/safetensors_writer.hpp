@@ -49,9 +49,13 @@ inline std::string safetensors_header(std::span<const TensorHeader* const> tenso
     const std::uint64_t end = begin + *data_bytes(tensor->shape, bytes_of(tensor->dtype));
     std::string shape;
     for (const std::int64_t size : tensor->shape) shape += (shape.empty() ? "" : ",") + std::to_string(size);
-    member(header, tensor->name) += "{\"dtype\":\"" + std::string(names_of(tensor->dtype).safetensors) +
-                                    "\",\"shape\":[" + shape + "],\"data_offsets\":[" + std::to_string(begin) + "," +
-                                    std::to_string(end) + "]}";
+    std::string& entry = member(header, tensor->name);
+    entry.append("{\"dtype\":\"").append(names_of(tensor->dtype).safetensors).append("\",\"shape\":[").append(shape);
+    entry.append("],\"data_offsets\":[")
+        .append(std::to_string(begin))
+        .append(",")
+        .append(std::to_string(end))
+        .append("]}");
     begin = end;
   }
   header += "}";

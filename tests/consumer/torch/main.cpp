@@ -1,6 +1,8 @@
 #include <omp.h>
 #include <sndfile.h>
+#include <soxr.h>
 #include <torch/types.h>
+#include <yaml-cpp/parser.h>
 
 #include <fstream>
 #include <iostream>
@@ -32,7 +34,8 @@ int main() {
   int threads = 0;
 #pragma omp parallel reduction(+ : threads)
   threads += 1;
-  const bool links = threads >= 1 && sf_version_string() && nlohmann::json::parse("[3]")[0] == 3;
+  const bool links =
+      threads >= 1 && sf_version_string() && !YAML::Parser() && soxr_version() && nlohmann::json::parse("[3]")[0] == 3;
   try {
     headroom::require(!links, "headroom.core.example", "got ", torch::full({}, 3).item<int>(), ", expected ", 4);
   } catch (const headroom::Error& error) {

@@ -1,0 +1,36 @@
+"""A real MUSDB18 track, where there is one, and estimates of its stems: what tools.py evaluates, and museval_sample.py."""
+
+import array
+import os
+import wave
+from pathlib import Path
+
+STEMS = ["vocals", "drums", "bass", "other"]
+RATE = 44100
+
+
+def find_sample_track():
+    """The folder of Music Delta - 80s Rock below HEADROOM_SAMPLE_DATA or beside the project, or None."""
+    beside = Path(__file__).resolve().parents[3] / "shared/data/musdb18-sample"
+    tracks = Path(os.environ.get("HEADROOM_SAMPLE_DATA", beside)).glob("train/Music Delta - 80s Rock")
+    return next(tracks, None)
+
+
+def samples_of(path):
+    """The number of channels, and integers as they lie in a file of 16 bits."""
+    with wave.open(str(path), "rb") as file:
+        return file.getnchannels(), array.array("h", file.readframes(file.getnframes()))
+
+
+def write_sample_estimates(track, folder):
+    """Estimates of a real track that museval_sample.py evaluates, too: stems through filters of their own, with what is
+    left of the others."""
+    folder.mkdir()
+    channels, mixture = samples_of(track / "mixture.wav")
+    for delay, stem in enumerate(STEMS, start=2):
+        _, true = samples_of(track / f"{stem}.wav")
+        before = array.array("h", [0] * (delay * channels)) + true
+        estimate = [(11 * s + 3 * b + m) // 16 for s, b, m in zip(true, before, mixture)]
+        with wave.open(str(folder / f"{stem}.wav"), "wb") as file:
+            file.setparams((channels, 2, RATE, 0, "NONE", ""))
+            file.writeframes(array.array("h", estimate).tobytes())

@@ -82,6 +82,7 @@ const Option& Option::one_of(const std::vector<std::string>& choices) const {
   return option_->check(CLI::IsMember(choices)), *this;
 }
 const Option& Option::without(const Option& other) const { return option_->excludes(other.option_), *this; }
+const Option& Option::needs(const Option& other) const { return option_->needs(other.option_), *this; }
 const Option& Option::separated_by(char delimiter) const {
   option_->delimiter(delimiter);
   return one_each_time();

@@ -43,6 +43,7 @@ class CommandLine {
     const Option& with_default() const;  ///< --help tells what the variable holds now
     const Option& one_of(const std::vector<std::string>& choices) const;
     const Option& without(const Option& other) const;  ///< the other one excludes it
+    const Option& needs(const Option& other) const;    ///< it says nothing without the other one
     const Option& separated_by(char delimiter) const;  ///< several values in one word
     const Option& one_each_time() const;               ///< several values by giving the option several times
     const Option& at_least(int count) const;           ///< values, of an option that takes several

@@ -73,6 +73,9 @@ void check_results(const Arguments& arguments, const std::vector<std::string>& t
     for (const std::string& track : tracks) results.push_back(arguments.museval / (track + ".json"));
   }
   for (const fs::path& result : results) {
+    const bool is_sound = result.extension() == ".wav" || result.extension() == ".flac";
+    headroom::require(!is_sound, "headroom.evaluate.json", result,
+                      " has the name of a sound, which may be a stem; give another path, such as result.json");
     const std::string reason = headroom::io::why_not_writable(result);
     headroom::require(reason.empty(), "headroom.evaluate.json", "can't write ", result, ": ", reason,
                       "; give another path");
@@ -99,6 +102,8 @@ void run(const Arguments& arguments) {
   for (const std::string& stem : arguments.stems) {
     headroom::require(headroom::io::is_file_name(stem), "headroom.evaluate.stems", "the stem \"", stem,
                       "\" is no plain file name; give names such as vocals,drums");
+    headroom::require(std::ranges::count(arguments.stems, stem) == 1, "headroom.evaluate.stems", "the stem \"", stem,
+                      "\" is given twice; give each once");
   }
   const std::vector<std::string> metrics = chosen_metrics(arguments);
   if (arguments.threads > 0) torch::set_num_threads(arguments.threads);
@@ -106,6 +111,9 @@ void run(const Arguments& arguments) {
   std::vector<std::string> names = tracks;
   if (tracks.front().empty()) names = {fs::canonical(arguments.reference).filename().string()};
   check_results(arguments, names);
+  for (const std::string& track : tracks) {  // what does not fit is told before hours of work, not after
+    const TrackFiles files(arguments.reference / track, arguments.estimate / track, arguments.stems);
+  }
 
   const ScoreTable table(arguments.stems, names);
   std::map<std::string, std::vector<Row>> rows;  // by metric, for each track

@@ -11,6 +11,7 @@
 #include <ostream>
 #include <sstream>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -46,6 +47,11 @@ void write(const fs::path& path, const std::function<void(std::ostream&)>& write
 void check_outputs(const Arguments& arguments) {
   for (const fs::path& path : {arguments.json, arguments.trace, arguments.html, arguments.snapshot}) {
     if (path.empty()) continue;
+    std::error_code not_there;
+    for (const fs::path& config : arguments.configs) {
+      headroom::require(!fs::equivalent(path, config, not_there), "headroom.plan.output", path,
+                        " is the configuration, it would be replaced; give another path");
+    }
     const std::string reason = headroom::io::why_not_writable(path);
     headroom::require(reason.empty(), "headroom.plan.output", "cannot write ", path, ": ", reason,
                       "; give another path");
@@ -91,6 +97,8 @@ int run_sweep(const Arguments& arguments) {
 int run(const Arguments& arguments) {
   check_outputs(arguments);
   if (!arguments.sweep.empty()) return run_sweep(arguments);
+  headroom::require(arguments.configs.size() == 1, "headroom.plan.configs", "got ", arguments.configs.size(),
+                    " configurations; give one, or --sweep for a table of several");
   const fs::path& path = arguments.configs.front();
   training::Config config = load(path);
   if (!arguments.attention.empty()) config.model.attention = arguments.attention;

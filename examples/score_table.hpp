@@ -13,7 +13,7 @@
 #include "headroom/core/track_scores.hpp"
 #include "headroom/training/json.hpp"
 
-/// A value for each stem and, last, their mean; nothing where a stem is silent.
+/// A value for each stem and, last, their mean; nothing where silence leaves no score.
 using Row = std::vector<std::optional<double>>;
 
 /// Over the values that are there.
@@ -67,7 +67,7 @@ class ScoreTable {
       if (row[i]) {
         std::cout << *row[i];
       } else {
-        std::cout << "silent";
+        std::cout << "-";
       }
     }
     std::cout << std::endl;  // a row appears when its track is done

@@ -106,13 +106,20 @@ struct OutputNames {
   std::string pattern, model, extension;
 };
 
+/// The place that a path stands for, whatever links lead there; the path itself where nothing says so, as of a pipe.
+inline std::filesystem::path place_of(const std::filesystem::path& path) {
+  std::error_code failure;
+  const std::filesystem::path place = std::filesystem::weakly_canonical(path, failure);
+  return failure ? path : place;
+}
+
 /// Throws headroom.separate.name where two files would have one name.
 inline std::vector<std::vector<headroom::audio::StemFile>> output_files(const std::vector<Track>& tracks,
                                                                         const std::vector<NamedSum>& sums,
                                                                         const OutputNames& names) {
   std::map<std::filesystem::path, std::filesystem::path> taken;  // by which input
   std::set<std::filesystem::path> inputs;
-  for (const Track& track : tracks) inputs.insert(std::filesystem::weakly_canonical(track.file));
+  for (const Track& track : tracks) inputs.insert(place_of(track.file));
   std::vector<std::vector<headroom::audio::StemFile>> files;
   for (const Track& track : tracks) {
     files.emplace_back();
@@ -124,7 +131,7 @@ inline std::vector<std::vector<headroom::audio::StemFile>> output_files(const st
       headroom::require(fresh, "headroom.separate.name", "--name ", names.pattern, " names files of ", other->second,
                         " and ", track.file, " alike: ", path,
                         "; use {track} and {stem} in it, or separate them one after the other");
-      headroom::require(!inputs.contains(std::filesystem::weakly_canonical(path)), "headroom.separate.name", path,
+      headroom::require(!inputs.contains(place_of(path)), "headroom.separate.name", path,
                         " is an input, it would be replaced; choose another output folder");
       files.back().push_back({path, stems, mixture});
     }

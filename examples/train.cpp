@@ -26,6 +26,7 @@
 #include "headroom/training/split.hpp"
 #include "headroom/training/state.hpp"
 #include "headroom/training/trainer.hpp"
+#include "headroom/weights/tensor_map.hpp"
 #include "plan_run.hpp"
 #include "progress.hpp"
 #include "run_folder.hpp"
@@ -70,7 +71,8 @@ headroom::models::Separator first_model(const training::Config& config, const Ar
   if (!arguments.weights.empty()) {
     const auto report =
         training::load_weights(model, config, arguments.weights, {.allow_partial = arguments.allow_partial});
-    std::cout << "weights:  " << report.loaded.size() << " tensors from " << arguments.weights.string()
+    std::cout << "weights:  " << report.loaded.size() << " of the model's "
+              << headroom::weights::tensors_of(*model).size() << " tensors from " << arguments.weights.string()
               << to_string(report) << "\n";
   }
   return model;
@@ -198,9 +200,11 @@ int main(int argc, char** argv) {
   line.path("--config", arguments.config,
             "configuration, such as examples/configs/musdb18_small.json, or published .yaml")
       .required();
-  line.path("--weights", arguments.weights, "weights to begin with: .ckpt, .pth, .safetensors or a saved state")
-      .without(line.path("--resume", arguments.resume, "saved state to go on from, of the same model"));
-  line.flag("--allow-partial", arguments.allow_partial, "of --weights take what fits, and tell the rest");
+  const auto weights =
+      line.path("--weights", arguments.weights, "weights to begin with: .ckpt, .pth, .safetensors or a saved state");
+  weights.without(line.path("--resume", arguments.resume, "saved state to go on from, of the same model"));
+  line.flag("--allow-partial", arguments.allow_partial, "of --weights take what fits, and tell the rest")
+      .needs(weights);
   line.path("--data", arguments.data, "folder with `train` and, optionally, `valid`; default: data.path");
   line.path("--out", arguments.out, "folder for what is written").with_default();
   line.flag("--overwrite", arguments.overwrite, "start anew in a folder that holds another run");

@@ -336,6 +336,40 @@ TEST_CASE("a file of any kind that is cut is refused, one that is whole is read"
              Catch::Contains("does not tell when its end is missing"));
 }
 
+TEST_CASE("files behind each other in one are refused: libsndfile reads the first") {
+  const TemporaryFolder folder;
+  const torch::Tensor samples = torch::rand({480000}) - 0.5;  // noise, so that compressed files are large, too
+  constexpr int kMp3 = 0x230000 | 0x82;                       // SF_FORMAT_MPEG_LAYER_III, since libsndfile 1.1
+  for (const int format : {SF_FORMAT_FLAC | SF_FORMAT_PCM_16, SF_FORMAT_OGG | SF_FORMAT_VORBIS, kMp3}) {
+    INFO(std::hex << format);
+    const std::string whole = bytes_in_format(folder, format, samples);
+    testing::write_bytes(folder / "a", whole);
+    const std::int64_t frames = AudioReader(folder / "a").frames();
+    CHECK(frames >= 480000);
+    testing::write_bytes(folder / "a", whole + whole);
+    CHECK(error_of([&] { AudioReader(folder / "a"); }).id() == "headroom.audio.file.length");
+  }
+}
+
+TEST_CASE("an Ogg file with a page that is damaged or missing is refused, wherever it is") {
+  const TemporaryFolder folder;
+  const std::string whole = bytes_in_format(folder, SF_FORMAT_OGG | SF_FORMAT_VORBIS, torch::rand({200000}) - 0.5);
+  std::vector<std::size_t> pages;
+  for (std::size_t at = whole.find("OggS"); at != whole.npos; at = whole.find("OggS", at + 4)) pages.push_back(at);
+  REQUIRE(pages.size() > 5);
+  const std::size_t end = pages.size() - 2;
+  for (const std::size_t page : {std::size_t{2}, std::size_t{3}, end}) {
+    std::string flipped = whole;
+    flipped[(pages[page] + pages[page + 1]) / 2] ^= 1;
+    testing::write_bytes(folder / "a", flipped);
+    const Error error = error_of([&] { AudioReader(folder / "a"); });
+    CHECK(error.id() == "headroom.audio.file.damaged");
+    CHECK_THAT(error.what(), Catch::Contains("at byte " + std::to_string(pages[page]) + " "));
+    testing::write_bytes(folder / "a", whole.substr(0, pages[page]) + whole.substr(pages[page + 1]));
+    CHECK(error_of([&] { AudioReader(folder / "a"); }).id() == "headroom.audio.file.damaged");
+  }
+}
+
 TEST_CASE("sizes that the header does not know or that are wrong are read whole or refused") {
   const TemporaryFolder folder;
   const std::string whole = testing::wav_bytes(std::string(200000, 'x'), 2, 16);

@@ -634,7 +634,7 @@ class Tools(unittest.TestCase):
         config, weights = PUBLISHED / "bs.yaml", PUBLISHED / "bs.ckpt"
         result = run("train", "--config", config, "--weights", weights, *arguments)
         self.assertEqual(result.returncode, 0, result.stderr)
-        self.assertRegex(result.stdout, r"weights:  \d+ tensors from \S+bs.ckpt\n")
+        self.assertRegex(result.stdout, r"weights:  \d+ of the model's \d+ tensors from \S+bs.ckpt\n")
         self.assertEqual(json.loads((out / "config.json").read_text())["data"]["accompaniment"], ["drums", "bass", "other"])
         # The weights alone have their configuration with them, and are those of the saved state
         for name in ["last", "best"]:

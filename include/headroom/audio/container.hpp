@@ -1,12 +1,14 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <initializer_list>
 #include <limits>
+#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -24,8 +26,9 @@ struct ContainerLength {
   /// Where samples begin that go on to the end of the file, since their number was not known when the header was
   /// written
   std::optional<std::uint64_t> open_end = {};
-  bool ended = true;  ///< an Ogg stream has the mark of its end
-  bool tags = true;   ///< libsndfile passes over tags that were appended; else it takes them for sound
+  bool ended = true;                             ///< an Ogg stream has the mark of its end
+  std::optional<std::uint64_t> damaged_at = {};  ///< where a page of an Ogg stream is not as it was written, or missing
+  bool tags = true;  ///< libsndfile passes over tags that were appended; else it takes them for sound
 };
 
 namespace detail {
@@ -134,30 +137,99 @@ inline ContainerLength length_of_au(const io::InputFile& file, std::string_view 
   return {.promised = begin + size, .explained = std::min(begin + size, file.size())};
 }
 
-/// Ogg: the last page has the mark of the stream's end, and is whole.
-inline ContainerLength length_of_ogg(const io::InputFile& file) {
-  constexpr std::uint64_t kLongestPage = 65307;
-  const std::uint64_t begin = file.size() - std::min(file.size(), 2 * kLongestPage);
-  const std::string end = file.read(begin, file.size() - begin);
-  ContainerLength length{.explained = file.size(), .ended = false, .tags = false};
-  for (std::size_t page = end.rfind("OggS"); page != std::string::npos && page + 27 <= end.size();
-       page = page == 0 ? std::string::npos : end.rfind("OggS", page - 1)) {
-    const std::size_t lacing = static_cast<unsigned char>(end[page + 26]);
-    std::size_t bytes = 27 + lacing;
-    for (std::size_t i = 0; i < lacing && page + 27 + i < end.size(); ++i) {
-      bytes += static_cast<unsigned char>(end[page + 27 + i]);
+/// The checksum of a page, whose own four bytes count as zeros.
+inline std::uint32_t ogg_checksum(std::string_view page) {
+  static const auto table = [] {
+    std::array<std::uint32_t, 256> values{};
+    for (std::uint32_t i = 0; i < 256; ++i) {
+      std::uint32_t value = i << 24;
+      for (int bit = 0; bit < 8; ++bit) value = value << 1 ^ (value >> 31) * 0x04c11db7u;
+      values[i] = value;
     }
-    if (page + bytes > end.size()) continue;  // cut, or no page but bytes that look like the begin of one
-    length.ended = (end[page + 5] & 4) != 0;
-    length.explained = begin + page + bytes;
-    break;
+    return values;
+  }();
+  std::uint32_t sum = 0;
+  for (std::size_t i = 0; i < page.size(); ++i) {
+    const bool own = i >= 22 && i < 26;
+    sum = sum << 8 ^ table[sum >> 24 ^ (own ? 0 : static_cast<unsigned char>(page[i]))];
+  }
+  return sum;
+}
+
+/// The page of an Ogg file that begins at `at`; empty where no whole page does.
+inline std::string ogg_page(const io::InputFile& file, std::uint64_t at) {
+  constexpr std::size_t kHeader = 27;
+  std::string page = file.read(at, kHeader + 255);
+  if (page.size() < kHeader || !page.starts_with("OggS")) return "";
+  const std::size_t lacing = static_cast<unsigned char>(page[26]);
+  std::size_t bytes = kHeader + lacing;
+  for (std::size_t i = kHeader; i < std::min(kHeader + lacing, page.size()); ++i) {
+    bytes += static_cast<unsigned char>(page[i]);
+  }
+  page = file.read(at, bytes);
+  return page.size() == bytes ? page : "";
+}
+
+/// Ogg: whole pages, of each stream in their order, the last with the mark of its end. libsndfile passes over pages
+/// that are damaged or missing, and reads the first of streams that follow each other.
+inline ContainerLength length_of_ogg(const io::InputFile& file) {
+  ContainerLength length{.ended = false, .tags = false};
+  std::map<std::uint64_t, std::uint64_t> next;  // number of each stream's next page
+  bool headers_over = false;
+  for (std::string page = ogg_page(file, 0); !page.empty(); page = ogg_page(file, length.explained)) {
+    const auto number = [&](std::size_t offset) { return stored_number(page, offset, 4, std::endian::little); };
+    const bool begins = (page[5] & 2) != 0;
+    if (begins && headers_over) break;  // another stream, behind this one
+    headers_over = headers_over || !begins;
+    if (number(22) != ogg_checksum(page) || number(18) != next[number(14)]++) {
+      length.damaged_at = length.explained;
+      break;
+    }
+    length.ended = (page[5] & 4) != 0;
+    length.explained += page.size();
   }
   return length;
 }
 
+/// So many bytes at the end of a file are too few to be lost sound that matters.
+inline constexpr std::uint64_t kLittle = 1 << 16;
+
+/// MP3: what the first frame says of all of them, when it holds a table of contents (Xing, Info) and no sound.
+inline std::optional<ContainerLength> length_of_mp3(const io::InputFile& file, std::string_view header) {
+  std::uint64_t begin = 0;
+  if (header.starts_with("ID3") && header.size() >= 10) {  // a tag, whose size has 7 bits a byte
+    for (std::size_t i = 6; i < 10; ++i) begin = begin << 7 | (static_cast<unsigned char>(header[i]) & 0x7f);
+    begin += 10;
+  }
+  const std::string frame = file.read(begin, 64);
+  if (frame.size() < 64 || stored_number(frame, 0, 2, std::endian::big) >> 5 != 0x7ff) return std::nullopt;
+  const bool mpeg1 = (frame[1] & 8) != 0, mono = (static_cast<unsigned char>(frame[3]) >> 6) == 3;
+  const std::size_t table = 4 + (mpeg1 ? (mono ? 17 : 32) : (mono ? 9 : 17));
+  const std::string_view name = std::string_view(frame).substr(table, 4);
+  constexpr unsigned kFrames = 1, kBytes = 2;
+  const auto flags = stored_number(frame, table + 4, 4, std::endian::big);
+  if ((name != "Xing" && name != "Info") || (flags & kBytes) == 0) return std::nullopt;
+  const std::uint64_t bytes = stored_number(frame, table + ((flags & kFrames) != 0 ? 12 : 8), 4, std::endian::big);
+  ContainerLength length{.explained = std::min(begin + bytes, file.size())};
+  length.tags = !file.read(length.explained, 3).starts_with("ID3");  // the tag before the next file of several
+  if (file.size() - length.explained <= kLittle) length.explained = file.size();
+  return length;
+}
+
+/// FLAC: whether another file is appended, which libsndfile does not read.
+inline ContainerLength length_of_flac(const io::InputFile& file) {
+  constexpr std::string_view kBegin("fLaC\0\0\0\x22", 8);  // the name, and the block that comes first, with its size
+  constexpr std::uint64_t kBlock = 1 << 20;
+  for (std::uint64_t at = kBegin.size(); at < file.size(); at += kBlock) {
+    const std::string bytes = file.read(at, kBlock + kBegin.size() - 1);
+    if (const std::size_t found = bytes.find(kBegin); found != bytes.npos)
+      return {.explained = at + found, .tags = false};
+  }
+  return {.explained = file.size()};
+}
+
 /// Whether what follows the last chunk is no lost sound: tags that other programs append, or too little to matter.
 inline bool is_appendix(const io::InputFile& file, std::uint64_t begin) {
-  constexpr std::uint64_t kLittle = 1 << 16;
   const std::string tag = file.read(begin, 8);
   return file.size() - begin <= kLittle || tag.starts_with("ID3") || tag.starts_with("TAG") ||
          tag.starts_with("APETAGEX") || tag.starts_with("LYRICS");
@@ -165,8 +237,8 @@ inline bool is_appendix(const io::InputFile& file, std::uint64_t begin) {
 
 }  // namespace detail
 
-/// What the headers of a WAV (RIFF, RIFX, RF64, BW64), Wave64, AIFF, AU, CAF or Ogg file say of its length; none for
-/// other files. FLAC and MP3 need no more than their number of frames, which libsndfile knows.
+/// What a WAV (RIFF, RIFX, RF64, BW64), Wave64, AIFF, AU, CAF, Ogg, FLAC or MP3 file says of its length in bytes; none
+/// for other files. That FLAC and MP3 are cut is seen by their number of frames, which libsndfile knows.
 inline std::optional<ContainerLength> container_length(const io::InputFile& file) {
   const std::string header = file.read(0, 40);
   const auto begins = [&](std::initializer_list<const char*> names) {
@@ -178,16 +250,19 @@ inline std::optional<ContainerLength> container_length(const io::InputFile& file
   if (begins({".snd", "dns."})) return detail::length_of_au(file, header);
   if (begins({"caff"})) return detail::length_of_chunks(file, {8, 4, 8, std::endian::big, false, 1, "data"}, 0, 0);
   if (begins({"OggS"})) return detail::length_of_ogg(file);
-  return std::nullopt;
+  if (begins({"fLaC"})) return detail::length_of_flac(file);
+  return detail::length_of_mp3(file, header);
 }
 
 /// Refuses a file that ends before its headers say, or goes on where they say nothing of it: a size that has 32 bits
-/// and needs more leaves the rest. Throws headroom.audio.file.truncated and headroom.audio.file.length.
+/// and needs more leaves the rest. Throws headroom.audio.file.truncated, .damaged and .length.
 inline void require_whole(const io::InputFile& file, const std::filesystem::path& path) {
   const std::optional<ContainerLength> length = container_length(file);
   if (!length) return;
   require(length->promised <= file.size(), "headroom.audio.file.truncated", path, " has ", file.size(),
           " bytes, its header says ", length->promised, "; copy or download it again");
+  require(!length->damaged_at, "headroom.audio.file.damaged", path, ": what begins at byte ",
+          length->damaged_at.value_or(0), " is damaged, or something is missing before it; copy or download it again");
   require(length->ended, "headroom.audio.file.truncated", path, " has ", file.size(),
           " bytes, and no page that ends an Ogg stream is the last; copy or download it again");
   constexpr std::uint64_t kPadding = 8;

@@ -45,8 +45,9 @@ enum class OnStop {
 
 /// Handles the signals that ask a program to end, in a way that leaves no temporary files: SIGHUP, SIGINT, SIGQUIT,
 /// SIGTERM, and SIGPIPE, which comes when nobody reads any more what is printed. SIGHUP and SIGPIPE stay ignored where
-/// they are, as below nohup.
+/// they are, as below nohup. SIGXFSZ is ignored: a file that may not grow is an error of the write then.
 inline void handle_stop_signals(OnStop reaction) {
+  std::signal(SIGXFSZ, SIG_IGN);
   for (const int signal : {SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM}) {
     struct sigaction before {};
     ::sigaction(signal, nullptr, &before);

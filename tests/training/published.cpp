@@ -95,7 +95,7 @@ std::string bs_roformer(const std::vector<std::string>& changes = {}) {
   return text;
 }
 
-std::vector<std::string> problems_of(const std::string& yaml) {
+std::vector<std::string> complaints_about(const std::string& yaml) {
   const Error error = error_of([&] { parse_config(yaml, "a.yaml"); });
   CHECK(error.id() == "headroom.training.config");
   std::vector<std::string> lines;
@@ -257,20 +257,20 @@ is_roformer: true
 }
 
 TEST_CASE("problems of a published file have its own names") {
-  CHECK(problems_of(bs_roformer({"audio.chunk_size: 0", "model.depht: 2", "model.heads: two", "model.stereo: false",
-                                 "training.lr: -1", "training.num_stpes: 3", "inference.num_overlap: 0",
-                                 "training.use_amp: 3", "model.num_residual_streams: 4"})) ==
-        Lines{"audio.num_channels: got 2, expected 1, as model.stereo is false, or missing",
-              "training.use_amp: got 3, expected true or false",
-              "inference.num_overlap: got 0, expected an integer >= 1",
-              "model.depht: unknown key; did you mean `depth`?",
-              "model.num_residual_streams: unknown key; a model that has it is not here",
-              "training.num_stpes: unknown key; did you mean `num_steps`?",
-              "model.heads: got \"two\", expected an integer >= 1 and <= 1048576",
-              "audio.chunk_size: got 0, expected an integer >= 1 and <= 1000000000",
-              "training.lr: got -1, expected a number > 0 and <= 10"});
+  CHECK(
+      complaints_about(bs_roformer({"audio.chunk_size: 0", "model.depht: 2", "model.heads: two", "model.stereo: false",
+                                    "training.lr: -1", "training.num_stpes: 3", "inference.num_overlap: 0",
+                                    "training.use_amp: 3", "model.num_residual_streams: 4"})) ==
+      Lines{"audio.num_channels: got 2, expected 1, as model.stereo is false, or missing",
+            "training.use_amp: got 3, expected true or false", "inference.num_overlap: got 0, expected an integer >= 1",
+            "model.depht: unknown key; did you mean `depth`?",
+            "model.num_residual_streams: unknown key; a model that has it is not here",
+            "training.num_stpes: unknown key; did you mean `num_steps`?",
+            "model.heads: got \"two\", expected an integer >= 1 and <= 1048576",
+            "audio.chunk_size: got 0, expected an integer >= 1 and <= 1000000000",
+            "training.lr: got -1, expected a number > 0 and <= 10"});
   const auto only = [](const std::vector<std::string>& changes) {
-    const Lines lines = problems_of(bs_roformer(changes));
+    const Lines lines = complaints_about(bs_roformer(changes));
     INFO(lines.front());
     REQUIRE(lines.size() == 1);
     return lines.front();
@@ -291,9 +291,10 @@ TEST_CASE("problems of a published file have its own names") {
                  "model.multi_stft_resolutions_window_sizes"));
   CHECK(contains(only({"model.dim_head: 15"}), "model.dim_head: got 15, expected an even number"));
   const std::string other = "audio:\n  chunk_size: 44100\nmodel: htdemucs\ntraining:\n  shift: 1\n";
-  CHECK(problems_of(other) == Lines{"model: has no `dim` and `depth`, as those of BS-RoFormers and Mel-Band RoFormers "
-                                    "have; other published models are not here"});
-  CHECK(problems_of("audio:\n  chunk_size: 5120\nmodel:\n  dim: 8\n  depth: 1\ntrainnig: {}\n") ==
+  CHECK(complaints_about(other) ==
+        Lines{"model: has no `dim` and `depth`, as those of BS-RoFormers and Mel-Band RoFormers "
+              "have; other published models are not here"});
+  CHECK(complaints_about("audio:\n  chunk_size: 5120\nmodel:\n  dim: 8\n  depth: 1\ntrainnig: {}\n") ==
         Lines{"training.instruments: missing; expected the names of the stems, such as [vocals, other]",
               "trainnig: unknown section; did you mean `training`?"});
 }

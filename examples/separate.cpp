@@ -182,8 +182,9 @@ int main(int argc, char** argv) {
   line.text("--format", arguments.format, "wav16, wav24, flac16, flac24 (integers) or wav32f (float)")
       .one_of(formats)
       .with_default();
-  line.text("--name", arguments.name,
-            "names of the files, of {track}, {stem} and {model}; default {stem} for one file, else {track}/{stem}");
+  line.text(
+      "--name", arguments.name,
+      "names of the files, of {track}, {ext}, {stem} and {model}; default {stem} for one file, else {track}/{stem}");
   line.flag("--overwrite", arguments.overwrite, "replace files that are in OUTDIR already");
   add_blend_options(line, arguments.blend);
   line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");

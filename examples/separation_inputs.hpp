@@ -26,6 +26,8 @@ struct Track {
   headroom::audio::AudioReader open() { return pipe ? std::move(*pipe) : headroom::audio::AudioReader(file); }
   /// The file's name without its extension.
   std::string name() const { return file == "-" ? "stdin" : file.stem().string(); }
+  /// That extension, without the dot.
+  std::string extension() const { return file.has_extension() ? file.extension().string().substr(1) : ""; }
 };
 
 /// What was found below the paths that were given, and what is wrong with the rest.

@@ -63,7 +63,7 @@ inline std::vector<std::string> add_model(const headroom::training::ModelFiles& 
                     " is a model for ", rate, " Hz, the one before it for ", models.sample_rate,
                     "; separate with each and combine the results");
   models.sample_rate = rate;
-  models.name += (models.name.empty() ? "" : "+") + files.weights.stem().string();
+  models.name.append(models.name.empty() ? "" : "+").append(files.weights.stem().string());
   const headroom::audio::SeparatorOptions options{
       .segments = chosen_segments(blend, config.inference_segment(), config.inference.overlap),
       .batch = blend.batch,

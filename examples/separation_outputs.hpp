@@ -89,7 +89,8 @@ inline std::filesystem::path name_by(const std::string& pattern, const std::map<
     const std::size_t end = std::min(pattern.find('}', at), pattern.size() - 1);
     const auto value = values.find(pattern.substr(at + 1, end - at - 1));
     headroom::require(value != values.end() && pattern[end] == '}', "headroom.separate.name", "--name ", pattern,
-                      " has ", pattern.substr(at, end + 1 - at), ", expected {track}, {stem} or {model} in braces");
+                      " has ", pattern.substr(at, end + 1 - at),
+                      ", expected {track}, {ext}, {stem} or {model} in braces");
     name += value->second;
     at = end + 1;
   }
@@ -125,12 +126,15 @@ inline std::vector<std::vector<headroom::audio::StemFile>> output_files(const st
     files.emplace_back();
     for (const auto& [name, stems, mixture] : sums) {
       const auto below =
-          name_by(names.pattern, {{"track", track.name()}, {"stem", name}, {"model", names.model}}).lexically_normal();
+          name_by(names.pattern,
+                  {{"track", track.name()}, {"ext", track.extension()}, {"stem", name}, {"model", names.model}})
+              .lexically_normal();
       const std::filesystem::path path = names.folder / track.folder / (below.string() + names.extension);
       const auto [other, fresh] = taken.emplace(path, track.file);
-      headroom::require(fresh, "headroom.separate.name", "--name ", names.pattern, " names files of ", other->second,
-                        " and ", track.file, " alike: ", path,
-                        "; use {track} and {stem} in it, or separate them one after the other");
+      headroom::require(
+          fresh, "headroom.separate.name", "--name ", names.pattern, " names files of ", other->second, " and ",
+          track.file, " alike: ", path,
+          "; use {track}, {stem} and, where names differ in it alone, {ext}; or separate them one after the other");
       headroom::require(!inputs.contains(place_of(path)), "headroom.separate.name", path,
                         " is an input, it would be replaced; choose another output folder");
       files.back().push_back({path, stems, mixture});

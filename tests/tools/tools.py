@@ -490,11 +490,40 @@ class Tools(unittest.TestCase):
         config = (self.root / "config.json").read_text()
         read = subprocess.run([TOOLS / "plan", "--config", "-"], input=config, capture_output=True, text=True)
         self.assertEqual(read.returncode, 0, read.stderr)
-        with open(self.song / "mixture.wav", "rb") as song:
-            piped = subprocess.run([TOOLS / "separate", "--model", self.model, "-", self.root / "piped"],
-                                   input=song.read(), capture_output=True)
-        self.assertEqual(piped.returncode, 0, piped.stderr)
-        self.assertEqual(read_wav(self.root / "piped/bass.wav"), (self.frames, 2, RATE))
+        for name in ["-", "/dev/stdin"]:
+            out = self.root / "piped" / name.strip("/-")
+            with open(self.song / "mixture.wav", "rb") as song:
+                piped = subprocess.run([TOOLS / "separate", "--model", self.model, name, out], input=song.read(),
+                                       capture_output=True)
+            self.assertEqual(piped.returncode, 0, piped.stderr)
+            self.assertEqual(read_wav(out / "bass.wav"), (self.frames, 2, RATE))
+
+    def test_nothing_that_was_given_is_replaced(self):
+        config, stem = self.root / "config.json", self.song / "bass.wav"
+        before = stem.read_bytes(), config.read_bytes()
+        self.fails(run("evaluate", "--reference", self.song, "--estimate", self.song, "--json", stem),
+                   "headroom.evaluate.json", "bass.wav")
+        self.fails(run("plan", "--config", config, "--json", config), "headroom.plan.output", "it would be replaced")
+        self.assertEqual((stem.read_bytes(), config.read_bytes()), before)
+        self.fails(run("plan", "--config", config, config), "headroom.plan.configs", "got 2")
+        self.fails(run("evaluate", "--reference", self.song, "--estimate", self.song, "--stems", "bass,bass"),
+                   "headroom.evaluate.stems", "twice")
+
+    def test_a_limit_on_file_sizes_is_an_error(self):
+        out = self.root / "limited"
+        result = run("separate", "--model", self.model, "--stems", "bass", self.song / "mixture.wav", out,
+                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)))
+        self.fails(result, "headroom.audio.file.write")
+        self.assertEqual(list(out.glob("*")), [])
+
+    def test_recordings_that_differ_in_their_extension(self):
+        folder = self.root / "twins"
+        for name in ["a.wav", "a.flac"]:
+            write_wav(folder / name, [1000, -1000] * 3000)
+        self.fails(self.separate("--stems", "bass", folder, self.root / "one"), "headroom.separate.name", "{ext}")
+        result = self.separate("--stems", "bass", folder, self.root / "both", "--name", "{track}.{ext} {stem}")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(sorted(p.name for p in (self.root / "both").iterdir()), ["a.flac bass.wav", "a.wav bass.wav"])
 
     def test_a_track_needs_no_mixture(self):
         data = self.root / "no mixture"

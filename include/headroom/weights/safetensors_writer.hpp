@@ -48,7 +48,9 @@ inline std::string safetensors_header(std::span<const TensorHeader* const> tenso
   for (const TensorHeader* const tensor : tensors) {
     const std::uint64_t end = begin + *data_bytes(tensor->shape, bytes_of(tensor->dtype));
     std::string shape;
-    for (const std::int64_t size : tensor->shape) shape += (shape.empty() ? "" : ",") + std::to_string(size);
+    for (const std::int64_t size : tensor->shape) {
+      shape.append(shape.empty() ? "" : ",").append(std::to_string(size));
+    }
     std::string& entry = member(header, tensor->name);
     entry.append("{\"dtype\":\"").append(names_of(tensor->dtype).safetensors).append("\",\"shape\":[").append(shape);
     entry.append("],\"data_offsets\":[")

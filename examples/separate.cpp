@@ -138,8 +138,8 @@ int run(Arguments arguments) {
                           models.name, audio::extension_of(kFormats.at(arguments.format))};
   const auto files = output_files(found.tracks, sums, names);
   if (!arguments.overwrite) require_new(files);
-  make_folder(output);
   for (const audio::EnsembleMember& member : models.ensemble.members) warn_of_borders(member.options.segments);
+  make_folder(output);
   tell_rates(found.tracks, models.sample_rate);
   headroom::io::handle_stop_signals(headroom::io::OnStop::finish_first);
   Separation separation{models.ensemble, {{}, models.sample_rate, kFormats.at(arguments.format)}};

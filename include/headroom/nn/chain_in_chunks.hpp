@@ -86,12 +86,12 @@ class ChainInChunks {
   }
 
  private:
-  /// Rows of a chunk, so that its widest matrix takes about 800 KB, as long as there are enough rows for the threads.
+  /// Rows of a chunk, so that its widest matrix takes about 800 KB, and enough of them for the threads.
   /// Gradients of weights are sums over chunks: their number does not depend on that of the threads.
   int64_t chunk_rows() const {
     int64_t widest = chain_.weights[0].size(1);
     for (const torch::Tensor& w : chain_.weights) widest = std::max(widest, w.size(0));
-    return std::max<int64_t>(256, 196608 / widest / 64 * 64);
+    return std::max<int64_t>(128, 196608 / widest / 64 * 64);
   }
   /// Whether something comes before the first layer.
   bool changes_x() const { return chain_.norm_weight.defined() || chain_.gates.defined(); }

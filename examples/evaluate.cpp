@@ -24,6 +24,7 @@
 #include "headroom/core/bsseval.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/core/track_scores.hpp"
+#include "headroom/core/word_list.hpp"
 #include "headroom/io/atomic_file.hpp"
 #include "headroom/io/file_name.hpp"
 #include "headroom/io/nearest.hpp"
@@ -47,11 +48,9 @@ std::vector<std::string> chosen_metrics(const Arguments& arguments) {
   names.insert(names.end(), {"bsseval", "all"});
   for (const std::string& given : arguments.metrics) {
     if (std::ranges::find(names, given) != names.end()) continue;
-    std::string expected;
-    for (const std::string& name : names) expected += (expected.empty() ? "" : ", ") + name;
     const auto meant = headroom::io::nearest(given, names);
-    headroom::fail("headroom.evaluate.metrics", "there is no metric \"", given, "\"; expected ", expected,
-                   meant ? "; did you mean " + *meant + "?" : "");
+    headroom::fail("headroom.evaluate.metrics", "there is no metric \"", given, "\"; expected ",
+                   headroom::core::word_list(names), meant ? "; did you mean " + *meant + "?" : "");
   }
   const auto asks_for = [&](const char* name) {
     return std::ranges::find(arguments.metrics, name) != arguments.metrics.end();

@@ -11,6 +11,7 @@
 
 #include "headroom/audio/stem_files.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/core/word_list.hpp"
 #include "headroom/io/file_name.hpp"
 #include "headroom/io/nearest.hpp"
 #include "separation_inputs.hpp"
@@ -35,10 +36,9 @@ inline std::size_t place_of(const std::string& stem, const std::vector<std::stri
   const auto found = std::ranges::find(stems, stem);
   if (found == stems.end()) {
     const auto meant = headroom::io::nearest(stem, stems);
-    std::string all;
-    for (const std::string& name : stems) all += (all.empty() ? "" : ", ") + name;
     headroom::fail("headroom.separate.stems", "the model has no stem \"", stem, "\"",
-                   meant ? " (did you mean \"" + *meant + "\"?)" : "", ", expected one of ", all);
+                   meant ? " (did you mean \"" + *meant + "\"?)" : "", ", expected one of ",
+                   headroom::core::word_list(stems));
   }
   return static_cast<std::size_t>(found - stems.begin());
 }
@@ -108,10 +108,10 @@ struct OutputNames {
 };
 
 /// The place that a path stands for, whatever links lead there; the path itself where nothing says so, as of a pipe.
-inline std::filesystem::path place_of(const std::filesystem::path& path) {
+inline std::filesystem::path location_of(const std::filesystem::path& path) {
   std::error_code failure;
-  const std::filesystem::path place = std::filesystem::weakly_canonical(path, failure);
-  return failure ? path : place;
+  const std::filesystem::path location = std::filesystem::weakly_canonical(path, failure);
+  return failure ? path : location;
 }
 
 /// Throws headroom.separate.name where two files would have one name.
@@ -120,7 +120,7 @@ inline std::vector<std::vector<headroom::audio::StemFile>> output_files(const st
                                                                         const OutputNames& names) {
   std::map<std::filesystem::path, std::filesystem::path> taken;  // by which input
   std::set<std::filesystem::path> inputs;
-  for (const Track& track : tracks) inputs.insert(place_of(track.file));
+  for (const Track& track : tracks) inputs.insert(location_of(track.file));
   std::vector<std::vector<headroom::audio::StemFile>> files;
   for (const Track& track : tracks) {
     files.emplace_back();
@@ -135,7 +135,7 @@ inline std::vector<std::vector<headroom::audio::StemFile>> output_files(const st
           fresh, "headroom.separate.name", "--name ", names.pattern, " names files of ", other->second, " and ",
           track.file, " alike: ", path,
           "; use {track}, {stem} and, where names differ in it alone, {ext}; or separate them one after the other");
-      headroom::require(!inputs.contains(place_of(path)), "headroom.separate.name", path,
+      headroom::require(!inputs.contains(location_of(path)), "headroom.separate.name", path,
                         " is an input, it would be replaced; choose another output folder");
       files.back().push_back({path, stems, mixture});
     }

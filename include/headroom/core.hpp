@@ -34,3 +34,4 @@
 #include "headroom/core/stored.hpp"
 #include "headroom/core/track_scores.hpp"
 #include "headroom/core/view.hpp"
+#include "headroom/core/word_list.hpp"

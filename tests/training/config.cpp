@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "support/catch.hpp"
+#include "support/config_problems.hpp"
 #include "support/transformer_options.hpp"
 
 using namespace headroom;
@@ -30,19 +31,7 @@ std::string with(const std::string& members) {
   return json.dump();
 }
 
-/// The problems that parse_config finds: one line each, without the file's name.
-std::vector<std::string> problems_of(const std::string& text) {
-  const Error error = error_of([&] { parse_config(text, "a.json"); });
-  CHECK(error.id() == "headroom.training.config");
-  std::vector<std::string> lines;
-  std::istringstream message(error.what());
-  for (std::string line; std::getline(message, line);) {
-    if (line.starts_with("  a.json: ")) {
-      lines.push_back(line.substr(10));
-    }
-  }
-  return lines;
-}
+std::vector<std::string> problems_of(const std::string& text) { return testing::problems_in(text, "a.json"); }
 
 using Lines = std::vector<std::string>;
 

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -13,6 +12,7 @@
 #include "headroom/training/config.hpp"
 #include "headroom/training/yaml.hpp"
 #include "support/catch.hpp"
+#include "support/config_problems.hpp"
 
 using namespace headroom;
 using namespace headroom::training;
@@ -95,16 +95,7 @@ std::string bs_roformer(const std::vector<std::string>& changes = {}) {
   return text;
 }
 
-std::vector<std::string> complaints_about(const std::string& yaml) {
-  const Error error = error_of([&] { parse_config(yaml, "a.yaml"); });
-  CHECK(error.id() == "headroom.training.config");
-  std::vector<std::string> lines;
-  std::istringstream message(error.what());
-  for (std::string line; std::getline(message, line);) {
-    if (line.starts_with("  a.yaml: ")) lines.push_back(line.substr(10));
-  }
-  return lines;
-}
+std::vector<std::string> complaints_about(const std::string& yaml) { return testing::problems_in(yaml, "a.yaml"); }
 
 using Lines = std::vector<std::string>;
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "headroom/core/error.hpp"
+#include "headroom/core/word_list.hpp"
 
 namespace headroom::inline v0 {
 
@@ -36,9 +37,8 @@ inline AttentionBackend attention_backend(std::string_view name) {
   const auto& names = kAttentionBackendNames;
   const auto found = std::ranges::find(names, name);
   if (found == std::end(names)) {
-    std::string listed;
-    for (const std::string_view known : names) listed.append(listed.empty() ? "" : ", ").append(known);
-    fail("headroom.attention.backend_name", "there is no backend \"", name, "\"; expected one of ", listed);
+    fail("headroom.attention.backend_name", "there is no backend \"", name, "\"; expected one of ",
+         core::word_list(names));
   }
   return static_cast<AttentionBackend>(found - std::begin(names));
 }

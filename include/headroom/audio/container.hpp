@@ -211,8 +211,8 @@ inline std::optional<ContainerLength> length_of_mp3(const io::InputFile& file, s
   if ((name != "Xing" && name != "Info") || (flags & kBytes) == 0) return std::nullopt;
   const std::uint64_t bytes = stored_number(frame, table + ((flags & kFrames) != 0 ? 12 : 8), 4, std::endian::big);
   ContainerLength length{.explained = std::min(begin + bytes, file.size())};
-  length.tags = !file.read(length.explained, 3).starts_with("ID3");  // the tag before the next file of several
-  if (file.size() - length.explained <= kLittle) length.explained = file.size();
+  // The tag before the next file of several is no tag of this one
+  length.tags = file.size() - length.explained <= kLittle || !file.read(length.explained, 3).starts_with("ID3");
   return length;
 }
 

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/core/word_list.hpp"
 #include "headroom/training/described.hpp"
 #include "headroom/training/field.hpp"
 #include "headroom/training/json.hpp"
@@ -106,11 +107,11 @@ class PublishedReader {
     for (const char* key : kKeysThatAreFalse) {
       if (get(key, false)) problems_.push_back({key, "got true, expected false: a model like that is not here"});
     }
-    std::string idle;
+    std::vector<std::string> idle;
     for (const char* key : kKeysWithoutEffect) {
-      if (find(key) != nullptr) idle += (idle.empty() ? "" : ", ") + std::string(key);
+      if (find(key) != nullptr) idle.push_back(key);
     }
-    if (!idle.empty()) published_.notices.push_back("without effect here: " + idle);
+    if (!idle.empty()) published_.notices.push_back("without effect here: " + core::word_list(idle));
     tell_unknown_keys();
     return std::move(published_);
   }
@@ -284,20 +285,21 @@ class PublishedReader {
     put("data.swap_channels", any && get("augmentations.all.channel_shuffle", 0.0) > 0);
     put("data.flip_polarity", any && get("augmentations.all.random_polarity", 0.0) > 0);
     published_.names.emplace_back("data.gain", "augmentations.loudness_min");
-    std::string idle, last;
+    std::vector<std::string> idle;
     const auto tell = [&](const std::string& parent) {
       const Json members = section(parent);
       for (const auto& [key, value] : members.items()) {
         const std::string path = parent + "." + key;
         const bool is_read = known_.contains(path) || key.starts_with("loudness") || key == "all";
-        const bool is_detail = !last.empty() && key.starts_with(last + "_");  // pitch_shift, pitch_shift_min_semitones
-        if (!is_read && !is_detail && any) idle += (idle.empty() ? "" : ", ") + (last = key);
+        const bool is_detail =
+            !idle.empty() && key.starts_with(idle.back() + "_");  // pitch_shift, pitch_shift_min_semitones
+        if (!is_read && !is_detail && any) idle.push_back(key);
         find(path);
       }
     };
     tell("augmentations.all");
     tell("augmentations");
-    if (!idle.empty()) published_.notices.push_back("augmentations that are not here: " + idle);
+    if (!idle.empty()) published_.notices.push_back("augmentations that are not here: " + core::word_list(idle));
   }
 
   Json section(const std::string& name) {

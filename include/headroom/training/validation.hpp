@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "headroom/audio/metrics.hpp"
+#include "headroom/audio/segment_model.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/training/example.hpp"
@@ -21,8 +22,7 @@ HEADROOM_TRAINING double validation_nsdr(const models::Separator& model, const B
 #ifdef HEADROOM_TRAINING_HERE
 HEADROOM_TRAINING double validation_nsdr(const models::Separator& model, const BatchSource& source, int64_t count) {
   const torch::NoGradGuard guard;
-  const bool was_training = model->is_training();
-  model->eval();
+  const audio::detail::EvaluationMode evaluation(model);
   const torch::Device device = model->parameters().front().device();
   std::vector<audio::NsdrAccumulator> stems;
   for (int64_t index = 0; index < count; ++index) {
@@ -34,7 +34,6 @@ HEADROOM_TRAINING double validation_nsdr(const models::Separator& model, const B
       audio::add(stems[n], example.stems.select(1, stem), estimate.select(1, stem).cpu());  // [1,C,S]
     }
   }
-  model->train(was_training);
   double sum = 0, sounding = 0;
   for (const audio::NsdrAccumulator& stem : stems) {
     if (stem.reference_energy() > 0) {

@@ -68,9 +68,8 @@ class SplitMix64 {
 }  // namespace detail
 
 /// Random segments of a folder in the MUSDB18-HQ layout, FOLDER/<Artist - Title>/{mixture,vocals,drums,bass,other}.wav.
-/// A track without mixture.wav has the sum of its stems and their
-/// accompaniment for one. Folders that hold none of the files (`__MACOSX`) and
-/// tracks that are shorter than a segment are left out, see notices().
+/// A track without mixture.wav has the sum of its stems and their accompaniment for one. Folders that hold none of the
+/// files (`__MACOSX`) and tracks that are shorter than a segment are left out, see notices().
 ///
 /// The constructor looks at the header of every file, so that a bad one is found before training and not in the middle
 /// of it; samples are read when an example is, and nothing else of the file. An example is a pure function of a seed

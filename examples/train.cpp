@@ -26,6 +26,7 @@
 #include "headroom/training/split.hpp"
 #include "headroom/training/state.hpp"
 #include "headroom/training/trainer.hpp"
+#include "headroom/training/validation.hpp"
 #include "headroom/weights/tensor_map.hpp"
 #include "plan_run.hpp"
 #include "progress.hpp"

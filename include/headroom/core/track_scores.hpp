@@ -42,6 +42,7 @@ struct TrackOptions {
 
   bool asks_for(std::string_view metric) const { return std::ranges::find(metrics, metric) != metrics.end(); }
   bool asks_for_bss() const { return std::ranges::any_of(metrics, is_bss_metric); }
+  bool reads_twice() const { return asks_for_bss() || asks_for("bleedless") || asks_for("fullness"); }
 
   /// Throws headroom.core.track_scores.options.
   void check() const {
@@ -181,7 +182,7 @@ TrackScores score_track(const TrackOptions& options, Reading&& read, const E& ex
   std::optional<BssFrames<E>> frames;
   if (correlations) frames.emplace(BssFilters(*correlations), executor);
   correlations.reset();
-  if (asks_for_bss || options.asks_for("bleedless") || options.asks_for("fullness")) {
+  if (options.reads_twice()) {
     read([&](const TrackBlock& block) {
       executor.run(options.sources, [&](Eigen::Index source, int /*worker*/) {
         sources[static_cast<std::size_t>(source)].add_again(of(block.references, source), of(block.estimates, source));

@@ -5,15 +5,13 @@
 #
 #   scripts/release.sh              all of it
 #   scripts/release.sh --no-tests   without the consumer tests
-#   scripts/release.sh --wheel      also a wheel of the operators for the PyTorch in .venv: minutes
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-tests=true wheel=false
+tests=true
 for option in "$@"; do
   case "$option" in
     --no-tests) tests=false ;;
-    --wheel) wheel=true ;;
     *)
-      echo "release.sh: '$option' is no option; there are: --no-tests, --wheel" >&2
+      echo "release.sh: '$option' is no option; there is: --no-tests" >&2
       exit 2
       ;;
   esac
@@ -45,10 +43,6 @@ cmake -S "$trial/$name" -B "$trial/build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
 mv "$trial"/package/*.deb "$out"
 if $tests; then
   ctest --test-dir "$trial/build" --output-on-failure -R '^consumer: '
-fi
-if $wheel; then
-  .venv/bin/pip install --quiet scikit-build-core
-  .venv/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$out" "$trial/$name"
 fi
 rm -rf "$trial"
 (cd "$out" && sha256sum ./*.* | tee SHA256SUMS)

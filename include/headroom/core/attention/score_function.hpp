@@ -71,13 +71,8 @@ struct ScoreFunctionLoops {
                        ScoreSlopes<Scalar> kept) {
     tile.template for_each_packet<false>([&](Index i, const ScorePlace<Scalar>& place) __attribute__((always_inline)) {
       const Lanes<Scalar> score = Lanes<Scalar>(simd::load(tile.data + i)) * factor;
-      const Dual<Scalar> result = with_tables<Scalar>(tables, [&](const auto&... table) {
-        if constexpr (HasDerivative<F, Scalar, std::remove_cvref_t<decltype(table)>...>) {
-          return Dual<Scalar>{function(f)(score, place, table...), function(f).derivative(score, place, table...)};
-        } else {
-          return Dual<Scalar>(function(f)(Dual<Scalar>{score, 1}, place, table...));
-        }
-      });
+      const Dual<Scalar> result = with_tables<Scalar>(
+          tables, [&](const auto&... table) { return differentiated(function(f), score, place, table...); });
       simd::store(tile.data + i, lifted<Scalar>(result.value.packet));
       simd::store(kept.slopes + i, result.slope.packet);
       if (kept.inputs != nullptr) simd::store(kept.inputs + i, score.packet);
@@ -111,6 +106,16 @@ struct ScoreFunctionLoops {
 
  private:
   static const F& function(const void* f) { return *static_cast<const F*>(f); }
+  /// A result and its derivative with respect to the score.
+  template <class Scalar, class... TablesOf>
+  EIGEN_ALWAYS_INLINE static Dual<Scalar> differentiated(const F& f, Lanes<Scalar> score,
+                                                         const ScorePlace<Scalar>& place, const TablesOf&... tables) {
+    if constexpr (HasDerivative<F, Scalar, TablesOf...>) {
+      return {f(score, place, tables...), f.derivative(score, place, tables...)};
+    } else {
+      return f(Dual<Scalar>{score, 1}, place, tables...);
+    }
+  }
   template <class Scalar, class Call>
   EIGEN_ALWAYS_INLINE static auto with_tables(const ScoreTable* tables, Call&& call) {
     return [&]<std::size_t... T>(std::index_sequence<T...>) __attribute__((always_inline)) {

@@ -10,12 +10,12 @@ int main() {
   torch::manual_seed(1);
   const auto make = [] { return torch::randn({1, 4, 1024, 32}).requires_grad_(); };  // [batch, heads, length, head dim]
   const torch::Tensor q = make(), k = make(), v = make();
-  const torch::Tensor by_octave = torch::zeros({4, 12}, torch::requires_grad());  // learned: [heads, octaves]
+  const torch::Tensor by_octave = torch::randn({4, 12}).requires_grad_();  // learned: [heads, octaves]
 
   // Tokens are bands of frequency: how much one band listens to another depends on the logarithm of their distance
   const auto octaves = [](auto score, auto at, auto table) {
     const auto octave = log(1 + abs(at.distance)) / std::log(2.0);
-    return 30 * tanh(score / 30) + table(at.head, floor(octave));
+    return 30 * tanh(score / 30) + table(at.head, floor(octave + 0.0005));  // the logarithm is rounded
   };
   const torch::Tensor output = headroom::attention(q, k, v, {}, headroom::ScoreFunction(octaves, by_octave));
   output.square().sum().backward();

@@ -24,9 +24,12 @@
 #include "headroom/training/load_model.hpp"
 #include "headroom/training/models.hpp"
 #include "headroom/training/out_of_memory.hpp"
+#include "headroom/training/prefetch.hpp"
 #include "headroom/training/split.hpp"
 #include "headroom/training/state.hpp"
+#include "headroom/training/statistics.hpp"
 #include "headroom/training/trainer.hpp"
+#include "headroom/training/validation.hpp"
 #include "headroom/weights/tensor_map.hpp"
 #include "plan_run.hpp"
 #include "progress.hpp"
@@ -57,8 +60,9 @@ void print_start(const training::Config& config, const torch::nn::Module& model,
     std::cout << ", " << summary(config.model.options(), run.segment_length);
   }
   std::cout << "\nbatch:    " << run.batch_size << " x " << run.gradient_accumulation_steps << " segments of "
-            << run.segment_length << " samples\ndevice:   " << arguments.device << ", " << torch::get_num_threads()
-            << " threads" << std::endl;
+            << run.segment_length
+            << " samples, read ahead: " << headroom::format_bytes(training::read_ahead_bytes(config))
+            << "\ndevice:   " << arguments.device << ", " << torch::get_num_threads() << " threads" << std::endl;
   if (const auto bytes = training::stored_scores_bytes(config)) {
     std::cout << "stored attention scores would take " << headroom::format_bytes(*bytes) << " a step; "
               << (config.model.attention == "reference" ? "this backend stores them" : "none are stored") << std::endl;
@@ -163,15 +167,18 @@ int run(const Arguments& arguments) {
     plan_run(std::cout, config, *card, {.budget = budget(arguments)}, arguments.fit);
   }
   headroom::MemoryMeter meter(device);  // before the first tensor, so that it sees them all
-  if (device.is_cpu()) meter.set_limit(budget(arguments));
+  if (const auto limit = budget(arguments); device.is_cpu() && limit) {
+    meter.set_limit(*limit + training::read_ahead_bytes(config));
+  }
 
   const training::Split split = training::training_split(data, config);
   const auto valid = training::validation_split(data, config);
   const auto lock = open_run_folder(arguments.out, arguments.resume, arguments.overwrite);
-  for (const std::string& notice : split.dataset.notices()) std::cout << "data:     " << notice << "\n";
+  for (const std::string& line : training::describe(split.dataset)) std::cout << "data:     " << line << "\n";
   const headroom::models::Separator model = first_model(config, arguments);
   model->to(device);
-  training::Trainer trainer(model, config, split);
+  training::Prefetch examples(split, training::prefetch_options(config.training));
+  training::Trainer trainer(model, config, std::ref(examples));
   if (!arguments.resume.empty()) {
     for (const auto& change : trainer.resume(training::load_state(arguments.resume), arguments.resume.string())) {
       std::cout << "resume:   " << training::describe(change) << "\n";

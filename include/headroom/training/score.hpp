@@ -1,0 +1,26 @@
+#pragma once
+
+#include <string>
+
+#include "headroom/training/state.hpp"
+
+namespace headroom::inline v0::training {
+
+/// How good a model is after an epoch.
+struct Score {
+  std::string metric;  ///< what `value` measures, such as "validation nSDR"
+  double value = 0;
+  bool more_is_better = true;
+};
+
+/// Takes note of a score that is better than all before it, and says whether it is. Scores of different metrics are not
+/// compared: the first one of another metric replaces the best one.
+inline bool improves(TrainingState& state, const Score& score) {
+  const bool better = score.more_is_better ? score.value > state.best_score : score.value < state.best_score;
+  if (!better && score.metric == state.best_metric) return false;
+  state.best_metric = score.metric;
+  state.best_score = score.value;
+  return true;
+}
+
+}  // namespace headroom::inline v0::training

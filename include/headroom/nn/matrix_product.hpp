@@ -4,7 +4,6 @@
 #include <torch/types.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "headroom/core/lanes.hpp"
 #include "headroom/runtime/dry_run.hpp"
@@ -120,25 +119,19 @@ inline void multiply_tiled(const torch::Tensor& a, PackedB& b, const torch::Tens
   const Index row_tasks = (left.rows + height - 1) / height;
   constexpr Index kWorthAThread = 1 << 17;  // multiplications, some microseconds
   const Index grain = std::max<Index>(1, kWorthAThread / (height * b.lanes().kWidth * std::max<Index>(left.cols, 1)));
-  // Whoever is done takes the next piece: threads are not equally fast where other programs compute, too
-  const Index tasks = row_tasks * b.lanes().tiles, threads = at::get_num_threads();
-  const Index piece = std::max(grain, tasks / (8 * threads));
-  std::atomic<Index> next = 0;
-  at::parallel_for(0, std::min(threads, (tasks + piece - 1) / piece), 1, [&](int64_t, int64_t) {
-    for (Index begin = next.fetch_add(piece); begin < tasks; begin = next.fetch_add(piece)) {
-      for (Index task = begin; task < std::min(begin + piece, tasks); ++task) {
-        const Index row = task / b.lanes().tiles * height, rows = std::min(height, left.rows - row);
-        const auto tile = b.lanes()[task % b.lanes().tiles];
-        const auto run = [&]<int Vectors>() {
-          multiply_lanes<Vectors>(left.middle_rows(row, rows), b.tile(tile), result.middle_rows(row, rows), start,
-                                  bias_data);
-        };
-        static_assert(core::detail::kTileVectors <= 3);
-        if (tile.vectors == 1) run.template operator()<1>();
-        if (tile.vectors == 2) run.template operator()<2>();
-        if constexpr (core::detail::kTileVectors == 3) {
-          if (tile.vectors == 3) run.template operator()<3>();
-        }
+  at::parallel_for(0, row_tasks * b.lanes().tiles, grain, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const Index row = task / b.lanes().tiles * height, rows = std::min(height, left.rows - row);
+      const auto tile = b.lanes()[task % b.lanes().tiles];
+      const auto run = [&]<int Vectors>() {
+        multiply_lanes<Vectors>(left.middle_rows(row, rows), b.tile(tile), result.middle_rows(row, rows), start,
+                                bias_data);
+      };
+      static_assert(core::detail::kTileVectors <= 3);
+      if (tile.vectors == 1) run.template operator()<1>();
+      if (tile.vectors == 2) run.template operator()<2>();
+      if constexpr (core::detail::kTileVectors == 3) {
+        if (tile.vectors == 3) run.template operator()<3>();
       }
     }
   });

@@ -15,7 +15,6 @@
 #include <map>
 #include <optional>
 #include <string>
-#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -31,6 +30,7 @@
 #include "headroom/io/nearest.hpp"
 #include "headroom/training/json.hpp"
 #include "museval_file.hpp"
+#include "new_folder.hpp"
 #include "score_table.hpp"
 
 namespace fs = std::filesystem;
@@ -68,8 +68,6 @@ void check_results(const Arguments& arguments, const std::vector<std::string>& t
   std::vector<fs::path> results;
   if (!arguments.json.empty()) results.push_back(arguments.json);
   if (!arguments.museval.empty()) {
-    std::error_code failure;
-    fs::create_directories(arguments.museval, failure);
     for (const std::string& track : tracks) results.push_back(arguments.museval / (track + ".json"));
   }
   for (const fs::path& result : results) {
@@ -82,19 +80,19 @@ void check_results(const Arguments& arguments, const std::vector<std::string>& t
   }
 }
 
+void notice(const std::string& text) { std::cerr << "evaluate: " << printable(text) << '\n'; }
+
 void report_silence(const std::string& track, const headroom::core::TrackScores& scores,
                     const std::vector<std::string>& stems) {
   for (std::size_t i = 0; i < stems.size(); ++i) {
-    if (scores.silent_reference[i]) std::cerr << "evaluate: " << track << ": the true " << stems[i] << " is silent\n";
-    if (scores.silent_estimate[i]) {
-      std::cerr << "evaluate: " << track << ": the estimate of " << stems[i] << " is silent\n";
-    }
+    if (scores.silent_reference[i]) notice(track + ": the true " + stems[i] + " is silent");
+    if (scores.silent_estimate[i]) notice(track + ": the estimate of " + stems[i] + " is silent");
   }
   const auto silent =
       std::ranges::count_if(scores.frames, [](const headroom::core::BssFrame& frame) { return !frame; });
   if (silent > 0) {
-    std::cerr << "evaluate: " << track << ": BSSEval leaves out " << silent << " of " << scores.frames.size()
-              << " frames, in which some stem is silent\n";
+    notice(track + ": BSSEval leaves out " + std::to_string(silent) + " of " + std::to_string(scores.frames.size()) +
+           " frames, in which some stem is silent");
   }
 }
 
@@ -110,9 +108,12 @@ void run(const Arguments& arguments) {
   const std::vector<std::string> tracks = find_tracks(arguments.reference, arguments.stems);
   std::vector<std::string> names = tracks;
   if (tracks.front().empty()) names = {fs::canonical(arguments.reference).filename().string()};
+  std::optional<NewFolder> folder;
+  if (!arguments.museval.empty()) folder.emplace(arguments.museval, "headroom.evaluate.json");
   check_results(arguments, names);
   for (const std::string& track : tracks) {  // what does not fit is told before hours of work, not after
     const TrackFiles files(arguments.reference / track, arguments.estimate / track, arguments.stems);
+    files.require_length({.metrics = metrics});
   }
 
   const ScoreTable table(arguments.stems, names);

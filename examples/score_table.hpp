@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "command_line.hpp"
 #include "headroom/core/score_rows.hpp"
 #include "headroom/training/json.hpp"
 
@@ -16,15 +17,15 @@ class ScoreTable {
   /// `names`: what stands before the lines.
   ScoreTable(const std::vector<std::string>& stems, const std::vector<std::string>& names) : columns_(stems) {
     columns_.push_back("mean");
-    for (const std::string& name : names) width_ = std::max(width_, static_cast<int>(name.size()) + 1);
+    for (const std::string& name : names) width_ = std::max(width_, static_cast<int>(printable(name).size()) + 1);
     std::cout << std::left << std::setw(width_) << "track" << std::setw(kMetricWidth) << "metric" << std::right;
     for (const std::string& column : columns_) std::cout << std::setw(width_of(column)) << column;
     std::cout << '\n';
   }
 
   void print(const std::string& name, const std::string& metric, const headroom::core::ScoreRow& row) const {
-    std::cout << std::left << std::setw(width_) << name << std::setw(kMetricWidth) << metric << std::right << std::fixed
-              << std::setprecision(2);
+    std::cout << std::left << std::setw(width_) << printable(name) << std::setw(kMetricWidth) << metric << std::right
+              << std::fixed << std::setprecision(2);
     for (std::size_t i = 0; i < columns_.size(); ++i) {
       std::cout << std::setw(width_of(columns_[i]));
       if (row[i]) {

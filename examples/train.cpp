@@ -15,6 +15,7 @@
 #include "headroom/io/process.hpp"
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/meter.hpp"
+#include "headroom/memory/pages.hpp"
 #include "headroom/memory/run_within.hpp"
 #include "headroom/memory/summary.hpp"
 #include "headroom/models/separator.hpp"
@@ -155,6 +156,7 @@ int run(const Arguments& arguments) {
                     " has no data.path; give --data the folder that holds `train`");
   if (arguments.threads > 0) torch::set_num_threads(arguments.threads);
   const torch::Device device = find_device(arguments.device);
+  if (device.is_cpu()) headroom::keep_free_pages();
   const auto card = planned_device(arguments);
   if (arguments.unplanned || !card) {
     std::cout << "memory:   not planned\n";

@@ -1,4 +1,4 @@
-// train: trains the model of a configuration on a MUSDB18-HQ folder.
+// train: trains the model of a configuration on a data set, such as a MUSDB18-HQ folder.
 //
 //   train --config examples/configs/musdb18_small.json --data musdb18hq --out experiments/small
 
@@ -211,7 +211,8 @@ int main(int argc, char** argv) {
   weights.without(line.path("--resume", arguments.resume, "saved state to go on from, of the same model"));
   line.flag("--allow-partial", arguments.allow_partial, "of --weights take what fits, and tell the rest")
       .needs(weights);
-  line.path("--data", arguments.data, "folder with `train` and, optionally, `valid`; default: data.path");
+  line.path("--data", arguments.data,
+            "data set: a folder with `train` and, optionally, `valid`, or a CSV table; default: data.path");
   line.path("--out", arguments.out, "folder for what is written").with_default();
   line.flag("--overwrite", arguments.overwrite, "start anew in a folder that holds another run");
   line.number("--steps", arguments.steps, Bounds<int64_t>{1, 1'000'000'000'000'000},

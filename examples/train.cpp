@@ -28,6 +28,7 @@
 #include "headroom/training/state.hpp"
 #include "headroom/training/statistics.hpp"
 #include "headroom/training/trainer.hpp"
+#include "headroom/training/validation.hpp"
 #include "headroom/weights/tensor_map.hpp"
 #include "plan_run.hpp"
 #include "progress.hpp"

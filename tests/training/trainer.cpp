@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "headroom/training/load_model.hpp"
+#include "headroom/training/validation.hpp"
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/one_thread.hpp"

@@ -165,9 +165,8 @@ int run(const Arguments& arguments) {
     plan_run(std::cout, config, *card, {.budget = budget(arguments)}, arguments.fit);
   }
   headroom::MemoryMeter meter(device);  // before the first tensor, so that it sees them all
-  if (const auto limit = budget(arguments); device.is_cpu() && limit) {
-    meter.set_limit(*limit + training::read_ahead_bytes(config));
-  }
+  const auto limit = budget(arguments);
+  if (device.is_cpu() && limit) meter.set_limit(*limit + training::read_ahead_bytes(config));
 
   const training::Split split = training::training_split(data, config);
   const auto valid = training::validation_split(data, config);
@@ -200,8 +199,7 @@ int run(const Arguments& arguments) {
 
 int main(int argc, char** argv) {
   CommandLine line(
-      "Trains a separator on a MUSDB18-HQ folder; writes last.pt, best.pt, their weights as .safetensors, config.json "
-      "and "
+      "Trains a separator on a data set; writes last.pt, best.pt, their weights as .safetensors, config.json and "
       "summary.json.");
   Arguments arguments;
   line.path("--config", arguments.config,

@@ -1,4 +1,4 @@
-// train: trains the model of a configuration on a MUSDB18-HQ folder.
+// train: trains the model of a configuration on a data set, such as a MUSDB18-HQ folder.
 //
 //   train --config examples/configs/musdb18_small.json --data musdb18hq --out experiments/small
 
@@ -164,9 +164,8 @@ int run(const Arguments& arguments) {
     plan_run(std::cout, config, *card, {.budget = budget(arguments)}, arguments.fit);
   }
   headroom::MemoryMeter meter(device);  // before the first tensor, so that it sees them all
-  if (const auto limit = budget(arguments); device.is_cpu() && limit) {
-    meter.set_limit(*limit + training::read_ahead_bytes(config));
-  }
+  const auto limit = budget(arguments);
+  if (device.is_cpu() && limit) meter.set_limit(*limit + training::read_ahead_bytes(config));
 
   const training::Split split = training::training_split(data, config);
   const auto valid = training::validation_split(data, config);
@@ -198,7 +197,7 @@ int run(const Arguments& arguments) {
 
 int main(int argc, char** argv) {
   CommandLine line(
-      "Trains a separator on a MUSDB18-HQ folder; writes last.pt, best.pt, their weights as .safetensors, config.json, "
+      "Trains a separator on a data set; writes last.pt, best.pt, their weights as .safetensors, config.json, "
       "metrics.jsonl, report.html and summary.json.");
   Arguments arguments;
   line.path("--config", arguments.config,
@@ -209,7 +208,8 @@ int main(int argc, char** argv) {
   weights.without(line.path("--resume", arguments.resume, "saved state to go on from, of the same model"));
   line.flag("--allow-partial", arguments.allow_partial, "of --weights take what fits, and tell the rest")
       .needs(weights);
-  line.path("--data", arguments.data, "folder with `train` and, optionally, `valid`; default: data.path");
+  line.path("--data", arguments.data,
+            "data set: a folder with `train` and, optionally, `valid`, or a CSV table; default: data.path");
   line.path("--out", arguments.out, "folder for what is written").with_default();
   line.flag("--overwrite", arguments.overwrite, "start anew in a folder that holds another run");
   line.number("--steps", arguments.steps, Bounds<int64_t>{1, 1'000'000'000'000'000},

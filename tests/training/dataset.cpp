@@ -418,6 +418,19 @@ TEST_CASE("a track that lacks a stem is an error, or left out, or silent there")
   CHECK(ramps_of(Dataset(folder.path(), options)) == Ramps{{1, 3}, {2}});
 }
 
+TEST_CASE("a track with a damaged file is left out where that is wanted") {
+  const TemporaryFolder folder;
+  make_tracks(folder, {20, 20});
+  std::filesystem::resize_file(folder / "0/bass.wav", std::filesystem::file_size(folder / "0/bass.wav") - 8);
+  training::DatasetOptions options{.segment_length = 5};
+  CHECK(error_of([&] { Dataset(folder.path(), options); }).id() == "headroom.audio.file.truncated");
+  options.leave_out_damaged = true;
+  const Dataset dataset(folder.path(), options);
+  CHECK(dataset.names() == std::vector<std::string>{"1"});
+  REQUIRE(dataset.notices().size() == 1);
+  CHECK_THAT(dataset.notices()[0], Catch::StartsWith("0 is left out: ") && Catch::Contains("0/bass.wav"));
+}
+
 TEST_CASE("rare stems are heard as often as others where they are drawn first") {
   const TemporaryFolder folder;
   for (int i = 1; i <= 9; ++i) make_ramp(folder / (std::to_string(i) + "/vocals.wav"), 1000.f * i);

@@ -39,7 +39,8 @@ struct DatasetOptions {
   Layout layout = Layout::automatic;
   std::vector<double> weights = {};  ///< how often each root is drawn from; empty: all tracks are alike
   MissingStem missing = MissingStem::error;
-  bool convert = false;  ///< take files of another sample rate and mono for stereo, or stereo for mono
+  bool leave_out_damaged = false;  ///< tracks with a file that cannot be read; else that is an error
+  bool convert = false;            ///< take files of another sample rate and mono for stereo, or stereo for mono
   TrackDraw draw = TrackDraw::uniform;
   /// Probability that each stem of an example comes from a track and position of its own; the mixture is their sum.
   /// Otherwise the example is what the files hold.
@@ -157,7 +158,8 @@ class Dataset {
                      .format = {options.channels, options.sample_rate, options.convert},
                      .least_frames = options.segment_length,
                      .layout = options.layout,
-                     .missing = options.missing};
+                     .missing = options.missing,
+                     .leave_out_damaged = options.leave_out_damaged};
     rules.stems.insert(rules.stems.end(), options.accompaniment.begin(), options.accompaniment.end());
     return rules;
   }

@@ -13,6 +13,7 @@
 
 #include "command_line.hpp"
 #include "headroom/io/process.hpp"
+#include "headroom/memory/expandable_segments.hpp"
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/run_within.hpp"
@@ -23,8 +24,8 @@
 #include "headroom/training/load_model.hpp"
 #include "headroom/training/models.hpp"
 #include "headroom/training/out_of_memory.hpp"
+#include "headroom/training/redraw.hpp"
 #include "headroom/training/split.hpp"
-#include "headroom/training/state.hpp"
 #include "headroom/training/trainer.hpp"
 #include "headroom/training/validation.hpp"
 #include "headroom/weights/tensor_map.hpp"
@@ -45,7 +46,7 @@ struct Arguments {
   std::string device = "cpu";
   std::string card;    // whose memory to plan for; empty: this machine's when it runs on the CPU
   std::string budget;  // what tensors may take; empty: what the card has
-  bool allow_partial = false, fit = false, unplanned = false, memory_summary = false, overwrite = false;
+  bool allow_partial = false, strict = false, fit = false, unplanned = false, memory_summary = false, overwrite = false;
 };
 
 void print_start(const training::Config& config, const torch::nn::Module& model, const Arguments& arguments) {
@@ -107,6 +108,7 @@ training::Summary train(training::Trainer& trainer, const training::Config& conf
                                .seconds = arguments.seconds,
                                .folder = arguments.out,
                                .on_step = [&](const training::StepReport& report) { bar.show(report); },
+                               .on_notice = [&](const std::string& text) { bar.note(text); },
                                .stop_requested = [] { return headroom::io::stop_signal() != 0; }};
   if (validate) {
     options.validate = [&] {
@@ -155,7 +157,8 @@ int run(const Arguments& arguments) {
                     " has no data.path; give --data the folder that holds `train`");
   if (arguments.threads > 0) torch::set_num_threads(arguments.threads);
   const torch::Device device = find_device(arguments.device);
-  const auto card = planned_device(arguments);
+  auto card = planned_device(arguments);
+  if (headroom::expand_segments(device) && card) card->expandable_segments = true;
   if (arguments.unplanned || !card) {
     std::cout << "memory:   not planned\n";
   } else {
@@ -170,12 +173,10 @@ int run(const Arguments& arguments) {
   for (const std::string& notice : split.dataset.notices()) std::cout << "data:     " << notice << "\n";
   const headroom::models::Separator model = first_model(config, arguments);
   model->to(device);
-  training::Trainer trainer(model, config, split);
-  if (!arguments.resume.empty()) {
-    for (const auto& change : trainer.resume(training::load_state(arguments.resume), arguments.resume.string())) {
-      std::cout << "resume:   " << training::describe(change) << "\n";
-    }
-  }
+  training::Redraw redraw(split, [](const std::string& text) { std::cout << "data:     " + text << std::endl; });
+  const training::BatchSource source = arguments.strict ? training::BatchSource(split) : std::ref(redraw);
+  training::Trainer trainer(model, config, source);
+  if (!arguments.resume.empty()) resume_run(std::cout, trainer, arguments.resume);
   training::write_atomically(arguments.out / "config.json", {training::to_json(config)});
   print_start(config, *model, arguments);
   std::function<double()> validate;
@@ -203,10 +204,11 @@ int main(int argc, char** argv) {
       .required();
   const auto weights =
       line.path("--weights", arguments.weights, "weights to begin with: .ckpt, .pth, .safetensors or a saved state");
-  weights.without(line.path("--resume", arguments.resume, "saved state to go on from, of the same model"));
+  weights.without(line.path("--resume", arguments.resume, "saved state to go on from, or the folder of a run"));
   line.flag("--allow-partial", arguments.allow_partial, "of --weights take what fits, and tell the rest")
       .needs(weights);
   line.path("--data", arguments.data, "folder with `train` and, optionally, `valid`; default: data.path");
+  line.flag("--strict", arguments.strict, "end when an audio file fails; default: leave its track out");
   line.path("--out", arguments.out, "folder for what is written").with_default();
   line.flag("--overwrite", arguments.overwrite, "start anew in a folder that holds another run");
   line.number("--steps", arguments.steps, Bounds<int64_t>{1, 1'000'000'000'000'000},

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "headroom/training/bad_numbers.hpp"
 #include "headroom/training/bucket.hpp"
 #include "headroom/training/cause.hpp"
 #include "headroom/training/config.hpp"
@@ -19,10 +20,12 @@
 #include "headroom/training/plan.hpp"
 #include "headroom/training/published.hpp"
 #include "headroom/training/recommend.hpp"
+#include "headroom/training/redraw.hpp"
 #include "headroom/training/resumption.hpp"
 #include "headroom/training/roformers.hpp"
 #include "headroom/training/rules.hpp"
 #include "headroom/training/run.hpp"
+#include "headroom/training/saved_states.hpp"
 #include "headroom/training/schedule.hpp"
 #include "headroom/training/score.hpp"
 #include "headroom/training/sections.hpp"

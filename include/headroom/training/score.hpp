@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "headroom/core/finite.hpp"
 #include "headroom/training/state.hpp"
 
 namespace headroom::inline v0::training {
@@ -14,8 +15,9 @@ struct Score {
 };
 
 /// Takes note of a score that is better than all before it, and says whether it is. Scores of different metrics are not
-/// compared: the first one of another metric replaces the best one.
+/// compared: the first one of another metric replaces the best one. One that is not finite is never better.
 inline bool improves(TrainingState& state, const Score& score) {
+  if (!core::detail::is_finite(score.value)) return false;
   const bool better = score.more_is_better ? score.value > state.best_score : score.value < state.best_score;
   if (!better && score.metric == state.best_metric) return false;
   state.best_metric = score.metric;

@@ -1,18 +1,20 @@
 #pragma once
 
 #include <c10/core/Device.h>
-#include <torch/nn/utils/clip_grad.h>
 #include <torch/types.h>
 
 #include <algorithm>
 #include <concepts>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "headroom/core/error.hpp"
+#include "headroom/core/finite.hpp"
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/run_within.hpp"
 #include "headroom/models/separator.hpp"
@@ -20,6 +22,7 @@
 #include "headroom/optim/in_backward.hpp"
 #include "headroom/plan/recorder.hpp"
 #include "headroom/runtime/phase.hpp"
+#include "headroom/training/bad_numbers.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/course.hpp"
 #include "headroom/training/example.hpp"
@@ -28,6 +31,7 @@
 #include "headroom/training/passes.hpp"
 #include "headroom/training/resumption.hpp"
 #include "headroom/training/run.hpp"
+#include "headroom/training/saved_states.hpp"
 #include "headroom/training/score.hpp"
 #include "headroom/training/separate.hpp"
 #include "headroom/training/state.hpp"
@@ -47,12 +51,15 @@ class Trainer {
   ~Trainer();
 
   /// Trains until the end that `options` names, or until it is told to stop. Saved states, each beside its weights as a
-  /// safetensors file: last.pt every checkpoint_every epochs and at the end, best.pt after each epoch that is better
-  /// than all before. Throws headroom.training.non_finite, and headroom.training.state.write or headroom.weights.write
-  /// when a file cannot be written.
+  /// safetensors file: last.pt as often as the configuration says and at the end, best.pt after each epoch that is
+  /// better than all before; see SavedStates. Throws headroom.training.non_finite, headroom.training.state.room before
+  /// the first step, and headroom.training.state.write or headroom.weights.write when a file cannot be written.
   Summary run(const RunOptions& options);
 
-  /// One optimizer step: the mean loss of its examples.
+  /// One optimizer step: the mean loss of its examples. When the loss or a gradient is not finite the step is skipped:
+  /// parameters, buffers and the optimizer stay as they are, and what is returned is not finite. Throws
+  /// headroom.training.non_finite once that many in a row were skipped, and for a gradient with the optimizer in the
+  /// backward pass.
   double step(double learning_rate);
 
   /// Examples in one forward pass: the configuration's, or less since memory ran out.
@@ -78,6 +85,14 @@ class Trainer {
   std::vector<Difference> resume(const TrainingState& state, const std::string& what);
 
  private:
+  /// A run under way.
+  struct Run {
+    const RunOptions& options;
+    Course course;
+    SavedStates saved;
+    Summary summary = {};
+  };
+
   StepReport report(const Course& course, double learning_rate) const {
     const int64_t epoch_step = state_.unfinished_steps;
     return {.step = state_.step,
@@ -85,6 +100,7 @@ class Trainer {
             .epoch_step = epoch_step,
             .epoch_steps_in_run = std::min(epoch_step, course.steps_taken(state_)),
             .epoch_seconds = course.epoch_elapsed(),
+            .skipped_steps = state_.skipped_steps,
             .steps_per_epoch = std::max(config_.training.steps_per_epoch, epoch_step),
             .loss = unfinished_mean(),
             .learning_rate = learning_rate,
@@ -93,8 +109,10 @@ class Trainer {
             .microbatch = microbatch()};
   }
 
-  /// Mean loss of the epoch that is under way.
-  double unfinished_mean() const { return state_.unfinished_loss / static_cast<double>(state_.unfinished_steps); }
+  /// Mean loss of the epoch that is under way; not finite while all of its steps were skipped.
+  double unfinished_mean() const {
+    return state_.unfinished_loss / static_cast<double>(state_.unfinished_steps - state_.unfinished_skipped);
+  }
 
   /// Runs f(false), and f(true) when memory ran out and the configuration wants another attempt.
   template <std::invocable<bool> F>
@@ -103,50 +121,78 @@ class Trainer {
     run_twice_if_out_of_memory(device_, [&, again = false]() mutable { f(std::exchange(again, true)); });
   }
 
-  void finish_epoch(const RunOptions& options, Summary& summary) {
+  /// Clips the gradients and steps the optimizer, unless the norm is not finite.
+  std::optional<BadNumber> update() {
+    const Phase phase("optimizer");
+    double norm = 0;
+    repeatable([&](bool) { norm = clip_gradients(model_->parameters(), config_.training.clip_grad_norm); });
+    if (!core::detail::is_finite(norm)) return bad_gradients(*model_, norm, state_.examples, passes_.examples());
+    repeatable([&](bool again) { again ? optimizer_.continue_step() : static_cast<void>(optimizer_.step()); });
+    return std::nullopt;
+  }
+
+  void skip(const BadNumber& bad) {
+    if (state_.skipped_in_a_row >= config_.training.skip_non_finite) stop_for(bad);
+    ++state_.skipped_steps;
+    ++state_.skipped_in_a_row;
+    if (on_notice_) on_notice_("this step is skipped: " + describe(bad, state_.step + 1, origin_));
+  }
+
+  [[noreturn]] void stop_for(const BadNumber& bad) const {
+    const int64_t before = state_.skipped_in_a_row;
+    fail("headroom.training.non_finite", describe(bad, state_.step + 1, origin_),
+         before > 0 ? "; the " + std::to_string(before) + " steps before it were skipped for the like" : "",
+         "; the saved states on disk are those of before. Lower training.learning_rate, lengthen "
+         "training.warmup_steps, or look for broken audio among these examples");
+  }
+
+  void finish_epoch(Run& run) {
     const TrainingConfig& training = config_.training;
     const double loss = unfinished_mean();
     state_.epoch_losses.push_back(loss);
     state_.unfinished_loss = 0;
     state_.unfinished_steps = 0;
+    state_.unfinished_skipped = 0;
     const auto epoch = static_cast<int64_t>(state_.epoch_losses.size());
-    judge(options, loss, epoch % training.validation_every == 0, summary);
-    if (epoch % training.checkpoint_every == 0) save(options, "last");
+    judge(run, loss, epoch % training.validation_every == 0);
+    run.course.begin_epoch();
+    save_last(run, epoch % training.checkpoint_every == 0);
+  }
+
+  /// Saves the last state if it is due.
+  void save_last(Run& run, bool due) {
+    const double now = run.course.now();
+    if (due || run.saved.due(state_.step, now)) run.saved.save_last(state(), now);
   }
 
   /// Saves the best when the model is better than ever.
-  void judge(const RunOptions& options, double loss, bool validation_due, Summary& summary) {
+  void judge(Run& run, double loss, bool validation_due) {
+    const auto& validate = run.options.validate;
     Score score{.metric = "training loss", .value = loss, .more_is_better = false};
-    if (options.validate) {
+    if (validate) {
       if (!validation_due) return;
-      score = {.metric = "validation nSDR", .value = options.validate()};
-      summary.validation = score.value;
+      score = {.metric = "validation nSDR", .value = validate()};
+      run.summary.validation = score.value;
     }
-    if (improves(state_, score)) save(options, "best");
+    if (improves(state_, score)) run.saved.save_best(state());
   }
 
   /// Ends a run: the epoch that is not over is judged like one that is, unless the run was told to stop.
-  void finish(const RunOptions& options, const Course& course, Summary& summary) {
+  void finish(Run& run) {
+    Summary& summary = run.summary;
     summary.epoch_losses = state_.epoch_losses;
     if (state_.unfinished_steps > 0) {
       const double loss = unfinished_mean();
       summary.epoch_losses.push_back(loss);
-      if (!summary.stopped) judge(options, loss, true, summary);
+      if (!summary.stopped) judge(run, loss, true);
     }
-    save(options, "last");
+    save_last(run, true);
     summary.steps = state_.step;
-    summary.seconds = course.elapsed();
+    summary.skipped_steps = state_.skipped_steps;
+    summary.seconds = run.course.elapsed();
     summary.peak_bytes = meter_.peak();
     summary.best_metric = state_.best_metric;
     summary.best_score = state_.best_score;
-  }
-
-  /// Weights first: a run that is killed in between goes on from a state of before, and writes them again.
-  void save(const RunOptions& options, const std::string& name) {
-    if (options.folder.empty()) return;
-    const TrainingState now = state();
-    save_weights(options.folder / (name + ".safetensors"), now);
-    save_state(options.folder / (name + ".pt"), now);
   }
 
   models::Separator model_;
@@ -157,6 +203,8 @@ class Trainer {
   c10::Device device_;
   MemoryMeter meter_;
   TrainingState state_;
+  std::function<void(const std::string&)> on_notice_;
+  std::function<std::string(int64_t)> origin_;
 };
 
 #ifdef HEADROOM_TRAINING_HERE
@@ -170,7 +218,9 @@ HEADROOM_TRAINING Trainer::Trainer(models::Separator model, const Config& config
   name_modules(*model_);
   if (config_.training.optimizer_in_backward) {
     in_backward_.emplace(optimizer_, [this](const torch::Tensor& parameter) {
-      passes_.require_finite(state_.step, parameter.grad().norm().item<double>(), "gradient norm");
+      const double norm = parameter.grad().norm().item<double>();
+      if (core::detail::is_finite(norm)) return;
+      stop_for(bad_gradients(*model_, norm, state_.examples, passes_.examples()));
     });
   }
 }
@@ -185,23 +235,35 @@ HEADROOM_TRAINING Summary Trainer::run(const RunOptions& options) {
   // the digits
   torch::exp(torch::zeros({1}));
   Course course(options, config_.training, state_.step);
-  Summary summary;
-  meter_.reset_peak();
-  while (course.steps_left(state_) && !summary.stopped) {
-    const double elapsed = course.elapsed();
-    if (!course.time_left(elapsed)) break;
-    const double rate = course.learning_rate(state_, elapsed);
-    state_.unfinished_loss += step(rate);
-    ++state_.unfinished_steps;
-    if (options.on_step) options.on_step(report(course, rate));
-    if (state_.unfinished_steps >= config_.training.steps_per_epoch) {
-      finish_epoch(options, summary);
-      course.begin_epoch();
-    }
-    summary.stopped = course.steps_left(state_) && options.stop_requested && options.stop_requested();
+  Run run{options, course, SavedStates(options.folder, config_.training, course.now())};
+  if (run.saved.wanted()) {
+    const TrainingState now = state();
+    run.saved.require_room(file_bytes(now, *model_, optimizer_), file_bytes(now.model));
   }
-  finish(options, course, summary);
-  return summary;
+  on_notice_ = options.on_notice;
+  origin_ = options.origin;
+  meter_.reset_peak();
+  while (run.course.steps_left(state_) && !run.summary.stopped) {
+    const double elapsed = run.course.elapsed();
+    if (!run.course.time_left(elapsed)) break;
+    const double rate = run.course.learning_rate(state_, elapsed);
+    const double loss = step(rate);
+    ++state_.unfinished_steps;
+    if (core::detail::is_finite(loss)) {
+      state_.unfinished_loss += loss;
+    } else {
+      ++state_.unfinished_skipped;
+    }
+    if (options.on_step) options.on_step(report(run.course, rate));
+    if (state_.unfinished_steps >= config_.training.steps_per_epoch) {
+      finish_epoch(run);
+    } else {
+      save_last(run, false);
+    }
+    run.summary.stopped = run.course.steps_left(state_) && options.stop_requested && options.stop_requested();
+  }
+  finish(run);
+  return run.summary;
 }
 
 HEADROOM_TRAINING double Trainer::step(double learning_rate) {
@@ -211,32 +273,34 @@ HEADROOM_TRAINING double Trainer::step(double learning_rate) {
   }
   model_->train();
   optimizer_.zero_grad();
-  double mean_loss = 0;
+  std::optional<headroom::detail::StepStart> start;
+  repeatable([&](bool) { start.emplace(*model_); });
+  PassesResult result;
+  const auto pass = [&](int64_t most) { result = passes_.accumulate(state_.examples, most); };
   if (training.split_on_out_of_memory) {
-    state_.microbatch = run_within({.device = device_}, *model_, halvings(microbatch()),
-                                   [&](int64_t most) { mean_loss = passes_.accumulate(state_.step, most); });
+    state_.microbatch = run_within({.device = device_}, *model_, halvings(microbatch()), pass);
     if (state_.microbatch == training.batch_size) state_.microbatch = 0;
   } else {
-    mean_loss = passes_.accumulate(state_.step, microbatch());
+    pass(microbatch());
   }
-  if (!in_backward_) {
-    const Phase phase("optimizer");
-    const double limit =
-        training.clip_grad_norm > 0 ? training.clip_grad_norm : std::numeric_limits<double>::infinity();
-    repeatable([&](bool) {
-      const double norm = torch::nn::utils::clip_grad_norm_(model_->parameters(), limit);
-      passes_.require_finite(state_.step, norm, "gradient norm");
-    });
-    repeatable([&](bool again) { again ? optimizer_.continue_step() : static_cast<void>(optimizer_.step()); });
+  if (!result.bad && !in_backward_) result.bad = update();
+  if (result.bad) {
+    start->restore();
+    skip(*result.bad);
+    result.mean_loss = result.bad->value;
+  } else {
+    state_.skipped_in_a_row = 0;
   }
   ++state_.step;
-  return mean_loss;
+  state_.examples += passes_.examples();
+  return result.mean_loss;
 }
 
 HEADROOM_TRAINING TrainingState Trainer::state() {
   TrainingState now = state_;
   now.config = to_json(config_);
   now.random = random_state();
+  if (!device_.is_cpu()) now.random_on_device = random_state(device_);
   now.model = tensors_of(*model_);
   now.optimizer = optimizer_tensors(optimizer_, *model_);
   return now;
@@ -250,10 +314,11 @@ HEADROOM_TRAINING std::vector<Difference> Trainer::resume(const TrainingState& s
   copy_tensors(state.model, tensors_of(*model_), what);
   restore_optimizer(optimizer_, *model_, state.optimizer, what);
   set_random_state(state.random);
+  if (state.random_on_device.defined() && !device_.is_cpu()) set_random_state(state.random_on_device, device_);
   state_ = state;
   state_.model.clear();
   state_.optimizer.clear();
-  if (state_.unfinished_steps < 0) state_.unfinished_steps = state_.step % before.training.steps_per_epoch;
+  complete(state_, before.training);
   forget_incomparable(changes, state_);
   return changes;
 }

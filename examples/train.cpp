@@ -24,8 +24,10 @@
 #include "headroom/training/load_model.hpp"
 #include "headroom/training/models.hpp"
 #include "headroom/training/out_of_memory.hpp"
+#include "headroom/training/prefetch.hpp"
 #include "headroom/training/redraw.hpp"
 #include "headroom/training/split.hpp"
+#include "headroom/training/statistics.hpp"
 #include "headroom/training/trainer.hpp"
 #include "headroom/training/validation.hpp"
 #include "headroom/weights/tensor_map.hpp"
@@ -58,8 +60,9 @@ void print_start(const training::Config& config, const torch::nn::Module& model,
     std::cout << ", " << summary(config.model.options(), run.segment_length);
   }
   std::cout << "\nbatch:    " << run.batch_size << " x " << run.gradient_accumulation_steps << " segments of "
-            << run.segment_length << " samples\ndevice:   " << arguments.device << ", " << torch::get_num_threads()
-            << " threads" << std::endl;
+            << run.segment_length
+            << " samples, read ahead: " << headroom::format_bytes(training::read_ahead_bytes(config))
+            << "\ndevice:   " << arguments.device << ", " << torch::get_num_threads() << " threads" << std::endl;
   if (const auto bytes = training::stored_scores_bytes(config)) {
     std::cout << "stored attention scores would take " << headroom::format_bytes(*bytes) << " a step; "
               << (config.model.attention == "reference" ? "this backend stores them" : "none are stored") << std::endl;
@@ -165,17 +168,20 @@ int run(const Arguments& arguments) {
     plan_run(std::cout, config, *card, {.budget = budget(arguments)}, arguments.fit);
   }
   headroom::MemoryMeter meter(device);  // before the first tensor, so that it sees them all
-  if (device.is_cpu()) meter.set_limit(budget(arguments));
+  if (const auto limit = budget(arguments); device.is_cpu() && limit) {
+    meter.set_limit(*limit + training::read_ahead_bytes(config));
+  }
 
   const training::Split split = training::training_split(data, config);
   const auto valid = training::validation_split(data, config);
   const auto lock = open_run_folder(arguments.out, arguments.resume, arguments.overwrite);
-  for (const std::string& notice : split.dataset.notices()) std::cout << "data:     " << notice << "\n";
+  for (const std::string& line : training::describe(split.dataset)) std::cout << "data:     " << line << "\n";
   const headroom::models::Separator model = first_model(config, arguments);
   model->to(device);
   training::Redraw redraw(split, [](const std::string& text) { std::cout << "data:     " + text << std::endl; });
   const training::BatchSource source = arguments.strict ? training::BatchSource(split) : std::ref(redraw);
-  training::Trainer trainer(model, config, source);
+  training::Prefetch examples(source, training::prefetch_options(config.training));
+  training::Trainer trainer(model, config, std::ref(examples));
   if (!arguments.resume.empty()) resume_run(std::cout, trainer, arguments.resume);
   training::write_atomically(arguments.out / "config.json", {training::to_json(config)});
   print_start(config, *model, arguments);

@@ -61,13 +61,14 @@ collect_programs() {
 make_bundle() {
   local package library name
   mkdir -p "$bundle"
-  for package in libeigen3-dev nlohmann-json3-dev catch2 libcli11-dev libsndfile1-dev libsoxr-dev libyaml-cpp-dev; do
+  for package in libeigen3-dev nlohmann-json3-dev catch2 libcli11-dev libsndfile1-dev libsoxr-dev libyaml-cpp-dev \
+    librubberband-dev; do
     dpkg -L "$package" | grep -E '^/usr/(include|lib|share)/' | grep -vE '/(doc|man)/' |
       while read -r file; do
         if [ -f "$file" ]; then cp -P --parents "$file" "$bundle"; fi
       done
   done
-  for name in libsndfile.so.1 libsoxr.so.0 libyaml-cpp.so.0.7; do
+  for name in libsndfile.so.1 libsoxr.so.0 libyaml-cpp.so.0.7 librubberband.so.2; do
     library=$(ldconfig -p | awk -v name="$name" '$1 == name {print $NF; exit}')
     for library in "$library" $(ldd "$library" | awk '/=> .*\/lib(FLAC|ogg|vorbis|vorbisenc|opus|mpg123|mp3lame)\.so/ {print $3}'); do
       cp -L --parents "/usr${library#/usr}" "$bundle"

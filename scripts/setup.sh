@@ -11,6 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 debian_packages=(
   g++ cmake ninja-build ccache git pkg-config clang-format-14 python3-venv ca-certificates
   libeigen3-dev catch2 nlohmann-json3-dev libsndfile1-dev libsoxr-dev libyaml-cpp-dev libcli11-dev
+  librubberband-dev
   chromium # a test opens the page that plan --html writes
 )
 python_packages=(numpy mido soundfile safetensors)

@@ -29,7 +29,7 @@ FOLDERS = {
 STANDARD = re.compile(r"[a-z_0-9]+|immintrin\.h|omp\.h|(sys/[a-z]+|unistd|fcntl|poll)\.h")
 EIGEN = re.compile(r"(unsupported/)?Eigen/.+")
 TORCH = re.compile(r"(torch|ATen|c10)/.+")
-TRAINING = re.compile(r"nlohmann/.+|s(ndfile|oxr)\.h|yaml-cpp/.+")
+TRAINING = re.compile(r"nlohmann/.+|s(ndfile|oxr)\.h|yaml-cpp/.+|rubberband/.+")
 # Headers of the target headroom::training that live in another folder.
 TRAINING_HEADERS = {
     f"audio/{name}.hpp" for name in ("format", "reader", "resampler", "sound_file", "writer")

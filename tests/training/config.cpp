@@ -62,12 +62,14 @@ TEST_CASE("every member is read, and written back as it was read") {
     "model": {"type": "time_frequency_transformer", "n_fft": 2048, "hop_length": 512, "n_layers": 3, "emb_dim": 64, "n_heads": 4, "ffn_hidden_dim": [128, 96],
               "gradient_checkpointing": true, "reversible": false, "attention": "tiled"},
     "audio": {"sample_rate": 48000, "channels": 1, "stems": ["vocals", "rest"]},
-    "data": {"path": "music \"1\"", "accompaniment": ["noise"], "draw": "by_length", "remix": 0.5, "gain": [0.5, 0.75], "swap_channels": false, "flip_polarity": false},
+    "data": {"path": "music \"1\"", "more_paths": ["more"], "weights": [1, 2.5], "layout": "stems", "missing": "silence", "convert": true, "accompaniment": ["noise"], "draw": "by_length", "remix": 0.5, "gain": [0.5, 0.75], "swap_channels": false, "flip_polarity": false,
+             "mixup": [0.2, 0.02], "equalizer": 0.1, "equalizer_db": [-3, 2], "pitch": 0.2, "pitch_semitones": [-5, 7], "tempo": 0.3,
+             "tempo_factor": [0.5, 2], "noise": 0.4, "noise_db": [-60, -50]},
     "training": {"segment_length": 30000, "batch_size": 2, "gradient_accumulation_steps": 3, "steps_per_epoch": 7,
                  "epochs": 11, "learning_rate": 0.1, "warmup_steps": 5, "min_learning_rate_ratio": 0.5,
                  "weight_decay": 0.25, "betas": [0.8, 0.95], "clip_grad_norm": 0, "bf16": true,
                  "optimizer_state": "8bit", "optimizer_in_backward": false, "split_on_out_of_memory": true, "seed": 9007199254740993,
-                 "checkpoint_every": 2, "validation_every": 3, "validation_segments": 4},
+                 "checkpoint_every": 2, "validation_every": 3, "validation_segments": 4, "read_ahead": 5, "reader_threads": 6},
     "loss": {"stft_weight": 0.3, "windows": [1024], "hop": 100, "min_n_fft": 512},
     "inference": {"segment_length": 40000, "overlap": 0.5}
   })";
@@ -195,8 +197,10 @@ TEST_CASE("values that are impossible together are refused") {
                  "expected false with training.split_on_out_of_memory = true"));
   CHECK(contains(only(R"({"training": {"segment_length": 1000000000, "batch_size": 1000000}})"),
                  "training.segment_length: got 1000000000, which with training.batch_size 1000000 makes a tensor of "));
-  CHECK(only(R"({"data": {"gain": [1, 0.5]}})") == "data.gain: got [1,0.5], expected the smaller factor first");
+  CHECK(only(R"({"data": {"gain": [1, 0.5]}})") == "data.gain: got [1,0.5], expected the smaller number first");
   CHECK(only(R"({"audio": {"stems": ["bass", "bass"]}})") == "audio.stems: got a name twice, expected different stems");
+  CHECK(only(R"({"data": {"weights": [1, 2]}})") ==
+        "data.weights: got 2 numbers, expected none or 1: one for data.path and each of data.more_paths");
   CHECK(only(R"({"data": {"accompaniment": ["noise", "bass"]}})") ==
         "data.accompaniment: got a name twice, or that of a stem, expected other files");
   CHECK(parse_config(with(R"({"training": {"optimizer_in_backward": true, "clip_grad_norm": 0}})"), "a")

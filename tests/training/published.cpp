@@ -78,7 +78,10 @@ std::string bs_roformer(const std::vector<std::string>& changes = {}) {
       {"augmentations",
        {"enable: true", "loudness: true", "loudness_min: 0.5", "loudness_max: 1.5", "mixup: true",
         "mixup_probs:\n    !!python/tuple # two more\n    - 0.2\n    - 0.02",
-        "all: {channel_shuffle: 0.5, random_inverse: 0.1, random_polarity: 0.5}", "vocals:\n    pitch_shift: 0.1"}},
+        "all: {channel_shuffle: 0.5, random_inverse: 0.1, random_polarity: 0.5, time_stretch: 0.2, "
+        "time_stretch_min_rate: 0.75, time_stretch_max_rate: 1.5, gaussian_noise: 0.125, "
+        "gaussian_noise_min_amplitude: 0.001, gaussian_noise_max_amplitude: 0.1, pitch_shift: 0}",
+        "vocals:\n    pitch_shift: 0.1"}},
       {"inference", {"batch_size: 4", "dim_t: 801", "num_overlap: 4"}}};
   for (const std::string& change : changes) {
     const std::size_t dot = change.find('.');
@@ -179,6 +182,11 @@ TEST_CASE("a published BS-RoFormer is read") {
   CHECK(config.data.accompaniment == Lines{"other"});
   CHECK(config.data.gain == std::array<double, 2>{0.5, 1.5});
   CHECK((config.data.swap_channels && config.data.flip_polarity));
+  CHECK(config.data.mixup == std::vector<double>{0.2, 0.02});
+  CHECK((config.data.tempo == 0.2 && config.data.tempo_factor == std::array<double, 2>{0.75, 1.5}));
+  CHECK((config.data.noise == 0.125 && config.data.pitch == 0 && config.data.equalizer == 0));
+  CHECK(config.data.noise_db[0] == Approx(-60));
+  CHECK(config.data.noise_db[1] == Approx(-20));
   const TrainingConfig& training = config.training;
   CHECK((training.segment_length == 5120 && training.batch_size == 2 && training.gradient_accumulation_steps == 4));
   CHECK((training.steps_per_epoch == 3 && training.epochs == 30 && training.warmup_steps == 0));
@@ -189,7 +197,7 @@ TEST_CASE("a published BS-RoFormer is read") {
   CHECK((config.inference.segment_length == 0 && config.inference.overlap == 0.75));
   CHECK(config.inference_segment() == 5120);
   CHECK(notices == Lines{"training.use_amp: bfloat16, not float16",
-                         "augmentations that are not here: random_inverse, mixup, vocals",
+                         "augmentations that are not here: random_inverse, vocals",
                          "without effect here: audio.dim_f, audio.dim_t, audio.hop_length, audio.n_fft, "
                          "audio.min_mean_abs, model.flash_attn, model.sage_attention, model.dim_freqs_in, "
                          "training.patience, training.reduce_factor, training.q, training.coarse_loss_clip, "
@@ -212,6 +220,7 @@ TEST_CASE("a published Mel-Band RoFormer is read") {
   CHECK(config.data.accompaniment.empty());
   CHECK(config.data.gain == std::array<double, 2>{1, 1});
   CHECK_FALSE((config.data.swap_channels || config.data.flip_polarity));
+  CHECK((config.data.mixup.empty() && config.data.tempo == 0 && config.data.noise == 0));
   CHECK((config.training.optimizer_state == "8bit" && config.training.weight_decay == 0.01));
   CHECK(config.inference_segment() == 10240);
   CHECK(notices.size() == 2);

@@ -62,6 +62,12 @@ inline int stored_sample_bytes(int format) {
 
 }  // namespace detail
 
+/// Whether opening a file also checks that it is whole, for which some kinds have to be read from end to end.
+enum class WholeFile {
+  check,
+  known  ///< it was checked before
+};
+
 /// Reads an audio file piece by piece: WAV, RF64, Wave64, AIFF, AU, CAF, FLAC, Ogg and MP3, also out of a pipe, see
 /// io::InputFile.
 class AudioReader {
@@ -69,12 +75,12 @@ class AudioReader {
   /// Opens `path`. Throws `headroom.audio.file.missing` (not there, or nothing that can be read, with the reason),
   /// `file.empty` (no bytes or no samples), `file.format` (not audio), `file.truncated` (shorter than its header says),
   /// `file.length` (longer than its header says).
-  explicit AudioReader(std::filesystem::path path)
+  explicit AudioReader(std::filesystem::path path, WholeFile whole = WholeFile::check)
       : path_(std::move(path)),
         input_(path_, {"headroom.audio.file.missing", "audio", "a WAV, FLAC, AIFF or Ogg file"}) {
     require(input_.size() > 0, "headroom.audio.file.empty", path_,
             " has 0 bytes, expected audio; copy or download it again");
-    require_whole(input_, path_);
+    if (whole == WholeFile::check) require_whole(input_, path_);
     file_.reset(sf_open_fd(input_.descriptor(), SFM_READ, &info_, /*close_desc=*/SF_FALSE));
     require(file_ != nullptr, "headroom.audio.file.format", path_, " can't be read as audio: ", sf_strerror(nullptr),
             " Expected WAV, FLAC, AIFF or Ogg; convert it, e.g. ffmpeg -i INPUT OUTPUT.wav");
@@ -84,7 +90,7 @@ class AudioReader {
         "ffmpeg -i INPUT OUTPUT.wav");
     require(info_.frames != SF_COUNT_MAX, "headroom.audio.file.format", path_,
             " does not say how long it is; convert it, e.g. ffmpeg -i INPUT OUTPUT.wav");
-    require_all_frames();
+    if (whole == WholeFile::check) require_all_frames();
     require(info_.frames > 0, "headroom.audio.file.empty", path_, " has no samples, expected at least 1");
   }
 

@@ -3,18 +3,22 @@
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <optional>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "headroom/audio/file.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/io/file_name.hpp"
+#include "headroom/training/augmentation.hpp"
 #include "headroom/training/example.hpp"
+#include "headroom/training/random.hpp"
+#include "headroom/training/sampler.hpp"
+#include "headroom/training/stem_file.hpp"
+#include "headroom/training/track_list.hpp"
 
 namespace headroom::inline v0::training {
 
@@ -22,126 +26,99 @@ namespace headroom::inline v0::training {
 enum class TrackDraw {
   uniform,    ///< every track equally often
   by_length,  ///< every segment of the whole data set equally often
+  by_stem,    ///< every stem equally often, of it every track that has it: rare stems are heard as often as others
 };
 
-/// What a MusdbDataset draws.
-struct MusdbOptions {
+/// What a Dataset draws.
+struct DatasetOptions {
   std::int64_t segment_length = 441000;                                   ///< S, samples
-  std::int64_t channels = 2;                                              ///< C, of every file
-  std::int64_t sample_rate = 44100;                                       ///< of every file, Hz
-  std::vector<std::string> stems = {"vocals", "drums", "bass", "other"};  ///< plain file names without .wav, N of them
+  std::int64_t channels = 2;                                              ///< C
+  std::int64_t sample_rate = 44100;                                       ///< Hz
+  std::vector<std::string> stems = {"vocals", "drums", "bass", "other"};  ///< plain file names without extension, N
   std::vector<std::string> accompaniment = {};                            ///< files of the mixture that are no stems
+  Layout layout = Layout::automatic;
+  std::vector<double> weights = {};  ///< how often each root is drawn from; empty: all tracks are alike
+  MissingStem missing = MissingStem::error;
+  bool convert = false;  ///< take files of another sample rate and mono for stereo, or stereo for mono
   TrackDraw draw = TrackDraw::uniform;
   /// Probability that each stem of an example comes from a track and position of its own; the mixture is their sum.
-  /// Otherwise the example is what the files hold. The three options that follow act on the stems of remixed examples.
+  /// Otherwise the example is what the files hold.
   double remix = 0;
-  std::array<double, 2> gain = {0.25, 1.25};  ///< least and greatest random factor
-  bool swap_channels = true;                  ///< reverse the order of the channels of half of the stems
-  bool flip_polarity = true;                  ///< negate half of the stems
+  AugmentationOptions augmentation = {};  ///< of the stems of remixed examples
 };
 
-namespace detail {
-
-/// SplitMix64 (Steele, Lea, Flood 2014). Unlike those of <random>, its numbers are the same with every library.
-class SplitMix64 {
- public:
-  explicit SplitMix64(std::uint64_t state) : state_(state) {}
-
-  std::uint64_t next() {
-    std::uint64_t z = state_ += 0x9e3779b97f4a7c15;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return z ^ (z >> 31);
-  }
-  /// In [0, 1).
-  double uniform() { return static_cast<double>(next() >> 11) * 0x1p-53; }
-  /// In {0, …, n - 1}.
-  std::int64_t below(std::int64_t n) {
-    return std::min(n - 1, static_cast<std::int64_t>(uniform() * static_cast<double>(n)));
-  }
-  bool coin() { return next() >> 63; }
-
- private:
-  std::uint64_t state_;
-};
-
-}  // namespace detail
-
-/// Random segments of a folder in the MUSDB18-HQ layout, FOLDER/<Artist - Title>/{mixture,vocals,drums,bass,other}.wav.
-/// A track without mixture.wav has the sum of its stems and their accompaniment for one. Folders that hold none of the
-/// files (`__MACOSX`) and tracks that are shorter than a segment are left out, see notices().
+/// Random segments of the tracks below one or several roots, see Layout. A track without a mixture has the sum of its
+/// stems and their accompaniment for one. Folders that hold none of the files (`__MACOSX`) and tracks that are shorter
+/// than a segment are left out, see notices().
 ///
-/// The constructor looks at the header of every file, so that a bad one is found before training and not in the middle
-/// of it; samples are read when an example is, and nothing else of the file. An example is a pure function of a seed
-/// and its index: a training run continues where it stopped by knowing the index alone, and examples can be made in any
-/// order by any number of threads.
-class MusdbDataset {
+/// The constructor looks at the header of every file; samples are read when an example is, and nothing else of the
+/// file. An example is a pure function of a seed and its index: a training run continues where it stopped by knowing
+/// the index alone, and examples can be made in any order by any number of threads.
+class Dataset {
  public:
-  /// `folder`: the split, e.g. musdb18hq/train. Throws `headroom.training.dataset.{options, empty, missing, differs,
-  /// short}` and `headroom.audio.file.*`; each names the file.
-  MusdbDataset(std::filesystem::path folder, MusdbOptions options)
-      : folder_(std::move(folder)), options_(std::move(options)) {
-    check_options();
-    std::string short_track;  // the first one, and its length
-    for (const std::string& name : folder_names()) {
-      if (const auto track = checked_track(name)) {
-        if (track->frames >= options_.segment_length) {
-          tracks_.push_back(*track);
-          continue;
-        }
-        if (short_track.empty()) short_track = name + "\" has " + std::to_string(track->frames);
-        notices_.push_back(name + " is left out: it has " + std::to_string(track->frames) + " frames, a segment has " +
-                           std::to_string(options_.segment_length));
-      } else {
-        notices_.push_back(name + " is left out: none of the files of a track is in it");
+  /// `roots`: the folder of the split, e.g. musdb18hq/train, or several, or CSV tables. Throws
+  /// `headroom.training.dataset.*` and `headroom.audio.file.*`; each names the file.
+  Dataset(const std::vector<std::filesystem::path>& roots, DatasetOptions options)
+      : options_(checked(std::move(options), roots.size())), list_(roots, rules(options_)) {
+    for (std::size_t k = 0; k < stems().size(); ++k) {
+      stems_.push_back(sampler([k](const Track& track) { return track.has(k); }));
+      require(!stems_.back().empty() || options_.missing == MissingStem::silence, "headroom.training.dataset.missing",
+              "no track in ", roots.front(), " has the stem ", stems()[k],
+              "; add files of it or take it out of the configuration");
+    }
+    if (options_.draw == TrackDraw::by_stem) {
+      for (std::size_t k = 0; k < options_.stems.size(); ++k) {
+        together_.push_back(sampler([k](const Track& track) { return track.whole && track.has(k); }));
       }
+    } else {
+      together_.push_back(sampler([](const Track& track) { return track.whole; }));
     }
-    require(!tracks_.empty() || short_track.empty(), "headroom.training.dataset.short", "\"", folder_.string(), "/",
-            short_track, " frames, a segment has ", options_.segment_length,
-            ", and no track is longer; shorten segment_length or give longer tracks");
-    require_tracks(!tracks_.empty(), "");
-    std::int64_t positions = 0;
-    for (const Track& track : tracks_) {
-      ends_.push_back(positions += track.frames - options_.segment_length + 1);
-    }
+    std::erase_if(together_, [](const Sampler& sampler) { return sampler.empty(); });
+    require(options_.remix == 1 || !together_.empty(), "headroom.training.dataset.loose", "the files in ",
+            roots.front(), " belong to no tracks, so that examples have to be remixed, and remix is ", options_.remix,
+            "; set data.remix to 1 or give folders of tracks");
   }
+  Dataset(const std::filesystem::path& root, DatasetOptions options)
+      : Dataset(std::vector<std::filesystem::path>{root}, std::move(options)) {}
 
-  std::int64_t size() const { return static_cast<std::int64_t>(tracks_.size()); }  ///< tracks
-  const MusdbOptions& options() const { return options_; }
+  std::int64_t size() const { return static_cast<std::int64_t>(tracks().size()); }  ///< tracks
+  const std::vector<Track>& tracks() const { return list_.tracks(); }
+  const DatasetOptions& options() const { return options_; }
 
-  /// What of the folder is left out and why, a sentence each.
-  const std::vector<std::string>& notices() const { return notices_; }
+  /// The stems, then their accompaniment: those of Track::stems.
+  const std::vector<std::string>& stems() const { return list_.rules().stems; }
 
-  /// Names of the tracks, sorted.
+  /// What of the roots is left out and why, a sentence each.
+  const std::vector<std::string>& notices() const { return list_.notices(); }
+
+  /// Names of the tracks, in the order of the roots and there sorted.
   std::vector<std::string> names() const {
     std::vector<std::string> names;
-    for (const Track& track : tracks_) {
-      names.push_back(track.name);
-    }
+    for (const Track& track : tracks()) names.push_back(track.name);
     return names;
+  }
+
+  /// The samples first, …, first + count - 1 of a track as its files hold them: [C,n] and [N,C,n].
+  Example piece(std::int64_t track, std::int64_t first, std::int64_t count) const {
+    const Track& of = tracks().at(static_cast<std::size_t>(track));
+    const Position position{static_cast<std::size_t>(track), first};
+    std::vector<torch::Tensor> stems;
+    for (std::size_t k = 0; k < of.stems.size(); ++k) stems.push_back(read(position, k, count));
+    return mixed(stems, of.mixture ? read_piece(*of.mixture, first, count, format()) : torch::Tensor());
   }
 
   /// Example number `index` >= 0 of the endless sequence that `seed` stands for.
   Example example(std::uint64_t seed, std::int64_t index) const {
-    detail::SplitMix64 random(detail::SplitMix64(seed).next() + static_cast<std::uint64_t>(index));
-    random = detail::SplitMix64(random.next());  // neighbouring indices must not walk through the same states
+    SplitMix64 random = random_of_example(seed, index);
     const bool remixed = random.uniform() < options_.remix;
-    const Position together = draw(random);
-    std::vector<torch::Tensor> stems;  // N and those of the accompaniment, of [C,S]
-    for (const std::string& stem : files()) {
-      torch::Tensor samples = read(remixed ? draw(random) : together, stem);  // [C,S]
-      if (remixed) {
-        const auto [least, greatest] = options_.gain;
-        const bool swapped = random.coin(), flipped = random.coin();
-        const double gain = least + (greatest - least) * random.uniform();
-        samples = options_.swap_channels && swapped ? samples.flip(0) : samples;
-        samples = samples * (options_.flip_polarity && flipped ? -gain : gain);
-      }
-      stems.push_back(samples);
+    if (!remixed || !together_.empty()) {
+      const Position together = draw_together(random);
+      if (!remixed) return piece(static_cast<std::int64_t>(together.track), together.frame, options_.segment_length);
     }
-    const torch::Tensor all = torch::stack(stems);  // [N+…,C,S]
-    return {remixed || !together.track->has_mixture ? all.sum(0) : read(together, "mixture"),
-            all.narrow(0, 0, static_cast<std::int64_t>(options_.stems.size()))};
+    SplitMix64 changes(random_of_example(~seed, index));
+    std::vector<torch::Tensor> stems;  // N and those of the accompaniment, of [C,S]
+    for (std::size_t k = 0; k < stems_.size(); ++k) stems.push_back(remixed_stem(k, random, changes.next()));
+    return mixed(stems, {});
   }
 
   /// Examples first_index, …, first_index + count - 1: [B,C,S] and [B,N,C,S].
@@ -157,105 +134,88 @@ class MusdbDataset {
   }
 
  private:
-  struct Track {
-    std::string name;
-    std::int64_t frames;
-    bool has_mixture;
-  };
-  struct Position {
-    const Track* track;
-    std::int64_t frame;
-  };
-
-  void check_options() const {
+  static DatasetOptions checked(DatasetOptions o, std::size_t roots) {
     constexpr auto id = "headroom.training.dataset.options";
-    const auto& o = options_;
     require(o.segment_length >= 1 && o.channels >= 1 && o.sample_rate >= 1, id, "got segment_length ", o.segment_length,
             ", channels ", o.channels, ", sample_rate ", o.sample_rate, ", expected at least 1 each");
     require(!o.stems.empty(), id, "got no stems, expected names such as vocals");
-    for (const std::string& stem : files()) {
+    for (const std::string& stem : rules(o).stems) {
       require(io::is_file_name(stem), id, "the stem \"", stem, "\" is no plain file name, expected one such as vocals");
     }
     require(o.remix >= 0 && o.remix <= 1, id, "remix is ", o.remix, ", expected a probability");
-    require(o.gain[0] >= 0 && o.gain[0] <= o.gain[1], id, "gain is ", o.gain[0], " to ", o.gain[1],
-            ", expected 0 <= least <= greatest");
+    require(roots > 0, id, "got no folder, expected one or more");
+    require(o.weights.empty() || o.weights.size() == roots, id, "got ", o.weights.size(), " weights for ", roots,
+            " folders, expected none or one for each");
+    for (const double weight : o.weights) require(weight > 0, id, "got a weight of ", weight, ", expected more than 0");
+    check(o.augmentation);
+    return o;
   }
 
-  /// Stems, then their accompaniment.
-  std::vector<std::string> files() const {
-    std::vector<std::string> names = options_.stems;
-    names.insert(names.end(), options_.accompaniment.begin(), options_.accompaniment.end());
-    return names;
+  /// With stems, then their accompaniment.
+  static TrackRules rules(const DatasetOptions& options) {
+    TrackRules rules{.stems = options.stems,
+                     .format = {options.channels, options.sample_rate, options.convert},
+                     .least_frames = options.segment_length,
+                     .layout = options.layout,
+                     .missing = options.missing};
+    rules.stems.insert(rules.stems.end(), options.accompaniment.begin(), options.accompaniment.end());
+    return rules;
   }
 
-  std::filesystem::path path(const Track& track, const std::string& stem) const {
-    return folder_ / track.name / (stem + ".wav");
+  Sampler sampler(const std::function<bool(const Track&)>& suits) const {
+    const bool by_length = options_.draw == TrackDraw::by_length;
+    return {list_.tracks(), {options_.segment_length, by_length, options_.weights}, suits};
   }
 
-  void require_tracks(bool found, const std::string& reason) const {
-    require(found, "headroom.training.dataset.empty", "no tracks in ", folder_, reason,
-            ", expected folders \"<Artist - Title>\" with one file a stem; give the folder of the split, e.g. "
-            "musdb18hq/train");
+  const SoundFormat& format() const { return list_.rules().format; }
+
+  Position draw_together(SplitMix64& random) const {
+    const auto n = static_cast<std::int64_t>(together_.size());
+    return together_[n == 1 ? 0 : static_cast<std::size_t>(random.below(n))].draw(random);
   }
 
-  /// Names of the folders inside, sorted: the file system's order differs between machines.
-  std::vector<std::string> folder_names() const {
-    std::vector<std::string> names;
-    std::error_code failure;
-    for (const auto& entry : std::filesystem::directory_iterator(folder_, failure)) {
-      const std::string name = entry.path().filename().string();
-      if (entry.is_directory() && !name.starts_with('.')) names.push_back(name);
+  /// A stem of a remixed example: a segment, or the mean of several, each with random changes.
+  torch::Tensor remixed_stem(std::size_t k, SplitMix64& random, std::uint64_t seed) const {  // [C,S]
+    if (stems_[k].empty()) return silence(options_.segment_length);
+    SplitMix64 changes(seed);
+    torch::Tensor sum = changed_segment(k, random, changes.next());
+    int count = 1;
+    for (const double probability : options_.augmentation.mixup) {
+      SplitMix64 further(changes.next());
+      if (further.uniform() >= probability) continue;
+      sum = sum + changed_segment(k, further, further.next());
+      ++count;
     }
-    require_tracks(!failure, ": " + failure.message());
-    std::ranges::sort(names);
-    return names;
+    return count == 1 ? sum : sum / count;
   }
 
-  /// Checks the headers of a track's files; none where the folder has no file of a track.
-  std::optional<Track> checked_track(const std::string& name) const {
-    Track track{name, -1, false};
-    track.has_mixture = std::filesystem::exists(path(track, "mixture"));
-    std::vector<std::string> files = this->files();
-    if (track.has_mixture) files.insert(files.begin(), "mixture");
-    const auto is_there = [&](const std::string& file) { return std::filesystem::exists(path(track, file)); };
-    if (std::ranges::none_of(files, is_there)) return std::nullopt;
-    for (const std::string& stem : files) {
-      const std::filesystem::path file = path(track, stem);
-      require(is_there(stem), "headroom.training.dataset.missing", "there is no ", file,
-              ", expected one file a stem; add it or remove the track's folder");
-      const audio::AudioReader reader(file);
-      audio::require_sample_rate(reader, static_cast<int>(options_.sample_rate));
-      track.frames = track.frames < 0 ? reader.frames() : track.frames;
-      require(reader.channels() == options_.channels && reader.frames() == track.frames,
-              "headroom.training.dataset.differs", file, " has ", reader.channels(), " channels and ", reader.frames(),
-              " frames, expected ", options_.channels, " channels as configured and ", track.frames,
-              " frames like the track's ", files.front(), ".wav; export the track again or remove its folder");
-    }
-    return track;
+  torch::Tensor changed_segment(std::size_t k, SplitMix64& random, std::uint64_t seed) const {  // [C,S]
+    const std::int64_t length = options_.segment_length;
+    Position position = stems_[k].draw(random);
+    Augmentation augmentation(options_.augmentation, random, seed);
+    const std::int64_t frames = tracks()[position.track].frames, source = augmentation.source_length(length, frames);
+    position.frame = std::min(position.frame, frames - source);
+    return augmentation.apply(read(position, k, source), length, options_.sample_rate);
   }
 
-  Position draw(detail::SplitMix64& random) const {
-    if (options_.draw == TrackDraw::uniform) {
-      const Track& track = tracks_[static_cast<std::size_t>(random.below(size()))];
-      return {&track, random.below(track.frames - options_.segment_length + 1)};
-    }
-    const std::int64_t position = random.below(ends_.back());
-    const auto end = std::ranges::upper_bound(ends_, position);
-    const Track& track = tracks_[static_cast<std::size_t>(end - ends_.begin())];
-    return {&track, track.frames - options_.segment_length + 1 - (*end - position)};
+  torch::Tensor silence(std::int64_t count) const { return torch::zeros({options_.channels, count}); }
+
+  torch::Tensor read(const Position& position, std::size_t stem, std::int64_t count) const {  // [C,count]
+    const auto& file = tracks()[position.track].stems[stem];
+    return file ? read_piece(*file, position.frame, count, format()) : silence(count);
   }
 
-  torch::Tensor read(const Position& position, const std::string& stem) const {
-    audio::AudioReader reader(path(*position.track, stem));
-    reader.seek(position.frame);
-    return reader.read(options_.segment_length);  // [C,S]
+  /// An example of stems and their accompaniment, whose sum is the mixture where there is none.
+  Example mixed(const std::vector<torch::Tensor>& stems, const torch::Tensor& mixture) const {
+    const torch::Tensor all = torch::stack(stems);  // [N+…,C,S]
+    return {mixture.defined() ? mixture : all.sum(0),
+            all.narrow(0, 0, static_cast<std::int64_t>(options_.stems.size()))};
   }
 
-  std::filesystem::path folder_;
-  MusdbOptions options_;
-  std::vector<Track> tracks_;
-  std::vector<std::string> notices_;
-  std::vector<std::int64_t> ends_;  ///< of each track in the sequence of all positions that a segment can have
+  DatasetOptions options_;
+  TrackList list_;
+  std::vector<Sampler> stems_;     ///< of each stem, then of each of the accompaniment
+  std::vector<Sampler> together_;  ///< of whole tracks; by_stem: of those that have each stem
 };
 
 }  // namespace headroom::inline v0::training

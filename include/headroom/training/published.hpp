@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <set>
@@ -15,6 +16,7 @@
 #include "headroom/training/field.hpp"
 #include "headroom/training/json.hpp"
 #include "headroom/training/models.hpp"
+#include "headroom/training/published_augmentations.hpp"
 #include "headroom/training/sections.hpp"
 #include "headroom/training/separate.hpp"
 
@@ -285,6 +287,10 @@ class PublishedReader {
     put("data.swap_channels", any && get("augmentations.all.channel_shuffle", 0.0) > 0);
     put("data.flip_polarity", any && get("augmentations.all.random_polarity", 0.0) > 0);
     published_.names.emplace_back("data.gain", "augmentations.loudness_min");
+    const auto further = get("augmentations.mixup_probs", std::vector<double>{}, {.may_be_empty = true});
+    if (any && get("augmentations.mixup", false)) put("data.mixup", further);
+    published_.names.emplace_back("data.mixup", "augmentations.mixup_probs");
+    for (const PublishedChange& change : kPublishedChanges) read_change(change, any);
     std::vector<std::string> idle;
     const auto tell = [&](const std::string& parent) {
       const Json members = section(parent);
@@ -300,6 +306,22 @@ class PublishedReader {
     tell("augmentations.all");
     tell("augmentations");
     if (!idle.empty()) published_.notices.push_back("augmentations that are not here: " + core::word_list(idle));
+  }
+
+  void read_change(const PublishedChange& change, bool any) {
+    const std::string theirs = std::string("augmentations.all.") + change.theirs;
+    const std::string ours = std::string("data.") + change.ours, range = ours + "_" + change.unit;
+    const double probability = get(theirs, 0.0);
+    std::array<double, 2> bounds = {get(theirs + "_" + change.least, change.otherwise[0]),
+                                    get(theirs + "_" + change.greatest, change.otherwise[1])};
+    if (std::string_view(change.ours) == "noise") {
+      for (double& bound : bounds) bound = 20 * std::log10(std::max(bound, 1e-10));
+    }
+    published_.names.emplace_back(range, theirs + "_" + change.least);
+    published_.names.emplace_back(ours, theirs);
+    if (!any || probability <= 0) return;
+    put(ours, probability);
+    put(range, bounds);
   }
 
   Json section(const std::string& name) {

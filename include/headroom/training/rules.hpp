@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <set>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "headroom/checkpoint/policy.hpp"
+#include "headroom/training/data_section.hpp"
 #include "headroom/training/field.hpp"
 #include "headroom/training/sections.hpp"
 
@@ -118,15 +120,31 @@ inline void check_optimizer(const TrainingConfig& training, Rules& rule) {
       "already cannot be repeated");
 }
 
+inline void check_data(const DataConfig& data, Rules& rule) {
+  const auto ordered = [&](const char* member, const std::array<double, 2>& pair) {
+    rule(
+        {member}, [&] { return pair[0] <= pair[1]; }, "got [", pair[0], ",", pair[1],
+        "], expected the smaller number first");
+  };
+  ordered("data.gain", data.gain);
+  ordered("data.equalizer_db", data.equalizer_db);
+  ordered("data.pitch_semitones", data.pitch_semitones);
+  ordered("data.tempo_factor", data.tempo_factor);
+  ordered("data.noise_db", data.noise_db);
+  rule(
+      {"data.weights", "data.more_paths"},
+      [&] { return data.weights.empty() || data.weights.size() == 1 + data.more_paths.size(); }, "got ",
+      data.weights.size(), " numbers, expected none or ", 1 + data.more_paths.size(),
+      ": one for data.path and each of data.more_paths");
+}
+
 /// Values that are fine one by one and impossible together.
 inline void check_together(const Config& config, std::vector<Problem>& problems) {
   Rules rule(problems);
   check_model(config, rule);
   check_sizes(config, rule);
   check_optimizer(config.training, rule);
-  rule(
-      {"data.gain"}, [&] { return config.data.gain[0] <= config.data.gain[1]; }, "got [", config.data.gain[0], ",",
-      config.data.gain[1], "], expected the smaller factor first");
+  check_data(config.data, rule);
   const std::vector<std::string>& stems = config.audio.stems;
   rule(
       {"audio.stems"}, [&] { return std::set(stems.begin(), stems.end()).size() == stems.size(); },

@@ -8,6 +8,7 @@
 
 #include "headroom/checkpoint/policy.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/training/data_section.hpp"
 #include "headroom/training/described.hpp"
 #include "headroom/training/model_type.hpp"
 
@@ -101,30 +102,6 @@ struct AudioConfig {
   }
 };
 
-/// `data`: the data set and its augmentation.
-struct DataConfig {
-  std::string path;
-  std::vector<std::string> accompaniment = {};
-  std::string draw = "uniform";
-  double remix = 1.0;
-  std::array<double, 2> gain = {0.25, 1.25};
-  bool swap_channels = true;
-  bool flip_polarity = true;
-
-  static void describe(auto& self, auto&& field) {
-    field("path", self.path, {.may_be_empty = true}, "MUSDB18-HQ folder, with `train` in it; `--data` overrides it");
-    field("accompaniment", self.accompaniment, {.may_be_empty = true, .file_names = true},
-          "file names without `.wav` of what is in the mixture and no stem of the model");
-    field("draw", self.draw, {.choices = {"uniform", "by_length"}},
-          "every track equally often, or every segment of the data set");
-    field("remix", self.remix, {.at_least = 0, .at_most = 1},
-          "probability that an example takes each stem from a track and position of its own");
-    field("gain", self.gain, {.at_least = 0, .at_most = 100}, "least and greatest random factor of a remixed stem");
-    field("swap_channels", self.swap_channels, {}, "reverse the channels of half of the remixed stems");
-    field("flip_polarity", self.flip_polarity, {}, "negate half of the remixed stems");
-  }
-};
-
 /// `training`: segments, batches, AdamW and its schedule.
 struct TrainingConfig {
   int64_t segment_length = 0;
@@ -150,6 +127,8 @@ struct TrainingConfig {
   int64_t checkpoints_kept = 2;
   int64_t validation_every = 1;
   int64_t validation_segments = 16;
+  int64_t read_ahead = 2;
+  int64_t reader_threads = 1;
 
   static void describe(auto& self, auto&& field) {
     constexpr double kMost = 1e9;
@@ -191,6 +170,10 @@ struct TrainingConfig {
     field("validation_every", self.validation_every, {.at_least = 1}, "epochs between validations");
     field("validation_segments", self.validation_segments, {.at_least = 1, .at_most = 1e6},
           "examples of the validation split, the same each time");
+    field("read_ahead", self.read_ahead, {.at_least = 0, .at_most = 1000},
+          "batches that are read while the step before computes; 0: none");
+    field("reader_threads", self.reader_threads, {.at_least = 0, .at_most = 256},
+          "that read ahead; the examples are the same with any number");
   }
 };
 

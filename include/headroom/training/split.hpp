@@ -3,47 +3,123 @@
 #include <cstdint>
 #include <filesystem>
 #include <optional>
+#include <string>
+#include <utility>
+#include <vector>
 
+#include "headroom/training/augmentation.hpp"
+#include "headroom/training/data_section.hpp"
 #include "headroom/training/dataset.hpp"
 #include "headroom/training/example.hpp"
+#include "headroom/training/layout.hpp"
+#include "headroom/training/prefetch.hpp"
 #include "headroom/training/sections.hpp"
+#include "headroom/training/track_list.hpp"
 
 namespace headroom::inline v0::training {
 
+/// The random changes of a configuration.
+inline AugmentationOptions augmentation_options(const DataConfig& data) {
+  return {.gain = data.gain,
+          .swap_channels = data.swap_channels,
+          .flip_polarity = data.flip_polarity,
+          .mixup = data.mixup,
+          .equalizer = data.equalizer,
+          .equalizer_db = data.equalizer_db,
+          .pitch = data.pitch,
+          .pitch_semitones = data.pitch_semitones,
+          .tempo = data.tempo,
+          .tempo_factor = data.tempo_factor,
+          .noise = data.noise,
+          .noise_db = data.noise_db};
+}
+
 /// What a configuration draws from a data set.
-inline MusdbOptions dataset_options(const Config& config) {
+inline DatasetOptions dataset_options(const Config& config) {
+  const DataConfig& data = config.data;
   return {.segment_length = config.training.segment_length,
           .channels = config.audio.channels,
           .sample_rate = config.audio.sample_rate,
           .stems = config.audio.stems,
-          .accompaniment = config.data.accompaniment,
-          .draw = config.data.draw == "uniform" ? TrackDraw::uniform : TrackDraw::by_length,
-          .remix = config.data.remix,
-          .gain = config.data.gain,
-          .swap_channels = config.data.swap_channels,
-          .flip_polarity = config.data.flip_polarity};
+          .accompaniment = data.accompaniment,
+          .layout = data.layout == "tracks"  ? Layout::tracks
+                    : data.layout == "stems" ? Layout::stems
+                    : data.layout == "csv"   ? Layout::csv
+                                             : Layout::automatic,
+          .weights = data.weights,
+          .missing = data.missing == "error"       ? MissingStem::error
+                     : data.missing == "leave_out" ? MissingStem::leave_out
+                                                   : MissingStem::silence,
+          .convert = data.convert,
+          .draw = data.draw == "uniform"     ? TrackDraw::uniform
+                  : data.draw == "by_length" ? TrackDraw::by_length
+                                             : TrackDraw::by_stem,
+          .remix = data.remix,
+          .augmentation = augmentation_options(data)};
 }
 
 /// Examples of one split of a data set: a source of batches.
 struct Split {
-  MusdbDataset dataset;
+  Dataset dataset;
   uint64_t seed;
 
   Example operator()(int64_t first, int64_t count) const { return dataset.batch(seed, first, count); }
 };
 
-/// What a configuration trains on: the folder `train` in `data`. Throws headroom.training.dataset.*.
-inline Split training_split(const std::filesystem::path& data, const Config& config) {
-  return {MusdbDataset(data / "train", dataset_options(config)), static_cast<uint64_t>(config.training.seed)};
+namespace detail {
+
+/// The split of a data set, ROOT/NAME or ROOT/NAME.csv; none where there is neither.
+inline std::optional<std::filesystem::path> part_of(const std::filesystem::path& root, const std::string& name) {
+  if (std::filesystem::is_directory(root / name)) return root / name;
+  const std::filesystem::path table = root / (name + ".csv");
+  return std::filesystem::is_regular_file(table) ? std::optional(table) : std::nullopt;
 }
 
-/// What a model is validated on, the folder `valid` in `data`: music as it is, the same segments each time. None where
-/// there is no such folder. Throws headroom.training.dataset.*.
+/// The data sets of a configuration.
+inline std::vector<std::filesystem::path> roots_of(const std::filesystem::path& data, const Config& config) {
+  std::vector<std::filesystem::path> roots = {data};
+  roots.insert(roots.end(), config.data.more_paths.begin(), config.data.more_paths.end());
+  return roots;
+}
+
+}  // namespace detail
+
+/// What a configuration trains on: `train` or `train.csv` in `data` and in each of data.more_paths, or these themselves
+/// where neither is there. Throws headroom.training.dataset.*.
+inline Split training_split(const std::filesystem::path& data, const Config& config) {
+  std::vector<std::filesystem::path> roots = detail::roots_of(data, config);
+  for (std::filesystem::path& root : roots) root = detail::part_of(root, "train").value_or(root);
+  return {Dataset(roots, dataset_options(config)), static_cast<uint64_t>(config.training.seed)};
+}
+
+/// What a model is validated on, `valid` in `data` and in data.more_paths: music as it is, the same segments each time.
+/// None where there is no such folder. Throws headroom.training.dataset.*.
 inline std::optional<Split> validation_split(const std::filesystem::path& data, const Config& config) {
-  if (!std::filesystem::is_directory(data / "valid")) return std::nullopt;
-  MusdbOptions options = dataset_options(config);
+  std::vector<std::filesystem::path> roots;
+  for (const std::filesystem::path& root : detail::roots_of(data, config)) {
+    if (auto part = detail::part_of(root, "valid")) roots.push_back(std::move(*part));
+  }
+  if (roots.empty()) return std::nullopt;
+  DatasetOptions options = dataset_options(config);
   options.remix = 0;
-  return Split{MusdbDataset(data / "valid", options), 0};
+  options.weights.clear();
+  options.layout = Layout::automatic;
+  return Split{Dataset(roots, options), 0};
+}
+
+/// How a configuration has examples read ahead.
+inline PrefetchOptions prefetch_options(const TrainingConfig& training) {
+  return {.examples = training.read_ahead * training.batch_size, .threads = training.reader_threads};
+}
+
+/// Bytes that examples take which are read ahead, and those that are being read: each reader holds about two more while
+/// it puts one together.
+inline std::int64_t read_ahead_bytes(const Config& config) {
+  const PrefetchOptions options = prefetch_options(config.training);
+  if (options.examples == 0 || options.threads == 0) return 0;
+  const std::int64_t signals = static_cast<std::int64_t>(config.audio.stems.size()) + 1;
+  const std::int64_t example = signals * config.audio.channels * config.training.segment_length * 4;
+  return (options.examples + 2 * options.threads) * example;
 }
 
 }  // namespace headroom::inline v0::training

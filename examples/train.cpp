@@ -105,13 +105,14 @@ void explain(const std::exception& error, training::Config config, const Argumen
 
 // Trains until the end or a signal, and shows how it goes on. A step in work is finished and saved first.
 training::Summary train(training::Trainer& trainer, const training::Config& config, const Arguments& arguments,
-                        const std::function<double()>& validate) {
+                        const std::function<double()>& validate, const std::function<std::string(int64_t)>& origin) {
   ProgressBar bar(config.training.batch_size);
   training::RunOptions options{.steps = arguments.steps,
                                .seconds = arguments.seconds,
                                .folder = arguments.out,
                                .on_step = [&](const training::StepReport& report) { bar.show(report); },
                                .on_notice = [&](const std::string& text) { bar.note(text); },
+                               .origin = origin,
                                .stop_requested = [] { return headroom::io::stop_signal() != 0; }};
   if (validate) {
     options.validate = [&] {
@@ -185,10 +186,11 @@ int run(const Arguments& arguments) {
   if (!arguments.resume.empty()) resume_run(std::cout, trainer, arguments.resume);
   training::write_atomically(arguments.out / "config.json", {training::to_json(config)});
   print_start(config, *model, arguments);
+  const auto origin = [&](int64_t i) { return split.dataset.origin(split.seed, redraw.drawn_as(i)); };
   std::function<double()> validate;
   if (valid) validate = [&] { return training::validation_nsdr(model, *valid, config.training.validation_segments); };
   try {
-    const int code = finish(train(trainer, config, arguments, validate), config, arguments);
+    const int code = finish(train(trainer, config, arguments, validate, origin), config, arguments);
     if (arguments.memory_summary && code == 0) std::cout << headroom::memory_summary(meter);
     return code;
   } catch (const std::exception&) {
@@ -200,10 +202,7 @@ int run(const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CommandLine line(
-      "Trains a separator on a MUSDB18-HQ folder; writes last.pt, best.pt, their weights as .safetensors, config.json "
-      "and "
-      "summary.json.");
+  CommandLine line("Trains a separator; writes last.pt, best.pt, their weights, config.json and summary.json.");
   Arguments arguments;
   line.path("--config", arguments.config,
             "configuration, such as examples/configs/musdb18_small.json, or published .yaml")

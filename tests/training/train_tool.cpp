@@ -164,8 +164,9 @@ class SameBits {
   }
 
   /// After in_processes. The file also holds the configuration, which differs.
-  void with_recomputation() {
+  void with_recomputation_and_readers() {
     config_.model.gradient_checkpointing = true;
+    config_.training.reader_threads = 3;
     std::ofstream(setup_.config) << training::to_json(config_);
     const std::string out = (setup_.folder / "recomputed").string();
     REQUIRE(wait_for(begin(out, {})) == 0);
@@ -231,7 +232,7 @@ void check_same_bits(int processes, int kills, int64_t epochs) {
     SameBits run(change, epochs);
     run.in_processes(processes);
     half_written += run.after_kills(kills);
-    if (name != std::string("reversible")) run.with_recomputation();
+    if (name != std::string("reversible")) run.with_recomputation_and_readers();
   };
   check("plain", [](training::Config&) {});
   check("8 bits, accumulation", [](training::Config& config) {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <set>
 #include <string>
@@ -42,14 +43,25 @@ class Redraw {
     return {torch::cat(mixtures), torch::cat(stems)};
   }
 
+  /// The index that the example at `index` was drawn at in the end, as far as it has been read.
+  std::int64_t drawn_as(std::int64_t index) const {
+    const std::lock_guard lock(mutex_);
+    const auto entry = drawn_.find(index);
+    return entry == drawn_.end() ? index : entry->second;
+  }
+
  private:
   static constexpr std::int64_t kFarOn = std::int64_t{1} << 40;  // steps that no training takes
   static constexpr int kMostDraws = 100;
 
-  Example example(std::int64_t index) {  // a batch of one
-    for (int draw = 1;; ++draw, index += kFarOn) {
+  Example example(const std::int64_t index) {  // a batch of one
+    for (int draw = 1;; ++draw) {
+      const std::int64_t drawn = index + (draw - 1) * kFarOn;
       try {
-        return source_(index, 1);
+        Example read = source_(drawn, 1);
+        const std::lock_guard lock(mutex_);
+        if (draw > 1) drawn_[index] = drawn;
+        return read;
       } catch (const Error& error) {
         if (!error.id().starts_with("headroom.audio.file.") || draw == kMostDraws) throw;
         tell(error.what());
@@ -67,8 +79,9 @@ class Redraw {
 
   BatchSource source_;
   std::function<void(const std::string&)> on_notice_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::set<std::string> told_;
+  std::map<std::int64_t, std::int64_t> drawn_;
 };
 
 }  // namespace headroom::inline v0::training

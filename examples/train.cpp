@@ -27,6 +27,7 @@
 #include "headroom/training/prefetch.hpp"
 #include "headroom/training/redraw.hpp"
 #include "headroom/training/split.hpp"
+#include "headroom/training/state.hpp"
 #include "headroom/training/statistics.hpp"
 #include "headroom/training/trainer.hpp"
 #include "headroom/training/validation.hpp"

@@ -150,7 +150,10 @@ class SameBits {
       }
       const int code = wait_for(child);
       REQUIRE((code == 0 || code == -SIGKILL));
-      for (const auto& [step, bytes] : states(out)) CHECK(bytes == undisturbed_.at(step));
+      for (const auto& [step, bytes] : states(out)) {
+        const bool same = bytes == undisturbed_.at(step);
+        CHECK(same);
+      }
       if (code != 0) {
         ++done;
         half_written += is_writing(out);

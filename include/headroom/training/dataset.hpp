@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -111,7 +112,6 @@ class Dataset {
   /// Which pieces of which tracks example() is made of, in words.
   std::string origin(std::uint64_t seed, std::int64_t index) const {
     std::ostringstream text;
-    text.precision(6);
     composed(seed, index, [&](const Position& position, std::size_t stem, std::int64_t count) {
       const Track& track = tracks()[position.track];
       if (file_of(track, stem)) {
@@ -186,7 +186,7 @@ class Dataset {
       return file ? read_piece(*file, position.frame, count, format()) : silence(count);
     };
   }
-  static const auto& file_of(const Track& track, std::size_t stem) {
+  static const std::optional<StemFile>& file_of(const Track& track, std::size_t stem) {
     return stem < track.stems.size() ? track.stems[stem] : track.mixture;
   }
 

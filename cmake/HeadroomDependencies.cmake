@@ -29,9 +29,12 @@ function(headroom_find_dependencies component missing)
   set(${missing} "" PARENT_SCOPE)
 
   if(component STREQUAL "core")
-    find_package(Eigen3 3.4 QUIET NO_MODULE)
+    # No version here: Eigen's own file takes 3.4 for a wish that 5 does not meet
+    find_package(Eigen3 QUIET NO_MODULE)
     if(NOT TARGET Eigen3::Eigen)
-      set(${missing} "Eigen 3.4 (Debian: libeigen3-dev)" PARENT_SCOPE)
+      set(${missing} "Eigen 3.4 or 5 (Debian: libeigen3-dev)" PARENT_SCOPE)
+    elseif(Eigen3_VERSION VERSION_LESS 3.4)
+      set(${missing} "Eigen 3.4 or 5 (Debian: libeigen3-dev), and found ${Eigen3_VERSION} in ${Eigen3_DIR}" PARENT_SCOPE)
     endif()
     # Threads are optional: CMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON leaves core single-threaded.
     find_package(OpenMP QUIET COMPONENTS CXX)

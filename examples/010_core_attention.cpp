@@ -23,6 +23,17 @@ Matrix attend(const auto& q, const auto& k, const auto& v, Eigen::VectorXd& lse)
   return output;
 }
 
+/// Attention of a layer whose heads are blocks of columns of q, k and v [length, heads * dim].
+Eigen::MatrixXf multihead_attention(const Eigen::MatrixXf& q, const Eigen::MatrixXf& k, const Eigen::MatrixXf& v,
+                                    Eigen::Index heads) {
+  Eigen::MatrixXf output(q.rows(), v.cols());
+  core::attention_forward<float>({.q = core::matrix_view(q, heads),
+                                  .k = core::matrix_view(k, heads),
+                                  .v = core::matrix_view(v, heads),
+                                  .output = core::matrix_view(output, heads)});
+  return output;
+}
+
 int main() {
   const ColumnMajor q = ColumnMajor::Random(2000, 16), k = ColumnMajor::Random(3000, 16),
                     v = ColumnMajor::Random(3000, 16);
@@ -32,6 +43,11 @@ int main() {
   const RowMajor mixed = attend<RowMajor>(q, RowMajor(k), v, lse);
   std::cout << "row-major, column-major and mixed give " << (output == same && output == mixed ? "the same" : "other")
             << " bits\n";
+
+  Eigen::VectorXd lse_of_second;
+  const ColumnMajor two_heads = multihead_attention(q, k, v, 2);
+  const ColumnMajor second = attend<ColumnMajor>(q.rightCols(8), k.rightCols(8), v.rightCols(8), lse_of_second);
+  std::cout << "a block of columns is " << (two_heads.rightCols(8) == second ? "a head" : "something else") << '\n';
 
   // the definition, for the first query
   const Eigen::VectorXf scores = k * q.row(0).transpose() / 4;

@@ -4,6 +4,7 @@
 #   scripts/setup.sh            what building and testing need
 #   scripts/setup.sh demo       also what scripts/demo.sh needs: songs, a synthesizer and its sounds
 #   scripts/setup.sh figures    also what drawing the figures in docs/ needs
+#   scripts/setup.sh docs       also what scripts/docs.sh needs
 #
 # A LibTorch of your own is used instead of .venv's when CMAKE_PREFIX_PATH or Torch_DIR names it, or CMake finds it.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -19,8 +20,9 @@ for group in "$@"; do
   case "$group" in
     demo) debian_packages+=(freedoom fluidsynth fluid-soundfont-gm) ;;
     figures) python_packages+=(matplotlib) ;;
+    docs) debian_packages+=(doxygen) ;;
     *)
-      echo "setup.sh: '$group' is no group of packages; there are: demo, figures" >&2
+      echo "setup.sh: '$group' is no group of packages; there are: demo, figures, docs" >&2
       exit 2
       ;;
   esac

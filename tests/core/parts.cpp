@@ -457,3 +457,20 @@ TEST_CASE("a softmax over keys that come in blocks is that over all of them") {
     }
   }
 }
+
+TEST_CASE("blocks of columns of a matrix are heads, in either layout") {
+  const Eigen::MatrixXf columns = Eigen::MatrixXf::Random(5, 12);
+  Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> rows = columns;
+  const TensorView<const float> of_columns = matrix_view(columns, 3);
+  const TensorView<float> of_rows = matrix_view(rows, 3);
+  CHECK(of_columns.shape == std::array<Index, 4>{1, 3, 5, 4});
+  CHECK(of_rows.shape == of_columns.shape);
+  for (Index h = 0; h < 3; ++h) {
+    for (Index l = 0; l < 5; ++l) {
+      for (Index d = 0; d < 4; ++d) {
+        REQUIRE(of_columns(0, h, l, d) == columns(l, 4 * h + d));
+        REQUIRE(&of_rows(0, h, l, d) == &rows(l, 4 * h + d));
+      }
+    }
+  }
+}

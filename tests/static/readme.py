@@ -1,4 +1,5 @@
-"""Every C++ block of README.md stands word for word, up to indentation, in a program under examples/ that is compiled.
+"""Every C++ and Python block of README.md and of the page for its readers stands word for word, up to indentation, in a
+program under examples/ that the tests compile or run.
 
 Usage: readme.py <project folder>; exit code 77 when there is no README.md.
 """
@@ -9,12 +10,13 @@ from pathlib import Path
 from textwrap import dedent
 
 root = Path(sys.argv[1])
-readme = root / "README.md"
-if not readme.exists():
+pages = [page for page in (root / "README.md", root / "docs" / "005_which_reader.md") if page.exists()]
+if not pages:
     print("skipped: no README.md")
     sys.exit(77)
 
-examples = [path.read_text().splitlines() for path in sorted(root.glob("examples/**/*.[ch]pp"))]
+programs = [*sorted(root.glob("examples/**/*.[ch]pp")), *sorted(root.glob("examples/**/*.py"))]
+examples = [path.read_text().splitlines() for path in programs]
 
 
 def stands_in(block, lines):
@@ -23,9 +25,10 @@ def stands_in(block, lines):
 
 
 found = []
-for match in re.finditer(r"^```(?:cpp|c\+\+)\n(.*?)^```", readme.read_text(), re.MULTILINE | re.DOTALL):
-    block = dedent(match[1]).splitlines()
-    if not any(stands_in(block, lines) for lines in examples):
-        found.append(f"README.md: no program under examples/ has this block:\n{match[1]}")
+for page in pages:
+    for match in re.finditer(r"^```(?:cpp|c\+\+|python)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        block = dedent(match[1]).splitlines()
+        if not any(stands_in(block, lines) for lines in examples):
+            found.append(f"{page.name}: no program under examples/ has this block:\n{match[1]}")
 print("\n".join(found))
 sys.exit(bool(found))

@@ -1,7 +1,20 @@
 #pragma once
 
-// The one place that knows which Catch2 is installed (Debian 12: 2.13).
+// The one place that knows which Catch2 is installed: 3, or 2.13 (Debian 12).
+#if __has_include(<catch2/catch_test_macros.hpp>)
+#include <catch2/catch_approx.hpp>
+#include <catch2/catch_session.hpp>
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/generators/catch_generators_all.hpp>
+#include <catch2/matchers/catch_matchers_string.hpp>
+using Catch::Approx;
+namespace Catch {
+inline auto Contains(const std::string& part) { return Matchers::ContainsSubstring(part); }
+}
+#else
 #include <catch2/catch.hpp>
+#endif
+
 #include <string>
 #include <string_view>
 

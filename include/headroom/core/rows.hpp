@@ -28,7 +28,11 @@ class Rotation {
     const Scalar* const angle = static_cast<const Scalar*>(table.data) + (params_->*row_of_)(index)*table.strides[2];
     const Scalar sign = back ? Scalar(-1) : Scalar(1);
     const Index turned = table.dim();
+#ifdef __clang__
+#pragma clang loop vectorize(assume_safety)
+#else
 #pragma GCC ivdep
+#endif
     for (Index p = 0; p < turned; p += 2) {
       const Scalar x = from[p], y = from[p + 1], cosine = angle[p], sine = sign * angle[p + 1];
       to[p] = x * cosine - y * sine;

@@ -21,7 +21,8 @@ class SiSdrAccumulator {
   template <class Reference, class Estimate>
   void add(const Eigen::MatrixBase<Reference>& reference, const Eigen::MatrixBase<Estimate>& estimate) {
     detail::check_same_shape("headroom.core.si_sdr.shape", reference, estimate);
-    const auto s = reference.template cast<double>().array(), e = estimate.template cast<double>().array();
+    const auto s = reference.template cast<double>().array();
+    const auto e = estimate.template cast<double>().array();
     reference_energy_ += s.square().sum();
     estimate_energy_ += e.square().sum();
     product_ += (s * e).sum();

@@ -54,18 +54,22 @@ TensorView<Scalar> dense_view(Scalar* data, Index batch, Index heads, Index leng
   return {data, {batch, heads, length, dim}, {heads * length * dim, length * dim, dim, 1}};
 }
 
-/// View of an Eigen matrix [L,D] (row- or column-major, map or block with an inner stride) as one head [1,1,L,D].
+/// View of an Eigen matrix [L,D] (row- or column-major, map or block with an inner stride) as one head [1,1,L,D], or of
+/// a matrix [L,H*D] whose heads are blocks of D columns as [1,H,L,D].
 template <class Derived>
-auto matrix_view(Eigen::DenseBase<Derived>& matrix) {
+auto matrix_view(Eigen::DenseBase<Derived>& matrix, Index heads = 1) {
   Derived& m = matrix.derived();
   using Scalar = std::remove_pointer_t<decltype(m.data())>;
-  return TensorView<Scalar>{m.data(), {1, 1, m.rows(), m.cols()}, {0, 0, m.rowStride(), m.colStride()}};
+  const Index dim = m.cols() / heads;
+  return TensorView<Scalar>{
+      m.data(), {1, heads, m.rows(), dim}, {0, dim * m.colStride(), m.rowStride(), m.colStride()}};
 }
 template <class Derived>
-auto matrix_view(const Eigen::DenseBase<Derived>& matrix) {
+auto matrix_view(const Eigen::DenseBase<Derived>& matrix, Index heads = 1) {
   const Derived& m = matrix.derived();
+  const Index dim = m.cols() / heads;
   return TensorView<const typename Derived::Scalar>{
-      m.data(), {1, 1, m.rows(), m.cols()}, {0, 0, m.rowStride(), m.colStride()}};
+      m.data(), {1, heads, m.rows(), dim}, {0, dim * m.colStride(), m.rowStride(), m.colStride()}};
 }
 
 /// Prints a shape as [2,4,100,16].

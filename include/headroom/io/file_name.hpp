@@ -7,9 +7,9 @@
 namespace headroom::inline v0::io {
 
 /// Whether `name` can become the name of a file in a folder and nothing else: not empty, at most 200 bytes (a suffix
-/// and the name of a temporary file need some of the system's 255), no separators or control characters, and no dot
-/// first, which is how hidden files, `.` and `..` begin. Names that come from a file are held against this before they
-/// become a path.
+/// and the name of a temporary file need some of the 255 that systems allow), no separators or control characters, and
+/// no dot first, which is how hidden files and the names of the folder itself and of the one above it begin. Names that
+/// come from a file are held against this before they become a path.
 inline bool is_file_name(std::string_view name) {
   constexpr std::size_t kLongest = 200;
   const auto forbidden = [](char c) {

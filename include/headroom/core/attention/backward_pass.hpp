@@ -40,7 +40,7 @@ class BackwardPass {
       for (Index block = 0; block < blocks_in(x_.q.length()); ++block) new (memory.turns + block) Turn<int>();
       memory.totals.clear();
     }
-    normalisers_.resize(owners_ * families_.members());
+    normalisers_.resize(static_cast<std::size_t>(owners_ * families_.members()));
   }
 
   /// Tasks that come first, all before any of the others.
@@ -123,7 +123,7 @@ class BackwardPass {
                                   memory.delta,
                                   memory.grad_q,
                                   tasks_.is_whole(place.task) ? nullptr : memory.turns,
-                                  &normalisers_[slot(place, head)],
+                                  normalisers_.data() + slot(place, head),
                                   strip_sums(place, head).tile_sums(bias.of_head(family, head, keys), keys.begin)};
     });
     bias.commit(family, keys);

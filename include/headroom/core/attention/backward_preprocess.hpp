@@ -44,7 +44,7 @@ struct Normalisers {
   Index queries = 0;
 
   void allocate(Index count) {
-    if (memory == nullptr) memory.reset(new Scalar[2 * count]);
+    if (memory == nullptr) memory.reset(new Scalar[static_cast<std::size_t>(2 * count)]);
     queries = count;
   }
   Scalar* maximum() const { return memory.get(); }

@@ -87,7 +87,7 @@ inline void check_gradients(const BackwardProblem& x) {
 
 /// Fails when elements of a tensor that is written to share memory.
 inline void check_writable(const char* name, const StoredTensor& x) {
-  for (int d = 0; d < 4; ++d) {
+  for (std::size_t d = 0; d < 4; ++d) {
     require(x.strides[d] != 0 || x.shape[d] <= 1 || x.size() == 0, "headroom.core.attention.output", name, " ",
             Shape{x.shape}, " is expanded: its elements share memory; give it memory of its own");
   }

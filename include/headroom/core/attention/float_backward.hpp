@@ -199,7 +199,7 @@ class FloatBackward {
         });
   }
   void take_out_not_finite() {
-    finite_rows_.resize(q_.rows * (q_.cols + g_.cols));
+    finite_rows_.resize(static_cast<std::size_t>(q_.rows * (q_.cols + g_.cols)));
     Scalar* to = finite_rows_.data();
     for (MatrixView<const Scalar>* x : {&finite_q_, &finite_g_}) {
       const MatrixView<const Scalar> copy{to, x->rows, x->cols, x->cols, 1};

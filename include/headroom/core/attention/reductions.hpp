@@ -63,7 +63,7 @@ class SharedBiasSums {
     if (x.param_grads.bias_by_tiles() && bias.type != kStoredType<Scalar>) {
       const std::array<Index, 3> extents{families.batches(), families.heads(), x.q.length()};
       bool shared = false;
-      for (int d = 0; d < 3; ++d) {
+      for (std::size_t d = 0; d < 3; ++d) {
         shared |= bias.strides[d] == 0 && extents[d] > 1;
         shape_[d] = bias.strides[d] == 0 ? 1 : extents[d];
       }

@@ -1,7 +1,7 @@
 #pragma once
 
+#include <Eigen/Core>
 #include <limits>
-#include <vector>
 
 #include "headroom/core/attention/checks.hpp"
 #include "headroom/core/mask.hpp"
@@ -107,19 +107,26 @@ struct ReferenceHead {
   }
 };
 
+/// One value a key.
+template <class T>
+using ReferenceValues = Eigen::Array<T, Eigen::Dynamic, 1>;
+
 /// One row of weights by the definition, in plain loops.
 template <class Scalar>
 struct ReferenceRow {
-  std::vector<bool> visible;
-  std::vector<Scalar> weight;     // before dropout
-  std::vector<Scalar> kept;       // what dropout multiplies them by
-  std::vector<Scalar> cap_slope;  // derivative of the softcap
+  ReferenceValues<bool> visible;
+  ReferenceValues<Scalar> weight;     // before dropout
+  ReferenceValues<Scalar> kept;       // what dropout multiplies them by
+  ReferenceValues<Scalar> cap_slope;  // derivative of the softcap
   Scalar sink_weight = 0;
   double lse = -std::numeric_limits<double>::infinity();
 
   template <Mask M>
   ReferenceRow(const ReferenceHead<Scalar, M>& head, Index i)
-      : visible(head.k.length()), weight(head.k.length()), kept(head.k.length(), 1), cap_slope(head.k.length(), 1) {
+      : visible(ReferenceValues<bool>::Zero(head.k.length())),
+        weight(ReferenceValues<Scalar>::Zero(head.k.length())),
+        kept(ReferenceValues<Scalar>::Ones(head.k.length())),
+        cap_slope(kept) {
     const auto [b, h] = head.index;
     const Index keys = head.k.length();
     const KeyRange range = head.mask.keys(b, h, i) & KeyRange{0, keys};
@@ -144,7 +151,7 @@ struct ReferenceRow {
       if (visible[j]) sum += weight[j] = std::exp(weight[j] - maximum);
     }
     if (!any) return;
-    for (Scalar& w : weight) w /= sum;
+    weight /= sum;
     sink_weight /= sum;
     lse = static_cast<double>(maximum) + std::log(static_cast<double>(sum));
   }
@@ -170,7 +177,7 @@ void add_reference_gradients(const AttentionBackwardTensors<Scalar>& x, const Re
   const auto grad_k = per_query_head(x.grad_k, head.index, x.q.heads()),
              grad_v = per_query_head(x.grad_v, head.index, x.q.heads());
   const Index keys = head.k.length();
-  std::vector<Scalar> grad_weight(keys);
+  ReferenceValues<Scalar> grad_weight = ReferenceValues<Scalar>::Zero(keys);
   Scalar delta = x.grad_lse.data != nullptr ? -static_cast<Scalar>(x.grad_lse(b, h, i, 0)) : Scalar(0);
   for (Index j = 0; j < keys; ++j) {
     if (!row.visible[j]) continue;

@@ -89,7 +89,7 @@ struct QueryRun {
   KeyRange that_see(KeyRange keys) const {
     const auto sees = [&](Index query) {
       const Index i = query - queries.begin;
-      return std::max<Index>(first[i], keys.begin) < std::min<Index>(last[i], keys.end);
+      return !(KeyRange{static_cast<Index>(first[i]), static_cast<Index>(last[i])} & keys).empty();
     };
     KeyRange part = queries;
     while (part.begin < part.end && !sees(part.begin)) ++part.begin;
@@ -115,9 +115,9 @@ struct QueryRun {
   }
   /// Scores of `key` for the queries from `place` on, hidden where a query does not see it.
   EIGEN_ALWAYS_INLINE simd::Packet<Scalar> hide_outside(Index key, Index place, simd::Packet<Scalar> scores) const {
-    const auto position = simd::broadcast(static_cast<Scalar>(key));
-    const auto seen = simd::pand(simd::pcmp_le(simd::load(first + place), position),
-                                 simd::pcmp_lt(position, simd::load(last + place)));
+    const auto at = simd::broadcast(static_cast<Scalar>(key));
+    const auto seen =
+        simd::pand(simd::pcmp_le(simd::load(first + place), at), simd::pcmp_lt(at, simd::load(last + place)));
     return simd::pselect(seen, scores, simd::broadcast(kHidden<Scalar>));
   }
   bool touches(KeyRange keys) const { return !(any & keys).empty(); }

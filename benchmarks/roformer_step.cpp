@@ -2,7 +2,6 @@
 // PyPI package bs-roformer-infer with PyTorch's fused attention (roformer_step.py), on the same weights and inputs, in
 // turns. Or, with --budget, one training step under the first checkpoint policy that fits: planned, counted, resident.
 
-#include <malloc.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -13,6 +12,7 @@
 
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/meter.hpp"
+#include "headroom/memory/pages.hpp"
 #include "headroom/memory/resident.hpp"
 #include "python_twin.hpp"
 #include "steps.hpp"
@@ -57,7 +57,7 @@ struct Sizes {
 /// Memory is what the resident size grew by.
 benchmarks::Measurement measured(const std::function<double()>& step, int64_t steps) {
   std::vector<double> losses;
-  ::malloc_trim(0);  // what others left behind is not ours to use
+  release_free_pages();  // what others left behind is not ours to use
   reset_peak_resident_bytes();
   const int64_t before = resident_bytes();
   benchmarks::Measurement result;
@@ -113,7 +113,7 @@ void run_within_budget(benchmarks::Benchmark& benchmark, const training::Config&
   std::printf("policy %s, planned %s (%lld bytes)\n", policy.c_str(), format_bytes(planned).c_str(),
               static_cast<long long>(planned));
   std::fflush(stdout);
-  ::malloc_trim(0);
+  release_free_pages();
   reset_peak_resident_bytes();
   const int64_t before = resident_bytes();
   double seconds = 0;
@@ -157,6 +157,7 @@ int main(int argc, char** argv) {
                  .target = &python});
   benchmark.add({.name = "--script", .help = "The script that it runs", .target = &script});
   return benchmark.run(argc, argv, [&] {
+    if (work != "separate") keep_free_pages();  // as train does, and separate does not
     const benchmarks::TemporaryFolder folder;
     const benchmarks::PythonTwin twin{python.empty() ? "" : (folder.path / "step.pt").string(), steps};
     const training::Config config = sizes.config();

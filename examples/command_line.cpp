@@ -63,10 +63,24 @@ std::int64_t parse_bytes(const std::string& text) {
   return static_cast<std::int64_t>(*number * factor);
 }
 
+std::string printable(std::string_view text) {
+  std::string result;
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (c == '\n' || (byte >= 0x20 && byte != 0x7f)) {
+      result += c;
+    } else {
+      constexpr std::string_view kDigits = "0123456789abcdef";
+      result.append("\\x").append({kDigits[byte >> 4], kDigits[byte & 15]});
+    }
+  }
+  return result;
+}
+
 c10::Device find_device(const std::string& name) {
   try {
     const torch::Device device(name);
-    torch::empty({1}, device);
+    torch::ones({1}, device).item();  // of the meta device there is nothing to read
     return device;
   } catch (const c10::Error&) {
     headroom::fail("headroom.tools.device", "there is no device ", name,
@@ -135,7 +149,7 @@ int CommandLine::run(const char* name, int argc, char** argv, const std::functio
                       "complete. Check the room on the disk");
     return code;
   } catch (const std::exception& e) {
-    std::cerr << name << ": " << told(e) << '\n';
+    std::cerr << name << ": " << printable(told(e)) << '\n';
   }
   return headroom::io::stop_signal() != 0 ? 128 + headroom::io::stop_signal() : 1;
 }

@@ -10,6 +10,7 @@
 #include <memory>
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -23,7 +24,10 @@ class Option;
 /// "24GiB", "500 MB", "1000000": binary units with an i, decimal ones without. Throws headroom.tools.bytes.
 std::int64_t parse_bytes(const std::string& text);
 
-/// The device called `name`, once a tensor was there. Throws headroom.tools.device.
+/// A text for a terminal: control characters, which the name of a file may have, are written as \x1b; a new line stays.
+std::string printable(std::string_view text);
+
+/// The device called `name`, once a tensor was there and had elements. Throws headroom.tools.device.
 c10::Device find_device(const std::string& name);
 
 /// The least and the greatest number that an option takes.

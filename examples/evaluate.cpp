@@ -15,7 +15,6 @@
 #include <map>
 #include <optional>
 #include <string>
-#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -23,6 +22,7 @@
 #include "evaluation.hpp"
 #include "headroom/core/bsseval.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/core/score_rows.hpp"
 #include "headroom/core/track_scores.hpp"
 #include "headroom/core/word_list.hpp"
 #include "headroom/io/atomic_file.hpp"
@@ -30,6 +30,7 @@
 #include "headroom/io/nearest.hpp"
 #include "headroom/training/json.hpp"
 #include "museval_file.hpp"
+#include "new_folder.hpp"
 #include "score_table.hpp"
 
 namespace fs = std::filesystem;
@@ -67,8 +68,6 @@ void check_results(const Arguments& arguments, const std::vector<std::string>& t
   std::vector<fs::path> results;
   if (!arguments.json.empty()) results.push_back(arguments.json);
   if (!arguments.museval.empty()) {
-    std::error_code failure;
-    fs::create_directories(arguments.museval, failure);
     for (const std::string& track : tracks) results.push_back(arguments.museval / (track + ".json"));
   }
   for (const fs::path& result : results) {
@@ -81,19 +80,19 @@ void check_results(const Arguments& arguments, const std::vector<std::string>& t
   }
 }
 
+void notice(const std::string& text) { std::cerr << "evaluate: " << printable(text) << '\n'; }
+
 void report_silence(const std::string& track, const headroom::core::TrackScores& scores,
                     const std::vector<std::string>& stems) {
   for (std::size_t i = 0; i < stems.size(); ++i) {
-    if (scores.silent_reference[i]) std::cerr << "evaluate: " << track << ": the true " << stems[i] << " is silent\n";
-    if (scores.silent_estimate[i]) {
-      std::cerr << "evaluate: " << track << ": the estimate of " << stems[i] << " is silent\n";
-    }
+    if (scores.silent_reference[i]) notice(track + ": the true " + stems[i] + " is silent");
+    if (scores.silent_estimate[i]) notice(track + ": the estimate of " + stems[i] + " is silent");
   }
   const auto silent =
       std::ranges::count_if(scores.frames, [](const headroom::core::BssFrame& frame) { return !frame; });
   if (silent > 0) {
-    std::cerr << "evaluate: " << track << ": BSSEval leaves out " << silent << " of " << scores.frames.size()
-              << " frames, in which some stem is silent\n";
+    notice(track + ": BSSEval leaves out " + std::to_string(silent) + " of " + std::to_string(scores.frames.size()) +
+           " frames, in which some stem is silent");
   }
 }
 
@@ -109,13 +108,16 @@ void run(const Arguments& arguments) {
   const std::vector<std::string> tracks = find_tracks(arguments.reference, arguments.stems);
   std::vector<std::string> names = tracks;
   if (tracks.front().empty()) names = {fs::canonical(arguments.reference).filename().string()};
+  std::optional<NewFolder> folder;
+  if (!arguments.museval.empty()) folder.emplace(arguments.museval, "headroom.evaluate.json");
   check_results(arguments, names);
   for (const std::string& track : tracks) {  // what does not fit is told before hours of work, not after
     const TrackFiles files(arguments.reference / track, arguments.estimate / track, arguments.stems);
+    files.require_length({.metrics = metrics});
   }
 
   const ScoreTable table(arguments.stems, names);
-  std::map<std::string, std::vector<Row>> rows;  // by metric, for each track
+  std::map<std::string, std::vector<headroom::core::ScoreRow>> rows;  // by metric, for each track
   headroom::training::Json json;
   for (std::size_t i = 0; i < tracks.size(); ++i) {
     TrackFiles files(arguments.reference / tracks[i], arguments.estimate / tracks[i], arguments.stems);
@@ -124,12 +126,12 @@ void run(const Arguments& arguments) {
     const headroom::core::TrackScores scores =
         headroom::core::score_track(options, [&](auto&& on_block) { files.read(on_block); });
     for (const std::string& metric : metrics) {
-      rows[metric].push_back(with_mean(scores.metrics.at(metric)));
+      rows[metric].push_back(headroom::core::with_mean(scores.metrics.at(metric)));
       table.print(names[i], metric, rows[metric].back());
       json["tracks"][names[i]][metric] = table.json(rows[metric].back());
     }
-    rows["nsdr_mixture"].push_back(with_mean(scores.mixture_nsdr));
-    Row silence = rows["nsdr_mixture"].back();
+    rows["nsdr_mixture"].push_back(headroom::core::with_mean(scores.mixture_nsdr));
+    headroom::core::ScoreRow silence = rows["nsdr_mixture"].back();
     for (auto& value : silence) value = value ? std::optional(0.0) : std::nullopt;
     rows["nsdr_silence"].push_back(silence);
     report_silence(names[i], scores, arguments.stems);
@@ -138,13 +140,13 @@ void run(const Arguments& arguments) {
     }
   }
   for (const std::string& metric : metrics) {
-    const Row row = over_tracks(metric, rows[metric]);
+    const headroom::core::ScoreRow row = headroom::core::over_tracks(metric, rows[metric]);
     table.print(headroom::core::is_bss_metric(metric) ? "median" : "mean", metric, row);
     json[metric] = table.json(row);
   }
   if (std::ranges::find(metrics, "nsdr") != metrics.end()) {
     for (const auto& [name, key] : {std::pair("silence", "nsdr_silence"), std::pair("mixture", "nsdr_mixture")}) {
-      const Row row = over_tracks("nsdr", rows[key]);
+      const headroom::core::ScoreRow row = headroom::core::over_tracks("nsdr", rows[key]);
       table.print(name, "nsdr", row);
       json[key] = table.json(row);
     }

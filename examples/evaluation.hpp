@@ -35,6 +35,13 @@ class TrackFiles {
     }
   }
 
+  /// Throws headroom.evaluate.length where the track is too short for some metric.
+  void require_length(const headroom::core::TrackOptions& options) const {
+    headroom::require(first().frames() >= options.least_samples(), "headroom.evaluate.length", first().path(), " has ",
+                      first().frames(), " samples, and l1_freq needs ", options.least_samples(),
+                      "; leave the track out, or that metric");
+  }
+
   /// For score_track; `metrics` is set by the caller.
   headroom::core::TrackOptions options() const {
     return {.sources = static_cast<Eigen::Index>(references_.size()),

@@ -11,6 +11,7 @@
 #include <map>
 #include <string>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "command_line.hpp"
@@ -18,6 +19,7 @@
 #include "headroom/audio/separate_file.hpp"
 #include "headroom/core/segments.hpp"
 #include "headroom/io/process.hpp"
+#include "new_folder.hpp"
 #include "separation_blend.hpp"
 #include "separation_inputs.hpp"
 #include "separation_models.hpp"
@@ -35,6 +37,8 @@ const std::map<std::string, audio::Encoding> kFormats = {{"wav16", audio::Encodi
                                                          {"flac16", audio::Encoding::flac16},
                                                          {"flac24", audio::Encoding::flac24}};
 
+constexpr auto kOutput = "headroom.separate.output";
+
 struct Arguments {
   std::vector<fs::path> models, configs;
   std::vector<fs::path> paths;  // the inputs and the output folder
@@ -50,18 +54,20 @@ struct Arguments {
 
 // What separates, and into what.
 struct Separation {
-  audio::Ensemble ensemble;
+  SeparationModels models;
   audio::FileSeparation files;  // of the recording in work
 };
 
-void notice(const std::string& text) { std::cerr << "separate: " << text << '\n'; }
+void notice(const std::string& text) { std::cerr << "separate: " << printable(text) << '\n'; }
 
 // Separates one recording into separation.files and returns the number of clipped samples.
-std::int64_t separate_track(Track& track, Separation& separation, const fs::path& output,
-                            SeparationProgress& progress) {
-  for (const audio::StemFile& file : separation.files.outputs) make_folder(file.path.parent_path());
+std::int64_t separate_track(Track& track, Separation& separation, SeparationProgress& progress) {
+  std::vector<NewFolder> folders;
+  for (const audio::StemFile& file : separation.files.outputs) folders.emplace_back(file.path.parent_path(), kOutput);
   try {
-    return audio::separate_file(track.open(), separation.files, separation.ensemble,
+    audio::AudioReader recording = track.open();
+    const audio::Ensemble ensemble = ensemble_for(recording, separation.models);
+    return audio::separate_file(std::move(recording), separation.files, ensemble,
                                 [&](std::int64_t done, std::int64_t total) {
                                   headroom::require(headroom::io::stop_signal() == 0, "headroom.separate.interrupted",
                                                     "stopped by a signal; nothing of ", track.file, " was written");
@@ -69,14 +75,12 @@ std::int64_t separate_track(Track& track, Separation& separation, const fs::path
                                 });
   } catch (...) {
     progress.close();
-    for (const audio::StemFile& file : separation.files.outputs) remove_empty(file.path.parent_path(), output);
     throw;
   }
 }
 
 // Separates one recording after the other. What is wrong with one is kept for the end; a signal ends all.
-void separate_tracks(Tracks& found, const std::vector<std::vector<audio::StemFile>>& files, Separation& separation,
-                     const fs::path& output) {
+void separate_tracks(Tracks& found, const std::vector<std::vector<audio::StemFile>>& files, Separation& separation) {
   SeparationProgress progress(found.tracks);
   std::int64_t clipped = 0;
   for (std::size_t i = 0; i < found.tracks.size(); ++i) {
@@ -85,7 +89,7 @@ void separate_tracks(Tracks& found, const std::vector<std::vector<audio::StemFil
     progress.begin(track);
     bool whole = false;
     try {
-      clipped += separate_track(track, separation, output, progress);
+      clipped += separate_track(track, separation, progress);
       for (const audio::StemFile& file : files[i]) std::cout << file.path.string() << std::endl;
       whole = true;
     } catch (const headroom::Error& error) {
@@ -139,11 +143,11 @@ int run(Arguments arguments) {
   const auto files = output_files(found.tracks, sums, names);
   if (!arguments.overwrite) require_new(files);
   for (const audio::EnsembleMember& member : models.ensemble.members) warn_of_borders(member.options.segments);
-  make_folder(output);
+  Separation separation{models, {{}, models.sample_rate, kFormats.at(arguments.format)}};
+  const NewFolder folder(output, kOutput);
   tell_rates(found.tracks, models.sample_rate);
   headroom::io::handle_stop_signals(headroom::io::OnStop::finish_first);
-  Separation separation{models.ensemble, {{}, models.sample_rate, kFormats.at(arguments.format)}};
-  separate_tracks(found, files, separation, output);
+  separate_tracks(found, files, separation);
   if (!one && !found.errors.empty()) notice(std::to_string(found.errors.size()) + " could not be separated:");
   for (const std::string& error : found.errors) notice(error);
   return found.errors.empty() ? 0 : 1;

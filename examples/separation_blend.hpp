@@ -6,7 +6,7 @@
 #include <string>
 
 #include "command_line.hpp"
-#include "headroom/audio/separator_stream.hpp"
+#include "headroom/core/error.hpp"
 #include "headroom/core/segment_window.hpp"
 #include "headroom/core/segments.hpp"
 
@@ -15,8 +15,8 @@ struct BlendChoice {
   std::string like;    ///< whose tool's way, see core::like_msst and its neighbours; empty: this library's
   std::string window;  ///< empty: that of `like`
   std::optional<double> overlap;
-  std::optional<std::int64_t> segment, step, num_overlap;
-  std::int64_t shifts = 0, batch = 1;
+  std::optional<std::int64_t> segment, step, num_overlap, batch;
+  std::int64_t shifts = 0;
   bool augment = false, bf16 = false;
 };
 
@@ -40,15 +40,19 @@ inline void add_blend_options(CommandLine& line, BlendChoice& choice) {
   line.number("--shifts", choice.shifts, Bounds<std::int64_t>{0, 1000},
               "average over so many times, each with other silence in front");
   line.flag("--augment", choice.augment, "average with polarity flipped and with channels reversed: 3 times the work");
-  line.number("--batch", choice.batch, Bounds<std::int64_t>{1, 4096}, "segments in one call of the model, default 1");
+  line.number("--batch", choice.batch, Bounds<std::int64_t>{1, 4096},
+              "segments in one call of the model; default: as configured, 1");
   line.flag("--bf16", choice.bf16, "the model computes in bfloat16 where that is safe");
 }
 
-/// `length` and `overlap` are those of the model's configuration.
+/// `length` and `overlap` are those of the model's configuration. Throws headroom.separate.overlap.
 inline headroom::core::Segments chosen_segments(const BlendChoice& choice, std::int64_t length, double overlap) {
   namespace core = headroom::core;
   using Window = core::SegmentWindow;
   length = choice.segment.value_or(length);
+  headroom::require(choice.num_overlap.value_or(1) <= length, "headroom.separate.overlap", "--num-overlap ",
+                    choice.num_overlap.value_or(1), " is more than the ", length,
+                    " samples of a segment; give fewer, or a longer --segment");
   core::Segments segments = choice.like == "msst"     ? core::like_msst(length, choice.num_overlap.value_or(4))
                             : choice.like == "demucs" ? core::like_demucs(length)
                             : choice.like == "audio-separator"

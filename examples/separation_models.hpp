@@ -6,23 +6,41 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "headroom/audio/ensemble.hpp"
+#include "headroom/audio/level.hpp"
+#include "headroom/audio/reader.hpp"
 #include "headroom/audio/segment_model.hpp"
 #include "headroom/core/combine.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/memory/pages.hpp"
 #include "headroom/training/load_model.hpp"
 #include "separation_blend.hpp"
 
 /// The models that separate, and what has to be the same for all of them.
 struct SeparationModels {
   headroom::audio::Ensemble ensemble;
-  int sample_rate = 0;  ///< Hz
-  std::string name;     ///< of the models' files, a + between them
+  int sample_rate = 0;           ///< Hz
+  std::string name;              ///< of the models' files, a + between them
+  std::vector<bool> normalized;  ///< for each model, whether it gets recordings at audio::Level's mean and deviation
 };
+
+/// The models for one recording, which is read once more where some of them want it normalized.
+inline headroom::audio::Ensemble ensemble_for(headroom::audio::AudioReader& recording, const SeparationModels& models) {
+  headroom::audio::Ensemble ensemble = models.ensemble;
+  std::optional<headroom::audio::Level> level;
+  for (std::size_t i = 0; i < models.normalized.size(); ++i) {
+    if (!models.normalized[i]) continue;
+    if (!level) level = headroom::audio::level_of(recording);
+    headroom::audio::SegmentModel& model = ensemble.members[i].model;
+    model = headroom::audio::at_level(std::move(model), *level);
+  }
+  return ensemble;
+}
 
 /// What --ensemble takes: mean, median, min or max of the waveforms, and with :spectrum of the spectra.
 inline std::map<std::string, headroom::core::Combination> combinations() {
@@ -66,12 +84,17 @@ inline std::vector<std::string> add_model(const headroom::training::ModelFiles& 
   models.name.append(models.name.empty() ? "" : "+").append(files.weights.stem().string());
   const headroom::audio::SeparatorOptions options{
       .segments = chosen_segments(blend, config.inference_segment(), config.inference.overlap),
-      .batch = blend.batch,
+      .batch = blend.batch.value_or(config.inference.batch_size),
       .channels = config.audio.channels,
       .stems = static_cast<std::int64_t>(config.audio.stems.size()),
       .test_time = {.shifts = blend.shifts, .max_shift = rate / 2, .augment = blend.augment},
       .bf16 = blend.bf16,
       .device = device};
-  models.ensemble.members.push_back({headroom::audio::segment_model(model), options, config.audio.stems});
+  const auto run = [model = headroom::audio::segment_model(model)](const torch::Tensor& segments) {
+    headroom::release_free_pages();  // an hour of segments leaves no more than a minute of them
+    return model(segments);
+  };
+  models.ensemble.members.push_back({run, options, config.audio.stems});
+  models.normalized.push_back(config.inference.normalize);
   return notices;
 }

@@ -154,19 +154,3 @@ inline void require_new(const std::vector<std::vector<headroom::audio::StemFile>
     }
   }
 }
-
-/// Throws headroom.separate.output.
-inline void make_folder(const std::filesystem::path& folder) {
-  std::error_code failure;
-  std::filesystem::create_directories(folder, failure);
-  headroom::require(std::filesystem::is_directory(folder), "headroom.separate.output", "can't make the folder ", folder,
-                    ": ", failure.message(), "; choose another output folder");
-}
-
-/// Removes `folder`, and those above it up to `top`, as long as they are empty.
-inline void remove_empty(std::filesystem::path folder, const std::filesystem::path& top) {
-  std::error_code failure;
-  for (; folder != top && folder.has_parent_path(); folder = folder.parent_path()) {
-    if (!std::filesystem::is_empty(folder, failure) || failure || !std::filesystem::remove(folder, failure)) return;
-  }
-}

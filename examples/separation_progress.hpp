@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "command_line.hpp"
 #include "progress.hpp"
 #include "separation_inputs.hpp"
 
@@ -24,7 +25,9 @@ class SeparationProgress {
     ++track_;
     track_done_ = 0;
     track_seconds_ = track.seconds;
-    label_ = tracks_ == 1 ? "" : std::to_string(track_) + "/" + std::to_string(tracks_) + " " + track.name() + ", ";
+    label_ = tracks_ == 1
+                 ? ""
+                 : std::to_string(track_) + "/" + std::to_string(tracks_) + " " + printable(track.name()) + ", ";
   }
 
   void show(std::int64_t done, std::int64_t frames) {

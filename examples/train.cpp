@@ -16,12 +16,14 @@
 #include "headroom/memory/expandable_segments.hpp"
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/meter.hpp"
+#include "headroom/memory/pages.hpp"
 #include "headroom/memory/run_within.hpp"
 #include "headroom/memory/summary.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/json.hpp"
 #include "headroom/training/load_model.hpp"
+#include "headroom/training/metrics_file.hpp"
 #include "headroom/training/models.hpp"
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/prefetch.hpp"
@@ -35,6 +37,7 @@
 #include "plan_run.hpp"
 #include "progress.hpp"
 #include "run_folder.hpp"
+#include "watch.hpp"
 
 namespace fs = std::filesystem;
 namespace training = headroom::training;
@@ -106,30 +109,20 @@ void explain(const std::exception& error, training::Config config, const Argumen
 
 // Trains until the end or a signal, and shows how it goes on. A step in work is finished and saved first.
 training::Summary train(training::Trainer& trainer, const training::Config& config, const Arguments& arguments,
-                        const std::function<double()>& validate, const std::function<std::string(int64_t)>& origin) {
-  ProgressBar bar(config.training.batch_size);
+                        Watch& watch, const std::function<std::string(int64_t)>& origin) {
   training::RunOptions options{.steps = arguments.steps,
                                .seconds = arguments.seconds,
                                .folder = arguments.out,
-                               .on_step = [&](const training::StepReport& report) { bar.show(report); },
-                               .on_notice = [&](const std::string& text) { bar.note(text); },
                                .origin = origin,
                                .stop_requested = [] { return headroom::io::stop_signal() != 0; }};
-  if (validate) {
-    options.validate = [&] {
-      const double nsdr = validate();
-      bar.close();
-      std::cout << "validation nSDR " << nsdr << " dB" << std::endl;
-      return nsdr;
-    };
-  }
+  watch.attach(options);
   headroom::io::handle_stop_signals(headroom::io::OnStop::finish_first);
   try {
     const training::Summary summary = trainer.run(options);
-    bar.close();
+    watch.end(summary);
     return summary;
   } catch (const std::exception& error) {
-    bar.close();
+    watch.end(error.what());
     explain(error, config, arguments, trainer.peak_bytes());
     throw;
   }
@@ -142,9 +135,13 @@ int finish(const training::Summary& summary, const training::Config& config, con
     std::cout << "stopped after step " << summary.steps << "; go on with --resume " << last << std::endl;
     return 128 + headroom::io::stop_signal();
   }
-  training::Json json = {{"train_seconds", summary.seconds}, {"steps", summary.steps},
-                         {"peak_bytes", summary.peak_bytes}, {"best_metric", summary.best_metric},
-                         {"best_score", summary.best_score}, {"losses", summary.epoch_losses}};
+  training::Json json = {{"train_seconds", summary.seconds},
+                         {"steps", summary.steps},
+                         {"peak_bytes", summary.peak_bytes},
+                         {"best_metric", summary.best_metric},
+                         {"best_score", summary.best_score},
+                         {"losses", summary.epoch_losses},
+                         {"phases", training::phases_json(summary.phases)}};
   if (const auto bytes = training::stored_scores_bytes(config)) json["stored_scores_bytes"] = *bytes;
   training::write_atomically(arguments.out / "summary.json", {json.dump(2) + "\n"});
   std::cout << summary.steps << " steps, " << clock_time(summary.seconds) << ", peak "
@@ -162,6 +159,7 @@ int run(const Arguments& arguments) {
                     " has no data.path; give --data the folder that holds `train`");
   if (arguments.threads > 0) torch::set_num_threads(arguments.threads);
   const torch::Device device = find_device(arguments.device);
+  if (device.is_cpu()) headroom::keep_free_pages();
   auto card = planned_device(arguments);
   if (headroom::expand_segments(device) && card) card->expandable_segments = true;
   if (arguments.unplanned || !card) {
@@ -188,10 +186,9 @@ int run(const Arguments& arguments) {
   training::write_atomically(arguments.out / "config.json", {training::to_json(config)});
   print_start(config, *model, arguments);
   const auto origin = [&](int64_t i) { return split.dataset.origin(split.seed, redraw.drawn_as(i)); };
-  std::function<double()> validate;
-  if (valid) validate = [&] { return training::validation_nsdr(model, *valid, config.training.validation_segments); };
+  Watch watch(arguments.out, config, model, valid, trainer.state().step);
   try {
-    const int code = finish(train(trainer, config, arguments, validate, origin), config, arguments);
+    const int code = finish(train(trainer, config, arguments, watch, origin), config, arguments);
     if (arguments.memory_summary && code == 0) std::cout << headroom::memory_summary(meter);
     return code;
   } catch (const std::exception&) {
@@ -203,7 +200,7 @@ int run(const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CommandLine line("Trains a separator; writes last.pt, best.pt, their weights, config.json and summary.json.");
+  CommandLine line("Trains a separator; its folder gets last.pt, best.pt, config.json, report.html and summary.json.");
   Arguments arguments;
   line.path("--config", arguments.config,
             "configuration, such as examples/configs/musdb18_small.json, or published .yaml")

@@ -4,6 +4,7 @@
 // include) needs libsndfile and libsoxr, which headroom::training links.
 #include "headroom/audio/container.hpp"
 #include "headroom/audio/ensemble.hpp"
+#include "headroom/audio/flac_frames.hpp"
 #include "headroom/audio/losses.hpp"
 #include "headroom/audio/metrics.hpp"
 #include "headroom/audio/segment_model.hpp"

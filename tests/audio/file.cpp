@@ -351,6 +351,30 @@ TEST_CASE("files behind each other in one are refused: libsndfile reads the firs
   }
 }
 
+TEST_CASE("what follows the last frame of a FLAC stream is a tag, too little to matter, or refused") {
+  const TemporaryFolder folder;
+  const torch::Tensor samples = torch::rand({480000}) - 0.5;
+  const std::string whole = bytes_in_format(folder, SF_FORMAT_FLAC | SF_FORMAT_PCM_16, samples);
+  const std::string junk(100'000, 'x'), zeros(100'000, '\0');
+  for (const std::string& behind : {junk, zeros, whole.substr(whole.size() / 2), whole.substr(2000)}) {
+    testing::write_bytes(folder / "a", whole + behind);
+    const Error error = error_of([&] { AudioReader(folder / "a"); });
+    CHECK(error.id() == "headroom.audio.file.length");
+  }
+  for (const std::string& behind : {std::string(), "APETAGEX" + junk, "ID3" + zeros, junk.substr(0, 40'000)}) {
+    testing::write_bytes(folder / "a", whole + behind);
+    CHECK(AudioReader(folder / "a").frames() == 480000);
+  }
+  // One frame, whose number takes one byte; and one so short that it says so itself
+  for (const std::int64_t frames : {4096, 100, 1}) {
+    const std::string small = bytes_in_format(folder, SF_FORMAT_FLAC | SF_FORMAT_PCM_16, samples.narrow(0, 0, frames));
+    testing::write_bytes(folder / "a", small);
+    CHECK(AudioReader(folder / "a").frames() == frames);
+    testing::write_bytes(folder / "a", small + junk);
+    CHECK(error_of([&] { AudioReader(folder / "a"); }).id() == "headroom.audio.file.length");
+  }
+}
+
 TEST_CASE("an Ogg file with a page that is damaged or missing is refused, wherever it is") {
   const TemporaryFolder folder;
   const std::string whole = bytes_in_format(folder, SF_FORMAT_OGG | SF_FORMAT_VORBIS, torch::rand({200000}) - 0.5);

@@ -7,6 +7,7 @@
 #include <array>
 
 #include "headroom/audio/file.hpp"
+#include "headroom/audio/level.hpp"
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/tensors.hpp"
@@ -71,6 +72,25 @@ TEST_CASE("an identity model returns the recording, borders included") {
                          identity, {.segments = {.length = 1000}, .stems = 1});
     CHECK(testing::largest_difference(audio::read_audio(folder / "out.wav").samples, mixture) <= 1e-6);
   }
+}
+
+TEST_CASE("a model at a recording's level gets it with mean 0 and deviation 1, and gives stems at that level") {
+  const TemporaryFolder folder;
+  const torch::Tensor mixture = 0.1 * torch::rand({2, 150001}) + 0.2, mono = mixture.mean(0).to(torch::kDouble);
+  audio::write_audio(folder / "in.wav", mixture, 44100);
+  audio::AudioReader recording(folder / "in.wav");
+  const audio::Level level = audio::level_of(recording);
+  CHECK(recording.position() == 0);
+  CHECK(level.mean == Approx(mono.mean().item<double>()));
+  CHECK(level.deviation == Approx(mono.std(/*unbiased=*/false).item<double>()));
+  const auto squares = [](const torch::Tensor& x) { return x.square().unsqueeze(1); };
+  audio::separate_file(std::move(recording), {audio::one_file_a_stem({folder / "out.wav"})},
+                       audio::at_level(squares, level), {.segments = {.length = 40000}, .stems = 1});
+  const torch::Tensor expected = ((mixture - level.mean) / level.deviation).square() * level.deviation + level.mean;
+  CHECK(torch::allclose(audio::read_audio(folder / "out.wav").samples, expected, 1e-5, 1e-6));
+  audio::write_audio(folder / "in.wav", torch::zeros({2, 100}), 44100);
+  audio::AudioReader silence(folder / "in.wav");
+  CHECK((audio::level_of(silence).mean == 0 && audio::level_of(silence).deviation == 1));
 }
 
 TEST_CASE("channels reach the model as one, as copies or in groups") {

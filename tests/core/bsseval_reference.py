@@ -34,6 +34,15 @@ def signals(sources, channels, samples):
     return references.transpose(1, 0, 2), estimates.transpose(1, 0, 2)
 
 
+def coloured(signals):
+    """Mostly low frequencies, as music has them: sums over 32 samples of sums over 32 samples."""
+    low = signals
+    for _ in range(2):
+        padded = np.pad(low, ((0, 0), (31, 0), (0, 0)))
+        low = sum(padded[:, i:i + signals.shape[1]] for i in range(32))
+    return 1000 * low + signals
+
+
 def show(name, references, estimates, window, hop, taps):
     scores = bss_eval(references, estimates, window=window, hop=hop, filters_len=taps)[:4]
     print(f"// {name}: window {window}, hop {hop}, {taps} taps")
@@ -50,6 +59,10 @@ show("silence in source 1", references, estimates, 300, 200, 8)
 equal = references.copy()
 equal[..., 1] = equal[..., 0]
 show("equal channels", equal[:, 500:], estimates[:, 500:], 300, 200, 4)
+references, estimates = signals(2, 2, 1000)
+references, estimates = coloured(references), coloured(estimates) + 1000 * estimates
+references[0, :, 1] = references[0, :, 0]
+show("equal channels of coloured sources", references, estimates, 500, 500, 24)
 if len(sys.argv) > 1:  # the time for a track, to compare with
     import time
 

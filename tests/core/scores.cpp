@@ -182,6 +182,7 @@ TEST_CASE("all scores of a track are those of its parts, and what is silent is t
   CHECK(silent.silent_estimate == std::vector{false, true});
   CHECK(silent.metrics.at("nsdr") == std::vector<std::optional<double>>{std::nullopt, 0});
   CHECK_FALSE(silent.metrics.at("si_sdr")[0].has_value());
+  CHECK_FALSE(silent.metrics.at("si_sdr")[1].has_value());
   CHECK_FALSE(silent.metrics.at("sir")[1].has_value());
   CHECK(silent.metrics.at("log_wmse")[0].has_value());
   CHECK(silent.metrics.at("fullness")[0] == 100);

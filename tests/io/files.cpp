@@ -78,6 +78,16 @@ TEST_CASE("an atomic file follows links, takes over what a killed process left, 
     CHECK(error_of([&] { io::write_file(wrong, kId, {"x"}); }).id() == kId);
   }
   io::write_file("/dev/null", kId, {"x"});
+
+  // The longest name that there can be, one that differs from it in its last letter, and one that is too long
+  const std::string longest(255, 'n');
+  {
+    const io::AtomicFile one(folder / longest, kId), other(folder / (longest.substr(1) + "m"), kId);
+    CHECK(folder.names().size() == 5);
+  }
+  io::write_file(folder / longest, kId, {"x"});
+  CHECK(read_bytes(folder / longest) == "x");
+  CHECK(contains(error_of([&] { io::write_file(folder / (longest + "n"), kId, {"x"}); }).what(), "too long"));
   CHECK(std::filesystem::is_character_file("/dev/null"));
 }
 

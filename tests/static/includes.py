@@ -26,7 +26,7 @@ FOLDERS = {
         "models", "training"
     },
 }
-STANDARD = re.compile(r"[a-z_0-9]+|immintrin\.h|omp\.h|(sys/[a-z]+|unistd|fcntl|poll)\.h")
+STANDARD = re.compile(r"[a-z_0-9]+|immintrin\.h|omp\.h|(sys/[a-z]+|unistd|fcntl|malloc|poll)\.h")
 EIGEN = re.compile(r"(unsupported/)?Eigen/.+")
 TORCH = re.compile(r"(torch|ATen|c10)/.+")
 TRAINING = re.compile(r"nlohmann/.+|s(ndfile|oxr)\.h|yaml-cpp/.+|rubberband/.+")

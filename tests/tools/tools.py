@@ -260,7 +260,7 @@ class Tools(unittest.TestCase):
             result = run("separate", "--model", self.model, songs, out, "--format", form,
                          preexec_fn=lambda: small_files(50000))
             self.fails(result, "headroom.audio.file.write", "a/vocals." + form[:-2])
-            self.assertEqual(list(out.iterdir()), [])
+            self.assertFalse(out.exists())
         bad = array.array("f", [0.0] * 200000)
         bad[150000] = math.nan
         header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + 800000, b"WAVE", b"fmt ", 16, 3, 2, RATE, 8 * RATE, 8, 32,
@@ -282,7 +282,30 @@ class Tools(unittest.TestCase):
         truncated.write_bytes(self.model.read_bytes()[:-1000])
         self.fails(run("separate", "--model", truncated, self.song / "mixture.wav", out), "truncated.pt",
                    "headroom.training.state.corrupt")
-        self.assertFalse(any(out.glob("*.wav")))
+        self.fails(run("separate", "--model", self.model, self.root / "text.wav", self.root / "refused/below/it"), "text.wav")
+        self.assertFalse(out.exists())
+        self.fails(self.separate(self.song / "mixture.wav", out, "--device", "meta"), "headroom.tools.device", "no device meta")
+        self.fails(self.separate(self.song / "mixture.wav", out, "--num-overlap", 5000), "headroom.separate.overlap",
+                   "--num-overlap 5000 is more than the 4096 samples")
+
+    def test_names_are_shown_without_control_characters_and_may_be_long(self):
+        songs = self.root / "odd names"
+        write_wav(songs / "red\x1b[31m.wav", [1000, -1000] * 3000)
+        write_wav(songs / ("n" * 250 + ".wav"), [1000, -1000] * 3000)
+        (songs / "bell\a.wav").write_text("no sound")
+        out = self.root / "odd stems"
+        result = self.separate(songs, out, "--stems", "bass", "--name", "{track}")
+        self.fails(result, "1 could not be separated", "bell\\x07.wav", "red\\x1b[31m, ")
+        self.assertFalse({"\x1b", "\a"} & set(result.stderr))
+        self.assertEqual(read_wav(out / ("n" * 250 + ".wav")), (6000, 2, RATE))
+        self.fails(self.separate(songs / "red\x1b[31m.wav", out, "--stems", "bass", "--name", "n" * 252), "File name too long")
+        track = self.root / "odd tracks/a\x1bb"
+        shutil.copytree(self.song, track)
+        write_wav(track / "bass.wav", [0] * self.frames)
+        result = self.evaluate(track.parent, track.parent)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn("a\\x1bb: the true bass is silent", result.stderr)
+        self.assertNotIn("\x1b", result.stdout + result.stderr)
 
     def test_evaluate_refuses_what_does_not_fit(self):
         short = self.root / "short"
@@ -290,6 +313,9 @@ class Tools(unittest.TestCase):
             write_wav(short / f"{stem}.wav", [0] * 100)
         self.fails(run("evaluate", "--reference", self.song, "--estimate", short), "100", str(self.frames))
         self.fails(run("evaluate", "--reference", self.song, "--estimate", self.root / "nowhere"), "nowhere")
+        self.fails(self.evaluate(short, short, "--metrics", "nsdr,l1_freq", "--museval", self.root / "never"),
+                   "headroom.evaluate.length", "short/vocals.wav", "needs 1025")
+        self.assertFalse((self.root / "never").exists())
 
     def evaluate(self, reference, estimate, *arguments, **options):
         return run("evaluate", "--reference", reference, "--estimate", estimate, *arguments, **options)
@@ -310,6 +336,7 @@ class Tools(unittest.TestCase):
         self.assertIn("A - One: BSSEval leaves out 1 of 1 frames", runs[0].stderr)
         scores = json.loads((self.root / "all.json").read_text())
         self.assertIsNone(scores["tracks"]["A - One"]["sdr"]["drums"])
+        self.assertIsNone(scores["tracks"]["A - One"]["si_sdr"]["drums"])
         self.assertEqual(scores["sdr"], scores["tracks"]["B - Two"]["sdr"])  # the median of one track
         first, second = (scores["tracks"][track]["l1_freq"]["bass"] for track in ["A - One", "B - Two"])
         self.assertAlmostEqual(scores["l1_freq"]["bass"], (first + second) / 2)
@@ -368,7 +395,7 @@ class Tools(unittest.TestCase):
             _, text = process.communicate()
             self.assertEqual(process.returncode, 128 + number, text)
             self.assertIn("headroom.separate.interrupted", text)
-            self.assertEqual(list(out.iterdir()), [])
+            self.assertFalse(out.exists())
         # Nobody reads what it prints; and a second signal, before the first was seen, ends it at once
         out = self.root / "two signals"
         process = self.long_separation(out, stderr=subprocess.DEVNULL)
@@ -514,7 +541,7 @@ class Tools(unittest.TestCase):
         result = run("separate", "--model", self.model, "--stems", "bass", self.song / "mixture.wav", out,
                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)))
         self.fails(result, "headroom.audio.file.write")
-        self.assertEqual(list(out.glob("*")), [])
+        self.assertFalse(out.exists())
 
     def test_recordings_that_differ_in_their_extension(self):
         folder = self.root / "twins"
@@ -656,6 +683,43 @@ class Tools(unittest.TestCase):
             planned = run("plan", "--config", config)
             self.assertEqual(planned.returncode, 0, planned.stderr)
             self.assertIn(f"{name}.yaml: without effect here: audio.dim_f, ", planned.stdout)
+
+    def test_a_published_file_may_ask_for_a_level_and_a_batch(self):
+        song, config, leveled = self.write_mixture(), self.root / "leveled.yaml", self.root / "leveled.wav"
+        config.write_text((PUBLISHED / "bs.yaml").read_text().replace("inference:\n", "inference:\n  normalize: true\n"))
+        left, right = ([s / 32768 for s in channel] for channel in published_reference.mixture())
+        mono = [(a + b) / 2 for a, b in zip(left, right)]
+        mean = sum(mono) / len(mono)
+        deviation = math.sqrt(sum((s - mean) ** 2 for s in mono) / len(mono))
+        samples = array.array("f", [(s - mean) / deviation for pair in zip(left, right) for s in pair]).tobytes()
+        header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(samples), b"WAVE", b"fmt ", 16, 3, 2, RATE, 8 * RATE,
+                             8, 32, b"data", len(samples))
+        leveled.write_bytes(header + samples)
+        stems = []
+        for name, used, recording in [("asked", config, song), ("done", PUBLISHED / "bs.yaml", leveled)]:
+            out = self.root / f"level {name}"
+            result = run("separate", "--config", used, "--weights", PUBLISHED / "bs.ckpt", recording, out, "--format",
+                         "wav32f")
+            self.assertEqual(result.returncode, 0, result.stderr)
+            stems.append(read_floats(out / "vocals.wav"))
+        self.assertLess(max(abs(a - (b * deviation + mean)) for a, b in zip(*stems, strict=True)), 1e-5)
+
+        long = self.root / "batched.wav"
+        write_wav(long, [0] * 800_000)
+        arguments = ["--model", self.model, "--stems", "bass", "--overwrite", long, self.root / "batched"]
+        one = peak_resident_bytes("separate", *arguments)
+        config = self.root / "batched.json"
+        config.write_text(json.dumps({**CONFIG, "inference": {"batch_size": 200}}))
+        self.assertGreater(peak_resident_bytes("separate", *arguments, "--config", config), one + 50e6)
+
+    def test_a_long_recording_takes_no_more_memory_than_a_short_one(self):
+        resident = []
+        for seconds in [10, 100]:
+            song = self.root / f"{seconds} s.wav"
+            write_wav(song, [0] * seconds * RATE)
+            resident.append(peak_resident_bytes("separate", "--model", self.model, "--segment", RATE, "--threads", 1, song,
+                                                self.root / f"{seconds} s"))
+        self.assertLess(resident[1], 1.05 * resident[0])
 
     def test_published_weights_are_trained_further(self):
         song, out = self.write_mixture(), self.root / "finetuned"

@@ -195,21 +195,22 @@ TEST_CASE("a published BS-RoFormer is read") {
   CHECK((config.loss.stft_weight == 0.5 && config.loss.hop == 147 && config.loss.min_n_fft == 64));
   CHECK(config.loss.windows == std::vector<int64_t>{512, 256});
   CHECK((config.inference.segment_length == 0 && config.inference.overlap == 0.75));
+  CHECK((config.inference.batch_size == 4 && !config.inference.normalize));
   CHECK(config.inference_segment() == 5120);
   CHECK(notices == Lines{"training.use_amp: bfloat16, not float16",
                          "augmentations that are not here: random_inverse, vocals",
                          "without effect here: audio.dim_f, audio.dim_t, audio.hop_length, audio.n_fft, "
                          "audio.min_mean_abs, model.flash_attn, model.sage_attention, model.dim_freqs_in, "
                          "training.patience, training.reduce_factor, training.q, training.coarse_loss_clip, "
-                         "training.ema_momentum, training.other_fix, inference.batch_size, inference.dim_t"});
+                         "training.ema_momentum, training.other_fix, inference.dim_t"});
   CHECK(to_json(parse_config(to_json(config), "again")) == to_json(config));
 }
 
 TEST_CASE("a published Mel-Band RoFormer is read") {
-  std::string text =
-      bs_roformer({"model.num_bands: 6", "model.sample_rate: 44100 # of librosa's filters",
-                   "training.target_instrument: null", "model.num_stems: 2", "training.optimizer: adamw8bit",
-                   "augmentations.enable: false", "inference.chunk_size: 10240"});
+  std::string text = bs_roformer({"model.num_bands: 6", "model.sample_rate: 44100 # of librosa's filters",
+                                  "training.target_instrument: null", "model.num_stems: 2",
+                                  "training.optimizer: adamw8bit", "augmentations.enable: false",
+                                  "inference.chunk_size: 10240", "inference.normalize: true", "model.zero_dc: true"});
   const std::size_t bands = text.find("  freqs_per_bands");
   text.erase(bands, text.find('\n', bands) + 1 - bands);
   Lines notices;
@@ -223,7 +224,9 @@ TEST_CASE("a published Mel-Band RoFormer is read") {
   CHECK((config.data.mixup.empty() && config.data.tempo == 0 && config.data.noise == 0));
   CHECK((config.training.optimizer_state == "8bit" && config.training.weight_decay == 0.01));
   CHECK(config.inference_segment() == 10240);
+  CHECK(config.inference.normalize);
   CHECK(notices.size() == 2);
+  CHECK(contains(notices.back(), "inference.dim_t, model.zero_dc"));
 }
 
 TEST_CASE("a published file may leave out what only training needs") {
@@ -262,7 +265,8 @@ TEST_CASE("problems of a published file have its own names") {
                                     "training.lr: -1", "training.num_stpes: 3", "inference.num_overlap: 0",
                                     "training.use_amp: 3", "model.num_residual_streams: 4"})) ==
       Lines{"audio.num_channels: got 2, expected 1, as model.stereo is false, or missing",
-            "training.use_amp: got 3, expected true or false", "inference.num_overlap: got 0, expected an integer >= 1",
+            "training.use_amp: got 3, expected true or false",
+            "inference.num_overlap: got 0, expected an integer >= 1 and <= 1000",
             "model.depht: unknown key; did you mean `depth`?",
             "model.num_residual_streams: unknown key; a model that has it is not here",
             "training.num_stpes: unknown key; did you mean `num_steps`?",

@@ -13,6 +13,7 @@
 #include <string>
 #include <string_view>
 
+#include "headroom/audio/flac_frames.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/io/input_file.hpp"
 
@@ -216,16 +217,20 @@ inline std::optional<ContainerLength> length_of_mp3(const io::InputFile& file, s
   return length;
 }
 
-/// FLAC: whether another file is appended, which libsndfile does not read.
+/// FLAC: where the last frame ends, behind which libsndfile reads nothing. What is appended may be another file, in
+/// the last bytes that could still be of that frame or behind them, or a tag.
 inline ContainerLength length_of_flac(const io::InputFile& file) {
   constexpr std::string_view kBegin("fLaC\0\0\0\x22", 8);  // the name, and the block that comes first, with its size
   constexpr std::uint64_t kBlock = 1 << 20;
-  for (std::uint64_t at = kBegin.size(); at < file.size(); at += kBlock) {
+  const FileRange last = last_flac_frame(file).value_or(FileRange{kBegin.size(), file.size()});
+  for (std::uint64_t at = last.begin; at < file.size(); at += kBlock) {
     const std::string bytes = file.read(at, kBlock + kBegin.size() - 1);
     if (const std::size_t found = bytes.find(kBegin); found != bytes.npos)
       return {.explained = at + found, .tags = false};
   }
-  return {.explained = file.size()};
+  const std::string frame = last.end < file.size() ? file.read(last.begin, last.end - last.begin) : "";
+  const std::size_t tag = std::min(frame.find("ID3"), frame.find("APETAGEX"));
+  return {.explained = tag == frame.npos ? last.end : last.begin + tag};
 }
 
 /// Whether what follows the last chunk is no lost sound: tags that other programs append, or too little to matter.

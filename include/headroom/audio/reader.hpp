@@ -77,17 +77,17 @@ class AudioReader {
   /// `file.length` (longer than its header says).
   explicit AudioReader(std::filesystem::path path, WholeFile whole = WholeFile::check)
       : path_(std::move(path)),
-        input_(path_, {"headroom.audio.file.missing", "audio", "a WAV, FLAC, AIFF or Ogg file"}) {
+        input_(path_, {"headroom.audio.file.missing", "audio", "a WAV, FLAC, AIFF, Ogg or MP3 file"}) {
     require(input_.size() > 0, "headroom.audio.file.empty", path_,
             " has 0 bytes, expected audio; copy or download it again");
     if (whole == WholeFile::check) require_whole(input_, path_);
     file_.reset(sf_open_fd(input_.descriptor(), SFM_READ, &info_, /*close_desc=*/SF_FALSE));
     require(file_ != nullptr, "headroom.audio.file.format", path_, " can't be read as audio: ", sf_strerror(nullptr),
-            " Expected WAV, FLAC, AIFF or Ogg; convert it, e.g. ffmpeg -i INPUT OUTPUT.wav");
-    require(
-        detail::is_checked_kind(info_.format), "headroom.audio.file.format", path_,
-        " is of a kind that does not tell when its end is missing; expected WAV, FLAC, AIFF or Ogg; convert it, e.g. "
-        "ffmpeg -i INPUT OUTPUT.wav");
+            " Expected WAV, FLAC, AIFF, Ogg or MP3; convert it, e.g. ffmpeg -i INPUT OUTPUT.wav");
+    require(detail::is_checked_kind(info_.format), "headroom.audio.file.format", path_,
+            " is of a kind that does not tell when its end is missing; expected WAV, FLAC, AIFF, Ogg or MP3; convert "
+            "it, e.g. "
+            "ffmpeg -i INPUT OUTPUT.wav");
     require(info_.frames != SF_COUNT_MAX, "headroom.audio.file.format", path_,
             " does not say how long it is; convert it, e.g. ffmpeg -i INPUT OUTPUT.wav");
     if (whole == WholeFile::check) require_all_frames();

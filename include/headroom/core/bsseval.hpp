@@ -90,17 +90,28 @@ class BssFilters {
   }
 
   /// A little is added to the diagonal, as museval does; more where sources are filtered copies of each other, such as
-  /// two equal channels, so that rounding leaves the matrix with negative pivots. What is projected stays the same.
+  /// two equal channels, so that rounding leaves the matrix with negative pivots. Two steps of iterative refinement
+  /// with the matrix as it was take out again what that changes where the sources have any sound.
   template <Executor E>
   Eigen::MatrixXd solve(BssCorrelations<E>& correlations, Eigen::Index first, Eigen::Index rows,
                         const Eigen::MatrixXd& right) const {
     for (double ridge = std::numeric_limits<double>::epsilon();;) {
       Eigen::MatrixXd matrix = normal_matrix(correlations, first, rows);
-      const double largest = matrix.diagonal().maxCoeff();
+      const Eigen::VectorXd diagonal = matrix.diagonal();
       matrix.diagonal().array() += ridge;
+      // The triangle takes the place of the matrix up to the diagonal; above it the matrix stays
       const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> triangle(matrix);
-      if (triangle.info() == Eigen::Success) return triangle.solve(right);
-      ridge = std::max(100 * ridge, 1e-13 * largest);
+      if (triangle.info() == Eigen::Success) {
+        Eigen::MatrixXd filters = triangle.solve(right);
+        for (int step = 0; step < 2; ++step) {
+          Eigen::MatrixXd rest = right - diagonal.asDiagonal() * filters;
+          rest -= matrix.triangularView<Eigen::StrictlyUpper>() * filters;
+          rest -= matrix.transpose().triangularView<Eigen::StrictlyLower>() * filters;
+          filters += triangle.solve(rest);
+        }
+        return filters;
+      }
+      ridge = std::max(10 * ridge, 1e-15 * diagonal.maxCoeff());
     }
   }
 

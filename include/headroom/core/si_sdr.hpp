@@ -14,7 +14,7 @@ namespace headroom::inline v0::core {
 ///   SI-SDR = 10 log10(sum (a s)^2 / (sum (a s - e)^2 + eps) + eps) dB,   eps = 1e-8.
 ///
 /// (Le Roux, Wisdom, Erdogan, Hershey: "SDR - half-baked or well done?", where eps is 0.) A silent reference has -80
-/// dB.
+/// dB. A silent estimate is 0 / 0 in the definition, and what value() has then is made of eps alone.
 class SiSdrAccumulator {
  public:
   /// Adds a block of the track, two matrices of one shape. Throws headroom.core.si_sdr.shape.

@@ -34,6 +34,8 @@ Eigen::MatrixXd stacked(const Eigen::MatrixBase<Reference>& reference, const Eig
 /// 1024.
 class L1FrequencyScore {
  public:
+  static constexpr Eigen::Index kLeastSamples = 1025;  ///< of a track, whose ends are mirrored
+
   explicit L1FrequencyScore(Eigen::Index channels)
       : frames_(2 * channels, kLength, kLength / 2, FramePadding::mirrored), transform_(kLength) {}
 
@@ -42,7 +44,7 @@ class L1FrequencyScore {
   void add(const Eigen::MatrixBase<Reference>& reference, const Eigen::MatrixBase<Estimate>& estimate) {
     frames_.add(detail::stacked(reference, estimate), [this](const Eigen::MatrixXd& frame) { take(frame); });
   }
-  /// The score of all that was added, more than 1024 samples. Throws headroom.core.frames.length.
+  /// The score of all that was added, kLeastSamples or more. Throws headroom.core.frames.length.
   double finish() {
     frames_.finish([this](const Eigen::MatrixXd& frame) { take(frame); });
     return 100 / (1 + 10 * distance_ / count_);

@@ -41,7 +41,10 @@ struct TrackOptions {
   std::vector<std::string> metrics = {"nsdr"};  ///< of kMetrics
 
   bool asks_for(std::string_view metric) const { return std::ranges::find(metrics, metric) != metrics.end(); }
+  /// Samples that a track has at least.
+  Eigen::Index least_samples() const { return asks_for("l1_freq") ? L1FrequencyScore::kLeastSamples : 1; }
   bool asks_for_bss() const { return std::ranges::any_of(metrics, is_bss_metric); }
+  bool reads_twice() const { return asks_for_bss() || asks_for("bleedless") || asks_for("fullness"); }
 
   /// Throws headroom.core.track_scores.options.
   void check() const {
@@ -61,8 +64,8 @@ struct TrackBlock {
 };
 
 struct TrackScores {
-  /// By metric, for each source; nothing where a ratio says nothing: nSDR and SI-SDR of a silent reference, BSSEval
-  /// where each frame has something silent.
+  /// By metric, for each source; nothing where a ratio says nothing: nSDR and SI-SDR of a silent reference, SI-SDR of a
+  /// silent estimate, BSSEval where each frame has something silent.
   std::map<std::string, std::vector<std::optional<double>>, std::less<>> metrics;
   std::vector<std::optional<double>> mixture_nsdr;  ///< nSDR of the mixture in the place of each estimate
   std::vector<bool> silent_reference, silent_estimate;
@@ -108,7 +111,7 @@ class SourceScores {
       if (asks_for(metric)) result.metrics[metric].push_back(value);
     };
     put("nsdr", unless_silent(nsdr_.value()));
-    put("si_sdr", unless_silent(si_sdr_.value()));
+    put("si_sdr", silent_estimate_ ? std::nullopt : unless_silent(si_sdr_.value()));
     if (l1_frequency_) put("l1_freq", l1_frequency_->finish());
     if (error_) put("log_wmse", log_wmse(error_->finish(), mixture));
     if (bleed_) {
@@ -181,7 +184,7 @@ TrackScores score_track(const TrackOptions& options, Reading&& read, const E& ex
   std::optional<BssFrames<E>> frames;
   if (correlations) frames.emplace(BssFilters(*correlations), executor);
   correlations.reset();
-  if (asks_for_bss || options.asks_for("bleedless") || options.asks_for("fullness")) {
+  if (options.reads_twice()) {
     read([&](const TrackBlock& block) {
       executor.run(options.sources, [&](Eigen::Index source, int /*worker*/) {
         sources[static_cast<std::size_t>(source)].add_again(of(block.references, source), of(block.estimates, source));

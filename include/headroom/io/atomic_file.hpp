@@ -9,8 +9,10 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <climits>
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <filesystem>
 #include <functional>
@@ -72,6 +74,21 @@ inline std::filesystem::path followed(std::filesystem::path path) {
   return path;
 }
 
+/// NAME.partial beside `path`; of a name that leaves no room for that, as much as there is room for, and a number made
+/// of all of it.
+inline std::string temporary_name(const std::filesystem::path& path) {
+  constexpr std::string_view kSuffix = ".partial";
+  std::string name = path.filename().string();
+  if (name.size() + kSuffix.size() > NAME_MAX) {
+    std::uint64_t hash = 0xcbf29ce484222325;  // FNV-1a, the same in each process
+    for (const char c : name) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
+    const std::string number = std::to_string(hash);
+    name.resize(NAME_MAX - kSuffix.size() - number.size() - 1);
+    name.append("~").append(number);
+  }
+  return (path.parent_path() / name.append(kSuffix)).string();
+}
+
 /// Whether `path` is a device, a pipe or a descriptor of this process, which is written to and not replaced.
 inline bool is_stream(const std::filesystem::path& path) {
   struct stat status {};
@@ -94,6 +111,7 @@ inline std::string why_not_writable(const std::filesystem::path& path) {
   const std::filesystem::path target = detail::followed(path), folder = detail::folder_of(target);
   std::error_code failure;
   if (!target.has_filename()) return "it names no file";
+  if (target.filename().native().size() > NAME_MAX) return std::strerror(ENAMETOOLONG);
   if (std::filesystem::is_symlink(target, failure)) return "its links go in a circle";
   if (std::filesystem::is_directory(target, failure)) return "it is a folder";
   if (detail::is_stream(path)) return ::access(path.c_str(), W_OK) == 0 ? "" : std::strerror(errno);
@@ -104,14 +122,15 @@ inline std::string why_not_writable(const std::filesystem::path& path) {
 }
 
 /// A file that appears under its name when it is whole, in the place of what was there. Until then it is NAME.partial
-/// in the same folder, which is removed on errors, and by discard_temporary_files() on signals. Only a process that is
-/// killed outright leaves it; who writes NAME next takes it over. A link is followed: what it names is replaced.
+/// (see detail::temporary_name) in the same folder, which is removed on errors, and by discard_temporary_files() on
+/// signals. Only a process that is killed outright leaves it; who writes NAME next takes it over. A link is followed:
+/// what it names is replaced.
 class AtomicFile {
  public:
   /// Creates the temporary file. Throws `id` with the true reason where the target cannot be written, and where it is
   /// being written by another process.
   AtomicFile(std::filesystem::path path, std::string_view id)
-      : path_(std::move(path)), target_(detail::followed(path_)), id_(id), temporary_(target_.string() + ".partial") {
+      : path_(std::move(path)), target_(detail::followed(path_)), id_(id), temporary_(detail::temporary_name(target_)) {
     if (const std::string reason = why_not_writable(path_); !reason.empty()) fail_to_write(reason);
     if (detail::is_stream(path_)) fail_to_write("it is a device or a pipe, expected a file");
     open_temporary();

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "headroom/core/finite.hpp"
+#include "headroom/memory/phase_meter.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/runtime/autocast_state.hpp"
 #include "headroom/runtime/dry_run.hpp"
@@ -26,17 +27,18 @@ struct PassesResult {
   std::optional<BadNumber> bad = {};  ///< the loss that was not finite; there is no backward pass then
 };
 
-/// The forward and backward passes of optimizer steps.
+/// The forward and backward passes of optimizer steps, each phase of which is measured.
 class Passes {
  public:
-  Passes(models::Separator model, const TrainingConfig& training, BatchSource source, Loss loss)
+  Passes(models::Separator model, const TrainingConfig& training, BatchSource source, Loss loss, PhaseMeter& phases)
       : model_(std::move(model)),
         batch_(training.batch_size),
         examples_(training.batch_size * training.gradient_accumulation_steps),
         bf16_(training.bf16),
         source_(std::move(source)),
         loss_(std::move(loss)),
-        device_(model_->parameters().front().device()) {}
+        device_(model_->parameters().front().device()),
+        phases_(phases) {}
 
   /// Examples in a step.
   int64_t examples() const { return examples_; }
@@ -47,23 +49,31 @@ class Passes {
     PassesResult result;
     for (int64_t done = 0, count = 0; done < examples_; done += count) {
       count = std::min(most, batch_ - done % batch_);
-      const Example example = source_(first + done, count);
-      const torch::Tensor estimate = forward(example.mixture.to(device_));  // [B,N,C,S]
-      const torch::Tensor loss = this->loss(estimate, example.stems.to(device_)) /
-                                 (static_cast<double>(examples_) / static_cast<double>(count));
+      const Example example = read(first + done, count);
+      const torch::Tensor estimate = forward(example.mixture);  // [B,N,C,S]
+      const torch::Tensor loss =
+          this->loss(estimate, example.stems) / (static_cast<double>(examples_) / static_cast<double>(count));
       const double value = loss.item<double>();
       result.mean_loss += value;
       if (!core::detail::is_finite(value)) {
         result.bad = bad_loss(*model_, value, first + done, example, estimate);
         return result;
       }
+      const PhaseMeter::Scope scope(phases_, "backward");
       loss.backward();
     }
     return result;
   }
 
  private:
+  Example read(int64_t first, int64_t count) {
+    const PhaseMeter::Scope scope(phases_, "data");
+    const Example example = source_(first, count);
+    return {example.mixture.to(device_), example.stems.to(device_)};
+  }
+
   torch::Tensor forward(const torch::Tensor& mixture) {
+    const PhaseMeter::Scope scope(phases_, "forward");
     std::optional<headroom::detail::AutocastGuard> autocast;
     if (bf16_) autocast.emplace(compute_device(mixture).type(), at::kBFloat16);
     return model_(mixture);
@@ -71,6 +81,7 @@ class Passes {
 
   torch::Tensor loss(const torch::Tensor& estimate, const torch::Tensor& stems) {
     const Phase phase("loss");
+    const PhaseMeter::Scope scope(phases_, "loss");
     const auto type = at::promote_types(estimate.scalar_type(), torch::kFloat);  // not in bfloat16
     return loss_(estimate.to(type), stems);
   }
@@ -81,6 +92,7 @@ class Passes {
   BatchSource source_;
   Loss loss_;
   c10::Device device_;
+  PhaseMeter& phases_;
 };
 
 }  // namespace headroom::inline v0::training

@@ -75,7 +75,6 @@ inline constexpr const char* kKeysWithoutEffect[] = {
     "training.num_precompute_chunks",
     "training.max_class_presence_ratio",
     "training.read_metadata_procs",
-    "inference.batch_size",
     "inference.dim_t",
     "lora",
     "loss_multistft",
@@ -84,7 +83,7 @@ inline constexpr const char* kKeysWithoutEffect[] = {
 
 /// Keys that only have to be false here.
 inline constexpr const char* kKeysThatAreFalse[] = {"model.stft_normalized", "model.multi_stft_normalized",
-                                                    "model.use_pope", "training.normalize", "inference.normalize"};
+                                                    "model.use_pope", "training.normalize"};
 
 class PublishedReader {
  public:
@@ -103,9 +102,10 @@ class PublishedReader {
     read_augmentations();
     pass("inference.chunk_size", "inference.segment_length");
     if (find("audio.chunk_size") == nullptr) pass("inference.chunk_size", "training.segment_length");
-    if (const auto count = get<std::int64_t>("inference.num_overlap", 1, {.at_least = 1}); count > 0) {
-      put("inference.overlap", 1 - 1 / static_cast<double>(count));
-    }
+    pass("inference.batch_size", "inference.batch_size");
+    pass("inference.normalize", "inference.normalize");
+    const auto count = get<std::int64_t>("inference.num_overlap", 1, {.at_least = 1, .at_most = 1000});
+    put("inference.overlap", 1 - 1 / static_cast<double>(std::max<std::int64_t>(count, 1)));
     for (const char* key : kKeysThatAreFalse) {
       if (get(key, false)) problems_.push_back({key, "got true, expected false: a model like that is not here"});
     }
@@ -113,6 +113,8 @@ class PublishedReader {
     for (const char* key : kKeysWithoutEffect) {
       if (find(key) != nullptr) idle.push_back(key);
     }
+    // Only BS-RoFormers have it; audio-separator's Mel-Band RoFormer takes it and does nothing with it, either
+    if (find("model.num_bands") != nullptr && find("model.zero_dc") != nullptr) idle.push_back("model.zero_dc");
     if (!idle.empty()) published_.notices.push_back("without effect here: " + core::word_list(idle));
     tell_unknown_keys();
     return std::move(published_);

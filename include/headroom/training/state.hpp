@@ -56,6 +56,7 @@ struct TrainingState {
   int64_t skipped_in_a_row = 0;           ///< the last of them, without a good one in between
   std::string best_metric = {};           ///< what `best_score` measures: "validation nSDR" or "training loss"
   double best_score = 0;                  ///< greatest nSDR, or least loss, so far; valid once a metric is named
+  int64_t validations_since_best = 0;     ///< judgements in a row that were no better
   int64_t microbatch = 0;                 ///< examples in one pass since memory ran out; 0: it never did
   double seconds_per_step = 0;            ///< pace of the last run that time limited; 0: there was none
   torch::Tensor random = {};              ///< state of LibTorch's default CPU generator
@@ -139,6 +140,7 @@ HEADROOM_TRAINING void save_state(const std::filesystem::path& path, const Train
   content.insert("skipped_in_a_row", state.skipped_in_a_row);
   content.insert("best_metric", state.best_metric);
   content.insert("best_score", state.best_score);
+  content.insert("validations_since_best", state.validations_since_best);
   content.insert("microbatch", state.microbatch);
   content.insert("seconds_per_step", state.seconds_per_step);
   content.insert("random", state.random);
@@ -208,6 +210,7 @@ HEADROOM_TRAINING TrainingState load_state(const std::filesystem::path& path) {
             .skipped_in_a_row = whole("skipped_in_a_row", 0),
             .best_metric = content.at("best_metric").toStringRef(),
             .best_score = content.at("best_score").toDouble(),
+            .validations_since_best = whole("validations_since_best", 0),
             .microbatch = whole("microbatch", 0),
             .seconds_per_step = content.contains("seconds_per_step") ? content.at("seconds_per_step").toDouble() : 0,
             .random = content.at("random").toTensor(),

@@ -7,7 +7,6 @@
 #include <concepts>
 #include <cstdint>
 #include <functional>
-#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -15,7 +14,9 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/core/finite.hpp"
+#include "headroom/core/score_rows.hpp"
 #include "headroom/memory/meter.hpp"
+#include "headroom/memory/phase_meter.hpp"
 #include "headroom/memory/run_within.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/optim/adamw.hpp"
@@ -104,14 +105,48 @@ class Trainer {
             .steps_per_epoch = std::max(config_.training.steps_per_epoch, epoch_step),
             .loss = unfinished_mean(),
             .learning_rate = learning_rate,
+            .gradient_norm = gradient_norm_,
             .live_bytes = meter_.live(),
             .peak_bytes = meter_.peak(),
+            .examples = config_.training.batch_size * config_.training.gradient_accumulation_steps,
             .microbatch = microbatch()};
+  }
+
+  /// What was measured since the last call, which the summary takes note of.
+  std::vector<PhaseUse> take_phases(Summary& summary) {
+    std::vector<PhaseUse> phases = phases_.take();
+    for (const PhaseUse& use : phases) add_phase(summary.phases, use);
+    return phases;
+  }
+
+  /// Whether as many validations in a row as training.patience were no better than the best.
+  bool out_of_patience(const RunOptions& options) const {
+    const int64_t patience = config_.training.patience;
+    return options.validate && patience > 0 && state_.validations_since_best >= patience;
   }
 
   /// Mean loss of the epoch that is under way; not finite while all of its steps were skipped.
   double unfinished_mean() const {
     return state_.unfinished_loss / static_cast<double>(state_.unfinished_steps - state_.unfinished_skipped);
+  }
+
+  /// Takes a step and adds it to the epoch under way.
+  void step(Run& run, double elapsed) {
+    const double rate = run.course.learning_rate(state_, elapsed);
+    const double loss = step(rate);
+    ++state_.unfinished_steps;
+    if (core::detail::is_finite(loss)) {
+      state_.unfinished_loss += loss;
+    } else {
+      ++state_.unfinished_skipped;
+    }
+    std::vector<PhaseUse> phases = take_phases(run.summary);
+    if (!run.options.on_step) return;
+    StepReport now = report(run.course, rate);
+    now.step_loss = loss;
+    now.seconds = run.course.elapsed() - elapsed;
+    now.phases = std::move(phases);
+    run.options.on_step(now);
   }
 
   /// Runs f(false), and f(true) when memory ran out and the configuration wants another attempt.
@@ -124,9 +159,12 @@ class Trainer {
   /// Clips the gradients and steps the optimizer, unless the norm is not finite.
   std::optional<BadNumber> update() {
     const Phase phase("optimizer");
-    double norm = 0;
-    repeatable([&](bool) { norm = clip_gradients(model_->parameters(), config_.training.clip_grad_norm); });
-    if (!core::detail::is_finite(norm)) return bad_gradients(*model_, norm, state_.examples, passes_.examples());
+    const PhaseMeter::Scope scope(phases_, "optimizer");
+    const double limit = config_.training.clip_grad_norm;
+    repeatable([&](bool) { gradient_norm_ = clip_gradients(model_->parameters(), limit); });
+    if (!core::detail::is_finite(*gradient_norm_)) {
+      return bad_gradients(*model_, *gradient_norm_, state_.examples, passes_.examples());
+    }
     repeatable([&](bool again) { again ? optimizer_.continue_step() : static_cast<void>(optimizer_.step()); });
     return std::nullopt;
   }
@@ -155,8 +193,8 @@ class Trainer {
     state_.unfinished_skipped = 0;
     const auto epoch = static_cast<int64_t>(state_.epoch_losses.size());
     judge(run, loss, epoch % training.validation_every == 0);
-    run.course.begin_epoch();
     save_last(run, epoch % training.checkpoint_every == 0);
+    run.course.begin_epoch();
   }
 
   /// Saves the last state if it is due.
@@ -167,14 +205,24 @@ class Trainer {
 
   /// Saves the best when the model is better than ever.
   void judge(Run& run, double loss, bool validation_due) {
-    const auto& validate = run.options.validate;
     Score score{.metric = "training loss", .value = loss, .more_is_better = false};
-    if (validate) {
+    if (run.options.validate) {
       if (!validation_due) return;
-      score = {.metric = "validation nSDR", .value = validate()};
+      const std::string name(core::metric_name(config_.training.best_metric).name);
+      score = {.metric = "validation " + name, .value = validate(run)};
       run.summary.validation = score.value;
     }
     if (improves(state_, score)) run.saved.save_best(state());
+  }
+
+  double validate(Run& run) {
+    double score = 0;
+    {
+      const PhaseMeter::Scope scope(phases_, "validation");
+      score = run.options.validate();
+    }
+    take_phases(run.summary);
+    return score;
   }
 
   /// Ends a run: the epoch that is not over is judged like one that is, unless the run was told to stop.
@@ -184,7 +232,7 @@ class Trainer {
     if (state_.unfinished_steps > 0) {
       const double loss = unfinished_mean();
       summary.epoch_losses.push_back(loss);
-      if (!summary.stopped) judge(run, loss, true);
+      if (!summary.stopped && !summary.out_of_patience) judge(run, loss, true);
     }
     save_last(run, true);
     summary.steps = state_.step;
@@ -197,11 +245,13 @@ class Trainer {
 
   models::Separator model_;
   Config config_;
+  PhaseMeter phases_;
   Passes passes_;
   optim::AdamW optimizer_;
   std::optional<optim::InBackward> in_backward_;
   c10::Device device_;
   MemoryMeter meter_;
+  std::optional<double> gradient_norm_;  ///< of the last step
   TrainingState state_;
   std::function<void(const std::string&)> on_notice_;
   std::function<std::string(int64_t)> origin_;
@@ -211,7 +261,8 @@ class Trainer {
 HEADROOM_TRAINING Trainer::Trainer(models::Separator model, const Config& config, BatchSource source, Loss loss)
     : model_(std::move(model)),
       config_(config),
-      passes_(model_, config.training, std::move(source), std::move(loss)),
+      phases_(model_->parameters().front().device()),
+      passes_(model_, config.training, std::move(source), std::move(loss), phases_),
       optimizer_(make_optimizer(*model_, config.training)),
       device_(model_->parameters().front().device()),
       meter_(device_) {
@@ -243,27 +294,23 @@ HEADROOM_TRAINING Summary Trainer::run(const RunOptions& options) {
   on_notice_ = options.on_notice;
   origin_ = options.origin;
   meter_.reset_peak();
-  while (run.course.steps_left(state_) && !run.summary.stopped) {
+  Summary& summary = run.summary;
+  const auto goes_on = [&] { return run.course.steps_left(state_); };
+  summary.out_of_patience = goes_on() && out_of_patience(options);
+  while (goes_on() && !summary.stopped && !summary.out_of_patience) {
     const double elapsed = run.course.elapsed();
     if (!run.course.time_left(elapsed)) break;
-    const double rate = run.course.learning_rate(state_, elapsed);
-    const double loss = step(rate);
-    ++state_.unfinished_steps;
-    if (core::detail::is_finite(loss)) {
-      state_.unfinished_loss += loss;
-    } else {
-      ++state_.unfinished_skipped;
-    }
-    if (options.on_step) options.on_step(report(run.course, rate));
+    step(run, elapsed);
     if (state_.unfinished_steps >= config_.training.steps_per_epoch) {
       finish_epoch(run);
     } else {
       save_last(run, false);
     }
-    run.summary.stopped = run.course.steps_left(state_) && options.stop_requested && options.stop_requested();
+    summary.out_of_patience = goes_on() && out_of_patience(options);
+    summary.stopped = goes_on() && options.stop_requested && options.stop_requested();
   }
   finish(run);
-  return run.summary;
+  return summary;
 }
 
 HEADROOM_TRAINING double Trainer::step(double learning_rate) {
@@ -319,7 +366,7 @@ HEADROOM_TRAINING std::vector<Difference> Trainer::resume(const TrainingState& s
   state_.model.clear();
   state_.optimizer.clear();
   complete(state_, before.training);
-  forget_incomparable(changes, state_);
+  forget_incomparable(changes, config_.training, state_);
   return changes;
 }
 #endif

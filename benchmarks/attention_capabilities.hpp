@@ -66,6 +66,14 @@ class AttentionCapabilities {
     add_option("plain", [](const S&) { return O(); });
     add_option("causal", [](const S&) { return O().causal(true); });
     add_option("window", [](const S&) { return O().window(AttentionWindow{128, 128}); });
+    add_option("window and global keys", [](const S&) {
+      return O().window(AttentionWindow{128, 128}).global_keys(16);
+    });
+    add_option("score function, gradient of its table", [](const S& s) {
+      return O().score_function(ScoreFunction(
+          [](auto score, auto at, auto table) { return score + score * table(at.head, at.distance + 99); },
+          learned({s.heads, 199})));
+    });
     add_option("key lengths",
                [](const S& s) { return O().key_lengths(torch::full({s.batch}, s.length / 2, torch::kLong)); });
     add_option("packed sequences", [](const S& s) {

@@ -3,7 +3,10 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdio>
+#include <utility>
 
 #include "benchmark.hpp"
 #include "fma_peak.hpp"
@@ -27,8 +30,13 @@ struct Subject {
     const auto l = static_cast<double>(length);
     if (variant == "causal") return (l + 1) / (2 * l);
     if (variant == "window") return std::min(1.0, (2 * 128 + 1) / l);
+    if (variant == "causal_window") return std::min(1.0, 257 / l);
+    if (variant == "global") return std::min(1.0, (2 * 256 + 1 + 2 * 16) / l);
     return 1;
   }
+  /// Whether a function of one's own stands beside a built-in option, or global keys beside a window alone.
+  bool compares_forms() const { return std::ranges::count(kForms, variant) > 0; }
+  static constexpr std::array<const char*, 5> kForms{"alibi", "softcap", "relative", "causal_window", "global"};
   double flops(bool backward) const {
     return 4.0 * static_cast<double>(scores() * dim) * (backward ? 3.5 : 1.0) * computed_share();
   }
@@ -56,6 +64,56 @@ std::vector<Subject> subjects(const std::vector<std::string>& shapes, const std:
   return all;
 }
 
+/// Query i sees keys i - 256 … i, asked pair by pair, with a test of blocks.
+struct CausalWindow {
+  template <class Scalar>
+  core::LaneMask<Scalar> operator()(const core::ScorePlace<Scalar>& at) const {
+    return at.distance >= 0 && at.distance <= 256;
+  }
+  core::Seen block(int64_t, int64_t, core::KeyRange queries, core::KeyRange keys) const {
+    const int64_t nearest = queries.begin - (keys.end - 1), furthest = queries.end - 1 - keys.begin;
+    if (furthest < 0 || nearest > 256) return core::Seen::none;
+    return nearest >= 0 && furthest <= 256 ? core::Seen::all : core::Seen::some;
+  }
+};
+/// The same as a range of keys.
+struct CausalWindowOfRanges {
+  core::KeyRange keys(int64_t, int64_t, int64_t query) const { return {query - 256, query + 1}; }
+};
+
+/// Two ways or more to ask for the same, the built-in one first.
+std::vector<std::pair<const char*, AttentionOptions>> forms(const Subject& s) {
+  const auto learned = [](at::IntArrayRef sizes) { return (torch::rand(sizes) * 0.1).requires_grad_(); };
+  using O = AttentionOptions;
+  if (s.variant == "alibi") {
+    const Tensor slopes = learned({s.heads, 1});
+    return {{"built in", O().alibi_slopes(slopes)},
+            {"function", O().score_function(ScoreFunction(
+                             [](auto score, auto at, auto slope) { return score - slope(at.head) * abs(at.distance); },
+                             slopes.flatten()))}};
+  }
+  if (s.variant == "softcap") {
+    return {{"built in", O().softcap(20)},
+            {"function", O().score_function([](auto score, auto) { return 20 * tanh(score / 20); })}};
+  }
+  if (s.variant == "relative") {
+    const Tensor table = learned({s.heads, 2 * s.length - 1});
+    return {{"built in", O().relative_bias(table)},
+            {"function", O().score_function(ScoreFunction(
+                             [last = s.length - 1](auto score, auto at, auto bias) {
+                               return score + bias(at.head, at.distance + last);
+                             },
+                             table))}};
+  }
+  if (s.variant == "causal_window") {
+    return {{"built in", O().causal(true).window(AttentionWindow{256, 0})},
+            {"ranges", O().mask_function(CausalWindowOfRanges{})},
+            {"function", O().mask_function(CausalWindow{})}};
+  }
+  const auto window = O().window(AttentionWindow{256, 256});
+  return {{"window", window}, {"global", O(window).global_keys(16)}};
+}
+
 /// The inputs of a subject, and who computes with them.
 class Inputs {
  public:
@@ -79,6 +137,13 @@ class Inputs {
 
   /// LibTorch first; who stores scores is left out where they would take too much.
   std::vector<benchmarks::Contender> contenders(bool backward, double naive_bytes) const {
+    if (subject_.compares_forms()) {
+      std::vector<benchmarks::Contender> all;
+      for (const auto& [name, options] : forms(subject_)) {
+        all.push_back({name, timed(backward, [this, options = options] { return attention(q_, k_, v_, options); })});
+      }
+      return all;
+    }
     std::vector<benchmarks::Contender> all{{"torch", timed(backward, [this] { return by_torch(); })}};
     const auto add = [&](const char* name, AttentionBackend backend) {
       const auto options = AttentionOptions(options_).backend(backend);
@@ -131,7 +196,7 @@ void report_pass(benchmarks::Benchmark& benchmark, const Subject& s, bool backwa
                        {"head_dim", s.dim},
                        {"milliseconds", seconds * 1e3},
                        {"gflops", gflops},
-                       {"ratio_to_torch", ratio},
+                       {s.compares_forms() ? "ratio_to_first" : "ratio_to_torch", ratio},
                        {"fraction_of_peak", gflops / peak}});
   }
 }
@@ -142,15 +207,19 @@ int main(int argc, char** argv) {
   benchmarks::Benchmark benchmark("attention_speed", "Speed of attention beside LibTorch's fused CPU kernel");
   std::vector<int64_t> dims{16, 24, 32, 64, 128};
   std::vector<std::string> shapes{"1x4x2049", "8x12x431", "1x1x8192", "32x12x2049"}, dtypes{"float", "bfloat16"},
-      variants{"plain", "causal", "window", "bias"};
+      variants{"plain", "causal", "window", "bias"}, all_variants = variants;
+  all_variants.insert(all_variants.end(), Subject::kForms.begin(), Subject::kForms.end());
   double seconds = 1, naive_gib = 2;
   benchmark.add({.name = "--head-dim", .help = "Head dims", .target = &dims, .least = 1});
   benchmark.add({.name = "--shape", .help = "Shapes as BxHxL", .target = &shapes});
   benchmark.add({.name = "--dtype", .help = "float, bfloat16", .target = &dtypes, .choices = dtypes});
   benchmark.add({.name = "--variant",
-                 .help = "plain, causal, window (128 to each side), bias",
+                 .help =
+                     "plain, causal, window (128 to each side), bias; built-in options beside functions of one's own: "
+                     "alibi, softcap, relative, causal_window (256); global: a window of 256 to each side and 16 "
+                     "global tokens beside the window alone",
                  .target = &variants,
-                 .choices = variants});
+                 .choices = all_variants});
   benchmark.add({.name = "--seconds",
                  .help = "Repeat each measurement at least 2 times and at least this long",
                  .target = &seconds});
@@ -161,7 +230,7 @@ int main(int argc, char** argv) {
     const double peak = benchmarks::fma_peak();
     std::printf("FMA peak of %d threads: %.0f GF/s\n", torch::get_num_threads(), peak);
     std::printf("%-9s %-17s %-9s %-7s %-11s %4s %10s %7s %8s %6s\n", "", "pass", "dtype", "variant", "BxHxL", "D", "ms",
-                "GF/s", "x torch", "% peak");
+                "GF/s", "x first", "% peak");
     benchmark.note("machine", benchmarks::Row{{"cpu", benchmarks::processor()},
                                               {"threads", torch::get_num_threads()},
                                               {"fma_peak_gflops", peak}});

@@ -22,6 +22,7 @@
 #include "evaluation.hpp"
 #include "headroom/core/bsseval.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/core/score_rows.hpp"
 #include "headroom/core/track_scores.hpp"
 #include "headroom/core/word_list.hpp"
 #include "headroom/io/atomic_file.hpp"
@@ -116,7 +117,7 @@ void run(const Arguments& arguments) {
   }
 
   const ScoreTable table(arguments.stems, names);
-  std::map<std::string, std::vector<Row>> rows;  // by metric, for each track
+  std::map<std::string, std::vector<headroom::core::ScoreRow>> rows;  // by metric, for each track
   headroom::training::Json json;
   for (std::size_t i = 0; i < tracks.size(); ++i) {
     TrackFiles files(arguments.reference / tracks[i], arguments.estimate / tracks[i], arguments.stems);
@@ -125,12 +126,12 @@ void run(const Arguments& arguments) {
     const headroom::core::TrackScores scores =
         headroom::core::score_track(options, [&](auto&& on_block) { files.read(on_block); });
     for (const std::string& metric : metrics) {
-      rows[metric].push_back(with_mean(scores.metrics.at(metric)));
+      rows[metric].push_back(headroom::core::with_mean(scores.metrics.at(metric)));
       table.print(names[i], metric, rows[metric].back());
       json["tracks"][names[i]][metric] = table.json(rows[metric].back());
     }
-    rows["nsdr_mixture"].push_back(with_mean(scores.mixture_nsdr));
-    Row silence = rows["nsdr_mixture"].back();
+    rows["nsdr_mixture"].push_back(headroom::core::with_mean(scores.mixture_nsdr));
+    headroom::core::ScoreRow silence = rows["nsdr_mixture"].back();
     for (auto& value : silence) value = value ? std::optional(0.0) : std::nullopt;
     rows["nsdr_silence"].push_back(silence);
     report_silence(names[i], scores, arguments.stems);
@@ -139,13 +140,13 @@ void run(const Arguments& arguments) {
     }
   }
   for (const std::string& metric : metrics) {
-    const Row row = over_tracks(metric, rows[metric]);
+    const headroom::core::ScoreRow row = headroom::core::over_tracks(metric, rows[metric]);
     table.print(headroom::core::is_bss_metric(metric) ? "median" : "mean", metric, row);
     json[metric] = table.json(row);
   }
   if (std::ranges::find(metrics, "nsdr") != metrics.end()) {
     for (const auto& [name, key] : {std::pair("silence", "nsdr_silence"), std::pair("mixture", "nsdr_mixture")}) {
-      const Row row = over_tracks("nsdr", rows[key]);
+      const headroom::core::ScoreRow row = headroom::core::over_tracks("nsdr", rows[key]);
       table.print(name, "nsdr", row);
       json[key] = table.json(row);
     }

@@ -4,49 +4,12 @@
 #include <cstddef>
 #include <iomanip>
 #include <iostream>
-#include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "command_line.hpp"
-#include "headroom/core/bsseval.hpp"
-#include "headroom/core/track_scores.hpp"
+#include "headroom/core/score_rows.hpp"
 #include "headroom/training/json.hpp"
-
-/// A value for each stem and, last, their mean; nothing where silence leaves no score.
-using Row = std::vector<std::optional<double>>;
-
-/// Over the values that are there.
-inline std::optional<double> mean_of(const Row& values) {
-  double sum = 0, count = 0;
-  for (const auto& value : values) {
-    sum += value.value_or(0);
-    count += value.has_value();
-  }
-  return count > 0 ? std::optional(sum / count) : std::nullopt;
-}
-
-/// The row of the values of the stems.
-inline Row with_mean(Row values) {
-  values.push_back(mean_of(values));
-  return values;
-}
-
-/// A metric over tracks, column by column, without those that are silent: museval's median for BSSEval, else the mean.
-inline Row over_tracks(const std::string& metric, const std::vector<Row>& tracks) {
-  Row result;
-  for (std::size_t column = 0; column < tracks.front().size(); ++column) {
-    Row values;
-    std::vector<double> sounding;
-    for (const Row& track : tracks) {
-      values.push_back(track[column]);
-      if (track[column]) sounding.push_back(*track[column]);
-    }
-    result.push_back(headroom::core::is_bss_metric(metric) ? headroom::core::median(sounding) : mean_of(values));
-  }
-  return result;
-}
 
 /// Prints scores, a line for each track and metric, with a column for each stem and one for their mean.
 class ScoreTable {
@@ -60,7 +23,7 @@ class ScoreTable {
     std::cout << '\n';
   }
 
-  void print(const std::string& name, const std::string& metric, const Row& row) const {
+  void print(const std::string& name, const std::string& metric, const headroom::core::ScoreRow& row) const {
     std::cout << std::left << std::setw(width_) << printable(name) << std::setw(kMetricWidth) << metric << std::right
               << std::fixed << std::setprecision(2);
     for (std::size_t i = 0; i < columns_.size(); ++i) {
@@ -74,7 +37,7 @@ class ScoreTable {
     std::cout << std::endl;  // a row appears when its track is done
   }
 
-  headroom::training::Json json(const Row& row) const {
+  headroom::training::Json json(const headroom::core::ScoreRow& row) const {
     headroom::training::Json json;
     for (std::size_t i = 0; i < columns_.size(); ++i) {
       json[columns_[i]] = row[i] ? headroom::training::Json(*row[i]) : nullptr;

@@ -22,6 +22,7 @@
 #include "headroom/training/config.hpp"
 #include "headroom/training/json.hpp"
 #include "headroom/training/load_model.hpp"
+#include "headroom/training/metrics_file.hpp"
 #include "headroom/training/models.hpp"
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/prefetch.hpp"
@@ -34,6 +35,7 @@
 #include "plan_run.hpp"
 #include "progress.hpp"
 #include "run_folder.hpp"
+#include "watch.hpp"
 
 namespace fs = std::filesystem;
 namespace training = headroom::training;
@@ -105,28 +107,19 @@ void explain(const std::exception& error, training::Config config, const Argumen
 
 // Trains until the end or a signal, and shows how it goes on. A step in work is finished and saved first.
 training::Summary train(training::Trainer& trainer, const training::Config& config, const Arguments& arguments,
-                        const std::function<double()>& validate) {
-  ProgressBar bar(config.training.batch_size);
-  training::RunOptions options{.steps = arguments.steps,
-                               .seconds = arguments.seconds,
-                               .folder = arguments.out,
-                               .on_step = [&](const training::StepReport& report) { bar.show(report); },
-                               .stop_requested = [] { return headroom::io::stop_signal() != 0; }};
-  if (validate) {
-    options.validate = [&] {
-      const double nsdr = validate();
-      bar.close();
-      std::cout << "validation nSDR " << nsdr << " dB" << std::endl;
-      return nsdr;
-    };
-  }
+                        Watch& watch) {
+  training::RunOptions options{
+      .steps = arguments.steps, .seconds = arguments.seconds, .folder = arguments.out, .stop_requested = [] {
+        return headroom::io::stop_signal() != 0;
+      }};
+  watch.attach(options);
   headroom::io::handle_stop_signals(headroom::io::OnStop::finish_first);
   try {
     const training::Summary summary = trainer.run(options);
-    bar.close();
+    watch.end(summary);
     return summary;
   } catch (const std::exception& error) {
-    bar.close();
+    watch.end(error.what());
     explain(error, config, arguments, trainer.peak_bytes());
     throw;
   }
@@ -139,9 +132,13 @@ int finish(const training::Summary& summary, const training::Config& config, con
     std::cout << "stopped after step " << summary.steps << "; go on with --resume " << last << std::endl;
     return 128 + headroom::io::stop_signal();
   }
-  training::Json json = {{"train_seconds", summary.seconds}, {"steps", summary.steps},
-                         {"peak_bytes", summary.peak_bytes}, {"best_metric", summary.best_metric},
-                         {"best_score", summary.best_score}, {"losses", summary.epoch_losses}};
+  training::Json json = {{"train_seconds", summary.seconds},
+                         {"steps", summary.steps},
+                         {"peak_bytes", summary.peak_bytes},
+                         {"best_metric", summary.best_metric},
+                         {"best_score", summary.best_score},
+                         {"losses", summary.epoch_losses},
+                         {"phases", training::phases_json(summary.phases)}};
   if (const auto bytes = training::stored_scores_bytes(config)) json["stored_scores_bytes"] = *bytes;
   training::write_atomically(arguments.out / "summary.json", {json.dump(2) + "\n"});
   std::cout << summary.steps << " steps, " << clock_time(summary.seconds) << ", peak "
@@ -186,10 +183,9 @@ int run(const Arguments& arguments) {
   }
   training::write_atomically(arguments.out / "config.json", {training::to_json(config)});
   print_start(config, *model, arguments);
-  std::function<double()> validate;
-  if (valid) validate = [&] { return training::validation_nsdr(model, *valid, config.training.validation_segments); };
+  Watch watch(arguments.out, config, model, valid, trainer.state().step);
   try {
-    const int code = finish(train(trainer, config, arguments, validate), config, arguments);
+    const int code = finish(train(trainer, config, arguments, watch), config, arguments);
     if (arguments.memory_summary && code == 0) std::cout << headroom::memory_summary(meter);
     return code;
   } catch (const std::exception&) {
@@ -202,9 +198,8 @@ int run(const Arguments& arguments) {
 
 int main(int argc, char** argv) {
   CommandLine line(
-      "Trains a separator on a MUSDB18-HQ folder; writes last.pt, best.pt, their weights as .safetensors, config.json "
-      "and "
-      "summary.json.");
+      "Trains a separator on a MUSDB18-HQ folder; writes last.pt, best.pt, their weights as .safetensors, config.json, "
+      "metrics.jsonl, report.html and summary.json.");
   Arguments arguments;
   line.path("--config", arguments.config,
             "configuration, such as examples/configs/musdb18_small.json, or published .yaml")

@@ -23,7 +23,7 @@ def link(match, file):
     return match[0] if path.endswith(".md") else f"{text} (`{path.removeprefix('../')}`)"
 
 
-def filtered(text, file):
+def chapter_lines(text, file):
     code = False
     for line in text.splitlines():
         code ^= line.startswith("```")
@@ -37,11 +37,15 @@ def filtered(text, file):
         yield line
 
 
-if __name__ == "__main__":
-    file = sys.argv[1]
+def chapter(text, file):
+    text = "\n".join(chapter_lines(text, file)) + "\n"
     # Links last: their text may hold code and go over the end of a line
-    text = "\n".join(filtered(Path(file).read_text(), file)) + "\n"
     pieces = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
     for i in range(0, len(pieces), 2):
         pieces[i] = re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", lambda match: link(match, file), pieces[i])
-    sys.stdout.write("".join(pieces))
+    return "".join(pieces)
+
+
+if __name__ == "__main__":
+    file = sys.argv[1]
+    sys.stdout.write(chapter(Path(file).read_text(), file))

@@ -23,6 +23,7 @@
 #include "headroom/core/register_tile.hpp"
 #include "headroom/core/rows.hpp"
 #include "headroom/core/same_shape.hpp"
+#include "headroom/core/score_rows.hpp"
 #include "headroom/core/scratch.hpp"
 #include "headroom/core/segment_window.hpp"
 #include "headroom/core/segments.hpp"

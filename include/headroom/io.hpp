@@ -5,6 +5,7 @@
 #include "headroom/io/file_name.hpp"
 #include "headroom/io/folder_lock.hpp"
 #include "headroom/io/input_file.hpp"
+#include "headroom/io/line_file.hpp"
 #include "headroom/io/nearest.hpp"
 #include "headroom/io/number.hpp"
 #include "headroom/io/process.hpp"

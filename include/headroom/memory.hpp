@@ -7,6 +7,7 @@
 #include "headroom/memory/meta_allocator.hpp"
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/pages.hpp"
+#include "headroom/memory/phase_meter.hpp"
 #include "headroom/memory/resident.hpp"
 #include "headroom/memory/run_within.hpp"
 #include "headroom/memory/summary.hpp"

@@ -26,6 +26,7 @@
 #include "headroom/plan/meta_autocast.hpp"
 #include "headroom/plan/meta_kernels.hpp"
 #include "headroom/plan/operator_memory.hpp"
+#include "headroom/plan/page.hpp"
 #include "headroom/plan/plan.hpp"
 #include "headroom/plan/policy_search.hpp"
 #include "headroom/plan/recorded_inputs.hpp"

@@ -20,7 +20,7 @@ __all__ = ["MemoryReport", "attention", "measure", "replace_sdpa", "scaled_dot_p
 torch.ops.load_library(Path(__file__).with_name("libheadroom_ops.so"))
 
 
-def attention(q, k, v, *, scale=None, alignment="top_left", query_offset=0, causal=False, window=(-1, -1), key_lengths=None,
+def attention(q, k, v, *, scale=None, alignment="top_left", query_offset=0, causal=False, window=(-1, -1), global_keys=0, key_lengths=None,
               sequence_starts=None, key_sequence_starts=None, mask=None, hidden=None, block_mask=None, block_size=128,
               bias=None, relative_bias=None, alibi_slopes=None, sink=None, softcap=None, rotary=None, dropout=0.0,
               seed=None, backend="automatic", return_lse=False):
@@ -39,6 +39,7 @@ def attention(q, k, v, *, scale=None, alignment="top_left", query_offset=0, caus
     query_offset         is added to the positions of the queries
     causal               a query sees keys up to its position
     window               (left, right): keys from position - left to position + right; negative: unlimited
+    global_keys          widens the window: keys at this many first positions are seen by all, queries there see all
     key_lengths          integers, broadcastable to the batch dimensions: how many keys are valid
     sequence_starts      [S+1] integers: packed sequences, each query sees the keys of its own
     key_sequence_starts  the same for the keys where they differ
@@ -60,7 +61,7 @@ def attention(q, k, v, *, scale=None, alignment="top_left", query_offset=0, caus
     operator = torch.ops.headroom.attention_with_lse if return_lse else torch.ops.headroom.attention
     return operator(
         q, k, v, scale=scale, alignment=alignment, query_offset=query_offset, causal=causal, window_left=window[0], window_right=window[1],
-        key_lengths=key_lengths, sequence_starts=sequence_starts, key_sequence_starts=key_sequence_starts, mask=mask,
+        global_keys=global_keys, key_lengths=key_lengths, sequence_starts=sequence_starts, key_sequence_starts=key_sequence_starts, mask=mask,
         hidden=hidden, block_mask=block_mask, block_size=block_size, bias=bias, relative_bias=relative_bias,
         alibi_slopes=alibi_slopes, sink=sink, softcap=softcap, rotary=rotary, dropout=dropout, seed=seed,
         backend=backend)

@@ -138,6 +138,7 @@ class Draw {
     if (chance(0.2)) o.query_offset(between(-5, 20));
     o.causal(chance(0.35));
     if (chance(0.25)) o.window(AttentionWindow{between(-1, 12), between(-1, 6)});
+    if (chance(0.3)) o.global_keys(chance(0.2) ? between(0, 200) : between(0, 6));
     if (chance(0.2)) o.key_lengths(torch::randint(0, keys_ + 1, broadcast(batch_, 0.3), noise_, torch::kLong));
     if (chance(0.25)) {
       const int64_t count = between(1, 4);
@@ -229,6 +230,7 @@ std::string described(const RandomRequest& r) {
   if (o.alignment() == AttentionAlignment::bottom_right) out << ", bottom right";
   if (o.query_offset() != 0) out << ", offset " << o.query_offset();
   if (o.window().has_value()) out << ", window " << o.window()->left << ' ' << o.window()->right;
+  if (o.global_keys() > 0) out << ", global keys " << o.global_keys();
   if (o.dropout() > 0) out << ", dropout " << o.dropout();
   tensor("key_lengths", o.key_lengths()), tensor("sequence_starts", o.sequence_starts());
   tensor("key_sequence_starts", o.key_sequence_starts()), tensor("mask", o.mask()), tensor("hidden", o.hidden());

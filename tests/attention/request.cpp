@@ -45,9 +45,11 @@ std::pair<Tensor, Tensor> by_definition(const AttentionCase& request) {
           if (options.alignment() == AttentionAlignment::top_left) ahead = 0;
           const int64_t distance = (i - start + ahead + options.query_offset()) - (j - key_start);
           visible = visible && (!options.causal() || distance >= 0);
-          if (options.window() && options.window()->left >= 0) visible = visible && distance <= options.window()->left;
+          const bool is_global = std::min(j - key_start, j - key_start + distance) < options.global_keys();
+          if (options.window() && options.window()->left >= 0)
+            visible = visible && (is_global || distance <= options.window()->left);
           if (options.window() && options.window()->right >= 0)
-            visible = visible && -distance <= options.window()->right;
+            visible = visible && (is_global || -distance <= options.window()->right);
           if (options.key_lengths()) visible = visible && j < element(*options.key_lengths(), {batch}, {b}).toLong();
           if (options.mask()) visible = visible && element(*options.mask(), sizes, {b, h, i, j}).toBool();
           if (options.hidden()) visible = visible && !element(*options.hidden(), sizes, {b, h, i, j}).toBool();
@@ -409,6 +411,7 @@ TEST_CASE("numbers that float cannot hold are refused") {
   for (const double softcap : {double{INFINITY}, std::nan(""), 1e39, 1e-39, 0.0, -1.0}) {
     CHECK(id(AttentionOptions().softcap(softcap)) == "headroom.attention.softcap");
   }
+  CHECK(id(AttentionOptions().global_keys(-1)) == "headroom.attention.global_keys");
   for (const double dropout : {1.0, 1.5, -1e-9, std::nan(""), double{INFINITY}}) {
     CHECK(id(AttentionOptions().dropout(dropout)) == "headroom.attention.dropout");
   }

@@ -82,6 +82,20 @@ TEST_CASE("windows, with and without an offset") {
   }
 }
 
+TEST_CASE("a window and global tokens: two ranges a query") {
+  for (const Index tokens : {0, 1, 16, 70, 1000}) {
+    check_accuracy(kProblem, {}, GlobalWindowMask{{9, 9}, tokens});
+    check_accuracy(kProblem, {}, BothMasks{CausalMask{20}, GlobalWindowMask{{9, -1, 20}, tokens}});
+  }
+  check_accuracy({.batch = 2, .heads = 4, .queries = 500, .keys = 500, .dim = 64, .value_dim = 64, .kv_heads = 2}, {},
+                 GlobalWindowMask{{30, 30}, 5});
+  check_accuracy(with([](Problem& p) {
+                   p.bias = {1, 4, 150, 170}, p.mask = {2, 1, 150, 170}, p.relative_reach = 30, p.sink = true;
+                 }),
+                 {.softcap = 4, .dropout = {0.2, 5}}, GlobalWindowMask{{9, 9}, 4});
+  check_accuracy(with([](Problem& p) { p.amplitude = 1e6; }), {}, GlobalWindowMask{{9, 9}, 4});
+}
+
 TEST_CASE("packed sequences: every query sees its own") {
   // sequences of 40, 0, 100 and 10 queries and 50, 20, 0 and 100 keys
   std::vector<Index> begin, end, position;

@@ -26,8 +26,9 @@ using namespace core;
 
 /// A mask of any type.
 struct AnyMask {
-  std::function<KeyRange(Index b, Index h, Index query)> range;
+  std::function<KeyRange(Index b, Index h, Index query)> range, other_range;
   KeyRange keys(Index b, Index h, Index query) const { return range(b, h, query); }
+  KeyRange other_keys(Index b, Index h, Index query) const { return other_range(b, h, query); }
 };
 
 /// Both passes by the definition. The yardstick is compiled as written, in reference.cpp: without -Ofast and
@@ -188,7 +189,11 @@ struct Run {
   template <class M = NoMask>
   Run& reference(const AttentionParams& options = {}, const M& mask = {}) {
     run_reference(forward_tensors(), backward_tensors(), with_tensors(options),
-                  {[&](Index b, Index h, Index query) { return mask.keys(b, h, query); }});
+                  {[&](Index b, Index h, Index query) { return mask.keys(b, h, query); },
+                   [&](Index b, Index h, Index query) {
+                     if constexpr (TwoRangeMask<M>) return mask.other_keys(b, h, query);
+                     return KeyRange{};
+                   }});
     return *this;
   }
 };

@@ -356,9 +356,9 @@ std::array<std::vector<float>, 2> both_ways(const ScoresAlone& problem, Index qu
   }
   const QueryRun<float, kWidth> lanes(score.mask(), problem.params, {0, 0}, {0, queries}, keys);
   const QueryRun<float, kSize> rows(score.mask(), problem.params, {0, 0}, {0, queries}, keys);
-  score.apply(TileScores<float, kWidth, true>{in_lanes.data(), kWidth, {0, 0}, {0, keys}, lanes}, nullptr,
-              buffer.data());
-  score.apply(TileScores<float, kSize, false>{in_rows.data(), kWidth, {0, 0}, {0, keys}, rows}, nullptr, buffer.data());
+  const ScoreMemory<float> memory(buffer.data());
+  score.apply(TileScores<float, kWidth, true>{in_lanes.data(), kWidth, {0, 0}, {0, keys}, lanes}, memory);
+  score.apply(TileScores<float, kSize, false>{in_rows.data(), kWidth, {0, 0}, {0, keys}, rows}, memory);
   std::array<std::vector<float>, 2> result;
   for (Index j = 0; j < keys; ++j) {
     for (Index i = 0; i < queries; ++i) {

@@ -204,15 +204,18 @@ std::vector<Tensor> run_asked_encoder(const std::string& policy) {
   nn::AxialEncoder encoder(options, nn::AxialLayerImpl::Axes{{"time", 1}, {"frequency", 2}});
   const Tensor x = torch::randn({4, 64, 32, 64}).requires_grad_();
   const Tensor sink = torch::randn({4}).requires_grad_(), base = torch::randn({4, 32, 32}).requires_grad_();
+  const Tensor table = torch::randn({4, 64}).requires_grad_();
+  const auto own = [](auto score, auto at, auto by_key) { return score + 0.1 * score * by_key(at.head, at.key); };
   const Tensor lengths = [] {
     const HostTensors host;
     return torch::tensor({64, 3, 40, 1}).view({4, 1});
   }();
   const Tensor output = encoder->forward(  // base * 2 is no leaf
-      x, {{"time", AttentionOptions().key_lengths(lengths).causal(true).sink(sink)},
-          {"frequency", AttentionOptions().bias(base * 2).window(AttentionWindow{9, 9})}});
+      x, {{"time", AttentionOptions().key_lengths(lengths).causal(true).sink(sink).score_function(
+                       ScoreFunction(own, table * 2))},
+          {"frequency", AttentionOptions().bias(base * 2).window(AttentionWindow{9, 9}).global_keys(3)}});
   std::vector<Tensor> leaves = encoder->parameters();
-  leaves.insert(leaves.end(), {x, sink, base});
+  leaves.insert(leaves.end(), {x, sink, base, table});
   auto results = torch::autograd::grad({output.square().mean()}, leaves);
   results.push_back(output.detach());
   return results;

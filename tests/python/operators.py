@@ -36,6 +36,7 @@ REQUESTS = {
     "plain": (inputs(), {}),
     "causal": (inputs(), {"causal": True, "query_offset": 2}),
     "window": (inputs(), {"window_left": 3, "window_right": 1, "scale": 0.7}),
+    "window and global keys": (inputs(), {"window_left": 1, "window_right": 0, "global_keys": 2}),
     "aligned bottom right": (inputs(), {"sequence_starts": STARTS, "key_sequence_starts": KEY_STARTS, "causal": True,
                                         "alignment": "bottom_right"}),
     "key lengths": (inputs(), {"key_lengths": torch.tensor([9, 0])}),

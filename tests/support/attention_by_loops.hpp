@@ -70,7 +70,9 @@ class AttentionByLoops {
     if (sequence_of_query_[i] != sequence_of_key_[j]) return false;
     const int64_t distance = position_[i] - j;
     if (options_.causal() && distance < 0) return false;
-    if (const auto& window = options_.window(); window.has_value()) {
+    const int64_t first = key_row_[j], global = options_.global_keys();  // place in the sequence
+    const bool is_global = first < global || first + distance < global;
+    if (const auto& window = options_.window(); window.has_value() && !is_global) {
       if (window->left >= 0 && distance > window->left) return false;
       if (window->right >= 0 && -distance > window->right) return false;
     }

@@ -132,6 +132,16 @@ inline std::vector<AttentionCase> attention_cases() {
   plain("window", O().window(AttentionWindow{7, 3}));
   plain("window to the left", O().window(AttentionWindow{4, -1}).query_offset(20));
   plain("window beyond the keys", O().window(AttentionWindow{2, 2}).query_offset(40));
+  plain("window and global keys", O().window(AttentionWindow{4, 2}).global_keys(3));
+  plain("causal window and global keys, queries further on",
+        O().window(AttentionWindow{4, -1}).global_keys(6).causal(true).query_offset(20));
+  plain("global keys of packed sequences", O().sequence_starts(starts)
+                                               .key_sequence_starts(key_starts)
+                                               .window(AttentionWindow{1, 1})
+                                               .global_keys(2)
+                                               .key_lengths(torch::tensor({53, 12})));
+  plain("more global keys than keys", O().window(AttentionWindow{1, 1}).global_keys(1000));
+  plain("global keys without a window", O().causal(true).global_keys(2));
   plain("key lengths", O().key_lengths(torch::tensor({53, 17})));
   plain("key lengths of none", O().key_lengths(torch::tensor({0, 53})));
   plain("sequences", O().sequence_starts(starts).key_sequence_starts(key_starts));

@@ -4,23 +4,22 @@ Usage: plan_page.py <folder with the tools>
 """
 
 import json
-import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import unittest
 from pathlib import Path
 
+import browser
+
 TOOLS = Path(sys.argv.pop(1))
-BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 CONFIG = {
     "model": {"n_fft": 256, "hop_length": 128, "n_layers": 1, "emb_dim": 8, "n_heads": 2, "ffn_hidden_dim": [8, 8]},
     "training": {"segment_length": 4096, "batch_size": 2},
     "loss": {"windows": [256, 128], "hop": 64, "min_n_fft": 256},
 }
 # What the browser made of the page, as JSON in its title
-MEASURE = """<script>
+MEASURE = """
 const box = e => { const b = e.getBBox(); return {left: b.x, top: b.y, right: b.x + b.width, bottom: b.y + b.height}; };
 const svg = document.getElementById("timeline"), at = svg.getBoundingClientRect();
 const budget = document.getElementById("budget");
@@ -39,8 +38,7 @@ document.title = JSON.stringify({
   rows: [...document.querySelectorAll("tr")].map(r => r.innerText.split("\\t").map(s => s.trim())),
   tensors: [...document.querySelectorAll("li")].map(l => l.innerText),
   reasons: [...document.querySelectorAll("pre")].map(p => p.innerText),
-});
-</script>"""
+});"""
 
 
 class Page(unittest.TestCase):
@@ -53,15 +51,9 @@ class Page(unittest.TestCase):
             run = subprocess.run([TOOLS / "plan", "--config", config, "--html", page, "--json", plan, *arguments],
                                  capture_output=True, text=True, timeout=120)
             self.assertIn(run.returncode, (0, 3), run.stderr)
-            text = page.read_text()
-            page.write_text(text.replace("</body>", MEASURE + "</body>"))
-            shown = subprocess.run(
-                [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile",
-                 "--window-size=1200,900", "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
-            title = re.search(r"<title>(\{.*?\})</title>", shown.stdout, re.DOTALL)
-            self.assertTrue(title, shown.stderr)
-            unescaped = title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-            return json.loads(plan.read_text()), json.loads(unescaped), text
+            shown, errors = browser.measured(page, MEASURE)
+            self.assertEqual(errors, [])
+            return json.loads(plan.read_text()), shown, page.read_text()
 
     def test_layout(self):
         plan, page, text = self.open()
@@ -116,7 +108,4 @@ class Page(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    if BROWSER is None:
-        print("skipped: no browser here; Debian's package is chromium")
-        sys.exit(0)
-    unittest.main()
+    browser.main()

@@ -1,5 +1,6 @@
 #include "headroom/training/trainer.hpp"
 
+#include <algorithm>
 #include <filesystem>
 #include <map>
 #include <numeric>
@@ -387,36 +388,78 @@ TEST_CASE("best.pt is the epoch with the best validation, or without one the lea
   CHECK(load_state(folder / "last.pt").best_score == 5.0);
 }
 
-TEST_CASE("validation_nsdr is the ratio over all examples, the mean over the stems") {
-  torch::manual_seed(7);
-  TinySeparator model(6, 0.5);
-  model->train();
-  const double value = validation_nsdr(model, source, 3);
-  CHECK(model->is_training());
-  model->eval();
-  torch::NoGradGuard guard;
-  const NoiseExample all = source(0, 3);
-  const torch::Tensor error = (model->forward(all.mixture) - all.stems).to(torch::kDouble).square().sum({0, 2, 3});
-  const torch::Tensor energy = all.stems.to(torch::kDouble).square().sum({0, 2, 3});
-  CHECK(value == Approx((10 * (energy / error).log10()).mean().item<double>()).epsilon(1e-5));
+TEST_CASE("a run ends early after validations that are no better, also when it is stopped and resumed in between") {
+  Config config = tiny_config();
+  config.training.epochs = 12;
+  config.training.patience = 3;
+  const std::vector<double> scores = {1, 5, 3, 5, 6, 2, 6, 4, 9};  // 6 is the best before three others
+  const auto run = [&](Trainer& trainer, const TemporaryFolder& folder, int64_t stop_after) {
+    int64_t now = 0;
+    return trainer.run({.folder = folder.path(),
+                        .validate = [&] { return scores.at(static_cast<std::size_t>(now / 4 - 1)); },
+                        .on_step = [&](const StepReport& report) { now = report.step; },
+                        .stop_requested = [&] { return now == stop_after; }});
+  };
+  const TemporaryFolder whole, parts;
+  auto [model, trainer] = make_trainer(config);
+  const Summary summary = run(trainer, whole, -1);
+  CHECK(summary.steps == 8 * 4);
+  CHECK(summary.out_of_patience);
+  CHECK_FALSE(summary.stopped);
+  CHECK(summary.best_score == 6);
+  CHECK(load_state(whole / "best.pt").step == 5 * 4);
+  CHECK(load_state(whole / "best.pt").validations_since_best == 0);
+  Summary last;
+  for (const int64_t stop_after : {26, 28, -1}) {  // within an epoch, at the end of one, never
+    auto [fresh_model, fresh] = make_trainer(config);
+    if (stop_after != 26) fresh.resume(load_state(parts / "last.pt"), "last.pt");
+    last = run(fresh, parts, stop_after);
+  }
+  CHECK(last.steps == summary.steps);
+  CHECK(last.out_of_patience);
+  check_equal(load_state(parts / "last.pt").model, load_state(whole / "last.pt").model);
+
+  // Out of patience it stays at its end, and goes on with more
+  auto [again_model, again] = make_trainer(config);
+  again.resume(load_state(parts / "last.pt"), "last.pt");
+  CHECK(run(again, parts, -1).steps == summary.steps);
+  config.training.patience = 4;
+  auto [patient_model, patient] = make_trainer(config);
+  patient.resume(load_state(parts / "last.pt"), "last.pt");
+  const Summary more = run(patient, parts, 36);
+  CHECK(more.steps == 36);
+  CHECK(more.best_score == 9);
 }
 
-TEST_CASE("validation_nsdr leaves out stems that are silent") {
-  torch::manual_seed(7);
-  TinySeparator model(6, 0.5);
-  const auto with_scale = [](double first, double second) {
-    return [=](int64_t index, int64_t count) {
-      NoiseExample example = source(index, count);
-      example.stems = example.stems * torch::tensor({first, second, first, second}).view({1, 4, 1, 1});
-      return example;
-    };
-  };
-  auto half = with_scale(1, 0), both = with_scale(1, 1), none = with_scale(0, 0);
-  const double sounding = validation_nsdr(model, half, 3);
-  CHECK(std::abs(sounding) < 20);  // the energy of an error over that of silence would give -70 and less
-  auto other = with_scale(0, 1);
-  CHECK((sounding + validation_nsdr(model, other, 3)) / 2 == Approx(validation_nsdr(model, both, 3)));
-  CHECK(error_of([&] { validation_nsdr(model, none, 3); }).id() == "headroom.training.validation_silent");
+TEST_CASE("a step tells its loss, the norm of its gradient and what its phases took") {
+  Config config = tiny_config();
+  config.training.gradient_accumulation_steps = 2;
+  auto [model, trainer] = make_trainer(config);
+  std::vector<StepReport> reports;
+  const Summary summary = trainer.run({.steps = 4, .on_step = [&](const StepReport& p) { reports.push_back(p); }});
+  double sum = 0;
+  for (const StepReport& report : reports) {
+    sum += report.step_loss;
+    CHECK(report.loss == Approx(sum / static_cast<double>(report.step)));
+    CHECK(report.examples == 4);
+    CHECK(report.gradient_norm.value() > 0);
+    std::vector<std::string> names;
+    double seconds = 0;
+    for (const PhaseUse& use : report.phases) {
+      names.push_back(use.name);
+      seconds += use.seconds;
+      CHECK(use.peak_bytes > 0);
+      CHECK(use.peak_bytes <= report.peak_bytes);
+    }
+    CHECK(names == std::vector<std::string>{"data", "forward", "loss", "backward", "optimizer"});
+    CHECK(seconds <= report.seconds);
+    const auto bytes = [&](std::size_t phase) { return report.phases[phase].peak_bytes; };
+    CHECK(bytes(0) < bytes(1));  // activations
+    CHECK(bytes(1) < bytes(3));  // gradients
+  }
+  const auto highest = std::ranges::max(summary.phases, {}, &PhaseUse::peak_bytes);
+  CHECK(highest.peak_bytes == summary.peak_bytes);
+  CHECK(highest.name == "backward");
 }
 
 TEST_CASE("a run that is resumed for a time goes on at the pace and the learning rate of its schedule") {
@@ -601,7 +644,11 @@ TEST_CASE("losses and scores of another kind are not compared with those of befo
   TrainingState by_score = by_loss;
   by_score.best_metric = "validation nSDR";
   CHECK(after(by_score, [](Config& c) { c.loss.stft_weight = 100; }).best_metric == "validation nSDR");
+  by_score.validations_since_best = 2;
   CHECK(after(by_score, [](Config& c) { c.training.validation_segments = 3; }).best_metric.empty());
+  CHECK(after(by_score, [](Config& c) { c.training.validation_segments = 3; }).validations_since_best == 0);
+  CHECK(after(by_score, [](Config& c) { c.training.validation = "tracks"; }).best_metric.empty());
+  CHECK(after(by_score, [](Config& c) { c.inference.overlap = 0.5; }).validations_since_best == 2);
 }
 
 TEST_CASE("a state without a random generator's state is refused before anything changes") {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "headroom/attention/autograd.hpp"
 #include "headroom/attention/checks.hpp"
@@ -60,7 +61,7 @@ inline AttentionResult run_attention(const torch::Tensor& q, const torch::Tensor
 }  // namespace detail
 
 /// softmax(softcap(scale·q·kᵀ) + what is added to scores, over the allowed keys)·v, as AttentionOptions define it;
-/// differentiable in q, k, v, bias, relative_bias, alibi_slopes and sink.
+/// differentiable in q, k, v, bias, relative_bias, alibi_slopes, sink and the tables of a score function.
 /// q [..., H, Lq, D], k [..., Hk, Lk, D], v [..., Hk, Lk, Dv]: three dimensions or more, any strides, floating-point
 /// dtype (computed in float, in double for double). Head h of q attends to head h·Hk/H of k and v; their batch
 /// dimensions broadcast to those of q. The output lies in memory in the order of q's dimensions. A query without keys
@@ -69,6 +70,13 @@ inline AttentionResult run_attention(const torch::Tensor& q, const torch::Tensor
 inline torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                                const AttentionOptions& options = {}) {
   return detail::run_attention(q, k, v, options, /*with_lse=*/false).output;
+}
+
+/// The same with a score function in the options: a callable f(score, place, tables...), or ScoreFunction(f,
+/// tables...).
+inline torch::Tensor attention(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                               AttentionOptions options, ScoreFunction score_function) {
+  return attention(q, k, v, options.score_function(std::move(score_function)));
 }
 
 /// The same with the log-sum-exp of the scores, the sink's included: float (double for double inputs), -inf for a

@@ -83,12 +83,13 @@ AttentionForward attention_result(Compute&& compute) {
 /// Tensors of a request that may have a gradient, as edges of the graph; autograd takes none that are undefined.
 inline torch::autograd::variable_list with_differentiable(torch::autograd::variable_list tensors,
                                                           const AttentionRequest& request) {
-  for (const torch::Tensor* x : {&request.bias, &request.relative_bias, &request.alibi_slopes, &request.sink}) {
+  for (const torch::Tensor* x :
+       {&request.bias, &request.relative_bias, &request.alibi_slopes, &request.sink, &request.score_tables}) {
     if (x->defined()) tensors.push_back(*x);
   }
   return tensors;
 }
-/// Appends the gradients of those to `grads`; `given` are bias, relative_bias, alibi_slopes and sink.
+/// Appends the gradients of those to `grads`; `given` are bias, relative_bias, alibi_slopes, sink and score_tables.
 inline void append_differentiable(torch::autograd::variable_list& grads, at::TensorList given,
                                   const torch::autograd::variable_list& gradients) {
   for (size_t i = 0; i < given.size(); ++i) {
@@ -119,23 +120,23 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction<Backend>>
                                                  torch::autograd::variable_list grad) {
     const auto saved = ctx->get_saved_variables();
     const at::TensorList all(saved);
-    const AttentionRequest request = saved_request(ctx, all.slice(3, 7));
+    const AttentionRequest request = saved_request(ctx, all.slice(3, 8));
     const AttentionInputs in{saved[0], saved[1], saved[2], request};
-    const AttentionForward forward{saved[10], saved[11], all.slice(12).vec()};
+    const AttentionForward forward{saved[11], saved[12], all.slice(13).vec()};
     WantedGradients wanted{};
     for (size_t i = 0, edge = 0; i < wanted.size(); ++i) {
       wanted[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
     }
-    torch::autograd::variable_list inputs = all.slice(0, 7).vec();
+    torch::autograd::variable_list inputs = all.slice(0, 8).vec();
     inputs.insert(inputs.end(), grad.begin(), grad.end());
     const auto gradients = first_derivatives(inputs, [&]() -> torch::autograd::variable_list {
       const ResultGradients by_result{grad[0].defined() ? grad[0].resolve_neg() : torch::zeros_like(forward.output),
                                       grad[1].defined() ? grad[1].resolve_neg() : grad[1]};
       AttentionGradients g = Backend::backward(in, forward, by_result, wanted);
-      return {g.q, g.k, g.v, g.bias, g.relative_bias, g.alibi_slopes, g.sink};
+      return {g.q, g.k, g.v, g.bias, g.relative_bias, g.alibi_slopes, g.sink, g.score_tables};
     });
     torch::autograd::variable_list grads(gradients.begin(), gradients.begin() + 3);
-    append_differentiable(grads, all.slice(3, 4), {gradients.begin() + 3, gradients.end()});
+    append_differentiable(grads, all.slice(3, 5), {gradients.begin() + 3, gradients.end()});
     grads.emplace_back();  // the request has no gradient
     return grads;
   }

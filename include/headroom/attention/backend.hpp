@@ -30,12 +30,13 @@ struct ResultGradients {
   torch::Tensor output, lse = {};  // lse may be undefined
 };
 
-/// Whether the gradients of q, k, v, bias, relative_bias, alibi_slopes and sink are asked for.
-using WantedGradients = std::array<bool, 7>;
+/// Whether the gradients of q, k, v, bias, relative_bias, alibi_slopes, sink and score_tables are asked for.
+using WantedGradients = std::array<bool, 8>;
 
 struct AttentionGradients {
   torch::Tensor q, k, v;
-  torch::Tensor bias = {}, relative_bias = {}, alibi_slopes = {}, sink = {};  // undefined where not wanted
+  torch::Tensor bias = {}, relative_bias = {}, alibi_slopes = {}, sink = {},
+                score_tables = {};  // undefined where not wanted
 };
 
 }  // namespace headroom::inline v0::detail

@@ -54,6 +54,7 @@ class AttentionChecks {
     sequences();
     masks();
     scores();
+    functions();
     rotary();
     dropout();
   }
@@ -114,6 +115,10 @@ class AttentionChecks {
       request_.window_left = side(options_.window()->left);
       request_.window_right = side(options_.window()->right);
     }
+    require(options_.global_keys() >= 0, "headroom.attention.global_keys", "global_keys is ", options_.global_keys(),
+            ", expected how many of the first tokens see all and are seen by all, 0 or more");
+    const bool has_window = request_.window_left >= 0 || request_.window_right >= 0;
+    request_.global_keys = has_window ? std::min(options_.global_keys(), kFar) : 0;
   }
 
   /// Elements lie in memory at the strides: not sparse, nested or in a library's own layout.
@@ -241,6 +246,24 @@ class AttentionChecks {
     accept(
         "headroom.attention.sink", "sink", options_.sink(), request_.sink,
         [&](at::IntArrayRef x) { return x.size() == 1 && x[0] == heads; }, "shape [", heads, "]");
+  }
+
+  /// Tables become one tensor, by operators that autograd knows.
+  void functions() {
+    request_.mask_function = options_.mask_function();
+    if (!options_.score_function().has_value()) return;
+    request_.score_function = options_.score_function()->without_tables();
+    const auto computed_in = q_.scalar_type() == torch::kDouble ? torch::kDouble : torch::kFloat;
+    std::vector<torch::Tensor> flat;
+    for (const torch::Tensor& table : options_.score_function()->tables()) {
+      require(is_dense(table) && table.is_floating_point() && table.device() == q_.device() &&
+                  (table.dim() == 1 || table.dim() == 2) && table.numel() > 0,
+              "headroom.attention.score_function", "table ", flat.size(), " of the score function ", described(table),
+              "; expected floating point [columns] or [rows, columns] on ", q_.device(), ", with at least one element");
+      request_.score_table_shapes.push_back({table.dim() == 2 ? table.size(0) : 1, table.size(-1)});
+      flat.push_back(table.to(computed_in).flatten());
+    }
+    if (!flat.empty()) request_.score_tables = torch::cat(flat).resolve_neg();
   }
 
   void rotary() {

@@ -90,10 +90,11 @@ class ChunkedScores {
   /// f(chunk) for what queries [first, last) may see
   template <class F>
   void for_each_chunk(const HeadInputs& inputs, int64_t first, int64_t last, F&& f) const {
-    const auto [begin, end] = inputs.terms.keys(first, last);
-    for (int64_t j = begin; j < end; j += sizes_.keys) {
-      const ScoreChunk chunk{first, last, j, std::min(j + sizes_.keys, end)};
-      if (inputs.terms.may_see(chunk)) f(chunk);
+    for (const auto [begin, end] : inputs.terms.keys(first, last)) {
+      for (int64_t j = begin; j < end; j += sizes_.keys) {
+        const ScoreChunk chunk{first, last, j, std::min<int64_t>(j + sizes_.keys, end)};
+        if (inputs.terms.may_see(chunk)) f(chunk);
+      }
     }
   }
 

@@ -12,6 +12,7 @@
 #include <string_view>
 #include <vector>
 
+#include "headroom/attention/score_function.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/core/word_list.hpp"
 
@@ -65,7 +66,8 @@ struct AttentionWindow {
 };
 
 /// What may be asked of headroom::attention beside q, k and v:
-///   softmax(softcap(scale·q·kᵀ) + bias + relative_bias - alibi_slopes·|distance|, over the allowed keys)·v.
+///   softmax(f(softcap(scale·q·kᵀ) + bias + relative_bias - alibi_slopes·|distance|), over the allowed keys)·v
+/// where f is score_function, if there is one.
 /// Query i stands at position p = i + query_offset among the keys, p = i + Lk - Lq + query_offset with the alignment
 /// bottom_right; its distance to key j is p - j. In packed sequences i and j count from the start of their sequence,
 /// and Lq and Lk are its lengths.
@@ -82,6 +84,9 @@ struct AttentionOptions {
   TORCH_ARG(bool, causal) = false;
   /// A query at position p sees keys p - left … p + right.
   TORCH_ARG(std::optional<AttentionWindow>, window) = std::nullopt;
+  /// Widens the window by global tokens: keys at the first positions are seen by all, and a query that stands at one of
+  /// them sees all keys.
+  TORCH_ARG(int64_t, global_keys) = 0;
   /// How many of the keys are valid: integers on the CPU, broadcastable to the batch dimensions of q.
   TORCH_ARG(std::optional<torch::Tensor>, key_lengths) = std::nullopt;
   /// Packed sequences of different lengths: where each one starts, and the end of the last, [S+1] integers on the CPU,
@@ -96,6 +101,9 @@ struct AttentionOptions {
   /// bool, broadcastable to [..., H, ceil(Lq / block_size), ceil(Lk / block_size)]: blocks that may be seen.
   TORCH_ARG(std::optional<torch::Tensor>, block_mask) = std::nullopt;
   TORCH_ARG(int64_t, block_size) = 128;
+  /// A function of one's own that says which pairs, or which range of keys, are seen. It counts queries and keys from
+  /// the start of q and k, and batches as one dimension. Served by the backend tiled.
+  TORCH_ARG(std::optional<MaskFunction>, mask_function) = std::nullopt;
 
   // ---- what is added to a score; all of these are differentiable ----
   /// Floating point, broadcastable to [..., H, Lq, Lk].
@@ -109,6 +117,9 @@ struct AttentionOptions {
 
   /// Scores s become softcap·tanh(s / softcap) before anything is added.
   TORCH_ARG(std::optional<double>, softcap) = std::nullopt;
+  /// A function of one's own, which gets scores with all that is added and returns what goes into the softmax. It
+  /// counts as mask_function does. Served by the backend tiled.
+  TORCH_ARG(std::optional<ScoreFunction>, score_function) = std::nullopt;
   /// Complex [positions, R/2], as nn::rotary_table makes it: rotates the first R features of q and k, in neighbouring
   /// pairs, by row p for a query and row j for a key.
   TORCH_ARG(std::optional<torch::Tensor>, rotary) = std::nullopt;
@@ -129,6 +140,11 @@ inline std::vector<torch::Tensor> differentiable(const AttentionOptions& options
   std::vector<torch::Tensor> all;
   for (const auto& x : {options.bias(), options.relative_bias(), options.alibi_slopes(), options.sink()}) {
     if (x.has_value() && x->defined() && x->requires_grad()) all.push_back(*x);
+  }
+  if (options.score_function().has_value()) {
+    for (const torch::Tensor& x : options.score_function()->tables()) {
+      if (x.defined() && x.requires_grad()) all.push_back(x);
+    }
   }
   return all;
 }

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "headroom/attention/request.hpp"
+#include "headroom/core/mask.hpp"
 #include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::detail {
@@ -27,9 +29,17 @@ inline torch::Tensor host_integers(int64_t count) {
 
 /// What a request says about positions, O(L) in size.
 struct AttentionPositions {
-  // int64 [Lq] on the CPU, contiguous. `query`: position among the keys, where the distance to key j is query - j;
-  // `begin`, `end`: the keys [begin, end) that causality, window and sequences allow, 0 <= begin <= end <= Lk.
-  torch::Tensor query, begin, end;
+  /// Keys [begin, end), int64 [Lq] on the CPU, contiguous, 0 <= begin <= end <= Lk.
+  struct Ranges {
+    torch::Tensor begin, end;
+
+    core::KeyRange operator[](int64_t query) const {
+      return {begin.const_data_ptr<int64_t>()[query], end.const_data_ptr<int64_t>()[query]};
+    }
+  };
+
+  torch::Tensor query;         // likewise: position among the keys; the distance to key j is query - j
+  std::vector<Ranges> ranges;  // which keys causality, window and sequences allow: one, or two with global keys
 
   explicit AttentionPositions(const AttentionRequest& request);
 };
@@ -42,22 +52,25 @@ struct RotaryRows {
 };
 
 inline AttentionPositions::AttentionPositions(const AttentionRequest& request)
-    : query(host_integers(request.queries())),
-      begin(host_integers(request.queries())),
-      end(host_integers(request.queries())) {
+    : query(host_integers(request.queries())) {
+  const int64_t count = request.queries();
+  for (int passes = request.global_keys > 0 ? 2 : 1; passes > 0; --passes) {
+    ranges.push_back({host_integers(count), host_integers(count)});
+  }
   auto* const position = query.mutable_data_ptr<int64_t>();
-  auto* const from = begin.mutable_data_ptr<int64_t>();
-  auto* const to = end.mutable_data_ptr<int64_t>();
   for_each_sequence(request, [&](int64_t first, int64_t last, int64_t first_key, int64_t end_key) {
-    const int64_t start = request.first_position(last - first, end_key - first_key);
+    const int64_t start = request.first_position(last - first, end_key - first_key), keys = end_key - first_key;
+    const auto mask = request.position_mask(start);
+    const auto put = [&](const Ranges& to, int64_t i, const core::KeyRange& range) {
+      const int64_t begin = std::clamp<int64_t>(range.begin, 0, keys),
+                    end = std::clamp<int64_t>(range.end, begin, keys);
+      to.begin.mutable_data_ptr<int64_t>()[i] = first_key + begin;
+      to.end.mutable_data_ptr<int64_t>()[i] = first_key + end;
+    };
     for (int64_t i = first; i < last; ++i) {
-      const int64_t p = position[i] = first_key + start + (i - first);
-      int64_t low = first_key, high = end_key;
-      if (request.causal) high = std::min(high, p + 1);
-      if (request.window_left >= 0) low = std::max(low, p - request.window_left);
-      if (request.window_right >= 0) high = std::min(high, p + request.window_right + 1);
-      from[i] = std::clamp(low, first_key, end_key);
-      to[i] = std::max(from[i], high);
+      position[i] = first_key + start + (i - first);
+      put(ranges[0], i, mask.keys(0, 0, i - first));
+      if (ranges.size() > 1) put(ranges[1], i, mask.other_keys(0, 0, i - first));
     }
   });
 }

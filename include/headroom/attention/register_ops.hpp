@@ -24,7 +24,7 @@ namespace headroom::inline v0::detail {
 
 inline constexpr const char* kAttentionOptionsSchema =
     "float? scale=None, str alignment=\"top_left\", SymInt query_offset=0, bool causal=False, SymInt window_left=-1, "
-    "SymInt window_right=-1, "
+    "SymInt window_right=-1, SymInt global_keys=0, "
     "Tensor? key_lengths=None, Tensor? sequence_starts=None, Tensor? key_sequence_starts=None, Tensor? mask=None, "
     "Tensor? hidden=None, Tensor? block_mask=None, SymInt block_size=128, Tensor? bias=None, "
     "Tensor? relative_bias=None, Tensor? alibi_slopes=None, Tensor? sink=None, float? softcap=None, "
@@ -90,6 +90,7 @@ inline AttentionOptions options_of(const OperatorCall& call) {
       .query_offset(call["query_offset"].toInt())
       .causal(call["causal"].toBool())
       .window(AttentionWindow{call["window_left"].toInt(), call["window_right"].toInt()})
+      .global_keys(call["global_keys"].toInt())
       .key_lengths(call.optional_tensor("key_lengths"))
       .sequence_starts(call.optional_tensor("sequence_starts"))
       .key_sequence_starts(call.optional_tensor("key_sequence_starts"))
@@ -156,6 +157,9 @@ struct BackendCall {
 inline constexpr std::array<const char*, 7> kDifferentiable = {"q",   "k", "v", "bias", "relative_bias", "alibi_slopes",
                                                                "sink"};
 
+/// Whether these are asked for.
+using WantedByOperator = std::array<bool, kDifferentiable.size()>;
+
 /// An uninitialised gradient of argument i: in memory in the order of q, k or v, contiguous for the others.
 inline torch::Tensor empty_gradient(size_t i, const torch::Tensor& of) {
   return i < 3 ? empty_in_order_of(of, of.sym_sizes(), of.options()) : at::empty_symint(of.sym_sizes(), of.options());
@@ -171,11 +175,13 @@ inline void compute_attention_forward(const c10::OperatorHandle& op, torch::jit:
 inline void compute_attention_backward(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const torch::NoGradGuard no_grad;
   const OperatorCall call(op, *stack);
-  const auto wanted = call["wanted"].to<WantedGradients>();
+  const auto wanted = call["wanted"].to<WantedByOperator>();
+  WantedGradients of_backend{};
+  std::ranges::copy(wanted, of_backend.begin());
   const auto grad_lse = call.optional_tensor("grad_lse");
   AttentionGradients grad =
       BackendCall(call).backward({call.tensor("output"), call.tensor("lse")},
-                                 {call.tensor("grad_output"), grad_lse.value_or(torch::Tensor())}, wanted);
+                                 {call.tensor("grad_output"), grad_lse.value_or(torch::Tensor())}, of_backend);
   torch::Tensor* const computed[] = {&grad.q,   &grad.k, &grad.v, &grad.bias, &grad.relative_bias, &grad.alibi_slopes,
                                      &grad.sink};
   for (size_t i = 0; i < wanted.size(); ++i) {
@@ -210,7 +216,7 @@ inline void shape_attention_forward(const c10::OperatorHandle& op, torch::jit::S
 
 inline void shape_attention_backward(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const OperatorCall call(op, *stack);
-  const auto wanted = call["wanted"].to<WantedGradients>();
+  const auto wanted = call["wanted"].to<WantedByOperator>();
   for (size_t i = 0; i < wanted.size(); ++i) {
     const auto of = call.optional_tensor(kDifferentiable[i]);
     torch::jit::push(*stack, wanted[i] && of.has_value() ? empty_gradient(i, *of) : torch::Tensor());
@@ -250,7 +256,7 @@ struct AttentionOperator : torch::autograd::Function<AttentionOperator> {
     const auto holder = ctx->saved_data["call"].toCapsule();
     OperatorCall call = static_cast<const SavedCall&>(*holder).call;
     call.set_tensors(at::TensorList(saved).slice(2));
-    WantedGradients wanted{};
+    WantedByOperator wanted{};
     for (size_t i = 0, edge = 0; i < wanted.size(); ++i) {
       wanted[i] = call.optional_tensor(kDifferentiable[i]).has_value() && ctx->needs_input_grad(edge++);
     }

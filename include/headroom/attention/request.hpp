@@ -4,10 +4,12 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "headroom/attention/options.hpp"
 #include "headroom/core/dropout.hpp"
+#include "headroom/core/mask.hpp"
 
 namespace headroom::inline v0::detail {
 
@@ -28,6 +30,7 @@ struct AttentionRequest {
   bool sequences_end = false;  // packed sequences are aligned bottom right
   bool causal = false;
   int64_t window_left = -1, window_right = -1;         // -1: unlimited
+  int64_t global_keys = 0;                             // 0 without a window: then all keys are
   torch::Tensor key_lengths;                           // int64, contiguous, CPU, batch dimensions of q
   torch::Tensor sequence_starts, key_sequence_starts;  // int64 [S+1], contiguous, CPU; both or none
   torch::Tensor mask;                                  // bool, a view expanded to score_sizes
@@ -38,6 +41,11 @@ struct AttentionRequest {
   torch::Tensor bias, relative_bias, alibi_slopes, sink;  // as given: their gradients have these shapes
   torch::Tensor rotary;                                   // complex [P, R/2]
   core::Dropout dropout;
+
+  std::optional<ScoreFunction> score_function;             // without its tables
+  std::vector<std::array<int64_t, 2>> score_table_shapes;  // [rows, columns]
+  torch::Tensor score_tables;                              // [elements], one after the other, in what is computed in
+  std::optional<MaskFunction> mask_function;
 
   int64_t heads() const { return score_sizes.end()[-3]; }
   int64_t queries() const { return score_sizes.end()[-2]; }
@@ -57,9 +65,16 @@ struct AttentionRequest {
     return query_offset + (sequences_end ? keys - queries : 0);
   }
 
-  /// The tensors that were given and not copied; the first four are differentiable.
-  std::array<torch::Tensor*, 7> tensors() {
-    return {&bias, &relative_bias, &alibi_slopes, &sink, &mask, &block_mask, &rotary};
+  /// Which keys of its sequence a query sees by its position, both counted from the sequence's start: the two ranges of
+  /// a mask. The second one is always empty without global keys.
+  core::BothMasks<core::GlobalWindowMask, core::CausalMask> position_mask(int64_t first_position) const {
+    static constexpr int64_t kFar = int64_t{1} << 60;
+    return {{{window_left, window_right, first_position}, global_keys}, {causal ? first_position : kFar}};
+  }
+
+  /// The tensors that were given and not copied, and the tables; the first five are differentiable.
+  std::array<torch::Tensor*, 8> tensors() {
+    return {&bias, &relative_bias, &alibi_slopes, &sink, &score_tables, &mask, &block_mask, &rotary};
   }
 
   /// Fails unless the request is whole; draws dropout's seed.

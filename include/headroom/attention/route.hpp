@@ -26,6 +26,10 @@ inline std::vector<std::string> refusals(AttentionBackend backend, const torch::
     refuse(dtype != torch::kFloat && dtype != torch::kDouble && dtype != torch::kBFloat16 && dtype != torch::kHalf,
            "tensors of " + std::string(q.dtype().name()));
   }
+  if (backend != AttentionBackend::tiled) {
+    refuse(request.score_function.has_value(), "score_function");
+    refuse(request.mask_function.has_value(), "mask_function");
+  }
   if (backend == AttentionBackend::fused) {
     const auto device = compute_device(q);
     refuse(!device.is_cpu() && !device.is_cuda(), "tensors on " + device.str());
@@ -80,7 +84,9 @@ inline AttentionBackend resolve_backend(const torch::Tensor& q, const AttentionR
     if (refusals(backend, q, request).empty()) able.push_back(backend);
   }
   fail("headroom.attention.backend", "the backend ", wanted, " does not serve ", listed(refused),
-       "; leave that out or ask for one of the backends ", listed(able));
+       able.empty() ? "; no backend serves all of the request: leave something out"
+                    : "; leave that out or ask for one of the backends ",
+       listed(able));
 }
 
 }  // namespace headroom::inline v0::detail

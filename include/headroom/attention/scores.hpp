@@ -25,12 +25,11 @@ class ScoreTerms {
         request_(request),
         positions_(request),
         query_(positions_.query.to(device)),
-        begin_(positions_.begin.to(device)),
-        end_(positions_.end.to(device)),
         key_(torch::arange(request.keys(), query_.options())),
         index_(torch::arange(request.queries(), query_.options())),
         mask_(unexpanded(request.mask)),
         block_mask_(unexpanded(request.block_mask)) {
+    for (const auto& [begin, end] : positions_.ranges) ranges_.push_back({begin.to(device), end.to(device)});
     if (request.key_lengths.defined()) {
       host_lengths_ = request.key_lengths.unsqueeze(-1);
       lengths_ = host_lengths_.to(device);
@@ -68,14 +67,21 @@ class ScoreTerms {
            request_.sequence_starts.defined() || mask_.defined() || block_mask_.defined() || request_.keys() == 0;
   }
 
-  /// Keys outside of [begin, end) are hidden from all queries of [first, last).
-  std::pair<int64_t, int64_t> keys(int64_t first, int64_t last) const {
-    if (first == last) return {0, 0};
-    const auto* const begin = positions_.begin.const_data_ptr<int64_t>();
-    const auto* const end = positions_.end.const_data_ptr<int64_t>();
-    int64_t high = *std::max_element(end + first, end + last);
-    if (lengths_.defined() && lengths_.numel() > 0) high = std::min(high, host_lengths_.max().item<int64_t>());
-    return {*std::min_element(begin + first, begin + last), high};
+  /// Keys outside of these ranges, which share none, are hidden from all queries of [first, last).
+  std::vector<core::KeyRange> keys(int64_t first, int64_t last) const {
+    const bool by_length = lengths_.defined() && lengths_.numel() > 0;
+    const int64_t most = by_length ? host_lengths_.max().item<int64_t>() : request_.keys();
+    std::vector<core::KeyRange> hulls;
+    for (const AttentionPositions::Ranges& ranges : positions_.ranges) {
+      core::KeyRange hull{most, 0};
+      for (int64_t i = first; i < last; ++i) {
+        const core::KeyRange range = ranges[i] & core::KeyRange{0, most};
+        if (!range.empty()) hull = {std::min(hull.begin, range.begin), std::max(hull.end, range.end)};
+      }
+      if (!hull.empty()) hulls.push_back(hull);
+    }
+    if (hulls.size() < 2 || (hulls[0] & hulls[1]).empty()) return hulls;
+    return {{std::min(hulls[0].begin, hulls[1].begin), std::max(hulls[0].end, hulls[1].end)}};
   }
 
   /// False if the block mask hides all of a chunk.
@@ -92,17 +98,9 @@ class ScoreTerms {
   torch::Tensor hidden(const ScoreChunk& chunk) const {
     torch::Tensor hidden;
     const auto hide = [&](const torch::Tensor& x) { hidden = either(hidden, x); };
-    const auto [first, last, first_key, end_key] = chunk;
     const torch::Tensor key = narrow_keys(key_, chunk);
-    const auto* const begin = positions_.begin.const_data_ptr<int64_t>();
-    const auto* const end = positions_.end.const_data_ptr<int64_t>();
-    if (std::any_of(begin + first, begin + last, [j = first_key](int64_t b) { return b > j; })) {
-      hide(key < narrow_queries(begin_, chunk).unsqueeze(-1));
-    }
-    if (std::any_of(end + first, end + last, [j = end_key](int64_t e) { return e < j; })) {
-      hide(key >= narrow_queries(end_, chunk).unsqueeze(-1));
-    }
-    if (lengths_.defined() && lengths_.numel() > 0 && host_lengths_.min().item<int64_t>() < end_key) {
+    hide(outside_ranges(chunk));
+    if (lengths_.defined() && lengths_.numel() > 0 && host_lengths_.min().item<int64_t>() < chunk.end_key) {
       hide(key >= lengths_.unsqueeze(-1).unsqueeze(-1));
     }
     if (mask_.defined()) {
@@ -168,6 +166,24 @@ class ScoreTerms {
   torch::Tensor bias, relative_bias, alibi_slopes, sink;
 
  private:
+  /// Where a key is in no range of its query; undefined if there is no such pair.
+  torch::Tensor outside_ranges(const ScoreChunk& chunk) const {
+    const torch::Tensor key = narrow_keys(key_, chunk);
+    torch::Tensor outside;
+    for (size_t r = 0; r < ranges_.size(); ++r) {
+      bool below = false, above = false;
+      for (int64_t i = chunk.first_query; i < chunk.end_query; ++i) {
+        const core::KeyRange range = positions_.ranges[r][i];
+        below |= range.begin > chunk.first_key, above |= range.end < chunk.end_key;
+      }
+      if (!below && !above) return {};
+      torch::Tensor of_range;
+      if (below) of_range = key < narrow_queries(ranges_[r].begin, chunk).unsqueeze(-1);
+      if (above) of_range = either(of_range, key >= narrow_queries(ranges_[r].end, chunk).unsqueeze(-1));
+      outside = outside.defined() ? outside.logical_and(of_range) : of_range;
+    }
+    return outside;
+  }
   static torch::Tensor narrow_queries(const torch::Tensor& x, const ScoreChunk& chunk) {
     return x.slice(0, chunk.first_query, chunk.end_query);
   }
@@ -177,7 +193,8 @@ class ScoreTerms {
 
   const AttentionRequest& request_;
   AttentionPositions positions_;
-  torch::Tensor query_, begin_, end_, key_, index_;  // positions on the device
+  torch::Tensor query_, key_, index_;               // positions on the device
+  std::vector<AttentionPositions::Ranges> ranges_;  // there
   torch::Tensor mask_, block_mask_;
   torch::Tensor host_lengths_, lengths_;  // [..., 1]
   torch::Tensor head_;                    // flat index of each head, for dropout

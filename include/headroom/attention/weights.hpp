@@ -123,6 +123,7 @@ HEADROOM_KERNEL torch::Tensor attention_weights(const torch::Tensor& q, const to
                                                 AttentionOptions options, bool mean_over_heads) {
   const torch::Tensor no_values = k.defined() && k.dim() > 0 ? k.detach().narrow(-1, 0, 0) : k;
   const auto request = detail::AttentionRequest::check(q, k, no_values, options.dropout(0));
+  detail::resolve_backend(q, request, AttentionBackend::chunked);
   using detail::AttentionFunction, detail::WeightsBackend;
   const detail::AttentionInputs in{q, k, no_values, request};
   const torch::Tensor weights = mean_over_heads ? AttentionFunction<WeightsBackend<true>>::run(in).output.squeeze(-3)

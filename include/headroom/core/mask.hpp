@@ -25,6 +25,13 @@ concept Mask = requires(const M& mask, Index i) {
   { mask.keys(i, i, i) } -> std::convertible_to<KeyRange>;  // (batch, head, query)
 };
 
+/// A mask whose queries may see a second range, which shares no key with the first. Passes walk over one range after
+/// the other, so that what lies between them costs nothing.
+template <class M>
+concept TwoRangeMask = Mask<M> && requires(const M& mask, Index i) {
+  { mask.other_keys(i, i, i) } -> std::convertible_to<KeyRange>;  // (batch, head, query)
+};
+
 /// Every query sees every key.
 struct NoMask {
   KeyRange keys(Index, Index, Index) const { return {0, Eigen::NumTraits<Index>::highest()}; }
@@ -46,6 +53,20 @@ struct WindowMask {
   }
 };
 
+/// A window beside which the first tokens see everything and are seen by all (global attention: Longformer, Beltagy et
+/// al. 2020): a query sees the keys of its window and keys 0 … tokens - 1, one at a position below `tokens` every key.
+struct GlobalWindowMask {
+  WindowMask window = {};
+  Index tokens = 0;
+
+  bool sees_all(Index query) const { return query + window.offset < tokens; }
+  KeyRange keys(Index b, Index h, Index query) const {
+    return sees_all(query) ? NoMask{}.keys(b, h, query)
+                           : window.keys(b, h, query) & KeyRange{tokens, Eigen::NumTraits<Index>::highest()};
+  }
+  KeyRange other_keys(Index, Index, Index query) const { return {0, sees_all(query) ? 0 : tokens}; }
+};
+
 /// The same ranges for all batches and heads, one for each query: packed sequences, for example.
 struct RangeMask {
   const Index *begin = nullptr, *end = nullptr;  // [Lq]
@@ -59,12 +80,20 @@ struct KeyLengthMask {
   KeyRange keys(Index batch, Index, Index) const { return {0, static_cast<Index>(lengths[batch])}; }
 };
 
-/// What both masks allow.
+/// What both masks allow, of which one may have two ranges.
 template <Mask A, Mask B>
 struct BothMasks {
+  static_assert(!(TwoRangeMask<A> && TwoRangeMask<B>), "BothMasks takes at most one mask with other_keys()");
+
   A first;
   B second;
   KeyRange keys(Index b, Index h, Index query) const { return first.keys(b, h, query) & second.keys(b, h, query); }
+  KeyRange other_keys(Index b, Index h, Index query) const requires TwoRangeMask<A> {
+    return first.other_keys(b, h, query) & second.keys(b, h, query);
+  }
+  KeyRange other_keys(Index b, Index h, Index query) const requires TwoRangeMask<B> {
+    return first.keys(b, h, query) & second.other_keys(b, h, query);
+  }
 };
 template <Mask A, Mask B>
 BothMasks(A, B) -> BothMasks<A, B>;

@@ -44,6 +44,7 @@ struct TrackOptions {
   /// Samples that a track has at least.
   Eigen::Index least_samples() const { return asks_for("l1_freq") ? L1FrequencyScore::kLeastSamples : 1; }
   bool asks_for_bss() const { return std::ranges::any_of(metrics, is_bss_metric); }
+  bool reads_twice() const { return asks_for_bss() || asks_for("bleedless") || asks_for("fullness"); }
 
   /// Throws headroom.core.track_scores.options.
   void check() const {
@@ -183,7 +184,7 @@ TrackScores score_track(const TrackOptions& options, Reading&& read, const E& ex
   std::optional<BssFrames<E>> frames;
   if (correlations) frames.emplace(BssFilters(*correlations), executor);
   correlations.reset();
-  if (asks_for_bss || options.asks_for("bleedless") || options.asks_for("fullness")) {
+  if (options.reads_twice()) {
     read([&](const TrackBlock& block) {
       executor.run(options.sources, [&](Eigen::Index source, int /*worker*/) {
         sources[static_cast<std::size_t>(source)].add_again(of(block.references, source), of(block.estimates, source));

@@ -21,8 +21,10 @@ inline bool is_alike_along(const AttentionOptions& request, int64_t batch_dim) {
     return dim < 0 || x->size(dim) == 1;
   };
   const bool drops_by_place = request.dropout() > 0 && request.seed().has_value();  // heads are counted over the batch
+  const bool asks_by_place = request.score_function().has_value() || request.mask_function().has_value();
   return alike(request.key_lengths(), 0) && alike(request.alibi_slopes(), 2) && alike(request.mask(), 3) &&
-         alike(request.hidden(), 3) && alike(request.block_mask(), 3) && alike(request.bias(), 3) && !drops_by_place;
+         alike(request.hidden(), 3) && alike(request.block_mask(), 3) && alike(request.bias(), 3) && !drops_by_place &&
+         !asks_by_place;
 }
 
 /// The request with the seed that its own generator draws, so that it asks for the same when it is computed again.

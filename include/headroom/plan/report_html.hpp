@@ -14,6 +14,7 @@
 
 #include "headroom/core/separate_kernels.hpp"
 #include "headroom/memory/format.hpp"
+#include "headroom/plan/page.hpp"
 #include "headroom/plan/report.hpp"
 #include "headroom/plan/result.hpp"
 #include "headroom/plan/trace.hpp"
@@ -21,14 +22,6 @@
 namespace headroom::inline v0 {
 
 namespace detail {
-
-inline std::string html_text(std::string_view text) {
-  std::string out;
-  for (const char c : text) {
-    out += c == '<' ? "&lt;" : c == '>' ? "&gt;" : c == '&' ? "&amp;" : std::string(1, c);
-  }
-  return out;
-}
 
 /// The memory of a plan along its events, in `width` columns: at the moment of its highest sum in each.
 struct Timeline {
@@ -74,7 +67,7 @@ struct Timeline {
 };
 
 /// A drawing of the timeline: memory by use, marks of size, the budget where it is near, and phases.
-inline void write_timeline(std::ostream& out, const Plan& plan, const std::vector<const char*>& colours) {
+inline void write_timeline(std::ostream& out, const Plan& plan) {
   constexpr int64_t kWidth = 1000, kHeight = 320, kLeft = 90, kBelow = 24;
   const Timeline timeline(plan, kWidth);
   const auto y = [&](int64_t bytes) {
@@ -83,18 +76,17 @@ inline void write_timeline(std::ostream& out, const Plan& plan, const std::vecto
   };
   out << std::fixed << std::setprecision(1) << "<svg id=\"timeline\" width=\"" << kLeft + kWidth << "\" height=\""
       << kHeight + kBelow << "\" viewBox=\"" << -kLeft << " 0 " << kLeft + kWidth << " " << kHeight + kBelow
-      << "\" role=\"img\">\n<rect width=\"" << kWidth << "\" height=\"" << kHeight << "\" fill=\"#f7f7f7\"/>\n";
+      << "\" role=\"img\">\n<rect class=\"plot\" width=\"" << kWidth << "\" height=\"" << kHeight << "\"/>\n";
   const int64_t step =
       int64_t{1} << static_cast<int>(std::log2(static_cast<double>(std::max<int64_t>(plan.peak_bytes, 4)) / 3));
   for (int64_t bytes = step; bytes <= plan.peak_bytes; bytes += step) {
-    out << "<line x2=\"" << kWidth << "\" y1=\"" << y(bytes) << "\" y2=\"" << y(bytes)
-        << "\" stroke=\"#ddd\"/><text class=\"size\" x=\"-8\" y=\"" << y(bytes) + 4 << "\">" << format_bytes(bytes)
-        << "</text>\n";
+    out << "<line class=\"rule\" x2=\"" << kWidth << "\" y1=\"" << y(bytes) << "\" y2=\"" << y(bytes)
+        << "\"/><text class=\"size\" x=\"-8\" y=\"" << y(bytes) + 4 << "\">" << format_bytes(bytes) << "</text>\n";
   }
   std::vector<int64_t> below(timeline.columns.size());
   for (size_t use = 0; use < static_cast<size_t>(kMemoryUses); ++use) {
     const std::vector<int64_t> lower = below;
-    out << "<path fill=\"" << colours[use] << "\" d=\"";
+    out << "<path fill=\"" << kPageColours[use] << "\" d=\"";
     for (size_t x = 0; x < below.size(); ++x) {
       below[x] += timeline.columns[x].live[use];
       out << (x == 0 ? "M" : "L") << x << " " << y(below[x]);
@@ -124,22 +116,16 @@ HEADROOM_KERNEL std::string plan_html(const Plan& plan, std::string_view title =
 
 #ifdef HEADROOM_DEFINE_KERNELS
 HEADROOM_KERNEL std::string plan_html(const Plan& plan, std::string_view title) {
-  const std::vector<const char*> colours{"#4c78a8", "#f58518", "#e45756", "#54a24b", "#72b7b2", "#b279a2"};
   std::ostringstream out;
-  out << "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>" << detail::html_text(title)
-      << "</title>\n<style>body{font:14px system-ui,sans-serif;max-width:1100px;margin:2em auto;color:#222}"
-         "td,th{padding:2px 12px 2px 0;text-align:left}td.n{text-align:right;font-variant-numeric:tabular-nums}"
-         "text{font-size:12px;fill:#555}.size{text-anchor:end}.phase{text-anchor:middle}"
-         "i{display:inline-block;width:.8em;height:.8em;margin-right:.4em}pre{white-space:pre-wrap}</style></"
-         "head><body>\n"
-      << "<h1>" << detail::html_text(title) << "</h1>\n<p id=\"verdict\">" << detail::html_text(plan.device.name)
-      << ": " << (plan.fits ? "fits" : "does not fit") << ", peak " << format_bytes(plan.peak_bytes) << " of "
-      << format_bytes(plan.budget) << ", reserved " << format_bytes(plan.reserved_bytes) << "</p>\n";
-  detail::write_timeline(out, plan, colours);
+  detail::begin_page(out, title);
+  out << "<p id=\"verdict\">" << detail::html_text(plan.device.name) << ": " << (plan.fits ? "fits" : "does not fit")
+      << ", peak " << format_bytes(plan.peak_bytes) << " of " << format_bytes(plan.budget) << ", reserved "
+      << format_bytes(plan.reserved_bytes) << "</p>\n";
+  detail::write_timeline(out, plan);
   out << "<table><tr><th>at the peak<th>";
   for (size_t use = 0; use < plan.parts.size(); ++use) {
-    out << "<tr><td><i style=\"background:" << colours[use] << "\"></i>" << kMemoryUseNames[use] << "<td class=\"n\">"
-        << format_bytes(plan.parts[use]);
+    out << "<tr><td><i style=\"background:" << detail::kPageColours[use] << "\"></i>" << kMemoryUseNames[use]
+        << "<td class=\"n\">" << format_bytes(plan.parts[use]);
   }
   const auto table = [&](const char* name, const auto& rows) {
     out << "</table>\n<h2>" << name << "</h2>\n<table>";
@@ -156,7 +142,7 @@ HEADROOM_KERNEL std::string plan_html(const Plan& plan, std::string_view title) 
   }
   out << "</ol>\n";
   if (!plan.fits) out << "<h2>Why it does not fit</h2>\n<pre>" << detail::html_text(explain(plan)) << "</pre>\n";
-  out << "</body></html>\n";
+  detail::end_page(out);
   return out.str();
 }
 #endif

@@ -103,6 +103,7 @@ std::string expected_text(const Accepted& accepted) {
     const std::string count = fixed_size<T> > 0       ? std::to_string(fixed_size<T>)
                               : accepted.may_be_empty ? "any number"
                                                       : "one or more";
+    if (!accepted.choices.empty()) return "a list of " + count + ", each " + one_of(accepted.choices);
     const char* elements = std::same_as<Element, std::string> ? accepted.file_names ? "plain file names" : "strings"
                            : std::integral<Element>           ? "integers"
                                                               : "numbers";

@@ -10,6 +10,7 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/core/finite.hpp"
+#include "headroom/memory/phase_meter.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/runtime/autocast_state.hpp"
 #include "headroom/runtime/dry_run.hpp"
@@ -20,17 +21,18 @@
 
 namespace headroom::inline v0::training {
 
-/// The forward and backward passes of optimizer steps.
+/// The forward and backward passes of optimizer steps, each phase of which is measured.
 class Passes {
  public:
-  Passes(models::Separator model, const TrainingConfig& training, BatchSource source, Loss loss)
+  Passes(models::Separator model, const TrainingConfig& training, BatchSource source, Loss loss, PhaseMeter& phases)
       : model_(std::move(model)),
         batch_(training.batch_size),
         examples_(training.batch_size * training.gradient_accumulation_steps),
         bf16_(training.bf16),
         source_(std::move(source)),
         loss_(std::move(loss)),
-        device_(model_->parameters().front().device()) {}
+        device_(model_->parameters().front().device()),
+        phases_(phases) {}
 
   /// Runs over the examples of step number `step`, at most `most` of a batch at a time, so that the gradients are those
   /// of the mean loss, which is returned. Throws headroom.training.non_finite.
@@ -38,12 +40,13 @@ class Passes {
     double mean_loss = 0;
     for (int64_t done = 0, count = 0; done < examples_; done += count) {
       count = std::min(most, batch_ - done % batch_);
-      const Example example = source_(step * examples_ + done, count);
-      const torch::Tensor estimate = forward(example.mixture.to(device_));  // [B,N,C,S]
-      const torch::Tensor loss = this->loss(estimate, example.stems.to(device_)) /
-                                 (static_cast<double>(examples_) / static_cast<double>(count));
+      const Example example = read(step * examples_ + done, count);
+      const torch::Tensor estimate = forward(example.mixture);  // [B,N,C,S]
+      const torch::Tensor loss =
+          this->loss(estimate, example.stems) / (static_cast<double>(examples_) / static_cast<double>(count));
       mean_loss += loss.item<double>();
       require_finite(step, mean_loss, "loss");
+      const PhaseMeter::Scope scope(phases_, "backward");
       loss.backward();
     }
     return mean_loss;
@@ -60,7 +63,14 @@ class Passes {
   }
 
  private:
+  Example read(int64_t first, int64_t count) {
+    const PhaseMeter::Scope scope(phases_, "data");
+    const Example example = source_(first, count);
+    return {example.mixture.to(device_), example.stems.to(device_)};
+  }
+
   torch::Tensor forward(const torch::Tensor& mixture) {
+    const PhaseMeter::Scope scope(phases_, "forward");
     std::optional<headroom::detail::AutocastGuard> autocast;
     if (bf16_) autocast.emplace(compute_device(mixture).type(), at::kBFloat16);
     return model_(mixture);
@@ -68,6 +78,7 @@ class Passes {
 
   torch::Tensor loss(const torch::Tensor& estimate, const torch::Tensor& stems) {
     const Phase phase("loss");
+    const PhaseMeter::Scope scope(phases_, "loss");
     const auto type = at::promote_types(estimate.scalar_type(), torch::kFloat);  // not in bfloat16
     return loss_(estimate.to(type), stems);
   }
@@ -78,6 +89,7 @@ class Passes {
   BatchSource source_;
   Loss loss_;
   c10::Device device_;
+  PhaseMeter& phases_;
 };
 
 }  // namespace headroom::inline v0::training

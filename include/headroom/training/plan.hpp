@@ -107,6 +107,9 @@ inline void dry_training(Config config, const std::vector<Bucket>& steps, const 
   for (const Bucket& bucket : steps) {
     config.training.segment_length = std::max(config.training.segment_length, bucket.segment_length);
   }
+  if (config.training.validation == "tracks") {
+    config.training.segment_length = std::max(config.training.segment_length, config.inference_segment());
+  }
   model(ShapeSource{config}(0, 1).mixture);
 }
 

@@ -21,18 +21,23 @@ inline void check_same_model(const std::vector<Difference>& changes, const std::
 }
 
 /// Losses and scores are only compared, or added up, with those of before when they measure the same.
-inline void forget_incomparable(const std::vector<Difference>& changes, TrainingState& state) {
+inline void forget_incomparable(const std::vector<Difference>& changes, const TrainingConfig& training,
+                                TrainingState& state) {
   bool losses = false, scores = false;
   for (const auto& [path, before, after, bound] : changes) {
     const bool segments = path == "training.segment_length";
     losses |= segments || path.starts_with("loss.") || (path.starts_with("data.") && path != "data.path");
-    scores |= segments || path == "training.validation_segments";
+    scores |= segments || path == "training.validation_segments" || path == "training.validation" ||
+              (training.validation == "tracks" && path.starts_with("inference."));
   }
   if (losses) {
     state.unfinished_steps = 0;
     state.unfinished_loss = 0;
   }
-  if (state.best_metric == "training loss" ? losses : scores) state.best_metric.clear();
+  if (state.best_metric == "training loss" ? losses : scores) {
+    state.best_metric.clear();
+    state.validations_since_best = 0;
+  }
 }
 
 }  // namespace headroom::inline v0::training

@@ -120,6 +120,16 @@ inline void check_optimizer(const TrainingConfig& training, Rules& rule) {
       "already cannot be repeated");
 }
 
+inline void check_validation(const TrainingConfig& training, Rules& rule) {
+  rule(
+      {"training.best_metric", "training.validation_metrics"},
+      [&] {
+        return std::ranges::find(training.validation_metrics, training.best_metric) !=
+               training.validation_metrics.end();
+      },
+      "got \"", training.best_metric, "\", expected one of training.validation_metrics; add it to those");
+}
+
 inline void check_data(const DataConfig& data, Rules& rule) {
   const auto ordered = [&](const char* member, const std::array<double, 2>& pair) {
     rule(
@@ -144,6 +154,7 @@ inline void check_together(const Config& config, std::vector<Problem>& problems)
   check_model(config, rule);
   check_sizes(config, rule);
   check_optimizer(config.training, rule);
+  check_validation(config.training, rule);
   check_data(config.data, rule);
   const std::vector<std::string>& stems = config.audio.stems;
   rule(

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "headroom/memory/phase_meter.hpp"
+
 namespace headroom::inline v0::training {
 
 /// What happened in one optimizer step.
@@ -18,10 +20,15 @@ struct StepReport {
   double epoch_seconds = 0;        ///< that they took
   int64_t steps_per_epoch = 0;     ///< of this epoch: more than configured when it was begun with longer ones
   double loss = 0;                 ///< mean over the epoch so far
+  double step_loss = 0;            ///< of this step alone
   double learning_rate = 0;
-  int64_t live_bytes = 0;  ///< held by tensors
-  int64_t peak_bytes = 0;  ///< highest live_bytes so far
-  int64_t microbatch = 0;  ///< examples in one pass: batch_size, or less since memory ran out
+  std::optional<double> gradient_norm = {};  ///< before it is clipped; none with the optimizer in the backward pass
+  double seconds = 0;                        ///< that this step took
+  std::vector<PhaseUse> phases = {};         ///< of it: data, forward, loss, backward, optimizer
+  int64_t live_bytes = 0;                    ///< held by tensors
+  int64_t peak_bytes = 0;                    ///< highest live_bytes so far
+  int64_t examples = 0;                      ///< of this step
+  int64_t microbatch = 0;                    ///< examples in one pass: batch_size, or less since memory ran out
 };
 
 /// What came out of a run.
@@ -30,18 +37,21 @@ struct Summary {
   double seconds = 0;                ///< wall clock of this run
   int64_t peak_bytes = 0;            ///< highest sum of all tensors in this run
   std::vector<double> epoch_losses;  ///< mean loss of each epoch; the last one may be unfinished
-  std::optional<double> validation;  ///< last validation nSDR in dB
+  std::optional<double> validation;  ///< what validate gave last
   std::string best_metric;           ///< what chose best.pt
   double best_score = 0;             ///< its best value
   bool stopped = false;              ///< ended because it was told to stop, before its end
+  bool out_of_patience = false;      ///< ended since no validation of the last ones was better than the best
+  std::vector<PhaseUse> phases;      ///< of all steps and validations of this run
 };
 
 /// How long a run takes and who is told. Without `steps` and `seconds` it takes the configuration's epochs.
 struct RunOptions {
-  std::optional<int64_t> steps = {};      ///< end at this step, counted from the first start
-  std::optional<double> seconds = {};     ///< end after this wall-clock time; the schedule follows the pace
-  std::filesystem::path folder = {};      ///< for last.pt and best.pt; empty: no saved states
-  std::function<double()> validate = {};  ///< nSDR in dB; without it the training loss chooses best.pt
+  std::optional<int64_t> steps = {};   ///< end at this step, counted from the first start
+  std::optional<double> seconds = {};  ///< end after this wall-clock time; the schedule follows the pace
+  std::filesystem::path folder = {};   ///< for last.pt and best.pt; empty: no saved states
+  /// Mean of training.best_metric; without it the training loss chooses best.pt, and patience is not asked for.
+  std::function<double()> validate = {};
   std::function<void(const StepReport&)> on_step = {};  ///< called after each step
   std::function<bool()> stop_requested = {};            ///< asked after each step
   std::function<double()> clock = {};                   ///< seconds that only grow; default: std::chrono::steady_clock

@@ -13,11 +13,15 @@ struct Score {
   bool more_is_better = true;
 };
 
-/// Takes note of a score that is better than all before it, and says whether it is. Scores of different metrics are not
-/// compared: the first one of another metric replaces the best one.
+/// Takes note of a score: the best so far, or one more since. Says whether it is better than all before it. Scores of
+/// different metrics are not compared: the first one of another metric replaces the best one.
 inline bool improves(TrainingState& state, const Score& score) {
   const bool better = score.more_is_better ? score.value > state.best_score : score.value < state.best_score;
-  if (!better && score.metric == state.best_metric) return false;
+  if (!better && score.metric == state.best_metric) {
+    ++state.validations_since_best;
+    return false;
+  }
+  state.validations_since_best = 0;
   state.best_metric = score.metric;
   state.best_score = score.value;
   return true;

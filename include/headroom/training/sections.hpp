@@ -8,6 +8,7 @@
 
 #include "headroom/checkpoint/policy.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/core/track_scores.hpp"
 #include "headroom/training/data_section.hpp"
 #include "headroom/training/described.hpp"
 #include "headroom/training/model_type.hpp"
@@ -123,6 +124,11 @@ struct TrainingConfig {
   int64_t checkpoint_every = 1;
   int64_t validation_every = 1;
   int64_t validation_segments = 16;
+  std::string validation = "segments";
+  std::vector<std::string> validation_metrics = {"nsdr"};
+  std::string best_metric = "nsdr";
+  int64_t patience = 0;
+  int64_t log_every = 1;
   int64_t read_ahead = 2;
   int64_t reader_threads = 1;
 
@@ -158,6 +164,15 @@ struct TrainingConfig {
     field("validation_every", self.validation_every, {.at_least = 1}, "epochs between validations");
     field("validation_segments", self.validation_segments, {.at_least = 1, .at_most = 1e6},
           "examples of the validation split, the same each time");
+    const std::vector<std::string> metrics(core::kMetrics.begin(), core::kMetrics.end());
+    field("validation", self.validation, {.choices = {"segments", "tracks"}},
+          "what is scored: those examples, or every track of the validation split from its beginning to its end");
+    field("validation_metrics", self.validation_metrics, {.choices = metrics},
+          "scores of each validation, docs/130_evaluation.md");
+    field("best_metric", self.best_metric, {.choices = metrics}, "of validation_metrics: its mean chooses best.pt");
+    field("patience", self.patience, {.at_least = 0, .at_most = kMost},
+          "end after so many validations in a row that are no better than the best; 0: never");
+    field("log_every", self.log_every, {.at_least = 1, .at_most = kMost}, "steps between lines of metrics.jsonl");
     field("read_ahead", self.read_ahead, {.at_least = 0, .at_most = 1000},
           "batches that are read while the step before computes; 0: none");
     field("reader_threads", self.reader_threads, {.at_least = 0, .at_most = 256},

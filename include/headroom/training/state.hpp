@@ -48,6 +48,7 @@ struct TrainingState {
   double unfinished_loss = 0;             ///< sum of their losses
   std::string best_metric = {};           ///< what `best_score` measures: "validation nSDR" or "training loss"
   double best_score = 0;                  ///< greatest nSDR, or least loss, so far; valid once a metric is named
+  int64_t validations_since_best = 0;     ///< judgements in a row that were no better
   int64_t microbatch = 0;                 ///< examples in one pass since memory ran out; 0: it never did
   double seconds_per_step = 0;            ///< pace of the last run that time limited; 0: there was none
   torch::Tensor random = {};              ///< state of LibTorch's default CPU generator
@@ -123,6 +124,7 @@ HEADROOM_TRAINING void save_state(const std::filesystem::path& path, const Train
   content.insert("unfinished_loss", state.unfinished_loss);
   content.insert("best_metric", state.best_metric);
   content.insert("best_score", state.best_score);
+  content.insert("validations_since_best", state.validations_since_best);
   content.insert("microbatch", state.microbatch);
   content.insert("seconds_per_step", state.seconds_per_step);
   content.insert("random", state.random);
@@ -183,6 +185,8 @@ HEADROOM_TRAINING TrainingState load_state(const std::filesystem::path& path) {
             .unfinished_loss = content.at("unfinished_loss").toDouble(),
             .best_metric = content.at("best_metric").toStringRef(),
             .best_score = content.at("best_score").toDouble(),
+            .validations_since_best =
+                content.contains("validations_since_best") ? content.at("validations_since_best").toInt() : 0,
             .microbatch = content.contains("microbatch") ? content.at("microbatch").toInt() : 0,
             .seconds_per_step = content.contains("seconds_per_step") ? content.at("seconds_per_step").toDouble() : 0,
             .random = content.at("random").toTensor(),

@@ -13,7 +13,9 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/core/score_rows.hpp"
 #include "headroom/memory/meter.hpp"
+#include "headroom/memory/phase_meter.hpp"
 #include "headroom/memory/run_within.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/optim/adamw.hpp"
@@ -88,9 +90,24 @@ class Trainer {
             .steps_per_epoch = std::max(config_.training.steps_per_epoch, epoch_step),
             .loss = unfinished_mean(),
             .learning_rate = learning_rate,
+            .gradient_norm = gradient_norm_,
             .live_bytes = meter_.live(),
             .peak_bytes = meter_.peak(),
+            .examples = config_.training.batch_size * config_.training.gradient_accumulation_steps,
             .microbatch = microbatch()};
+  }
+
+  /// What was measured since the last call, which the summary takes note of.
+  std::vector<PhaseUse> take_phases(Summary& summary) {
+    std::vector<PhaseUse> phases = phases_.take();
+    for (const PhaseUse& use : phases) add_phase(summary.phases, use);
+    return phases;
+  }
+
+  /// Whether as many validations in a row as training.patience were no better than the best.
+  bool out_of_patience(const RunOptions& options) const {
+    const int64_t patience = config_.training.patience;
+    return options.validate && patience > 0 && state_.validations_since_best >= patience;
   }
 
   /// Mean loss of the epoch that is under way.
@@ -119,10 +136,21 @@ class Trainer {
     Score score{.metric = "training loss", .value = loss, .more_is_better = false};
     if (options.validate) {
       if (!validation_due) return;
-      score = {.metric = "validation nSDR", .value = options.validate()};
+      const std::string name(core::metric_name(config_.training.best_metric).name);
+      score = {.metric = "validation " + name, .value = validate(options, summary)};
       summary.validation = score.value;
     }
     if (improves(state_, score)) save(options, "best");
+  }
+
+  double validate(const RunOptions& options, Summary& summary) {
+    double score = 0;
+    {
+      const PhaseMeter::Scope scope(phases_, "validation");
+      score = options.validate();
+    }
+    take_phases(summary);
+    return score;
   }
 
   /// Ends a run: the epoch that is not over is judged like one that is, unless the run was told to stop.
@@ -131,7 +159,7 @@ class Trainer {
     if (state_.unfinished_steps > 0) {
       const double loss = unfinished_mean();
       summary.epoch_losses.push_back(loss);
-      if (!summary.stopped) judge(options, loss, true, summary);
+      if (!summary.stopped && !summary.out_of_patience) judge(options, loss, true, summary);
     }
     save(options, "last");
     summary.steps = state_.step;
@@ -151,11 +179,13 @@ class Trainer {
 
   models::Separator model_;
   Config config_;
+  PhaseMeter phases_;
   Passes passes_;
   optim::AdamW optimizer_;
   std::optional<optim::InBackward> in_backward_;
   c10::Device device_;
   MemoryMeter meter_;
+  std::optional<double> gradient_norm_;  ///< of the last step
   TrainingState state_;
 };
 
@@ -163,7 +193,8 @@ class Trainer {
 HEADROOM_TRAINING Trainer::Trainer(models::Separator model, const Config& config, BatchSource source, Loss loss)
     : model_(std::move(model)),
       config_(config),
-      passes_(model_, config.training, std::move(source), std::move(loss)),
+      phases_(model_->parameters().front().device()),
+      passes_(model_, config.training, std::move(source), std::move(loss), phases_),
       optimizer_(make_optimizer(*model_, config.training)),
       device_(model_->parameters().front().device()),
       meter_(device_) {
@@ -187,17 +218,27 @@ HEADROOM_TRAINING Summary Trainer::run(const RunOptions& options) {
   Course course(options, config_.training, state_.step);
   Summary summary;
   meter_.reset_peak();
-  while (course.steps_left(state_) && !summary.stopped) {
+  summary.out_of_patience = course.steps_left(state_) && out_of_patience(options);
+  while (course.steps_left(state_) && !summary.stopped && !summary.out_of_patience) {
     const double elapsed = course.elapsed();
     if (!course.time_left(elapsed)) break;
     const double rate = course.learning_rate(state_, elapsed);
-    state_.unfinished_loss += step(rate);
+    const double loss = step(rate);
+    state_.unfinished_loss += loss;
     ++state_.unfinished_steps;
-    if (options.on_step) options.on_step(report(course, rate));
+    std::vector<PhaseUse> phases = take_phases(summary);
+    if (options.on_step) {
+      StepReport now = report(course, rate);
+      now.step_loss = loss;
+      now.seconds = course.elapsed() - elapsed;
+      now.phases = std::move(phases);
+      options.on_step(now);
+    }
     if (state_.unfinished_steps >= config_.training.steps_per_epoch) {
       finish_epoch(options, summary);
       course.begin_epoch();
     }
+    summary.out_of_patience = course.steps_left(state_) && out_of_patience(options);
     summary.stopped = course.steps_left(state_) && options.stop_requested && options.stop_requested();
   }
   finish(options, course, summary);
@@ -221,11 +262,12 @@ HEADROOM_TRAINING double Trainer::step(double learning_rate) {
   }
   if (!in_backward_) {
     const Phase phase("optimizer");
+    const PhaseMeter::Scope scope(phases_, "optimizer");
     const double limit =
         training.clip_grad_norm > 0 ? training.clip_grad_norm : std::numeric_limits<double>::infinity();
     repeatable([&](bool) {
-      const double norm = torch::nn::utils::clip_grad_norm_(model_->parameters(), limit);
-      passes_.require_finite(state_.step, norm, "gradient norm");
+      gradient_norm_ = torch::nn::utils::clip_grad_norm_(model_->parameters(), limit);
+      passes_.require_finite(state_.step, *gradient_norm_, "gradient norm");
     });
     repeatable([&](bool again) { again ? optimizer_.continue_step() : static_cast<void>(optimizer_.step()); });
   }
@@ -254,7 +296,7 @@ HEADROOM_TRAINING std::vector<Difference> Trainer::resume(const TrainingState& s
   state_.model.clear();
   state_.optimizer.clear();
   if (state_.unfinished_steps < 0) state_.unfinished_steps = state_.step % before.training.steps_per_epoch;
-  forget_incomparable(changes, state_);
+  forget_incomparable(changes, config_.training, state_);
   return changes;
 }
 #endif

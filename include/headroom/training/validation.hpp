@@ -1,49 +1,228 @@
 #pragma once
 
 #include <torch/types.h>
+#include <unistd.h>
 
+#include <Eigen/Core>
+#include <algorithm>
+#include <cerrno>
 #include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
-#include "headroom/audio/metrics.hpp"
 #include "headroom/audio/segment_model.hpp"
+#include "headroom/audio/separator.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/core/score_rows.hpp"
+#include "headroom/core/track_scores.hpp"
+#include "headroom/io/atomic_file.hpp"
+#include "headroom/io/descriptor.hpp"
+#include "headroom/io/input_file.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/training/example.hpp"
+#include "headroom/training/sections.hpp"
 #include "headroom/training/separate.hpp"
+#include "headroom/training/tracks.hpp"
 
 namespace headroom::inline v0::training {
 
-/// Mean over the stems of the nSDR in dB that a model reaches on the first `count` examples of a source, taken
-/// together. Stems that are silent in all of them say nothing and are left out.
-/// Throws headroom.training.validation_silent when all are.
-HEADROOM_TRAINING double validation_nsdr(const models::Separator& model, const BatchSource& source, int64_t count);
+/// How good a model is: by metric, of each stem and their mean.
+struct Validation {
+  std::vector<std::string> stems;
+  std::map<std::string, core::ScoreRow, std::less<>> scores;
+
+  /// The mean over the stems. Throws headroom.training.validation_silent when none of them sounds.
+  double mean(std::string_view metric) const {
+    const std::optional<double> mean = scores.find(metric)->second.back();
+    require(mean.has_value(), "headroom.training.validation_silent",
+            "every stem is silent in all that is validated, of which ", core::metric_name(metric).name,
+            " says nothing; raise training.validation_segments or choose other tracks for `valid`");
+    return *mean;
+  }
+};
+
+/// Scores a model, with the metrics of the configuration, on the first `training.validation_segments` examples of a
+/// source laid end to end as one recording.
+HEADROOM_TRAINING Validation validate_segments(const models::Separator& model, const BatchSource& source,
+                                               const Config& config);
+
+/// Scores a model on whole recordings, each separated as `inference` says in the memory of a segment: the mean over the
+/// tracks, of BSSEval their median. Metrics that read a recording twice (BSSEval, bleedless, fullness) have its
+/// estimates in a temporary file meanwhile. Throws headroom.training.validation_file where there is no room for it.
+HEADROOM_TRAINING Validation validate_tracks(const models::Separator& model, const Tracks& tracks,
+                                             const Config& config);
+
+namespace detail {
+
+/// [..., n] as Eigen has it: a channel a row.
+inline Eigen::MatrixXf rows_of(const torch::Tensor& samples) {
+  using Rows = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+  const torch::Tensor flat = samples.reshape({-1, samples.size(-1)}).to(torch::kCPU, torch::kFloat).contiguous();
+  return Eigen::Map<const Rows>(flat.const_data_ptr<float>(), flat.size(0), flat.size(1));
+}
+
+}  // namespace detail
 
 #ifdef HEADROOM_TRAINING_HERE
-HEADROOM_TRAINING double validation_nsdr(const models::Separator& model, const BatchSource& source, int64_t count) {
-  const torch::NoGradGuard guard;
-  const audio::detail::EvaluationMode evaluation(model);
-  const torch::Device device = model->parameters().front().device();
-  std::vector<audio::NsdrAccumulator> stems;
-  for (int64_t index = 0; index < count; ++index) {
-    const Example example = source(index, 1);                          // [1,C,S], [1,N,C,S]
-    const torch::Tensor estimate = model(example.mixture.to(device));  // [1,N,C,S]
-    stems.resize(static_cast<std::size_t>(estimate.size(1)));
-    for (std::size_t n = 0; n < stems.size(); ++n) {
-      const auto stem = static_cast<int64_t>(n);
-      audio::add(stems[n], example.stems.select(1, stem), estimate.select(1, stem).cpu());  // [1,C,S]
+namespace detail {
+
+/// Estimates of a recording, in a file without a name: all channels of a sample side by side, so that they can be read
+/// in other pieces than they were written in.
+class EstimateFile {
+ public:
+  EstimateFile() : file_(io::detail::nameless_file()) { check(file_.number() >= 0, errno); }
+
+  /// [N,C,n]
+  void write(const torch::Tensor& estimates) {
+    const torch::Tensor samples = estimates.movedim(-1, 0).contiguous();  // [n,N,C]
+    const int error =
+        io::detail::write_all(file_.number(), {static_cast<const char*>(samples.const_data_ptr()), samples.nbytes()});
+    check(error == 0, error);
+  }
+
+  /// The next n samples, [N,C,n] like `truth`.
+  torch::Tensor read_like(const torch::Tensor& truth) {
+    const torch::Tensor samples = torch::empty({truth.size(2), truth.size(0), truth.size(1)}, torch::kFloat);
+    for (std::size_t done = 0; done < samples.nbytes();) {
+      const ssize_t got = ::pread(file_.number(), static_cast<char*>(samples.data_ptr()) + done,
+                                  samples.nbytes() - done, static_cast<off_t>(position_ + done));
+      check(got > 0 || (got < 0 && errno == EINTR), errno);
+      done += static_cast<std::size_t>(std::max<ssize_t>(got, 0));
+    }
+    position_ += samples.nbytes();
+    return samples.movedim(0, -1);
+  }
+
+ private:
+  static void check(bool fine, int error) {
+    require(fine, "headroom.training.validation_file", "cannot keep the estimates of a recording in ",
+            std::filesystem::temp_directory_path().string(), ": ", std::strerror(error),
+            "; free space there, set TMPDIR to another folder, or validate with metrics that read a recording once: "
+            "nsdr, si_sdr, l1_freq, log_wmse");
+  }
+
+  io::detail::Descriptor file_;
+  std::size_t position_ = 0;
+};
+
+/// What a model makes of a recording, piece after piece: the truth [C,n], [N,C,n] and the estimates [N,C,n].
+using OnPiece = std::function<void(const Example& truth, const torch::Tensor& estimates)>;
+
+/// A recording that can be played as often as scores ask for it.
+struct Played {
+  std::function<void(const OnPiece&)> separate;
+  /// The truth alone.
+  std::function<void(const std::function<void(const Example&)>&)> repeat;
+};
+
+inline core::TrackOptions track_options(const Config& config) {
+  return {.sources = static_cast<Eigen::Index>(config.audio.stems.size()),
+          .channels = config.audio.channels,
+          .sample_rate = static_cast<double>(config.audio.sample_rate),
+          .metrics = config.training.validation_metrics};
+}
+
+/// A row for each metric of a recording.
+inline std::map<std::string, core::ScoreRow, std::less<>> score(const Played& recording, const Config& config) {
+  const core::TrackOptions options = track_options(config);
+  std::optional<EstimateFile> estimates;
+  if (options.reads_twice()) estimates.emplace();
+  bool separated = false;
+  const core::TrackScores scores = core::score_track(options, [&](auto&& on_block) {
+    const auto give = [&](const Example& truth, const torch::Tensor& made) {
+      on_block(core::TrackBlock{rows_of(truth.stems), rows_of(made), rows_of(truth.mixture)});
+    };
+    if (std::exchange(separated, true)) {
+      recording.repeat([&](const Example& truth) { give(truth, estimates->read_like(truth.stems)); });
+    } else {
+      recording.separate([&](const Example& truth, const torch::Tensor& made) {
+        if (estimates) estimates->write(made);
+        give(truth, made);
+      });
+    }
+  });
+  std::map<std::string, core::ScoreRow, std::less<>> rows;
+  for (const auto& [metric, values] : scores.metrics) rows[metric] = core::with_mean(values);
+  return rows;
+}
+
+/// The examples of a source, [C,S] and [N,C,S], one after the other.
+inline Played play_segments(const models::Separator& model, const BatchSource& source, int64_t count) {
+  const auto repeat = [source, count](const std::function<void(const Example&)>& on_example) {
+    for (int64_t index = 0; index < count; ++index) {
+      const Example example = source(index, 1);  // [1,C,S], [1,N,C,S]
+      on_example({example.mixture[0], example.stems[0]});
+    }
+  };
+  const auto separate = [repeat, model](const OnPiece& on_piece) {
+    const torch::NoGradGuard guard;
+    const audio::detail::EvaluationMode evaluation(model);
+    const torch::Device device = model->parameters().front().device();
+    repeat([&](const Example& example) {
+      on_piece(example, model(example.mixture.unsqueeze(0).to(device))[0].to(torch::kCPU));
+    });
+  };
+  return {separate, repeat};
+}
+
+inline audio::SeparatorOptions separator_options(const models::Separator& model, const Config& config) {
+  return {.segments = {.length = config.inference_segment(), .overlap = config.inference.overlap},
+          .channels = config.audio.channels,
+          .stems = static_cast<int64_t>(config.audio.stems.size()),
+          .device = model->parameters().front().device()};
+}
+
+/// A whole track, which is read once for each playing.
+inline Played play_track(const models::Separator& model, const Tracks& tracks, int64_t track, const Config& config) {
+  const int64_t frames = tracks.tracks[static_cast<std::size_t>(track)].frames;
+  const auto separate = [=, &tracks, &config](const OnPiece& on_piece) {
+    WaitingSamples waiting;
+    int64_t read = 0;
+    const audio::Source source = [&](int64_t most) {
+      const int64_t count = std::min(most, frames - read);
+      if (count == 0) return torch::empty({config.audio.channels, 0});
+      const Example piece = tracks.read(track, std::exchange(read, read + count), count);
+      waiting.push(piece);
+      return piece.mixture;
+    };
+    audio::separate(source, model, separator_options(model, config), [&](const torch::Tensor& finished) {
+      if (finished.size(-1) > 0) on_piece(waiting.take(finished.size(-1)), finished);
+    });
+  };
+  const auto repeat = [=, &tracks](const std::function<void(const Example&)>& on_piece) {
+    for (int64_t read = 0; read < frames; read += audio::detail::kFramesAtOnce) {
+      on_piece(tracks.read(track, read, std::min(audio::detail::kFramesAtOnce, frames - read)));
+    }
+  };
+  return {separate, repeat};
+}
+
+}  // namespace detail
+
+HEADROOM_TRAINING Validation validate_segments(const models::Separator& model, const BatchSource& source,
+                                               const Config& config) {
+  const detail::Played recording = detail::play_segments(model, source, config.training.validation_segments);
+  return {config.audio.stems, detail::score(recording, config)};
+}
+
+HEADROOM_TRAINING Validation validate_tracks(const models::Separator& model, const Tracks& tracks,
+                                             const Config& config) {
+  std::map<std::string, std::vector<core::ScoreRow>> rows;  // by metric, for each track
+  for (int64_t track = 0; track < static_cast<int64_t>(tracks.tracks.size()); ++track) {
+    for (auto& [metric, row] : detail::score(detail::play_track(model, tracks, track, config), config)) {
+      rows[metric].push_back(std::move(row));
     }
   }
-  double sum = 0, sounding = 0;
-  for (const audio::NsdrAccumulator& stem : stems) {
-    if (stem.reference_energy() > 0) {
-      sum += stem.value();
-      ++sounding;
-    }
-  }
-  require(sounding > 0, "headroom.training.validation_silent", "every stem is silent in the first ", count,
-          " validation examples; raise training.validation_segments or choose other tracks for `valid`");
-  return sum / sounding;
+  Validation result{config.audio.stems, {}};
+  for (const auto& [metric, of_tracks] : rows) result.scores[metric] = core::over_tracks(metric, of_tracks);
+  return result;
 }
 #endif
 

@@ -9,7 +9,7 @@ namespace headroom::inline v0::core::detail {
 template <class Scalar>
 struct BackwardHead {
   HeadIndex index;
-  const KeyRange* seen;   // [blocks of queries]: no key outside is seen by any query of the block
+  const KeyRange* seen;   // [passes][blocks of queries]: no key outside is seen by any query of the block
   Scalar* delta;          // [Lq], written by the first strip
   std::uint16_t* grad_q;  // [Lq][D]: lower halves of the sums where grad_q is stored in 16 bits, else null
   Turn<int>* turns;       // [blocks of queries]: of strips; null when strips run in order
@@ -34,13 +34,10 @@ class BackwardWorker {
 
  public:
   BackwardWorker(std::byte* workspace, const BackwardProblem& x, const ScoreFunction<Scalar>& score)
-      : x_(x),
-        score_(score),
-        strips_(strips(x)),
-        memory_(workspace, x.q.dim(), x.v.dim(), score.params().softcap > 0) {}
+      : x_(x), score_(score), strips_(strips(x)), memory_(workspace, x.q.dim(), x.v.dim(), score.params()) {}
 
-  static Index workspace_bytes(Index dim, Index value_dim, bool softcap) {
-    return BackwardMemory<Scalar>::bytes(dim, value_dim, softcap);
+  static Index workspace_bytes(Index dim, Index value_dim, const AttentionParams& params) {
+    return BackwardMemory<Scalar>::bytes(dim, value_dim, params);
   }
   static Strips<Scalar> strips(const BackwardProblem& x) {
     return {x.k.length(), x.batch() * x.heads(), x.k.dim() + x.v.dim()};
@@ -79,7 +76,7 @@ class BackwardWorker {
     KeyRange seen{x_.k.length(), 0};
     sharers.for_each([&](HeadIndex head) {
       const KeyRange* const of_block = state(head).seen;
-      for (Index block = 0; block < blocks_in(x_.q.length()); ++block) seen = hull(seen, of_block[block]);
+      for (Index i = 0; i < score_.mask().passes() * blocks_in(x_.q.length()); ++i) seen = hull(seen, of_block[i]);
     });
     const Index tiles = strips_.tiles(strip);
     for (Index t = 0; t < tiles; ++t) {
@@ -100,7 +97,7 @@ class BackwardWorker {
   void store_lanes(const RowWriter<Scalar>& to, const Tile& tile, Scalar* lanes, double factor) {
     alignas(64) Scalar factors[LaneTiling<Scalar>::kWidth];
     std::fill_n(factors, LaneTiling<Scalar>::kWidth, static_cast<Scalar>(factor));
-    to.unpack(tile.keys, {lanes, tile.width()}, factors, memory_.buffer);
+    to.unpack(tile.keys, {lanes, tile.width()}, factors, memory_.scores.buffer);
   }
 
   /// All queries of one head against the tiles that are loaded.
@@ -119,13 +116,14 @@ class BackwardWorker {
         grad_q.clear(queries.begin, rows);
         preprocess(products, head, state, queries);
       }
-      const bool seen = !(state.seen[block] & keys).empty() &&
-                        (!score_.hides_elements() || score_.sees_any(state.index, queries, keys));
-      if (seen) {
-        add_block(products, state, queries, strip);
+      for (int pass = 0; pass < score_.mask().passes(); ++pass) {
+        const bool seen = !(state.seen[pass * blocks_in(x_.q.length()) + block] & keys).empty() &&
+                          (!score_.hides_elements() || score_.sees_any(state.index, queries, keys));
+        if (!seen) continue;
+        add_block(products, state, run_of(pass, state.index, queries), strip);
         grad_q.add(queries.begin, rows, memory_.grad_queries.template as<Scalar>(), memory_.vector_dim);
       }
-      if (strip + 1 == strip_count(x_)) grad_q.finish(queries.begin, rows, memory_.buffer);
+      if (strip + 1 == strip_count(x_)) grad_q.finish(queries.begin, rows, memory_.scores.buffer);
       if (state.turns != nullptr) state.turns[block].end(static_cast<int>(strip));
     }
   }
@@ -135,7 +133,7 @@ class BackwardWorker {
   void preprocess(Products& products, const Head<Scalar>& head, const HeadState& state, KeyRange queries) {
     const auto [b, h] = state.index;
     write_delta(state.delta + queries.begin, RowReader<Scalar>(head.of(x_.grad_output)),
-                RowReader<Scalar>(head.of(x_.output)), queries, memory_.buffer);
+                RowReader<Scalar>(head.of(x_.output)), queries, memory_.scores.buffer);
     Scalar sink_weight[kBlockSize];  // where there are normalisers
     if (softmax_.any_apart()) normalise(products, state, queries, sink_weight);
     for (Index i = queries.begin; i < queries.end; ++i) {
@@ -154,21 +152,10 @@ class BackwardWorker {
   template <class Products>
   void normalise(Products& products, const HeadState& state, KeyRange queries, Scalar* sink_weight) {
     const Index rows = queries.end - queries.begin, h = state.index.h;
-    const Run run(score_.mask(), score_.params(), state.index, queries, x_.k.length());
     NormaliserSum<Scalar> sums[kBlockSize];
-    Scalar* const scores = memory_.weights.template as<Scalar>();
-    const LaneTiling<Scalar> tiling(x_.k.length());
     products.load_queries(queries);
-    for (Index t = 0; t < tiling.tiles; ++t) {
-      Tile tile;
-      tile.keys = strips_.positions(tiling[t]), tile.vectors = tiling[t].vectors;
-      const KeyRange read = tile.keys & run.any;
-      if (read.empty()) continue;
-      products.load_key_lanes(memory_.grad_queries, tile, read);  // it holds no sums yet
-      with_count<kTileVectors>(tile.vectors, [&]<int Vectors>() {
-        score<Vectors>(products, memory_.grad_queries, {scores, tile.width(), state.index, tile.keys, run}, 0);
-        for (Index i = 0; i < rows; ++i) sums[i].template add<Vectors>(scores + i * tile.width(), score_.factor());
-      });
+    for (int pass = 0; pass < score_.mask().passes(); ++pass) {
+      add_normalisers(products, run_of(pass, state.index, queries), state.index, sums);
     }
     state.normalisers->allocate(x_.q.length());
     for (Index i = 0; i < rows; ++i) {
@@ -181,11 +168,31 @@ class BackwardWorker {
     }
   }
 
-  /// A block of queries against the tiles that are loaded; sums for grad_q are left in memory_.grad_queries.
+  /// The keys that a block of queries sees in a pass.
   template <class Products>
-  void add_block(Products& products, const HeadState& state, KeyRange queries, Index strip) {
-    const Index rows = queries.end - queries.begin;
-    const Run run(score_.mask(), score_.params(), state.index, queries, x_.k.length());
+  void add_normalisers(Products& products, const Run& run, HeadIndex head, NormaliserSum<Scalar>* sums) {
+    Scalar* const scores = memory_.weights.template as<Scalar>();
+    const LaneTiling<Scalar> tiling(x_.k.length());
+    for (Index t = 0; t < tiling.tiles; ++t) {
+      Tile tile;
+      tile.keys = strips_.positions(tiling[t]), tile.vectors = tiling[t].vectors;
+      const KeyRange read = tile.keys & run.any;
+      if (read.empty()) continue;
+      products.load_key_lanes(memory_.grad_queries, tile, read);  // it holds no sums yet
+      with_count<kTileVectors>(tile.vectors, [&]<int Vectors>() {
+        score<Vectors>(products, memory_.grad_queries, {scores, tile.width(), head, tile.keys, run}, 0);
+        for (Index i = 0; i < run.count(); ++i) {
+          sums[i].template add<Vectors>(scores + i * tile.width(), score_.factor());
+        }
+      });
+    }
+  }
+
+  /// A block of queries in a pass against the tiles that are loaded; sums for grad_q are left in memory_.grad_queries.
+  template <class Products>
+  void add_block(Products& products, const HeadState& state, const Run& run, Index strip) {
+    const KeyRange queries = run.queries;
+    const Index rows = run.count();
     softmax_.split(x_.lse, state.index, queries, static_cast<double>(score_.factor()));
     products.load_block(queries, hides(run, strips_.positions(strip)));
     std::fill_n(memory_.grad_queries.template as<Scalar>(), padded(rows, kVnniRows) * memory_.vector_dim, Scalar(0));
@@ -213,12 +220,14 @@ class BackwardWorker {
     weights.data = memory_.weights.template as<Scalar>(), grad_scores.data = memory_.grad_scores.template as<Scalar>();
     with_count<kTileVectors>(tile.vectors,
                              [&]<int Vectors>() { differentiate<Vectors>(products, tile, state, weights); });
-    score_.add_gradients(grad_scores, state.sums, memory_.buffer);
-    score_.derivative(grad_scores.data, memory_.cap_slope, part.rows * tile.width());
+    score_.differentiate(grad_scores, state.sums, memory_.scores);
     if (products.spoiled()) add_not_finite(products, tile, part);
     with_count<kTileVectors>(tile.vectors, [&]<int Vectors>() { products.template accumulate<Vectors>(tile, part); });
   }
 
+  Run run_of(int pass, HeadIndex head, KeyRange queries) const {
+    return {score_.mask().pass(pass), score_.params(), head, queries, x_.k.length()};
+  }
   bool hides(const Run& run, KeyRange keys) const { return score_.hides_elements() || !run.covers(keys); }
 
   /// Scores of queries of a block and a tile of keys, the same bits wherever they are computed.
@@ -226,7 +235,7 @@ class BackwardWorker {
   EIGEN_DONT_INLINE void score(const Products& products, const Piece& key_lanes, const Scores& tile, Index skip) {
     products.template scores<Vectors>(tile.data, key_lanes, {skip, tile.rows()});
     if (score_.in_every_tile() || hides(tile.run, tile.keys_in_memory())) {
-      score_.apply(tile, memory_.cap_slope, memory_.buffer);
+      score_.apply(tile, memory_.scores);
     }
   }
 

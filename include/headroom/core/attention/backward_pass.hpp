@@ -21,10 +21,10 @@ class BackwardPass {
         tasks_(families_.count(), Worker::strip_count(x), workers),
         strips_(Worker::strips(x)),
         workers_(workers) {
-    worker_bytes_ = Worker::workspace_bytes(x.q.dim(), x.v.dim(), params.softcap > 0);
+    worker_bytes_ = Worker::workspace_bytes(x.q.dim(), x.v.dim(), params);
     bias_bytes_ = SharedBiasSums<Scalar>(nullptr, x, families_).bytes();
     sum_bytes_ = HeadSums(nullptr, x).bytes();
-    head_bytes_ = HeadMemory(nullptr, x).bytes();
+    head_bytes_ = HeadMemory(nullptr, x, mask.passes()).bytes();
     owners_ = (tasks_.whole > 0 ? workers : 0) + tasks_.split;
   }
 
@@ -70,9 +70,9 @@ class BackwardPass {
     Turn<int>* turns;
     std::uint16_t* grad_q;
 
-    HeadMemory(std::byte* start, const BackwardProblem& x) : totals(start, x), scratch(start) {
+    HeadMemory(std::byte* start, const BackwardProblem& x, int passes) : totals(start, x), scratch(start) {
       scratch.take<std::byte>(totals.bytes());
-      seen = scratch.take<KeyRange>(blocks_in(x.q.length()));
+      seen = scratch.take<KeyRange>(passes * blocks_in(x.q.length()));
       delta = scratch.take<Scalar>(x.q.length());
       turns = scratch.take<Turn<int>>(blocks_in(x.q.length()));
       const bool splits = RowSums<Scalar>::splits(x.grad_q.type);
@@ -85,7 +85,9 @@ class BackwardPass {
   std::byte* bias_start() const { return workspace_ + workers_ * worker_bytes_; }
   std::byte* sums_start() const { return bias_start() + workers_ * bias_bytes_; }
   std::byte* heads_start() const { return sums_start() + workers_ * families_.members() * sum_bytes_; }
-  HeadMemory head_memory(Index slot) const { return HeadMemory(heads_start() + slot * head_bytes_, x_); }
+  HeadMemory head_memory(Index slot) const {
+    return HeadMemory(heads_start() + slot * head_bytes_, x_, score_.mask().passes());
+  }
   Index slot(const Place& place, HeadIndex head) const {
     return place.owner * families_.members() + place.family->member(head);
   }
@@ -101,11 +103,13 @@ class BackwardPass {
   void find_seen(const HeadFamily& family, Index owner) const {
     Index begin[kBlockSize], end[kBlockSize];
     family.for_each([&](HeadIndex head) {
-      KeyRange* const seen = head_memory(owner * families_.members() + family.member(head)).seen;
-      for (Index block = 0; block < blocks_in(x_.q.length()); ++block) {
-        const KeyRange queries = block_at(block, x_.q.length());
-        score_.mask().ranges(head, queries, x_.k.length(), begin, end);
-        seen[block] = hull(begin, end, queries.end - queries.begin, x_.k.length());
+      KeyRange* seen = head_memory(owner * families_.members() + family.member(head)).seen;
+      for (int pass = 0; pass < score_.mask().passes(); ++pass) {
+        for (Index block = 0; block < blocks_in(x_.q.length()); ++block) {
+          const KeyRange queries = block_at(block, x_.q.length());
+          score_.mask().pass(pass).ranges(head, queries, x_.k.length(), begin, end);
+          *seen++ = hull(begin, end, queries.end - queries.begin, x_.k.length());
+        }
       }
     });
   }

@@ -34,6 +34,22 @@ inline void check_score_shapes(const ForwardProblem& x, const AttentionParams& p
   }
 }
 
+/// Fails unless the tables of the score function are there, of the type that is computed in.
+inline void check_functions(const ForwardProblem& x, const AttentionParams& params) {
+  const StoredType computed_in = x.q.type == StoredType::float64 ? StoredType::float64 : StoredType::float32;
+  const auto name = [](StoredType type) { return type == StoredType::float64 ? "double" : "float"; };
+  for (Index i = 0; i < params.score_function.tables(); ++i) {
+    const ScoreTable& table = params.score_function.table(i);
+    require(table.data != nullptr && table.rows > 0 && table.columns > 0 && table.type == computed_in,
+            "headroom.core.attention.score_function", "table ", i, " of the score function has ", table.rows, " x ",
+            table.columns, " elements of ", name(table.type), "; expected at least one, of ", name(computed_in),
+            ", which is computed in");
+  }
+  // Functions are told where queries and keys stand in numbers of type float
+  require(!params.has_functions() || x.q.length() < (Index(1) << 24), "headroom.core.attention.length", "q has ",
+          x.q.length(), " positions, at most 2^24 are supported with functions of one's own");
+}
+
 /// Fails unless the rotary table has a row for every position.
 inline void check_rotary(const ForwardProblem& x, const AttentionParams& params) {
   if (!params.rotary) return;
@@ -64,6 +80,7 @@ inline void check_problem(const ForwardProblem& x, const AttentionParams& params
   if (x.lse.data != nullptr) check_shape("lse", x.lse.shape, {batch, heads, queries, 1});
   check_score_shapes(x, params);
   check_rotary(x, params);
+  check_functions(x, params);
   const double scale = params.scale_for(dim);
   require(std::abs(scale) <= std::numeric_limits<float>::max(), "headroom.core.attention.scale", "scale is ", scale,
           ", expected a finite number");

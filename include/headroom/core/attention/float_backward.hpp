@@ -32,21 +32,22 @@ struct BackwardMemory {
   Index dim, value_dim, vector_dim;  // vector_dim: D in whole vectors
   Scratch scratch;
   Piece weights, grad_scores;                  // P and dS: [queries][width], in the end in VNNI layout
-  Scalar* cap_slope;                           // [queries][width], null without a softcap
-  Scalar* buffer;                              // of ScoreFunction, and [3][kLanes][features]
+  ScoreMemory<Scalar> scores;                  // its buffer also holds [3][kLanes][features]
   Eigen::bfloat16* grad_score_rows = nullptr;  // [queries][padded width]
   Piece grad_queries;                          // sums for grad_q: [queries][vector D]
   Piece queries, grads;                        // of a block
   BackwardTile<Scalar> tiles[Strips<Scalar>::kMostTiles];
 
-  BackwardMemory(std::byte* workspace, Index d, Index dv, bool cap)
-      : dim(d), value_dim(dv), vector_dim(padded(d, N)), scratch(workspace) {
+  BackwardMemory(std::byte* workspace, Index d, Index dv, const AttentionParams& params)
+      : dim(d),
+        value_dim(dv),
+        vector_dim(padded(d, N)),
+        scratch(workspace),
+        scores(scratch, params, kBlockSize * kWidth,
+               std::max(ScoreFunction<Scalar>::buffer_size(kBlockSize, kWidth), 3 * N * std::max(d, dv))) {
     const Index of_key = padded_dim<Scalar>(d), of_value = padded_dim<Scalar>(dv);
     weights = scratch.take_piece<Scalar>(kBlockSize * kWidth);
     grad_scores = scratch.take_piece<Scalar>(kBlockSize * kWidth);
-    cap_slope = cap ? scratch.take<Scalar>(kBlockSize * kWidth) : nullptr;
-    buffer =
-        scratch.take<Scalar>(std::max(ScoreFunction<Scalar>::buffer_size(kBlockSize, kWidth), 3 * N * std::max(d, dv)));
     if (kMayUseBfloat16<Scalar>) grad_score_rows = scratch.take<Eigen::bfloat16>(kBlockSize * kPaddedWidth);
     grad_queries = scratch.take_piece<Scalar>(kBlockSize * std::max(vector_dim, std::max(of_key, of_value) / 2));
     queries = scratch.take_piece<Scalar>(kBlockSize * of_key);
@@ -59,8 +60,8 @@ struct BackwardMemory {
       tiles[t].key_rows = scratch.take_piece<Scalar>(kWidth * vector_dim);
     }
   }
-  static Index bytes(Index dim, Index value_dim, bool cap) {
-    return BackwardMemory(nullptr, dim, value_dim, cap).scratch.bytes();
+  static Index bytes(Index dim, Index value_dim, const AttentionParams& params) {
+    return BackwardMemory(nullptr, dim, value_dim, params).scratch.bytes();
   }
 };
 
@@ -94,7 +95,7 @@ class FloatBackward {
     load_lanes(tile.value, tile, values_, read, Scalar(1));
     const Scalar scale = static_cast<Scalar>(score_.scale());
     for (Index j = read.begin; j < read.end; ++j) {
-      const Scalar* const row = keys_.rows(j, 1, memory_.buffer).data;
+      const Scalar* const row = keys_.rows(j, 1, memory_.scores.buffer).data;
       Scalar* const scaled = rows + (j - tile.keys.begin) * memory_.vector_dim;
       // A key that is not finite makes NaN of the gradients of all scores it is seen in; 0·NaN would do so elsewhere.
       for (Index d = 0; d < memory_.dim; ++d) scaled[d] = is_finite(row[d]) ? scale * row[d] : Scalar(0);
@@ -170,7 +171,7 @@ class FloatBackward {
     const Index width = tile.width();
     if (read.empty() || read.end - read.begin < width) std::fill_n(to, from.cols() * width, Scalar(0));
     if (read.empty()) return;
-    from.pack({to + (read.begin - tile.keys.begin), width}, read, Times<Scalar>{factor}, memory_.buffer);
+    from.pack({to + (read.begin - tile.keys.begin), width}, read, Times<Scalar>{factor}, memory_.scores.buffer);
   }
   /// to [rows][lanes] = a·lanes
   template <int Vectors, class Finish>

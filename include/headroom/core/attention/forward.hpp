@@ -64,22 +64,28 @@ class ForwardWorker {
   template <class Products>
   void run(Products& products, const Head<Scalar>& head, const Strips<Scalar>& strips, Index strip) {
     const Index tiles = strips.tiles(strip);
-    KeyRange needed{head.x.k.length(), 0};
     for (Index t = 0; t < tiles; ++t) {
       const auto lanes = strips.tile(strip, t);
-      begin(products, tiles_[t], lanes.vectors, strips.positions(lanes), head);
-      needed = hull(needed, tiles_[t].run.any);
+      begin(products, tiles_[t], lanes.vectors, strips.positions(lanes));
     }
-    for (Index key = needed.begin; key < needed.end; key += kBlockSize) {
-      add_block(products, head, {key, std::min(key + kBlockSize, needed.end)}, tiles);
+    for (int pass = 0; pass < head.score.mask().passes(); ++pass) {
+      const MaskRef mask = head.score.mask().pass(pass);
+      KeyRange needed{head.x.k.length(), 0};
+      for (Index t = 0; t < tiles; ++t) {
+        const KeyRange queries = strips.positions(strips.tile(strip, t));
+        tiles_[t].run = {mask, head.score.params(), head.index, queries, head.x.k.length()};
+        needed = hull(needed, tiles_[t].run.any);
+      }
+      for (Index key = needed.begin; key < needed.end; key += kBlockSize) {
+        add_block(products, head, {key, std::min(key + kBlockSize, needed.end)}, tiles);
+      }
     }
     for (Index t = 0; t < tiles; ++t) finish(tiles_[t], head);
   }
 
   template <class Products>
-  void begin(Products& products, Tile& tile, int vectors, KeyRange queries, const Head<Scalar>& head) {
+  void begin(Products& products, Tile& tile, int vectors, KeyRange queries) {
     tile.vectors = vectors;
-    tile.run = {head.score.mask(), head.score.params(), head.index, queries, head.x.k.length()};
     products.load_queries(tile, queries);
     std::fill_n(tile.output, products.output_rows() * tile.width(), Scalar(0));
     tile.softmax.begin(tile.width());
@@ -115,7 +121,7 @@ class ForwardWorker {
     const KeyRange inside = by_tile ? KeyRange{0, scores.key_count()} : tile.run.inside(scores.keys);
     products.template scores<Vectors, HeadDim>(tile, scores, inside, finish);
     if (by_tile) [[unlikely]] {
-      score.apply(scores, nullptr, float_memory_.buffer);
+      score.apply(scores, ScoreMemory<Scalar>(float_memory_.buffer));
       softmax.raise_anew(scores.data, scores.key_count());
     }
     softmax.fix_maximum(tile.softmax);

@@ -4,13 +4,15 @@
 #include <cmath>
 #include <optional>
 
+#include "headroom/core/attention/mask_function.hpp"
+#include "headroom/core/attention/score_function.hpp"
 #include "headroom/core/dropout.hpp"
 #include "headroom/core/stored.hpp"
 
 namespace headroom::inline v0::core {
 
 /// What attention does with a score before the softmax, beside the ranges of a Mask:
-///   softcap(scale·q·kᵀ) + bias + relative_bias - slope·|distance|.
+///   f(softcap(scale·q·kᵀ) + bias + relative_bias - slope·|distance|), f a score function of one's own.
 /// Query i stands at position p(i) among the keys; its distance to key j is p(i) - j. Views may have stride 0 wherever
 /// they are broadcast; one without data is not there.
 struct AttentionParams {
@@ -29,13 +31,16 @@ struct AttentionParams {
   StoredTensor rotary = {};  // [1,1,rows,2·pairs] of what is computed in: cosine, sine, …; turns q and k
   const Index* rotary_query_rows = nullptr;  // [Lq]: row of the table for a query, p(i) unless given
   const Index* rotary_key_rows = nullptr;    // [Lk]: row of the table for a key, j unless given
+  ScoreFunctionRef score_function = {};
+  MaskFunctionRef mask_function = {};
   Dropout dropout = {};
-  Index first_head = 0;  // where b·H + h starts counting, for dropout
+  Index first_head = 0;  // where b·H + h starts counting, for dropout and functions
 
   double scale_for(Index dim) const {
     return scale.value_or(1.0 / std::sqrt(static_cast<double>(std::max<Index>(dim, 1))));
   }
   Index position(Index query) const { return query_positions ? query_positions[query] : query + query_offset; }
+  bool has_functions() const { return score_function || mask_function; }
   Index rotary_row_of_query(Index i) const { return rotary_query_rows ? rotary_query_rows[i] : position(i); }
   Index rotary_row_of_key(Index j) const { return rotary_key_rows ? rotary_key_rows[j] : j; }
 };
@@ -47,6 +52,7 @@ struct AttentionParamGradients {
   TensorView<double> relative_bias = {};  // [1,H,1,2R-1], stride 0 between heads that share it
   TensorView<double> slopes = {};         // [B,H,Lq,1], stride 0 where broadcast
   TensorView<double> sink = {};           // [1,H,1,1]
+  TensorView<double> score_tables = {};   // [1,1,1,elements of all tables of the score function, one after the other]
 
   /// Tiles of scores add to the gradient of a bias, unless it is broadcast along the keys: then their sums over keys
   /// do.

@@ -18,6 +18,7 @@ class HeadSums {
     relative_ = take(grads.relative_bias.data != nullptr, grads.relative_bias.dim());
     slopes_ = take(grads.slopes.data != nullptr, x.q.length());
     sink_ = take(grads.sink.data != nullptr, 1);
+    score_tables_ = take(grads.score_tables.data != nullptr, grads.score_tables.dim());
   }
   Index bytes() const { return scratch_.bytes(); }
   void clear() const { std::fill_n(start_, count(), 0.0); }
@@ -33,6 +34,9 @@ class HeadSums {
     }
     if (sink_ != nullptr) grads.sink(0, h, 0, 0) += *sink_;
     for (Index i = 0; i < x_.q.length() && slopes_ != nullptr; ++i) grads.slopes(b, h, i, 0) += slopes_[i];
+    for (Index i = 0; i < grads.score_tables.dim() && score_tables_ != nullptr; ++i) {
+      grads.score_tables(0, 0, 0, i) += score_tables_[i];
+    }
     if (bias_over_keys_ == nullptr) return;
     grads.bias.head(b, h, x_.heads()).visit([&](auto bias) {
       add_strided(bias.data, bias.row_stride, bias_over_keys_, x_.q.length());
@@ -40,7 +44,7 @@ class HeadSums {
   }
   /// Where tiles add, with `bias` for what goes to a bias tile by tile.
   ParamSums tile_sums(const StoredMatrix& bias, Index first_key) const {
-    return {bias, first_key, bias_over_keys_, relative_, slopes_, sink_};
+    return {bias, first_key, bias_over_keys_, relative_, slopes_, sink_, score_tables_};
   }
 
  private:
@@ -49,7 +53,7 @@ class HeadSums {
   const BackwardProblem& x_;
   Scratch scratch_;
   double* start_;
-  double *bias_over_keys_, *relative_, *slopes_, *sink_;
+  double *bias_over_keys_, *relative_, *slopes_, *sink_, *score_tables_;
 };
 
 /// Sums of one strip of keys for the gradient of a bias that several heads or queries share and that is stored in

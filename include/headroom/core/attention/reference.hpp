@@ -65,7 +65,9 @@ struct ReferenceHead {
 
   bool sees(Index i, Index j) const {
     const auto [b, h] = index;
-    return (params.mask.data == nullptr || params.mask(b, h, i, j) == params.mask_visible) &&
+    bool in_range = mask.keys(b, h, i).contains(j);
+    if constexpr (TwoRangeMask<M>) in_range |= mask.other_keys(b, h, i).contains(j);
+    return in_range && (params.mask.data == nullptr || params.mask(b, h, i, j) == params.mask_visible) &&
            (params.block_mask.data == nullptr || params.block_mask(b, h, i / params.block_size, j / params.block_size));
   }
   TurnedRow<const Scalar> query(Index i) const { return {q, params, index, i, params.position(i)}; }
@@ -129,10 +131,9 @@ struct ReferenceRow {
         cap_slope(kept) {
     const auto [b, h] = head.index;
     const Index keys = head.k.length();
-    const KeyRange range = head.mask.keys(b, h, i) & KeyRange{0, keys};
     Scalar maximum = std::numeric_limits<Scalar>::lowest(), sum = 0;
     bool any = false;
-    for (Index j = range.begin; j < range.end; ++j) {
+    for (Index j = 0; j < keys; ++j) {
       visible[j] = head.sees(i, j);
       if (!visible[j]) continue;
       any = true;

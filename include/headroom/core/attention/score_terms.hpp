@@ -6,11 +6,9 @@
 #include "headroom/core/rows.hpp"
 
 /// What happens to a score between the product q·kᵀ and the softmax, and to a weight after it: one small type for each
-/// term. A term that changes scores has `apply` for a tile of them. Its derivative is 1 unless it has one of its own
-/// (`derivative`), and `add_gradients` adds what a tile of gradients contributes to the gradient of its parameters.
+/// term. A term that changes scores has `apply` for a tile of them. Its derivative is 1 unless `apply` writes slopes,
+/// and `add_gradients` adds what a tile of gradients contributes to the gradient of its parameters.
 /// A term that hides has `sees_any`, which lets tiles be skipped, and `hide`.
-///
-/// A score function of one's own would be one more of these types, called by ScoreFunction (scores.hpp).
 namespace headroom::inline v0::core::detail {
 
 /// Where the gradients of one head's parameters go: sums of one worker; null, or without data, where not wanted.
@@ -21,18 +19,12 @@ struct ParamSums {
   double* relative;        // [2R-1]
   double* slopes;          // [Lq]
   double* sink;            // [1]
+  double* score_tables;    // of all tables of a score function, one after the other
 
   bool any_of_tiles() const {
     return bias.data != nullptr || bias_over_keys != nullptr || relative != nullptr || slopes != nullptr;
   }
 };
-
-/// The product of x and something, 0 where x is: 0·NaN is NaN, and what is hidden has no gradient, whatever it holds.
-template <class P>
-EIGEN_ALWAYS_INLINE P unless_zero(const P& x, const P& product) {
-  const P zero = Eigen::internal::pzero(x);
-  return simd::pselect(simd::pcmp_eq(x, zero), zero, product);
-}
 
 /// s becomes cap·tanh(|scale|·s / cap).
 template <class Scalar>
@@ -51,14 +43,16 @@ struct Softcap {
       if (slope != nullptr) simd::store(slope + i, simd::psub(simd::broadcast(Scalar(1)), simd::pmul(x, x)));
     }
   }
-  /// Gradients of capped scores become those of |scale|·s.
-  static void derivative(Scalar* grad, const Scalar* slope, Index count) {
-    for (Index i = 0; i < count; i += simd::kLanes<Scalar>) {
-      const simd::Packet<Scalar> g = simd::load(grad + i);
-      simd::store(grad + i, unless_zero(g, simd::pmul(g, simd::load(slope + i))));
-    }
-  }
 };
+
+/// Gradients of what a term makes of scores become those of the scores.
+template <class Scalar>
+void multiply_by_slope(Scalar* grad, const Scalar* slope, Index count) {
+  for (Index i = 0; i < count; i += simd::kLanes<Scalar>) {
+    const simd::Packet<Scalar> g = simd::load(grad + i);
+    simd::store(grad + i, unless_zero(g, simd::pmul(g, simd::load(slope + i))));
+  }
+}
 
 /// s becomes factor·s + bias(query,key).
 template <class Scalar>
@@ -199,6 +193,35 @@ struct Slopes {
   }
 };
 
+/// A tile as functions of one's own see it.
+template <class Scalar, Index Capacity, bool QueriesInLanes>
+OwnTile<Scalar> own_tile(const TileScores<Scalar, Capacity, QueriesInLanes>& tile, Index first_batch) {
+  return {tile.data,       tile.rows(),      tile.width, first_batch + tile.head.b, tile.head.h, tile.run.queries.begin,
+          tile.keys.begin, tile.run.position};
+}
+
+/// s becomes f(factor·s), f a score function of one's own.
+template <class Scalar>
+struct OwnScores {
+  const ScoreFunctionRef& f;
+  Index first_batch;
+
+  explicit operator bool() const { return static_cast<bool>(f); }
+  /// In the backward pass `slope` receives the derivative of f and `input`, where given, factor·s.
+  template <class Tile>
+  void apply(const Tile& tile, Scalar factor, Scalar* slope, Scalar* input) const {
+    if constexpr (Tile::kQueriesInLanes) {
+      f.forward(own_tile(tile, first_batch), factor);
+    } else {
+      f.backward(own_tile(tile, first_batch), factor, {slope, input});
+    }
+  }
+  template <class Tile>
+  void add_gradients(const Tile& grad, const Scalar* input, const ParamSums& sums) const {
+    if (sums.score_tables != nullptr) f.add_gradients(own_tile(grad, first_batch), input, sums.score_tables);
+  }
+};
+
 /// A score beside those of the keys, without a value.
 struct Sink {
   const StoredTensor& sink;
@@ -275,6 +298,34 @@ struct BlockMask {
         if (!params.block_mask(tile.head.b, tile.head.h, query, key)) tile.row(r)[l] = kHidden<Scalar>;
       }
     }
+  }
+};
+
+/// Hides the pairs that a mask function of one's own does not see.
+template <class Scalar>
+struct OwnMask {
+  const AttentionParams& params;
+  Index first_batch;
+
+  explicit operator bool() const { return static_cast<bool>(params.mask_function); }
+  bool sees_any(HeadIndex head, KeyRange queries, KeyRange keys) const {
+    if (!*this) return true;
+    const Seen seen = params.mask_function.block(first_batch + head.b, head.h, queries, keys);
+    if (seen != Seen::some) return seen == Seen::all;
+    const Index count = keys.end - keys.begin, N = simd::kLanes<Scalar>;
+    for (Index query = queries.begin; query < queries.end; ++query) {
+      const Index position = params.position(query);
+      const OwnTile<Scalar> row{nullptr,    1,        (count + N - 1) / N * N, first_batch + head.b, head.h, query,
+                                keys.begin, &position};
+      if (params.mask_function.sees_any(row, count)) return true;
+    }
+    return false;
+  }
+  template <class Tile>
+  void hide(const Tile& tile) const {
+    const OwnTile<Scalar> own = own_tile(tile, first_batch);
+    if (params.mask_function.block(own.batch, own.head, tile.run.queries, tile.keys) == Seen::all) return;
+    params.mask_function.hide<Scalar, Tile::kQueriesInLanes>(own);
   }
 };
 

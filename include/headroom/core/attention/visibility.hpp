@@ -1,19 +1,12 @@
 #pragma once
 
+#include "headroom/core/attention/hidden_scores.hpp"
 #include "headroom/core/attention/problem.hpp"
 #include "headroom/core/lanes.hpp"
 #include "headroom/core/mask.hpp"
 
 /// Which keys a query sees by the ranges of its mask. Single (query, key) pairs are hidden by score terms.
 namespace headroom::inline v0::core::detail {
-
-/// A hidden score: below every finite score that is seen, because those of the same value are lifted to kLeast, the
-/// next number above it. Numbers of this size are so far apart that any weight relative to a visible maximum is exactly
-/// 0, and no infinity is needed, so it works under -ffast-math.
-template <class Scalar>
-inline constexpr Scalar kHidden = std::numeric_limits<Scalar>::lowest();
-template <class Scalar>
-inline constexpr Scalar kLeast = kHidden<Scalar>*(1 - std::numeric_limits<Scalar>::epsilon() / 2);
 
 /// A mask seen through a function pointer, so that the kernels are compiled once for all masks.
 class MaskRef {
@@ -25,9 +18,26 @@ class MaskRef {
             const KeyRange range = static_cast<const M*>(self)->keys(head.b, head.h, queries.begin + i);
             begin[i] = range.begin, end[i] = range.end;
           }
-        }) {}
+        }) {
+    if constexpr (TwoRangeMask<M>) {
+      other_ranges_ = [](const void* self, HeadIndex head, KeyRange queries, Index* begin, Index* end) {
+        for (Index i = 0; i < queries.end - queries.begin; ++i) {
+          const KeyRange range = static_cast<const M*>(self)->other_keys(head.b, head.h, queries.begin + i);
+          begin[i] = range.begin, end[i] = range.end;
+        }
+      };
+    }
+  }
 
-  /// begin[i] and end[i]: which of `keys` keys the i-th of a run of queries sees.
+  /// How many ranges a query has. Each takes one pass over the keys.
+  int passes() const { return other_ranges_ == nullptr ? 1 : 2; }
+  /// The mask of one pass.
+  MaskRef pass(int index) const {
+    MaskRef part = *this;
+    if (index > 0) part.ranges_ = other_ranges_;
+    return part;
+  }
+  /// begin[i] and end[i]: which of `keys` keys the i-th of a run of queries sees in this pass.
   void ranges(HeadIndex head, KeyRange queries, Index keys, Index* begin, Index* end) const {
     ranges_(mask_, head, queries, begin, end);
     for (Index i = 0; i < queries.end - queries.begin; ++i) {
@@ -36,8 +46,11 @@ class MaskRef {
   }
 
  private:
+  using Ranges = void (*)(const void* mask, HeadIndex head, KeyRange queries, Index* begin, Index* end);
+
   const void* mask_;
-  void (*ranges_)(const void* mask, HeadIndex head, KeyRange queries, Index* begin, Index* end);
+  Ranges ranges_;
+  Ranges other_ranges_ = nullptr;
 };
 
 /// The smallest range that holds all ranges [begin[i], end[i]).
@@ -55,7 +68,7 @@ KeyRange hull(const T* begin, const T* end, Index count, Index keys) {
 /// The smallest range that holds both, of which {keys, 0} is none.
 inline KeyRange hull(KeyRange a, KeyRange b) { return {std::min(a.begin, b.begin), std::max(a.end, b.end)}; }
 
-/// A run of queries of one head: which keys each one sees, where it stands, and its slope.
+/// A run of queries of one head: which keys each one sees in a pass over them, where it stands, and its slope.
 template <class Scalar, Index Capacity>
 struct QueryRun {
   alignas(64) Scalar first[Capacity];
@@ -78,11 +91,11 @@ struct QueryRun {
     summarise(keys);
     std::fill(first + count, first + Capacity, first[count - 1]);
     std::fill(last + count, last + Capacity, last[count - 1]);
-    if (!params.slopes) return;
+    if (!params.slopes && !params.has_functions()) return;
     for (Index i = 0; i < Capacity; ++i) {
       const Index query = run.begin + std::min(i, count - 1);
       position[i] = params.position(query);
-      slope[i] = static_cast<Scalar>(params.slopes.at(head.b, head.h, query, 0));
+      if (params.slopes) slope[i] = static_cast<Scalar>(params.slopes.at(head.b, head.h, query, 0));
     }
   }
   /// From the first to the last query that sees any of `keys`.

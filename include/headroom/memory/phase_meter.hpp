@@ -1,0 +1,67 @@
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "headroom/memory/meter.hpp"
+
+namespace headroom::inline v0 {
+
+/// What a phase of a step took, such as "forward".
+struct PhaseUse {
+  std::string name;
+  double seconds = 0;           ///< wall clock; on an accelerator that of enqueueing what it does, waits included
+  std::int64_t peak_bytes = 0;  ///< highest sum of all tensors while it ran
+};
+
+/// The same phase again: seconds add up, the highest peak counts.
+inline void add_phase(std::vector<PhaseUse>& phases, const PhaseUse& use) {
+  const auto known = std::ranges::find(phases, use.name, &PhaseUse::name);
+  if (known == phases.end()) {
+    phases.push_back(use);
+  } else {
+    known->seconds += use.seconds;
+    known->peak_bytes = std::max(known->peak_bytes, use.peak_bytes);
+  }
+}
+
+/// Measures phases that follow each other, in the order in which they first come:
+///
+///     { const PhaseMeter::Scope scope(phases, "forward"); … }
+class PhaseMeter {
+ public:
+  explicit PhaseMeter(c10::Device device) : device_(device) {}
+
+  /// One phase, from here to the end of the scope.
+  class Scope {
+   public:
+    Scope(PhaseMeter& phases, const char* name) : phases_(phases), name_(name), meter_(phases.device_) {}
+    ~Scope() {
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start_;
+      add_phase(phases_.measured_, {name_, seconds.count(), meter_.peak()});
+    }
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+
+   private:
+    PhaseMeter& phases_;
+    const char* name_;
+    MemoryMeter meter_;
+    std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  };
+
+  /// Since construction or the last call.
+  std::vector<PhaseUse> take() { return std::exchange(measured_, {}); }
+
+ private:
+  c10::Device device_;
+  std::vector<PhaseUse> measured_;
+};
+
+}  // namespace headroom::inline v0

@@ -84,7 +84,7 @@ inline std::vector<std::string> add_model(const headroom::training::ModelFiles& 
   models.name.append(models.name.empty() ? "" : "+").append(files.weights.stem().string());
   const headroom::audio::SeparatorOptions options{
       .segments = chosen_segments(blend, config.inference_segment(), config.inference.overlap),
-      .batch = blend.batch.value_or(config.inference.batch_size),
+      .batch = blend.batch.value_or(config.inference.batch),
       .channels = config.audio.channels,
       .stems = static_cast<std::int64_t>(config.audio.stems.size()),
       .test_time = {.shifts = blend.shifts, .max_shift = rate / 2, .augment = blend.augment},

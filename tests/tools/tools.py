@@ -728,7 +728,7 @@ class Tools(unittest.TestCase):
         arguments = ["--model", self.model, "--stems", "bass", "--overwrite", long, self.root / "batched"]
         one = peak_resident_bytes("separate", *arguments)
         config = self.root / "batched.json"
-        config.write_text(json.dumps({**CONFIG, "inference": {"batch_size": 200}}))
+        config.write_text(json.dumps({**CONFIG, "inference": {"batch": 200}}))
         self.assertGreater(peak_resident_bytes("separate", *arguments, "--config", config), one + 50e6)
 
     def test_a_long_recording_takes_no_more_memory_than_a_short_one(self):

@@ -71,7 +71,7 @@ TEST_CASE("every member is read, and written back as it was read") {
                  "optimizer_state": "8bit", "optimizer_in_backward": false, "split_on_out_of_memory": true, "seed": 9007199254740993,
                  "checkpoint_every": 2, "validation_every": 3, "validation_segments": 4, "read_ahead": 5, "reader_threads": 6},
     "loss": {"stft_weight": 0.3, "windows": [1024], "hop": 100, "min_n_fft": 512},
-    "inference": {"segment_length": 40000, "overlap": 0.5, "batch_size": 3, "normalize": true}
+    "inference": {"segment_length": 40000, "overlap": 0.5, "batch": 3, "normalize": true}
   })";
   const Config config = parse_config(text, "a.json");
   const nlohmann::json given = nlohmann::json::parse(text);

@@ -195,7 +195,7 @@ TEST_CASE("a published BS-RoFormer is read") {
   CHECK((config.loss.stft_weight == 0.5 && config.loss.hop == 147 && config.loss.min_n_fft == 64));
   CHECK(config.loss.windows == std::vector<int64_t>{512, 256});
   CHECK((config.inference.segment_length == 0 && config.inference.overlap == 0.75));
-  CHECK((config.inference.batch_size == 4 && !config.inference.normalize));
+  CHECK((config.inference.batch == 4 && !config.inference.normalize));
   CHECK(config.inference_segment() == 5120);
   CHECK(notices == Lines{"training.use_amp: bfloat16, not float16",
                          "augmentations that are not here: random_inverse, vocals",

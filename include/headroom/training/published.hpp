@@ -102,7 +102,7 @@ class PublishedReader {
     read_augmentations();
     pass("inference.chunk_size", "inference.segment_length");
     if (find("audio.chunk_size") == nullptr) pass("inference.chunk_size", "training.segment_length");
-    pass("inference.batch_size", "inference.batch_size");
+    pass("inference.batch_size", "inference.batch");
     pass("inference.normalize", "inference.normalize");
     const auto count = get<std::int64_t>("inference.num_overlap", 1, {.at_least = 1, .at_most = 1000});
     put("inference.overlap", 1 - 1 / static_cast<double>(std::max<std::int64_t>(count, 1)));

@@ -212,7 +212,7 @@ struct LossConfig {
 struct InferenceConfig {
   int64_t segment_length = 0;
   double overlap = 0.25;
-  int64_t batch_size = 1;
+  int64_t batch = 1;
   bool normalize = false;
 
   static void describe(auto& self, auto&& field) {
@@ -220,7 +220,7 @@ struct InferenceConfig {
           "that the model works on at a time, samples; 0: as trained");
     field("overlap", self.overlap, {.at_least = 0, .at_most = 0.999},
           "share of a segment that the next one covers again");
-    field("batch_size", self.batch_size, {.at_least = 1, .at_most = 4096}, "segments in one call of the model");
+    field("batch", self.batch, {.at_least = 1, .at_most = 4096}, "segments in one call of the model");
     field("normalize", self.normalize, {}, "the model gets recordings with mean 0 and deviation 1, see audio::Level");
   }
 };

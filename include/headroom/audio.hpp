@@ -4,10 +4,13 @@
 // include) needs libsndfile and libsoxr, which headroom::training links.
 #include "headroom/audio/container.hpp"
 #include "headroom/audio/ensemble.hpp"
+#include "headroom/audio/hearing_energy.hpp"
 #include "headroom/audio/losses.hpp"
 #include "headroom/audio/metrics.hpp"
 #include "headroom/audio/segment_model.hpp"
 #include "headroom/audio/separator.hpp"
 #include "headroom/audio/separator_stream.hpp"
+#include "headroom/audio/smallest_errors.hpp"
 #include "headroom/audio/stft.hpp"
 #include "headroom/audio/test_time.hpp"
+#include "headroom/audio/waveform_loss.hpp"

@@ -39,8 +39,9 @@ class Passes {
     for (int64_t done = 0, count = 0; done < examples_; done += count) {
       count = std::min(most, batch_ - done % batch_);
       const Example example = source_(step * examples_ + done, count);
-      const torch::Tensor estimate = forward(example.mixture.to(device_));  // [B,N,C,S]
-      const torch::Tensor loss = this->loss(estimate, example.stems.to(device_)) /
+      const torch::Tensor mixture = example.mixture.to(device_);  // [B,C,S]
+      const torch::Tensor estimate = forward(mixture);            // [B,N,C,S]
+      const torch::Tensor loss = this->loss(estimate, {mixture, example.stems.to(device_)}) /
                                  (static_cast<double>(examples_) / static_cast<double>(count));
       mean_loss += loss.item<double>();
       require_finite(step, mean_loss, "loss");
@@ -66,10 +67,10 @@ class Passes {
     return model_(mixture);
   }
 
-  torch::Tensor loss(const torch::Tensor& estimate, const torch::Tensor& stems) {
+  torch::Tensor loss(const torch::Tensor& estimate, const Example& example) {
     const Phase phase("loss");
     const auto type = at::promote_types(estimate.scalar_type(), torch::kFloat);  // not in bfloat16
-    return loss_(estimate.to(type), stems);
+    return loss_(estimate.to(type), example.stems, example.mixture);
   }
 
   models::Separator model_;

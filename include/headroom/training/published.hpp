@@ -54,13 +54,8 @@ inline constexpr const char* kKeysWithoutEffect[] = {
     "model.flash_attn",
     "model.sage_attention",
     "model.dim_freqs_in",
-    "training.patience",
-    "training.reduce_factor",
     "training.scheduler",
     "training.num_warmup_steps",
-    "training.q",
-    "training.coarse_loss_clip",
-    "training.ema_momentum",
     "training.other_fix",
     "training.augmentation",
     "training.augmentation_type",
@@ -255,8 +250,15 @@ class PublishedReader {
     const auto batches = get<std::int64_t>("training.num_steps", 1000, {.at_least = 1});
     put("training.steps_per_epoch", (batches + passes - 1) / passes);
     published_.names.emplace_back("training.steps_per_epoch", "training.num_steps");
-    put("training.warmup_steps", 0);  // the learning rate stays as it is
-    put("training.min_learning_rate_ratio", 1);
+    put("training.warmup_steps", 0);
+    // Files that are published for separation alone may have no patience
+    put("training.schedule", find("training.patience") != nullptr ? "plateau" : "constant");
+    put("training.min_learning_rate_ratio", 0);
+    pass("training.patience", "training.plateau_patience");
+    pass("training.reduce_factor", "training.plateau_factor");
+    pass("training.ema_momentum", "training.ema_decay");
+    pass("training.q", "loss.masked_quantile");
+    pass("training.coarse_loss_clip", "loss.masked_by_example");
     const bool mixed = get("training.use_amp", true);
     put("training.bf16", mixed);
     if (mixed) published_.notices.push_back("training.use_amp: bfloat16, not float16");
@@ -265,11 +267,19 @@ class PublishedReader {
 
   void read_optimizer() {
     const auto name = get<std::string>("training.optimizer", "adam");
+    const bool is_adam = name == "adam" || name == "adamw" || name == "adamw8bit";
     pass("optimizer.betas", "training.betas");
-    put("training.weight_decay", name == "adam" ? 0 : 0.01);  // PyTorch's defaults
+    put("training.weight_decay", name == "adamw" || name == "adamw8bit" ? 0.01 : 0);  // PyTorch's defaults
     pass("optimizer.weight_decay", "training.weight_decay");
     if (name == "adamw8bit") put("training.optimizer_state", "8bit");
-    if (name == "adam" || name == "adamw" || name == "adamw8bit") return pass("training.lr", "training.learning_rate");
+    if (name == "sgd") {
+      put("training.momentum", 0);
+      pass("optimizer.momentum", "training.momentum");
+    }
+    if (is_adam || name == "radam" || name == "prodigy" || name == "sgd") {
+      if (!is_adam) put("training.optimizer", name);
+      return pass("training.lr", "training.learning_rate");
+    }
     published_.notices.push_back("training.optimizer: " + name +
                                  " is not here; AdamW trains, with a learning rate of " +
                                  number_text(TrainingConfig().learning_rate) + " in the place of training.lr");

@@ -1,13 +1,11 @@
 #pragma once
 
 #include <c10/core/Device.h>
-#include <torch/nn/utils/clip_grad.h>
 #include <torch/types.h>
 
 #include <algorithm>
 #include <concepts>
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -16,7 +14,6 @@
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/run_within.hpp"
 #include "headroom/models/separator.hpp"
-#include "headroom/optim/adamw.hpp"
 #include "headroom/optim/in_backward.hpp"
 #include "headroom/plan/recorder.hpp"
 #include "headroom/runtime/phase.hpp"
@@ -24,13 +21,13 @@
 #include "headroom/training/course.hpp"
 #include "headroom/training/example.hpp"
 #include "headroom/training/models.hpp"
-#include "headroom/training/optimizer.hpp"
 #include "headroom/training/passes.hpp"
 #include "headroom/training/resumption.hpp"
 #include "headroom/training/run.hpp"
 #include "headroom/training/score.hpp"
 #include "headroom/training/separate.hpp"
 #include "headroom/training/state.hpp"
+#include "headroom/training/updates.hpp"
 
 namespace headroom::inline v0::training {
 
@@ -119,10 +116,13 @@ class Trainer {
     Score score{.metric = "training loss", .value = loss, .more_is_better = false};
     if (options.validate) {
       if (!validation_due) return;
+      const auto averages = updates_.with_averages();
       score = {.metric = "validation nSDR", .value = options.validate()};
       summary.validation = score.value;
     }
-    if (improves(state_, score)) save(options, "best");
+    const bool is_best = improves(state_, score);
+    if (config_.training.schedule == "plateau") state_.plateau.take(is_best, config_.training.plateau_patience);
+    if (is_best) save(options, "best");
   }
 
   /// Ends a run: the epoch that is not over is judged like one that is, unless the run was told to stop.
@@ -152,7 +152,7 @@ class Trainer {
   models::Separator model_;
   Config config_;
   Passes passes_;
-  optim::AdamW optimizer_;
+  Updates updates_;
   std::optional<optim::InBackward> in_backward_;
   c10::Device device_;
   MemoryMeter meter_;
@@ -164,12 +164,12 @@ HEADROOM_TRAINING Trainer::Trainer(models::Separator model, const Config& config
     : model_(std::move(model)),
       config_(config),
       passes_(model_, config.training, std::move(source), std::move(loss)),
-      optimizer_(make_optimizer(*model_, config.training)),
+      updates_(*model_, config),
       device_(model_->parameters().front().device()),
       meter_(device_) {
   name_modules(*model_);
   if (config_.training.optimizer_in_backward) {
-    in_backward_.emplace(optimizer_, [this](const torch::Tensor& parameter) {
+    in_backward_.emplace(updates_.optimizer(), [this](const torch::Tensor& parameter) {
       passes_.require_finite(state_.step, parameter.grad().norm().item<double>(), "gradient norm");
     });
   }
@@ -206,29 +206,28 @@ HEADROOM_TRAINING Summary Trainer::run(const RunOptions& options) {
 
 HEADROOM_TRAINING double Trainer::step(double learning_rate) {
   const TrainingConfig& training = config_.training;
-  for (auto& group : optimizer_.param_groups()) {
-    group.options().set_lr(learning_rate);
-  }
+  updates_.set_learning_rate(learning_rate);
   model_->train();
-  optimizer_.zero_grad();
+  updates_.optimizer().zero_grad();
   double mean_loss = 0;
   if (training.split_on_out_of_memory) {
-    state_.microbatch = run_within({.device = device_}, *model_, halvings(microbatch()),
-                                   [&](int64_t most) { mean_loss = passes_.accumulate(state_.step, most); });
+    state_.microbatch = run_within({.device = device_}, *model_, halvings(microbatch()), [&](int64_t most) {
+      updates_.optimizer().zero_grad();
+      mean_loss = passes_.accumulate(state_.step, most);
+    });
     if (state_.microbatch == training.batch_size) state_.microbatch = 0;
   } else {
     mean_loss = passes_.accumulate(state_.step, microbatch());
   }
   if (!in_backward_) {
     const Phase phase("optimizer");
-    const double limit =
-        training.clip_grad_norm > 0 ? training.clip_grad_norm : std::numeric_limits<double>::infinity();
-    repeatable([&](bool) {
-      const double norm = torch::nn::utils::clip_grad_norm_(model_->parameters(), limit);
-      passes_.require_finite(state_.step, norm, "gradient norm");
+    repeatable([&](bool) { passes_.require_finite(state_.step, updates_.clip_gradients(), "gradient norm"); });
+    repeatable([&](bool again) {
+      optim::Optimizer& optimizer = updates_.optimizer();
+      again ? optimizer.continue_step() : static_cast<void>(optimizer.step());
     });
-    repeatable([&](bool again) { again ? optimizer_.continue_step() : static_cast<void>(optimizer_.step()); });
   }
+  repeatable([&](bool) { updates_.finish_step(); });
   ++state_.step;
   return mean_loss;
 }
@@ -238,7 +237,7 @@ HEADROOM_TRAINING TrainingState Trainer::state() {
   now.config = to_json(config_);
   now.random = random_state();
   now.model = tensors_of(*model_);
-  now.optimizer = optimizer_tensors(optimizer_, *model_);
+  updates_.save(now);
   return now;
 }
 
@@ -248,11 +247,13 @@ HEADROOM_TRAINING std::vector<Difference> Trainer::resume(const TrainingState& s
   check_same_model(changes, what);
   check_random_state(state.random, what);
   copy_tensors(state.model, tensors_of(*model_), what);
-  restore_optimizer(optimizer_, *model_, state.optimizer, what);
+  updates_.restore(state, what);
   set_random_state(state.random);
   state_ = state;
   state_.model.clear();
   state_.optimizer.clear();
+  state_.lora.clear();
+  state_.ema.clear();
   if (state_.unfinished_steps < 0) state_.unfinished_steps = state_.step % before.training.steps_per_epoch;
   forget_incomparable(changes, state_);
   return changes;

@@ -6,6 +6,8 @@
 #include <complex>
 #include <numbers>
 
+#include "headroom/core/log_wmse.hpp"
+#include "headroom/memory/meter.hpp"
 #include "support/catch.hpp"
 #include "support/tensors.hpp"
 
@@ -64,6 +66,33 @@ Tensor graph_loss(const Tensor& a, const Tensor& b, const MultiResolutionStftLos
     loss = loss + torch::l1_loss(transform(a, window), transform(b, window));
   }
   return loss;
+}
+
+/// Losses as plain graphs of the whole stems, from the formulas that their sources have.
+Tensor mse_graph(const Tensor& a, const Tensor& b) { return (a - b).square().mean(); }
+Tensor masked_graph(const Tensor& a, const Tensor& b, double q, bool by_example) {
+  Tensor errors = (a - b).square().transpose(0, 1);  // [N,B,C,S]
+  if (by_example) errors = errors.mean(torch::IntArrayRef{2, 3});
+  errors = errors.reshape({errors.size(0), -1});
+  return (errors * (errors < at::quantile(errors.detach(), q, 1, true))).mean();
+}
+Tensor frequency_graph(const Tensor& a, const Tensor& b) {
+  const auto magnitudes = [](const Tensor& x) {
+    const Tensor frames = torch::reflection_pad1d(x.flatten(0, 2), {1024, 1024}).unfold(1, 2048, 1024);
+    return torch::fft_rfft(frames).abs();
+  };
+  return (magnitudes(a) - magnitudes(b)).abs().mean();
+}
+/// The filter as a convolution of the whole signal, behind whose end it rings on.
+Tensor log_wmse_graph(const Tensor& a, const Tensor& b, const Tensor& mixture) {
+  const Eigen::VectorXd taps = core::detail::hearing_filter(44100);
+  const Tensor kernel = at::tensor(at::ArrayRef<double>(taps.data(), taps.size())).flip(0).view({1, 1, -1});
+  const auto energy = [&](const Tensor& x) {
+    const Tensor rows = x.reshape({-1, 1, x.size(-1)});
+    const Tensor filtered = torch::conv1d(rows, kernel, {}, 1, taps.size() - 1);
+    return (filtered.square().sum({1, 2}) / x.size(-1)).view(x.sizes().slice(0, x.dim() - 1));
+  };
+  return 4 * (energy(a - b) / energy(mixture).unsqueeze(1) + 1e-8).log().mean();
 }
 
 MultiResolutionStftLossOptions tiny() {
@@ -134,6 +163,80 @@ TEST_CASE("separation loss is l1 plus the weighted stft loss") {
   CHECK(torch::allclose(gradient, expected, 1e-11, 1e-15));
 }
 
+TEST_CASE("every term of the separation loss has the value and the gradient of its plain form in double") {
+  const Tensor mixture = noise({4, 2, 3000}, 3), b = noise({4, 3, 2, 3000}, 2);
+  const Tensor loudness = torch::tensor({1.0, 0.3, 2.0, 0.6}, torch::kDouble).view({4, 1, 1, 1});
+  const Tensor a = (b + noise({4, 3, 2, 3000}, 1) * loudness).requires_grad_();
+  const SeparationLossOptions none = SeparationLossOptions().l1_weight(0).stft_weight(0);
+  struct Case {
+    const char* name;
+    SeparationLossOptions options;
+    Tensor expected;
+  };
+  auto by_sample = SeparationLossOptions(none).masked_by_example(false);
+  const Case cases[] = {
+      {"l1", SeparationLossOptions(none).l1_weight(2), 2 * (a - b).abs().mean()},
+      {"mse", SeparationLossOptions(none).mse_weight(0.5), 0.5 * mse_graph(a, b)},
+      {"masked, 0.95 of samples", SeparationLossOptions(by_sample).masked_weight(1), masked_graph(a, b, 0.95, false)},
+      {"masked, 0.5 of samples", SeparationLossOptions(by_sample).masked_weight(3).masked_quantile(0.5),
+       3 * masked_graph(a, b, 0.5, false)},
+      {"masked, all samples but the worst", SeparationLossOptions(by_sample).masked_weight(1).masked_quantile(1),
+       masked_graph(a, b, 1, false)},
+      {"masked, 0.95 of examples", SeparationLossOptions(none).masked_weight(1), masked_graph(a, b, 0.95, true)},
+      {"masked, 0.3 of examples", SeparationLossOptions(none).masked_weight(1).masked_quantile(0.3),
+       masked_graph(a, b, 0.3, true)},
+      {"frequency", SeparationLossOptions(none).frequency_weight(0.1), 0.1 * frequency_graph(a, b)},
+      {"logWMSE", SeparationLossOptions(none).log_wmse_weight(0.25), 0.25 * log_wmse_graph(a, b, mixture)},
+      {"all",
+       SeparationLossOptions().mse_weight(1).masked_weight(1).log_wmse_weight(1).frequency_weight(1).stft(tiny()),
+       (a - b).abs().mean() + mse_graph(a, b) + masked_graph(a, b, 0.95, true) + log_wmse_graph(a, b, mixture) +
+           frequency_graph(a, b) + graph_loss(a, b, tiny())}};
+  for (const auto& [name, options, expected] : cases) {
+    INFO(name);
+    const Tensor value = SeparationLoss(options)->forward(a, b, mixture);
+    CHECK(value.item<double>() == Approx(expected.item<double>()).epsilon(1e-11));
+    const Tensor gradient = torch::autograd::grad({value}, {a})[0];
+    const Tensor reference = torch::autograd::grad({expected}, {a}, {}, /*retain_graph=*/true)[0];
+    CHECK((gradient - reference).norm().item<double>() < 1e-10 * reference.norm().item<double>());
+  }
+}
+
+TEST_CASE("logWMSE as a loss is the score, negated, of signals whose scores the package gives") {
+  const Tensor mixture = noise({1, 2, 5000}, 1), a = noise({1, 1, 2, 5000}, 2), b = noise({1, 1, 2, 5000}, 3);
+  constexpr double kRate = 32000;
+  const auto energy = [&](const Tensor& x) {
+    core::HearingEnergy all(2, kRate);
+    const Tensor rows = x.reshape({2, 5000}).contiguous();
+    all.add(Eigen::Map<const Eigen::Matrix<double, 2, 5000, Eigen::RowMajor>>(rows.data_ptr<double>()));
+    return all.finish();
+  };
+  const auto options = SeparationLossOptions().l1_weight(0).stft_weight(0).log_wmse_weight(1).sample_rate(kRate);
+  CHECK(SeparationLoss(options)->forward(a, b, mixture).item<double>() ==
+        Approx(-core::log_wmse(energy(a - b), energy(mixture))).epsilon(1e-11));
+}
+
+TEST_CASE("the memory of a loss does not depend on its terms, resolutions and stems but for one gradient") {
+  const auto added = [](int64_t stems, const SeparationLossOptions& options) {
+    SeparationLoss loss(options);
+    const Tensor a = noise({2, stems, 2, 20'000}, 1, torch::kFloat).requires_grad_();
+    const Tensor b = noise({2, stems, 2, 20'000}, 2, torch::kFloat), mixture = b.sum(1);
+    const auto run = [&] { torch::autograd::grad({loss->forward(a, b, mixture)}, {a}); };
+    run();  // makes what is kept
+    return MemoryMeter().measure(run).added_peak() -
+           3 * a.numel() * 4;  // the gradient, and two more while it is scaled
+  };
+  const auto few = MultiResolutionStftLossOptions().windows({1024});
+  const auto many = MultiResolutionStftLossOptions().windows({1024, 512, 256, 128}).min_n_fft(512);
+  const auto options = [](const auto& stft) {
+    return SeparationLossOptions().stft(MultiResolutionStftLossOptions(stft).hop(147).min_n_fft(1024));
+  };
+  const int64_t one = added(1, options(few));
+  CHECK(std::abs(added(1, options(many)) - one) < 20'000);
+  CHECK(std::abs(added(6, options(few)) - one) < 20'000);
+  auto all = options(many).mse_weight(1).masked_weight(1).frequency_weight(1).log_wmse_weight(1);
+  CHECK(added(6, all) - one < 3 * 20'000 * 4);
+}
+
 TEST_CASE("losses of half-precision estimates are computed in float and return gradients of the estimates' type") {
   SeparationLoss loss(SeparationLossOptions().stft(tiny()));
   const Tensor a = noise({1, 2, 2, 40}, 1, torch::kBFloat16).requires_grad_();
@@ -154,7 +257,7 @@ TEST_CASE("losses build no graph where none is wanted") {
 
 TEST_CASE("loss modules print and clone") {
   SeparationLoss loss(SeparationLossOptions().stft_weight(0.5).stft(tiny()));
-  CHECK(testing::contains(c10::str(loss), "headroom::audio::SeparationLoss(stft_weight=0.5)"));
+  CHECK(testing::contains(c10::str(loss), "headroom::audio::SeparationLoss(l1_weight=1, stft_weight=0.5)"));
   CHECK(testing::contains(c10::str(loss), "MultiResolutionStftLoss(windows=[32, 12, 7], hop=5, min_n_fft=16)"));
   CHECK(loss->parameters().empty());
   CHECK(loss->buffers().empty());
@@ -170,6 +273,17 @@ TEST_CASE("loss errors say what is wrong") {
         "headroom.audio.loss.options");
   CHECK(error_of([] { SeparationLoss(SeparationLossOptions().stft_weight(-1)); }).id() ==
         "headroom.audio.loss.options");
+  CHECK(error_of([] { SeparationLoss(SeparationLossOptions().masked_quantile(0)); }).id() ==
+        "headroom.audio.loss.options");
+  const Error mixture = error_of([] {
+    SeparationLoss(SeparationLossOptions().log_wmse_weight(1))(torch::zeros({1, 1, 2, 9}), torch::zeros({1, 1, 2, 9}));
+  });
+  CHECK(mixture.id() == "headroom.audio.loss.shape");
+  CHECK(contains(mixture.what(), "got an undefined tensor for the mixture of stems Float [1, 1, 2, 9]"));
+  const Error frames = error_of([] {
+    SeparationLoss(SeparationLossOptions().frequency_weight(1))(torch::zeros({1, 1, 1, 9}), torch::zeros({1, 1, 1, 9}));
+  });
+  CHECK(contains(frames.what(), "the distance of magnitudes needs more than 1024 samples"));
   CHECK(error_of([] { MultiResolutionStftLoss(MultiResolutionStftLossOptions().hop(0)); }).id() ==
         "headroom.core.stft.options");
 

@@ -211,9 +211,10 @@ TEST_CASE("the bytes of the state are those that are promised, and are planned")
 TEST_CASE("small tensors keep full moments where others have 8 bits") {
   const Tensor small = torch::ones({optim::kSmallestEightBit - 1}), large = torch::ones({optim::kSmallestEightBit});
   optim::AdamW optimizer({small, large}, {}, MomentFormat::eight_bit);
-  CHECK(optimizer.state_for(small).average.values.scalar_type() == torch::kFloat);
-  CHECK(optimizer.state_for(large).average.values.scalar_type() == torch::kByte);
-  CHECK(optimizer.state_for(large).square.scales.numel() == optim::kSmallestEightBit / optim::kMomentBlock);
+  CHECK(optimizer.state_for(small).moments.at("exp_avg").values.scalar_type() == torch::kFloat);
+  CHECK(optimizer.state_for(large).moments.at("exp_avg").values.scalar_type() == torch::kByte);
+  CHECK(optimizer.state_for(large).moments.at("exp_avg_sq").scales.numel() ==
+        optim::kSmallestEightBit / optim::kMomentBlock);
 }
 
 TEST_CASE("8-bit codes: the published values, the nearest of them, a scale for each block") {
@@ -299,8 +300,8 @@ TEST_CASE("whatever the types of parameters and state, moments are those of doub
     return optim::dequantise(moment, optim::DynamicCode(is_signed, parameter), parameter.sizes()).mean().item<double>();
   };
   CHECK(square == Approx(0.0245).epsilon(0.01));
-  CHECK(value(state.square, false) == Approx(square).epsilon(0.02));
-  CHECK(value(state.average, true) == Approx(average).epsilon(0.02));
+  CHECK(value(state.moments.at("exp_avg_sq"), false) == Approx(square).epsilon(0.02));
+  CHECK(value(state.moments.at("exp_avg"), true) == Approx(average).epsilon(0.02));
 
   // No gradient: no step, not 0 / 0
   Tensor still = torch::ones({optim::kSmallestEightBit}, dtype).requires_grad_();
@@ -322,7 +323,8 @@ TEST_CASE("a second moment in 8 bits follows one that decays beside one that doe
     optimizer.step();
   }
   const optim::DynamicCode code(false, parameter);
-  const Tensor square = optim::dequantise(optimizer.state_for(parameter).square, code, parameter.sizes());
+  const Tensor square =
+      optim::dequantise(optimizer.state_for(parameter).moments.at("exp_avg_sq"), code, parameter.sizes());
   CHECK(square[0].item<double>() == Approx(0.0245).epsilon(0.15));
   CHECK(square[1].item<double>() == Approx(0.8893).epsilon(0.01));
 }

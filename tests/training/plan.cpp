@@ -131,6 +131,59 @@ TEST_CASE("optimizers are planned byte for byte: narrow states, in the backward 
   }
 }
 
+TEST_CASE("every optimizer, averages of weights, frozen parameters and LoRA are planned byte for byte") {
+  const auto check = [](auto&& change) {
+    Config config = small();
+    transformer(config).emb_dim(64);
+    transformer(config).ffn_hidden_dim({72});
+    change(config);
+    const int64_t measured = MemoryMeter().measure([&] { train_really(config); }).added_peak();
+    CHECK(training::plan_training(config, this_machine()).peak_bytes == measured);
+    return measured;
+  };
+  for (const char* optimizer : {"radam", "muon", "prodigy", "sgd"}) {
+    for (const char* state : {"full", "8bit"}) {
+      CAPTURE(optimizer, state);
+      check([&](Config& c) {
+        c.training.optimizer = optimizer;
+        c.training.optimizer_state = state;
+        c.training.split_on_out_of_memory = true;
+      });
+    }
+  }
+  const int64_t plain = check([](Config&) {});
+  CHECK(check([](Config& c) { c.training.ema_decay = 0.9; }) > plain);
+  CHECK(check([](Config& c) { c.training.freeze = {"encoder.layers.0.*"}; }) < plain);
+  CHECK(check([](Config& c) { c.lora.rank = 4; }) < plain);
+}
+
+TEST_CASE("every term of the loss is planned byte for byte") {
+  for (const char* weights : {"mse", "masked", "masked samples", "logWMSE", "frequency", "all"}) {
+    Config config = small();
+    config.training.segment_length = 2100;
+    const bool all = weights == std::string("all");
+    config.loss.stft_weight = config.loss.l1_weight = all;
+    config.loss.mse_weight = all || weights == std::string("mse");
+    config.loss.masked_weight = all || testing::contains(weights, "masked");
+    config.loss.masked_by_example = weights != std::string("masked samples");
+    config.loss.log_wmse_weight = all || weights == std::string("logWMSE");
+    config.loss.frequency_weight = all || weights == std::string("frequency");
+    for (const bool bf16 : {false, true}) {
+      config.training.bf16 = bf16;
+      CAPTURE(weights, bf16);
+      const int64_t measured = MemoryMeter().measure([&] { train_really(config); }).added_peak();
+      CHECK(training::plan_training(config, this_machine()).peak_bytes == measured);
+      // Nothing but the loss
+      const auto loss_alone = [&] {
+        const training::Example example = training::ShapeSource{config}(0, 4);
+        torch::Tensor estimate = torch::ones_like(example.stems).requires_grad_();
+        training::make_loss(config)->forward(estimate, example.stems, example.mixture).backward();
+      };
+      CHECK(plan(loss_alone, this_machine()).peak_bytes == MemoryMeter().measure(loss_alone).added_peak());
+    }
+  }
+}
+
 TEST_CASE("memory that runs out is explained: the allocation that failed, and a change that would have fitted") {
   Config config = small();
   config.training.batch_size = 4;

@@ -190,7 +190,10 @@ TEST_CASE("a published BS-RoFormer is read") {
   const TrainingConfig& training = config.training;
   CHECK((training.segment_length == 5120 && training.batch_size == 2 && training.gradient_accumulation_steps == 4));
   CHECK((training.steps_per_epoch == 3 && training.epochs == 30 && training.warmup_steps == 0));
-  CHECK((training.learning_rate == 1e-5 && training.min_learning_rate_ratio == 1 && training.weight_decay == 0));
+  CHECK((training.learning_rate == 1e-5 && training.optimizer == "adamw" && training.weight_decay == 0));
+  CHECK((training.schedule == "plateau" && training.plateau_patience == 2 && training.plateau_factor == 0.95));
+  CHECK((training.min_learning_rate_ratio == 0 && training.ema_decay == 0.999));
+  CHECK((config.loss.masked_quantile == 0.95 && config.loss.masked_by_example && config.loss.masked_weight == 0));
   CHECK((training.clip_grad_norm == 0 && training.bf16 && training.optimizer_state == "full"));
   CHECK((config.loss.stft_weight == 0.5 && config.loss.hop == 147 && config.loss.min_n_fft == 64));
   CHECK(config.loss.windows == std::vector<int64_t>{512, 256});
@@ -201,8 +204,7 @@ TEST_CASE("a published BS-RoFormer is read") {
                          "augmentations that are not here: random_inverse, vocals",
                          "without effect here: audio.dim_f, audio.dim_t, audio.hop_length, audio.n_fft, "
                          "audio.min_mean_abs, model.flash_attn, model.sage_attention, model.dim_freqs_in, "
-                         "training.patience, training.reduce_factor, training.q, training.coarse_loss_clip, "
-                         "training.ema_momentum, training.other_fix, inference.dim_t"});
+                          "training.other_fix, inference.dim_t"});
   CHECK(to_json(parse_config(to_json(config), "again")) == to_json(config));
 }
 
@@ -257,6 +259,7 @@ is_roformer: true
   CHECK(config.audio.stems.size() == 6);
   CHECK((config.inference.overlap == 0.5 && config.inference_segment() == 588800));
   CHECK((config.training.batch_size == 1 && config.training.segment_length == 588800));
+  CHECK((config.training.schedule == "constant" && config.training.ema_decay == 0));
 }
 
 TEST_CASE("problems of a published file have its own names") {
@@ -303,12 +306,19 @@ TEST_CASE("problems of a published file have its own names") {
               "trainnig: unknown section; did you mean `training`?"});
 }
 
-TEST_CASE("an optimizer that is not here is told, and another one trains") {
+TEST_CASE("a published optimizer trains; one that is not here is told, and another one trains") {
   Lines notices;
-  const Config config =
-      parse_config(bs_roformer({"training.optimizer: prodigy", "training.lr: 1.0"}), "a.yaml", &notices);
-  CHECK(config.training.learning_rate == TrainingConfig().learning_rate);
-  CHECK(contains(notices[1], "training.optimizer: prodigy is not here; AdamW trains, with a learning rate of 0.0003"));
+  const auto training = [&](const std::string& optimizer, const std::string& rate) {
+    notices.clear();
+    return parse_config(bs_roformer({"training.optimizer: " + optimizer, "training.lr: " + rate}), "a.yaml", &notices)
+        .training;
+  };
+  CHECK((training("prodigy", "1.0").optimizer == "prodigy" && training("prodigy", "1.0").learning_rate == 1));
+  for (const std::string& notice : notices) CHECK_FALSE(contains(notice, "optimizer"));
+  CHECK((training("sgd", "0.1").optimizer == "sgd" && training("sgd", "0.1").momentum == 0));
+  CHECK((training("radam", "0.001").optimizer == "radam" && training("radam", "0.001").weight_decay == 0));
+  CHECK(training("rmsprop", "0.1").learning_rate == TrainingConfig().learning_rate);
+  CHECK(contains(notices[1], "training.optimizer: rmsprop is not here; AdamW trains, with a learning rate of 0.0003"));
 }
 
 TEST_CASE("a configuration of ours may be YAML, and a published one JSON") {

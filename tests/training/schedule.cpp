@@ -1,5 +1,7 @@
 #include "headroom/training/schedule.hpp"
 
+#include <vector>
+
 #include "support/catch.hpp"
 
 using namespace headroom::training;
@@ -18,6 +20,32 @@ TEST_CASE("the learning rate rises in a line and falls along half a cosine") {
   for (int64_t step = 5; step < 104; ++step) {
     CHECK(learning_rate_at(schedule, step, 104) < learning_rate_at(schedule, step - 1, 104));
   }
+}
+
+TEST_CASE("a learning rate falls in a line, stays, or is lowered when the score stops getting better") {
+  Schedule schedule{.learning_rate = 0.4, .warmup_steps = 4, .min_ratio = 0.1, .decay = Decay::linear};
+  CHECK(learning_rate_at(schedule, 1, 104) == Approx(0.2));
+  CHECK(learning_rate_at(schedule, 29, 104) == Approx(0.04 + 0.36 * 0.75));
+  CHECK(learning_rate_at(schedule, 104, 104) == Approx(0.04));
+  CHECK(learning_rate_at(schedule, 500, 104) == Approx(0.04));
+  schedule.decay = Decay::constant;
+  CHECK(learning_rate_at(schedule, 1, 104) == Approx(0.2));
+  CHECK(learning_rate_at(schedule, 4, 104) == 0.4);
+  CHECK(learning_rate_at(schedule, 500, 104) == 0.4);
+  schedule.decay = Decay::plateau;
+  schedule.factor = 0.5;
+  Plateau plateau;
+  const auto rate = [&] { return learning_rate_at(schedule, 50, 104, plateau); };
+  // Lowered by the third score in a row that is no best one; a best one begins anew
+  std::vector<double> rates;
+  for (const bool is_best : {true, false, false, true, false, false, false, false, false, false}) {
+    plateau.take(is_best, 2);
+    rates.push_back(rate());
+  }
+  CHECK(rates == std::vector<double>{0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.2, 0.2, 0.2, 0.1});
+  for (int i = 0; i < 30; ++i) plateau.take(false, 2);
+  CHECK(rate() == Approx(0.04));
+  CHECK(learning_rate_at(schedule, 1, 104, plateau) == Approx(0.2));  // the warm-up does not know of it
 }
 
 TEST_CASE("a run shorter than two warm-ups warms up over its first half") {

@@ -1,21 +1,24 @@
 #pragma once
 
 #include <torch/arg.h>
-#include <torch/autograd.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
-#include <torch/utils.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <ostream>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "headroom/audio/hearing_energy.hpp"
+#include "headroom/audio/smallest_errors.hpp"
 #include "headroom/audio/stft.hpp"
+#include "headroom/audio/waveform_loss.hpp"
+#include "headroom/core/error.hpp"
 #include "headroom/runtime/dry_run.hpp"
-#include "headroom/runtime/repetition.hpp"
 
 namespace headroom::inline v0::audio {
 
@@ -29,63 +32,6 @@ struct MultiResolutionStftLossOptions {
   TORCH_ARG(int64_t, min_n_fft) = 2048;
 };
 
-namespace detail {
-
-/// estimate - reference, at least in float.
-inline torch::Tensor difference(const torch::Tensor& estimate, const torch::Tensor& reference) {
-  require(estimate.defined() && reference.defined() && estimate.sizes() == reference.sizes() && estimate.dim() >= 1 &&
-              estimate.numel() > 0 && estimate.is_floating_point() && reference.is_floating_point(),
-          "headroom.audio.loss.shape", "got an estimate ", describe(estimate), " and a reference ", describe(reference),
-          "; expected two real floating-point tensors of the same shape, samples last");
-  return estimate.to(compute_type(estimate)) - reference.to(compute_type(reference));
-}
-
-/// Sum over the transforms of mean |transform(difference)|, with its gradient found during the forward pass.
-///
-/// A loss is a scalar: its gradient is known as soon as its value, up to one factor. So each waveform's spectrum at
-/// each resolution is differentiated and dropped before the next is made, and backward has only to scale: one tensor of
-/// the waveforms' size is kept where autograd would keep every spectrum of every resolution.
-struct SpectralMagnitude : torch::autograd::Function<SpectralMagnitude> {
-  static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& difference,
-                               std::vector<Stft> transforms) {
-    const bool wants_gradient = difference.requires_grad();
-    const torch::Tensor rows = difference.detach().reshape({-1, difference.size(-1)});  // [R,S]
-    const torch::Tensor gradient = wants_gradient ? torch::zeros_like(rows) : torch::Tensor();
-    torch::Tensor total = torch::zeros({}, rows.options().dtype(torch::kDouble));  // of many floats
-    torch::AutoGradMode record(wants_gradient);
-    const int64_t last = rows.size(0) - 1;
-    for (int64_t row = 0; row <= last; ++row) {
-      // A dry run sees the first, the second in the place of all up to the last, and that
-      const bool stands_for_all = is_dry(rows) && row == 1 && row < last;
-      const Repetition repetition(stands_for_all ? static_cast<double>(last - 1) : 1);
-      const torch::Tensor waveform = rows[row].detach().requires_grad_(wants_gradient);  // [S]
-      for (Stft& transform : transforms) {
-        const torch::Tensor mean = transform->forward(waveform).abs().mean() / rows.size(0);
-        total += mean.detach();
-        if (wants_gradient) {
-          gradient[row].add_(torch::autograd::grad({mean}, {waveform})[0]);
-        }
-      }
-      if (stands_for_all) row = last - 1;
-    }
-    if (wants_gradient) {
-      context->save_for_backward({gradient.reshape(difference.sizes())});
-    }
-    return total.to(rows.scalar_type());
-  }
-
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 torch::autograd::variable_list grad_total) {
-    require(
-        !torch::GradMode::is_enabled(), "headroom.audio.loss.second_derivative",
-        "the multi-resolution STFT loss was differentiated with create_graph=true, but it keeps its gradient and not "
-        "the graph behind it; call backward without create_graph");
-    return {context->get_saved_variables()[0] * grad_total[0], torch::Tensor()};
-  }
-};
-
-}  // namespace detail
-
 /// Distance of estimates and references in the time-frequency plane at several resolutions: the sum over the windows of
 ///
 ///   mean |STFT(estimate) - STFT(reference)|,
@@ -94,9 +40,9 @@ struct SpectralMagnitude : torch::autograd::Function<SpectralMagnitude> {
 /// frames. This is what BS-RoFormer trains with: F.l1_loss on the complex spectra, added up over the resolutions
 /// (github.com/lucidrains/BS-RoFormer, bs_roformer.py, `multi_stft_resolution_loss`), with a Hann window.
 ///
-/// The transform is linear, so only the difference of the waveforms is transformed. Memory: while it runs, the spectrum
-/// of one waveform at one resolution and its gradient; for backward, one tensor of the estimates' size.
-/// Differentiable once: a second derivative throws headroom.audio.loss.second_derivative.
+/// The transform is linear, so only the difference of the waveforms is transformed. Memory, see SumOverWaveforms: while
+/// it runs, the spectrum of one waveform at one resolution and its gradient; for backward, one tensor of the estimates'
+/// size. Differentiable once: a second derivative throws headroom.audio.loss.second_derivative.
 class MultiResolutionStftLossImpl : public torch::nn::Cloneable<MultiResolutionStftLossImpl> {
  public:
   /// Throws headroom.audio.loss.options and headroom.core.stft.options.
@@ -123,7 +69,20 @@ class MultiResolutionStftLossImpl : public torch::nn::Cloneable<MultiResolutionS
   /// Scalar loss of two waveforms [..., S], in float, or in double when either is double.
   /// Throws headroom.audio.loss.shape, and headroom.core.stft.length for segments of n_fft / 2 samples or less.
   torch::Tensor forward(const torch::Tensor& estimate, const torch::Tensor& reference) {
-    return detail::SpectralMagnitude::apply(detail::difference(estimate, reference), transforms_);
+    detail::check_waveforms(estimate, reference);
+    const double waveforms = static_cast<double>(estimate.numel() / estimate.size(-1));
+    return detail::sum_over_waveforms(estimate, reference, parts(1 / waveforms));
+  }
+
+  /// What it is a sum of, each times `factor`.
+  std::vector<WaveformLoss> parts(double factor) {
+    std::vector<WaveformLoss> all;
+    for (const Stft& transform : transforms_) {
+      all.push_back([=](const torch::Tensor& estimate, const torch::Tensor& reference, int64_t) {
+        return Stft(transform)->forward(estimate - reference).abs().mean() * factor;
+      });
+    }
+    return all;
   }
 
   MultiResolutionStftLossOptions options;
@@ -134,42 +93,155 @@ class MultiResolutionStftLossImpl : public torch::nn::Cloneable<MultiResolutionS
 
 TORCH_MODULE(MultiResolutionStftLoss);
 
-/// Options of SeparationLoss; the defaults are BS-RoFormer's.
+/// Options of SeparationLoss: the factors of its terms, 0 leaves one out, and what these need. The defaults are
+/// BS-RoFormer's.
 struct SeparationLossOptions {
-  /// Factor of the multi-resolution STFT loss; 0 leaves it out.
+  /// Of the mean |estimate - reference| over all samples.
+  TORCH_ARG(double, l1_weight) = 1.0;
+  /// Of the mean square.
+  TORCH_ARG(double, mse_weight) = 0.0;
+  /// Of the masked mean square: of every stem, squares from the `masked_quantile` of the batch on count as zero, so
+  /// that what is wrong in the data does not teach.
+  TORCH_ARG(double, masked_weight) = 0.0;
+  TORCH_ARG(double, masked_quantile) = 0.95;
+  /// Of whole examples, by their mean square, and not of single samples.
+  TORCH_ARG(bool, masked_by_example) = true;
+  /// Of the multi-resolution STFT loss.
   TORCH_ARG(double, stft_weight) = 1.0;
-  /// The resolutions of the STFT loss.
+  /// Its resolutions.
   TORCH_ARG(MultiResolutionStftLossOptions, stft) = {};
+  /// Of logWMSE, negated, in the mean over waveforms: 4 ln(e / m + 1e-8), e and m the energies of the error and of the
+  /// mixture behind a filter that weights frequencies as ears do.
+  TORCH_ARG(double, log_wmse_weight) = 0.0;
+  /// Hz; of logWMSE.
+  TORCH_ARG(double, sample_rate) = 44100;
+  /// Of the mean distance of the magnitudes of spectra, frames of 2048 samples without window, a hop of 1024.
+  TORCH_ARG(double, frequency_weight) = 0.0;
 };
 
-/// Loss of a separator: mean |estimate - reference| over the samples, plus `stft_weight` times MultiResolutionStftLoss.
+/// Loss of a separator: a weighted sum. Sources: for the masked mean square and the distance of magnitudes
+/// github.com/ZFTurbo/Music-Source-Separation-Training (utils/losses.py, masked_loss; utils/metrics.py, L1Freq_metric),
+/// for logWMSE core/log_wmse.hpp.
+///
+/// Memory, whatever the terms and the number of stems: for backward one tensor of the estimates' size; while it runs
+/// the intermediate results of one term of one waveform, and for a mask of samples some numbers a sample of one stem.
+/// Differentiable once: a second derivative throws headroom.audio.loss.second_derivative.
 class SeparationLossImpl : public torch::nn::Cloneable<SeparationLossImpl> {
  public:
   /// Throws headroom.audio.loss.options and headroom.core.stft.options.
   explicit SeparationLossImpl(const SeparationLossOptions& options_ = {}) : options(options_) { reset(); }
 
   void reset() override {
-    require(options.stft_weight() >= 0, "headroom.audio.loss.options", "got stft_weight ", options.stft_weight(),
-            "; expected 0 (waveforms only) or a positive factor");
+    for (const auto& [name, weight] : weights()) {
+      require(weight >= 0, "headroom.audio.loss.options", "got ", name, " ", weight,
+              "; expected 0 (left out) or a positive factor");
+    }
+    const double q = options.masked_quantile();
+    require(q > 0 && q <= 1, "headroom.audio.loss.options", "got masked_quantile ", q,
+            "; expected above 0 and at most 1");
     stft = register_module("stft", MultiResolutionStftLoss(options.stft()));
+    hearing_ = std::make_shared<detail::HearingEnergy>(options.sample_rate());
   }
 
   void pretty_print(std::ostream& stream) const override {
-    stream << "headroom::audio::SeparationLoss(stft_weight=" << options.stft_weight() << ")";
+    stream << "headroom::audio::SeparationLoss(";
+    const char* separator = "";
+    for (const auto& [name, weight] : weights()) {
+      if (weight > 0) stream << std::exchange(separator, ", ") << name << "=" << weight;
+    }
+    stream << ")";
   }
 
   /// Scalar loss of stems [B, N, C, S] (batch, stems, channels, samples), in float, or in double when either is double.
-  /// Throws headroom.audio.loss.shape, and headroom.core.stft.length for segments of n_fft / 2 samples or less.
-  torch::Tensor forward(const torch::Tensor& estimates, const torch::Tensor& references) {
-    const torch::Tensor difference = detail::difference(estimates, references);  // [B,N,C,S]
-    require(difference.dim() == 4, "headroom.audio.loss.shape", "got ", detail::describe(estimates),
+  /// logWMSE needs the mixture [B, C, S]. Throws headroom.audio.loss.shape, and headroom.core.stft.length for segments
+  /// of n_fft / 2 samples or less.
+  torch::Tensor forward(const torch::Tensor& estimates, const torch::Tensor& references,
+                        const torch::Tensor& mixture = {}) {
+    detail::check_waveforms(estimates, references);
+    require(estimates.dim() == 4, "headroom.audio.loss.shape", "got ", detail::describe(estimates),
             "; expected stems [B, N, C, S]: batch, stems, channels, samples");
-    const torch::Tensor loss = difference.abs().mean();
-    return options.stft_weight() == 0 ? loss : loss + options.stft_weight() * stft(estimates, references);
+    require(options.frequency_weight() == 0 || estimates.size(3) > kFrame / 2, "headroom.audio.loss.shape", "got ",
+            detail::describe(estimates), "; the distance of magnitudes needs more than ", kFrame / 2, " samples");
+    const double factor = static_cast<double>(estimates.size(-1)) / static_cast<double>(estimates.numel());
+    std::vector<WaveformLoss> parts;
+    if (const double w = options.l1_weight() * factor; w > 0) {
+      parts.push_back([w](const auto& x, const auto& y, int64_t) { return (x - y).abs().mean() * w; });
+    }
+    if (const double w = options.mse_weight() * factor; w > 0) {
+      parts.push_back([w](const auto& x, const auto& y, int64_t) { return (x - y).square().mean() * w; });
+    }
+    if (options.masked_weight() > 0) parts.push_back(masked(estimates, references, options.masked_weight() * factor));
+    if (options.stft_weight() > 0) {
+      for (WaveformLoss& part : stft->parts(options.stft_weight() * factor)) parts.push_back(std::move(part));
+    }
+    if (options.log_wmse_weight() > 0) {
+      parts.push_back(log_wmse(estimates, mixture, options.log_wmse_weight() * factor));
+    }
+    if (const double w = options.frequency_weight() * factor; w > 0) {
+      parts.push_back(
+          [w](const auto& x, const auto& y, int64_t) { return (magnitudes(x) - magnitudes(y)).abs().mean() * w; });
+    }
+    return detail::sum_over_waveforms(estimates, references, parts);
   }
 
   SeparationLossOptions options;
   MultiResolutionStftLoss stft = nullptr;
+
+ private:
+  static constexpr int64_t kFrame = 2048;  ///< samples, of the distance of magnitudes
+
+  std::vector<std::pair<const char*, double>> weights() const {
+    return {{"l1_weight", options.l1_weight()},
+            {"mse_weight", options.mse_weight()},
+            {"masked_weight", options.masked_weight()},
+            {"stft_weight", options.stft_weight()},
+            {"log_wmse_weight", options.log_wmse_weight()},
+            {"frequency_weight", options.frequency_weight()}};
+  }
+
+  WaveformLoss masked(const torch::Tensor& estimates, const torch::Tensor& references, double factor) const {
+    if (options.masked_by_example()) {
+      const torch::Tensor counts = detail::counted_waveforms(estimates, references, options.masked_quantile());  // [R]
+      return [=](const torch::Tensor& x, const torch::Tensor& y, int64_t row) {
+        return (x - y).square().mean() * counts[row] * factor;
+      };
+    }
+    const torch::Tensor limits = detail::error_limits(estimates, references, options.masked_quantile());  // [R]
+    return [=](const torch::Tensor& x, const torch::Tensor& y, int64_t row) {
+      const torch::Tensor errors = (x - y).square();
+      return (errors * (errors.detach() < limits[row])).mean() * factor;
+    };
+  }
+
+  WaveformLoss log_wmse(const torch::Tensor& estimates, const torch::Tensor& mixture, double factor) const {
+    const int64_t channels = estimates.size(2), samples = estimates.size(3);
+    require(mixture.defined() && mixture.sizes() == torch::IntArrayRef{estimates.size(0), channels, samples},
+            "headroom.audio.loss.shape", "got ", detail::describe(mixture), " for the mixture of stems ",
+            detail::describe(estimates), "; logWMSE needs it, [B, C, S]");
+    constexpr double kEpsilon = 1e-8;
+    const torch::Tensor rows = mixture.detach().reshape({-1, samples});
+    torch::Tensor energies = torch::empty({rows.size(0)}, rows.options().dtype(detail::compute_type(estimates)));
+    {
+      const torch::NoGradGuard guard;
+      detail::for_each_row(rows.size(0), is_dry(rows), [&](int64_t row) {
+        energies[row].copy_((*hearing_)(rows[row].to(energies.scalar_type())));
+      });
+      energies = energies.clamp_min_(kEpsilon * kEpsilon).view({-1, 1, channels});
+      energies = energies.expand(estimates.sizes().slice(0, 3)).reshape({-1});  // [R]
+    }
+    return [=, hearing = hearing_](const torch::Tensor& x, const torch::Tensor& y, int64_t row) {
+      return ((*hearing)(x - y) / energies[row] + kEpsilon).log() * (4 * factor);
+    };
+  }
+
+  static torch::Tensor magnitudes(const torch::Tensor& waveform) {
+    const torch::Tensor none = torch::ones({kFrame}, waveform.options().requires_grad(false));
+    return torch::stft(waveform, kFrame, kFrame / 2, c10::nullopt, none, /*center=*/true, /*pad_mode=*/"reflect",
+                       /*normalized=*/false, /*onesided=*/true, /*return_complex=*/true)
+        .abs();  // [F,T]
+  }
+
+  std::shared_ptr<detail::HearingEnergy> hearing_;
 };
 
 TORCH_MODULE(SeparationLoss);

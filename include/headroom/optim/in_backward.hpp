@@ -10,18 +10,19 @@
 #include <utility>
 
 #include "headroom/core/error.hpp"
-#include "headroom/optim/adamw.hpp"
+#include "headroom/optim/optimizer.hpp"
 #include "headroom/runtime/phase.hpp"
 
 namespace headroom::inline v0::optim {
 
-/// While it lives, backward passes step an AdamW: as soon as the gradient of a parameter is complete the parameter is
-/// updated and the gradient freed, so that they are never all there at once. The parameters after backward are those
+/// While it lives, backward passes step an optimizer: as soon as the gradient of a parameter is complete the parameter
+/// is updated and the gradient freed, so that they are never all there at once. The parameters after backward are those
 /// after backward and step(), bit for bit. Learning rates must be set before backward. All parameters are on one
 /// device.
 ///
 /// What needs all gradients together cannot be had: clipping to a global norm, and accumulation over several backward
-/// passes, each of which is a step here. Gradients that are there already are refused (headroom.optim.in_backward).
+/// passes, each of which is a step here. Gradients that are there already and Prodigy are refused
+/// (headroom.optim.in_backward).
 ///
 ///     optim::AdamW optimizer(model->parameters());
 ///     const optim::InBackward in_backward(optimizer);
@@ -31,8 +32,11 @@ namespace headroom::inline v0::optim {
 class InBackward {
  public:
   /// `inspect` sees each parameter, with its gradient, before it is updated; it may throw.
-  explicit InBackward(AdamW& optimizer, std::function<void(const torch::Tensor&)> inspect = {})
+  explicit InBackward(Optimizer& optimizer, std::function<void(const torch::Tensor&)> inspect = {})
       : optimizer_(optimizer), inspect_(std::move(inspect)) {
+    require(!optimizer_.needs_all_gradients(), "headroom.optim.in_backward", optimizer_.name(),
+            " looks at all gradients before it updates the first parameter, expected an optimizer that needs no more "
+            "than a parameter's own, such as AdamW; call step() after the backward pass");
     for (const auto& group : optimizer_.param_groups()) {
       for (const torch::Tensor& parameter : group.params()) {
         require(
@@ -71,7 +75,7 @@ class InBackward {
     }
   };
 
-  AdamW& optimizer_;
+  Optimizer& optimizer_;
   std::function<void(const torch::Tensor&)> inspect_;
 };
 

@@ -73,8 +73,9 @@ struct DynamicCode {
   at::Tensor values;  ///< float [256], rising
   at::Tensor inner;   ///< float [255]: of two neighbours the one that is nearer to zero
   at::Tensor widths;  ///< float [255]: from there to the other one
+  bool is_signed;
 
-  DynamicCode(bool is_signed, const at::Tensor& like) {
+  DynamicCode(bool has_sign, const at::Tensor& like) : is_signed(has_sign) {
     std::array<float, 256> numbers = detail::dynamic_values(is_signed);
     if (!is_signed) {
       for (float& x : numbers) x *= x;
@@ -104,6 +105,7 @@ inline double rounding_position(int64_t step) {
 struct StoredMoment {
   at::Tensor values;  ///< of the parameter's shape, float, double or bfloat16; or codes, uint8 [blocks, kMomentBlock]
   at::Tensor scales;  ///< of codes, float [blocks]; undefined in other formats
+  bool is_signed = true;  ///< which values codes stand for, see DynamicCode
 
   /// Takes over the numbers of a moment of the same format. Allocates nothing.
   void copy_(const StoredMoment& other) {
@@ -137,7 +139,7 @@ inline StoredMoment quantise(const at::Tensor& x, const DynamicCode& code, doubl
   at::Tensor scales = at::linalg_vector_norm(parts, INFINITY, at::IntArrayRef{1});  // [blocks]
   parts.div_(scales.clamp_min_(1e-37).unsqueeze(1));                                // in [-1, 1]
   const at::Tensor limits = at::add(code.inner, code.widths, position);             // [255]
-  return {at::bucketize(parts, limits, /*out_int32=*/true).to(at::kByte), std::move(scales)};
+  return {at::bucketize(parts, limits, /*out_int32=*/true).to(at::kByte), std::move(scales), code.is_signed};
 }
 
 /// Undoes quantise() up to its rounding; float of the given sizes.

@@ -14,6 +14,7 @@
 
 #include "headroom/core/finite.hpp"
 #include "headroom/training/example.hpp"
+#include "headroom/training/parameter_names.hpp"
 
 namespace headroom::inline v0::training {
 
@@ -31,11 +32,11 @@ namespace detail {
 inline bool all_finite(const torch::Tensor& x) { return torch::isfinite(x).all().item<bool>(); }
 
 /// Appends each parameter, or each gradient, that is not finite.
-inline void add_culprits(BadNumber& bad, const torch::nn::Module& model, bool gradients) {
-  for (const auto& parameter : model.named_parameters()) {
-    const torch::Tensor& values = gradients ? parameter.value().grad() : parameter.value();
+inline void add_culprits(BadNumber& bad, const NamedParameters& parameters, bool gradients) {
+  for (const auto& [name, parameter] : parameters) {
+    const torch::Tensor& values = gradients ? parameter.grad() : parameter;
     if (values.defined() && !all_finite(values)) {
-      bad.culprits.push_back((gradients ? "the gradient of " : "the parameter ") + parameter.key());
+      bad.culprits.push_back((gradients ? "the gradient of " : "the parameter ") + name);
     }
   }
 }
@@ -47,7 +48,7 @@ inline void add_culprits(BadNumber& bad, const torch::nn::Module& model, bool gr
 inline BadNumber bad_loss(const torch::nn::Module& model, double value, int64_t first, const Example& batch,
                           const torch::Tensor& estimate) {
   BadNumber bad{.what = "loss", .value = value, .first = first, .count = batch.mixture.size(0)};
-  detail::add_culprits(bad, model, false);
+  detail::add_culprits(bad, named_parameters(model), false);
   for (int64_t i = 0; i < bad.count; ++i) {
     const auto look = [&](const char* what, const torch::Tensor& values) {
       if (detail::all_finite(values[i])) return;
@@ -62,9 +63,9 @@ inline BadNumber bad_loss(const torch::nn::Module& model, double value, int64_t 
 }
 
 /// The gradients of examples first, …, first + count - 1: looks for those that are not finite.
-inline BadNumber bad_gradients(const torch::nn::Module& model, double norm, int64_t first, int64_t count) {
+inline BadNumber bad_gradients(const NamedParameters& trained, double norm, int64_t first, int64_t count) {
   BadNumber bad{.what = "gradient norm", .value = norm, .first = first, .count = count};
-  detail::add_culprits(bad, model, true);
+  detail::add_culprits(bad, trained, true);
   return bad;
 }
 
@@ -86,23 +87,6 @@ inline std::string describe(const BadNumber& bad, int64_t step, const std::funct
   list("; example ", examples.size(),
        [&](std::size_t i) { return std::to_string(examples[i]) + ": " + origin(examples[i]); });
   return text.str();
-}
-
-/// Scales all gradients so that their norm together is at most `limit`, if that is above 0, and returns the norm of
-/// before: as torch::nn::utils::clip_grad_norm_, bit for bit. Where it is not finite nothing is scaled.
-inline double clip_gradients(const std::vector<torch::Tensor>& parameters, double limit) {
-  std::vector<torch::Tensor> gradients, norms;
-  for (const torch::Tensor& parameter : parameters) {
-    if (parameter.grad().defined()) gradients.push_back(parameter.grad());
-  }
-  if (gradients.empty()) return 0;
-  for (const torch::Tensor& gradient : gradients) norms.push_back(gradient.norm());
-  const torch::Tensor norm = norms.size() == 1 ? norms[0] : torch::stack(norms).norm();
-  const double value = norm.item<double>();
-  if (limit <= 0 || !core::detail::is_finite(value)) return value;
-  const torch::Tensor factor = (limit / (norm + 1e-6)).clamp_max(1.0);
-  for (const torch::Tensor& gradient : gradients) gradient.mul_(factor);
-  return value;
 }
 
 }  // namespace headroom::inline v0::training

@@ -22,6 +22,16 @@ inline double steady_seconds() {
 
 }  // namespace detail
 
+/// The schedule of a configuration.
+inline Schedule schedule_of(const TrainingConfig& training) {
+  const auto decay = std::ranges::find(kDecayNames, training.schedule) - kDecayNames.begin();
+  return {.learning_rate = training.learning_rate,
+          .warmup_steps = training.warmup_steps,
+          .min_ratio = training.min_learning_rate_ratio,
+          .decay = static_cast<Decay>(decay),
+          .factor = training.plateau_factor};
+}
+
 /// A run under way: when and at which step it began, when the epoch did, and where it ends.
 class Course {
  public:
@@ -29,7 +39,7 @@ class Course {
   Course(const RunOptions& options, const TrainingConfig& training, int64_t first_step)
       : now_(options.clock ? options.clock : detail::steady_seconds),
         seconds_(options.seconds),
-        schedule_{training.learning_rate, training.warmup_steps, training.min_learning_rate_ratio},
+        schedule_(schedule_of(training)),
         start_(now_()),
         epoch_start_(start_),
         first_(first_step),
@@ -54,7 +64,7 @@ class Course {
       total = std::min(total, estimated_total_steps(first_, state.step, elapsed, *seconds_, state.seconds_per_step));
       if (state.step > first_) state.seconds_per_step = elapsed / static_cast<double>(steps_taken(state));
     }
-    return learning_rate_at(schedule_, state.step, total);
+    return learning_rate_at(schedule_, state.step, total, state.plateau);
   }
 
  private:

@@ -30,6 +30,7 @@ struct ModelFiles {
   /// weights.
   std::filesystem::path weights;
   std::filesystem::path config = {};  ///< of ours or published, see load_config
+  bool averaged = true;               ///< of a saved state with averaged weights take these
 };
 
 /// A trained model and its configuration.
@@ -108,7 +109,7 @@ HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files, std::vector<st
                             : parse_config(state ? state->config : *within, path.string() + " (configuration)");
   LoadedModel loaded{config, make_model(config)};
   if (state) {
-    copy_tensors(state->model, tensors_of(*loaded.model), path.string());
+    copy_tensors(files.averaged ? exported_tensors(*state) : state->model, tensors_of(*loaded.model), path.string());
   } else {
     load_weights(loaded.model, config, path);
   }

@@ -3,10 +3,12 @@
 #include <torch/types.h>
 
 #include <any>
+#include <concepts>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "headroom/core/error.hpp"
@@ -20,8 +22,30 @@ namespace headroom::inline v0::training {
 struct Config;
 class Rules;
 
-/// What is minimised: a number of the estimated and the true stems, both [B,N,C,S].
-using Loss = std::function<torch::Tensor(const torch::Tensor& estimate, const torch::Tensor& stems)>;
+/// What is minimised: a number of the estimated and the true stems, both [B,N,C,S], and, for a function that takes it,
+/// of the mixture [B,C,S].
+class Loss {
+ public:
+  template <class F>
+  requires(!std::same_as<std::remove_cvref_t<F>, Loss>) Loss(F&& f) {
+    using Tensor = torch::Tensor;
+    if constexpr (std::is_invocable_v<F&, const Tensor&, const Tensor&, const Tensor&>) {
+      f_ = std::forward<F>(f);
+    } else {
+      f_ = [f = std::forward<F>(f)](const Tensor& estimate, const Tensor& stems, const Tensor&) mutable {
+        return f(estimate, stems);
+      };
+    }
+  }
+
+  torch::Tensor operator()(const torch::Tensor& estimate, const torch::Tensor& stems,
+                           const torch::Tensor& mixture) const {
+    return f_(estimate, stems, mixture);
+  }
+
+ private:
+  std::function<torch::Tensor(const torch::Tensor&, const torch::Tensor&, const torch::Tensor&)> f_;
+};
 
 /// A type of model, as the registry has it: all that the trainer, the planner, recommendations, the tools and saved
 /// states know of it. `Options` is a described struct (described.hpp), whose members are keys of `model` in a

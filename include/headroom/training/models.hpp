@@ -32,12 +32,19 @@ inline models::TimeFrequencyTransformerOptions model_options(const Config& confi
 
 /// The loss that the section `loss` describes.
 inline audio::SeparationLoss make_loss(const Config& config) {
-  return audio::SeparationLoss(audio::SeparationLossOptions()
-                                   .stft_weight(config.loss.stft_weight)
-                                   .stft(audio::MultiResolutionStftLossOptions()
-                                             .windows(config.loss.windows)
-                                             .hop(config.loss.hop)
-                                             .min_n_fft(config.loss.min_n_fft)));
+  const LossConfig& loss = config.loss;
+  return audio::SeparationLoss(
+      audio::SeparationLossOptions()
+          .l1_weight(loss.l1_weight)
+          .mse_weight(loss.mse_weight)
+          .masked_weight(loss.masked_weight)
+          .masked_quantile(loss.masked_quantile)
+          .masked_by_example(loss.masked_by_example)
+          .stft_weight(loss.stft_weight)
+          .stft(audio::MultiResolutionStftLossOptions().windows(loss.windows).hop(loss.hop).min_n_fft(loss.min_n_fft))
+          .log_wmse_weight(loss.log_wmse_weight)
+          .sample_rate(static_cast<double>(config.audio.sample_rate))
+          .frequency_weight(loss.frequency_weight));
 }
 
 /// The loss that the model of a configuration is trained with: its own, or that of the section `loss`.
@@ -131,8 +138,9 @@ HEADROOM_TRAINING const ModelType& find_model(const std::string& name) {
 HEADROOM_TRAINING Loss loss_of(const Config& config) {
   const ModelEntry<std::any>& entry = config.model.entry();
   if (entry.loss) return entry.loss(config.model.options(), config);
-  return [loss = make_loss(config)](const torch::Tensor& estimate, const torch::Tensor& stems) mutable {
-    return loss->forward(estimate, stems);
+  return [loss = make_loss(config)](const torch::Tensor& estimate, const torch::Tensor& stems,
+                                    const torch::Tensor& mixture) mutable {
+    return loss->forward(estimate, stems, mixture);
   };
 }
 #endif

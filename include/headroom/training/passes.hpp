@@ -52,7 +52,7 @@ class Passes {
       const Example example = read(first + done, count);
       const torch::Tensor estimate = forward(example.mixture);  // [B,N,C,S]
       const torch::Tensor loss =
-          this->loss(estimate, example.stems) / (static_cast<double>(examples_) / static_cast<double>(count));
+          this->loss(estimate, example) / (static_cast<double>(examples_) / static_cast<double>(count));
       const double value = loss.item<double>();
       result.mean_loss += value;
       if (!core::detail::is_finite(value)) {
@@ -79,11 +79,11 @@ class Passes {
     return model_(mixture);
   }
 
-  torch::Tensor loss(const torch::Tensor& estimate, const torch::Tensor& stems) {
+  torch::Tensor loss(const torch::Tensor& estimate, const Example& example) {
     const Phase phase("loss");
     const PhaseMeter::Scope scope(phases_, "loss");
     const auto type = at::promote_types(estimate.scalar_type(), torch::kFloat);  // not in bfloat16
-    return loss_(estimate.to(type), stems);
+    return loss_(estimate.to(type), example.stems, example.mixture);
   }
 
   models::Separator model_;

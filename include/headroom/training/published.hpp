@@ -17,6 +17,7 @@
 #include "headroom/training/json.hpp"
 #include "headroom/training/models.hpp"
 #include "headroom/training/published_augmentations.hpp"
+#include "headroom/training/published_keys.hpp"
 #include "headroom/training/sections.hpp"
 #include "headroom/training/separate.hpp"
 
@@ -43,43 +44,6 @@ HEADROOM_TRAINING void rename_problems(std::vector<Problem>& problems, const Pub
 
 #ifdef HEADROOM_TRAINING_HERE
 namespace detail {
-
-/// Keys without a counterpart: what they say does not matter here, or only for how Python trains.
-inline constexpr const char* kKeysWithoutEffect[] = {
-    "audio.dim_f",
-    "audio.dim_t",
-    "audio.hop_length",
-    "audio.n_fft",
-    "audio.min_mean_abs",
-    "model.flash_attn",
-    "model.sage_attention",
-    "model.dim_freqs_in",
-    "training.patience",
-    "training.reduce_factor",
-    "training.scheduler",
-    "training.num_warmup_steps",
-    "training.q",
-    "training.coarse_loss_clip",
-    "training.ema_momentum",
-    "training.other_fix",
-    "training.augmentation",
-    "training.augmentation_type",
-    "training.augmentation_mix",
-    "training.augmentation_loudness",
-    "training.augmentation_loudness_type",
-    "training.augmentation_loudness_min",
-    "training.augmentation_loudness_max",
-    "training.use_mp3_compress",
-    "training.precompute_chunks",
-    "training.precompute_batch_for_chunks",
-    "training.num_precompute_chunks",
-    "training.max_class_presence_ratio",
-    "training.read_metadata_procs",
-    "inference.dim_t",
-    "lora",
-    "loss_multistft",
-    "is_roformer",
-};
 
 /// Keys that only have to be false here.
 inline constexpr const char* kKeysThatAreFalse[] = {"model.stft_normalized", "model.multi_stft_normalized",
@@ -257,8 +221,15 @@ class PublishedReader {
     const auto batches = get<std::int64_t>("training.num_steps", 1000, {.at_least = 1});
     put("training.steps_per_epoch", (batches + passes - 1) / passes);
     published_.names.emplace_back("training.steps_per_epoch", "training.num_steps");
-    put("training.warmup_steps", 0);  // the learning rate stays as it is
-    put("training.min_learning_rate_ratio", 1);
+    put("training.warmup_steps", 0);
+    // Files that are published for separation alone may have no patience
+    put("training.schedule", find("training.patience") != nullptr ? "plateau" : "constant");
+    put("training.min_learning_rate_ratio", 0);
+    pass("training.patience", "training.plateau_patience");
+    pass("training.reduce_factor", "training.plateau_factor");
+    pass("training.ema_momentum", "training.ema_decay");
+    pass("training.q", "loss.masked_quantile");
+    pass("training.coarse_loss_clip", "loss.masked_by_example");
     const bool mixed = get("training.use_amp", true);
     put("training.bf16", mixed);
     if (mixed) published_.notices.push_back("training.use_amp: bfloat16, not float16");
@@ -267,11 +238,19 @@ class PublishedReader {
 
   void read_optimizer() {
     const auto name = get<std::string>("training.optimizer", "adam");
+    const bool is_adam = name == "adam" || name == "adamw" || name == "adamw8bit";
     pass("optimizer.betas", "training.betas");
-    put("training.weight_decay", name == "adam" ? 0 : 0.01);  // PyTorch's defaults
+    put("training.weight_decay", name == "adamw" || name == "adamw8bit" ? 0.01 : 0);  // PyTorch's defaults
     pass("optimizer.weight_decay", "training.weight_decay");
     if (name == "adamw8bit") put("training.optimizer_state", "8bit");
-    if (name == "adam" || name == "adamw" || name == "adamw8bit") return pass("training.lr", "training.learning_rate");
+    if (name == "sgd") {
+      put("training.momentum", 0);
+      pass("optimizer.momentum", "training.momentum");
+    }
+    if (is_adam || name == "radam" || name == "prodigy" || name == "sgd") {
+      if (!is_adam) put("training.optimizer", name);
+      return pass("training.lr", "training.learning_rate");
+    }
     published_.notices.push_back("training.optimizer: " + name +
                                  " is not here; AdamW trains, with a learning rate of " +
                                  number_text(TrainingConfig().learning_rate) + " in the place of training.lr");

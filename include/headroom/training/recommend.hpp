@@ -90,7 +90,8 @@ class Recommender {
       batch_ = std::gcd(batch_, bucket.batch_size);
       shortest_ = std::min(shortest_, bucket.segment_length);
     }
-    if (config.training.optimizer_in_backward) batch_ = 1;  // which cannot add to gradients
+    // One cannot add to gradients, the other is not the mean over parts of a batch
+    if (config.training.optimizer_in_backward || config.loss.compares_examples()) batch_ = 1;
   }
 
   std::optional<Recommendation> find() const {

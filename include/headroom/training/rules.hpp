@@ -62,7 +62,7 @@ inline int64_t longest_window(const LossConfig& loss) {
 
 /// Elements of the widest tensor of a training step, about.
 inline double elements_of_widest(const Config& config) {
-  const auto& [model, audio, data, training, loss, inference] = config;
+  const auto& [model, audio, data, training, loss, lora, inference] = config;
   const double samples = static_cast<double>(training.segment_length) * static_cast<double>(training.batch_size);
   const auto signals = static_cast<double>(audio.channels) * static_cast<double>(audio.stems.size() + 1);
   const double in_loss = samples * signals * static_cast<double>(longest_window(loss)) / static_cast<double>(loss.hop);
@@ -71,7 +71,7 @@ inline double elements_of_widest(const Config& config) {
 }
 
 inline void check_model(const Config& config, Rules& rule) {
-  const auto& [model, audio, data, training, loss, inference] = config;
+  const auto& [model, audio, data, training, loss, lora, inference] = config;
   if (model.entry().check) model.entry().check(model.options(), config, rule);
   const int64_t named = model.blocks() > 0 ? model.gradient_checkpointing.named_blocks() : 0;
   rule(
@@ -81,12 +81,16 @@ inline void check_model(const Config& config, Rules& rule) {
 }
 
 inline void check_sizes(const Config& config, Rules& rule) {
-  const auto& [model, audio, data, training, loss, inference] = config;
+  const auto& [model, audio, data, training, loss, lora, inference] = config;
   rule(
       {"training.segment_length", "loss.windows", "loss.min_n_fft", "loss.stft_weight"},
       [&] { return loss.stft_weight == 0 || training.segment_length >= longest_window(loss); }, "got ",
       training.segment_length, ", expected at least the longest window of loss.windows and loss.min_n_fft, which is ",
       longest_window(loss));
+  rule(
+      {"training.segment_length", "loss.frequency_weight"},
+      [&] { return loss.frequency_weight == 0 || training.segment_length > 1024; }, "got ", training.segment_length,
+      ", expected more than 1024 with loss.frequency_weight");
   if (rule.any_wrong_in("model")) return;
   rule(
       {"training.segment_length", "training.batch_size", "loss.windows", "loss.hop", "audio.channels", "audio.stems"},
@@ -96,13 +100,54 @@ inline void check_sizes(const Config& config, Rules& rule) {
       "; lower one of the two, or raise the hops of the model and loss.hop");
 }
 
-inline void check_optimizer(const TrainingConfig& training, Rules& rule) {
+inline void check_loss(const Config& config, Rules& rule) {
+  const LossConfig& loss = config.loss;
+  rule(
+      {"loss.l1_weight", "loss.mse_weight", "loss.masked_weight", "loss.stft_weight", "loss.log_wmse_weight",
+       "loss.frequency_weight"},
+      [&] {
+        return loss.l1_weight + loss.mse_weight + loss.masked_weight + loss.stft_weight + loss.log_wmse_weight +
+                   loss.frequency_weight >
+               0;
+      },
+      "got 0 as all the others, expected one weight or more above 0");
+  rule(
+      {"loss.masked_by_example", "loss.masked_weight", "training.batch_size"},
+      [&] { return loss.masked_weight == 0 || !loss.masked_by_example || config.training.batch_size > 1; },
+      "got true, expected false with training.batch_size = 1: one example is not below the quantile of itself");
+  rule(
+      {"training.split_on_out_of_memory", "loss.masked_weight"},
+      [&] { return !config.training.split_on_out_of_memory || !loss.compares_examples(); },
+      "got true, expected false with loss.masked_weight, which compares the examples of a batch");
+}
+
+inline void check_optimizer(const Config& config, Rules& rule) {
+  const TrainingConfig& training = config.training;
   rule(
       {"training.warmup_steps", "training.epochs", "training.steps_per_epoch"},
       [&] { return 2 * training.warmup_steps <= training.epochs * training.steps_per_epoch; }, "got ",
       training.warmup_steps,
       ", expected at most half of the run, which is training.epochs * training.steps_per_epoch = ",
       training.epochs * training.steps_per_epoch, " steps");
+  rule(
+      {"training.learning_rate", "training.optimizer"},
+      [&] { return training.optimizer != "prodigy" || training.learning_rate >= 0.1; }, "got ", training.learning_rate,
+      ", expected 0.1 or more with training.optimizer = \"prodigy\", which finds the learning rate and multiplies it "
+      "with this; 1 is usual");
+  rule(
+      {"training.optimizer_in_backward", "training.optimizer"},
+      [&] { return !training.optimizer_in_backward || training.optimizer != "prodigy"; },
+      "got true, expected false with training.optimizer = \"prodigy\", which looks at all gradients before it updates "
+      "the first parameter");
+  rule(
+      {"training.optimizer_in_backward", "lora.rank"},
+      [&] { return !training.optimizer_in_backward || config.lora.rank == 0; },
+      "got true, expected false with lora.rank = ", config.lora.rank,
+      ": the gradients of matrices are freed at once already");
+  rule(
+      {"training.freeze", "lora.rank"}, [&] { return training.freeze.empty() || config.lora.rank == 0; },
+      "got patterns, expected none with lora.rank = ", config.lora.rank,
+      ", which trains the layers of lora.layers alone");
   rule(
       {"training.optimizer_in_backward", "training.gradient_accumulation_steps"},
       [&] { return !training.optimizer_in_backward || training.gradient_accumulation_steps == 1; },
@@ -153,7 +198,8 @@ inline void check_together(const Config& config, std::vector<Problem>& problems)
   Rules rule(problems);
   check_model(config, rule);
   check_sizes(config, rule);
-  check_optimizer(config.training, rule);
+  check_loss(config, rule);
+  check_optimizer(config, rule);
   check_validation(config.training, rule);
   check_data(config.data, rule);
   const std::vector<std::string>& stems = config.audio.stems;

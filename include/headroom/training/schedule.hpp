@@ -1,37 +1,80 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <numbers>
 
 namespace headroom::inline v0::training {
 
-/// Linear warm-up, then half a cosine down to `min_ratio` of the learning rate.
+/// What becomes of the learning rate after the warm-up: it falls along half a cosine or in a line, stays, or is lowered
+/// each time that the score stopped getting better.
+enum class Decay { cosine, linear, constant, plateau };
+inline constexpr std::array<const char*, 4> kDecayNames{"cosine", "linear", "constant", "plateau"};
+
+/// Linear warm-up, then `decay` down to `min_ratio` of the learning rate.
 struct Schedule {
   double learning_rate = 3e-4;
   int64_t warmup_steps = 0;
   double min_ratio = 0.0;
+  Decay decay = Decay::cosine;
+  double factor = 0.5;  ///< of plateau, each time
 };
 
-/// Learning rate of step 0, 1, …, total_steps - 1; the minimum from total_steps on.
+/// How a schedule of Decay::plateau stands.
+struct Plateau {
+  int64_t waited = 0;   ///< scores since the best one, or since the learning rate was lowered
+  int64_t lowered = 0;  ///< how often it was
+
+  /// Takes a score: after more than `patience` of them in a row without a better one the learning rate is lowered.
+  void take(bool is_best, int64_t patience) {
+    waited = is_best ? 0 : waited + 1;
+    if (waited <= patience) return;
+    waited = 0;
+    ++lowered;
+  }
+};
+
+namespace detail {
+
+/// The share of the learning rate that is left after `progress`, 0 to 1, of what comes after the warm-up.
+inline double share_left(const Schedule& schedule, double progress, const Plateau& plateau) {
+  const auto between = [&](double share) { return schedule.min_ratio + (1 - schedule.min_ratio) * share; };
+  switch (schedule.decay) {
+    case Decay::cosine:
+      return between((1 + std::cos(std::numbers::pi * progress)) / 2);
+    case Decay::linear:
+      return between(1 - progress);
+    case Decay::constant:
+      return 1;
+    case Decay::plateau:
+      return std::max(schedule.min_ratio, std::pow(schedule.factor, static_cast<double>(plateau.lowered)));
+  }
+  return 1;
+}
+
+}  // namespace detail
+
+/// Learning rate of step 0, 1, …, total_steps - 1; that of the end from total_steps on.
 ///
 ///   step < warmup:  learning_rate · (step + 1) / warmup
-///   else:           learning_rate · (min_ratio + (1 - min_ratio) · (1 + cos(π · (step - warmup) / (total - warmup))) /
-///   2)
+///   else, with progress p = (step - warmup) / (total - warmup), by decay
+///     cosine:       learning_rate · (min_ratio + (1 - min_ratio) · (1 + cos(π · p)) / 2)
+///     linear:       learning_rate · (min_ratio + (1 - min_ratio) · (1 - p))
+///     constant:     learning_rate
+///     plateau:      learning_rate · max(min_ratio, factor ^ plateau.lowered)
 ///
 /// A run that is shorter than two warm-ups warms up over its first half.
-inline double learning_rate_at(const Schedule& schedule, int64_t step, int64_t total_steps) {
+inline double learning_rate_at(const Schedule& schedule, int64_t step, int64_t total_steps,
+                               const Plateau& plateau = {}) {
   const int64_t warmup = std::min(schedule.warmup_steps, total_steps / 2);
   if (step < warmup) {
     return schedule.learning_rate * static_cast<double>(step + 1) / static_cast<double>(warmup);
   }
-  if (step >= total_steps) {
-    return schedule.learning_rate * schedule.min_ratio;
-  }
-  const double progress = static_cast<double>(step - warmup) / static_cast<double>(total_steps - warmup);
-  const double cosine = (1 + std::cos(std::numbers::pi * progress)) / 2;
-  return schedule.learning_rate * (schedule.min_ratio + (1 - schedule.min_ratio) * cosine);
+  const double progress =
+      step >= total_steps ? 1 : static_cast<double>(step - warmup) / static_cast<double>(total_steps - warmup);
+  return schedule.learning_rate * detail::share_left(schedule, progress, plateau);
 }
 
 /// Number of steps that a run will have taken when its time budget ends, at the pace so far: what `total_steps` is for

@@ -103,21 +103,28 @@ struct AudioConfig {
   }
 };
 
-/// `training`: segments, batches, AdamW and its schedule.
+/// `training`: segments, batches, the optimizer and its schedule, what is trained.
 struct TrainingConfig {
   int64_t segment_length = 0;
   int64_t batch_size = 0;
   int64_t gradient_accumulation_steps = 1;
   int64_t steps_per_epoch = 100;
   int64_t epochs = 100;
+  std::string optimizer = "adamw";
   double learning_rate = 3e-4;
   int64_t warmup_steps = 500;
+  std::string schedule = "cosine";
   double min_learning_rate_ratio = 0.01;
+  int64_t plateau_patience = 10;
+  double plateau_factor = 0.5;
   double weight_decay = 0.01;
   std::array<double, 2> betas = {0.9, 0.999};
+  double momentum = 0.95;
   double clip_grad_norm = 1.0;
   std::string optimizer_state = "full";
   bool optimizer_in_backward = false;
+  double ema_decay = 0.0;
+  std::vector<std::string> freeze = {};
   bool bf16 = false;
   bool split_on_out_of_memory = false;
   int64_t seed = 0;
@@ -147,23 +154,44 @@ struct TrainingConfig {
     field("steps_per_epoch", self.steps_per_epoch, {.at_least = 1, .at_most = kMost}, "optimizer steps in an epoch");
     field("epochs", self.epochs, {.at_least = 1, .at_most = 1e6},
           "`--steps` and `--seconds` override the length of the run");
-    field("learning_rate", self.learning_rate, {.at_most = 10, .above = 0}, "of AdamW after the warm-up");
+    field("optimizer", self.optimizer, {.choices = {"adamw", "radam", "muon", "prodigy", "sgd"}},
+          "what updates the parameters; muon: matrices, and AdamW the rest");
+    field("learning_rate", self.learning_rate, {.at_most = 10, .above = 0},
+          "after the warm-up; a factor, usually 1, with prodigy");
     field("warmup_steps", self.warmup_steps, {.at_least = 0, .at_most = kMost},
           "over which the learning rate rises from 0");
+    field("schedule", self.schedule, {.choices = {"cosine", "linear", "constant", "plateau"}},
+          "what becomes of the learning rate after the warm-up");
     field("min_learning_rate_ratio", self.min_learning_rate_ratio, {.at_least = 0, .at_most = 1},
-          "the cosine ends at this times learning_rate");
-    field("weight_decay", self.weight_decay, {.at_least = 0, .at_most = 10}, "of AdamW; norms and biases have none");
-    field("betas", self.betas, {.at_least = 0, .below = 1}, "of AdamW");
+          "cosine and linear end at this times learning_rate, plateau stops there");
+    field("plateau_patience", self.plateau_patience, {.at_least = 0, .at_most = kMost},
+          "validations without a better score, or epochs where there is no validation, before plateau lowers the "
+          "learning rate with the next one");
+    field("plateau_factor", self.plateau_factor, {.above = 0, .below = 1}, "how far plateau lowers it");
+    field("weight_decay", self.weight_decay, {.at_least = 0, .at_most = 10}, "norms and biases have none");
+    field("betas", self.betas, {.at_least = 0, .below = 1}, "of every optimizer but sgd");
+    field("momentum", self.momentum, {.at_least = 0, .below = 1}, "of muon and sgd");
     field("clip_grad_norm", self.clip_grad_norm, {.at_least = 0, .at_most = kLargestFactor},
           "greatest norm of all gradients together; 0: no clipping");
     field("optimizer_state", self.optimizer_state, {.choices = {"full", "bf16", "8bit"}},
-          "how AdamW stores its moments: 8, 4 or 2.03 bytes a parameter");
+          "how moments are stored: in 4, 2 or 1.02 bytes each; AdamW and most others have two a parameter");
     field("optimizer_in_backward", self.optimizer_in_backward, {},
           "update a parameter and free its gradient as soon as that is known; needs one pass a step and no clipping");
+    field("ema_decay", self.ema_decay, {.at_least = 0, .below = 1},
+          "of an average of the weights over steps, which is validated and exported; 0: none");
+    field("freeze", self.freeze, {.may_be_empty = true},
+          "patterns of names of parameters that stay as they are, such as `encoder.layers.0.*`");
     field("bf16", self.bf16, {}, "forward pass under bfloat16 autocast; loss and parameters stay float");
     field("split_on_out_of_memory", self.split_on_out_of_memory, {},
           "when a step runs out of memory, repeat it with batches in parts, and go on so");
     field("seed", self.seed, {.at_least = 0}, "of initialisation and sampling");
+    describe_course(self, field);
+  }
+
+ private:
+  /// What is saved, scored, told and read while the run goes on.
+  static void describe_course(auto& self, auto&& field) {
+    constexpr double kMost = 1e9;
     field("skip_non_finite", self.skip_non_finite, {.at_least = 0, .at_most = kMost},
           "steps in a row whose loss or gradient is not finite that are skipped before the run stops; 0: stop at once");
     field("checkpoint_every", self.checkpoint_every, {.at_least = 1}, "epochs between saved states");
@@ -192,19 +220,52 @@ struct TrainingConfig {
   }
 };
 
-/// `loss`: mean |estimate - stem| plus stft_weight times the multi-resolution STFT loss.
+/// `loss`: a weighted sum, see audio::SeparationLossOptions.
 struct LossConfig {
+  double l1_weight = 1.0;
+  double mse_weight = 0.0;
+  double masked_weight = 0.0;
+  double masked_quantile = 0.95;
+  bool masked_by_example = true;
   double stft_weight = 1.0;
   std::vector<int64_t> windows = {4096, 2048, 1024, 512, 256};
   int64_t hop = 147;
   int64_t min_n_fft = 2048;
+  double log_wmse_weight = 0.0;
+  double frequency_weight = 0.0;
 
   static void describe(auto& self, auto&& field) {
-    field("stft_weight", self.stft_weight, {.at_least = 0, .at_most = kLargestFactor},
-          "factor of the STFT loss; 0 leaves it out");
+    const auto weight = [&](const char* name, auto& value, const char* meaning) {
+      field(name, value, {.at_least = 0, .at_most = kLargestFactor}, meaning);
+    };
+    weight("l1_weight", self.l1_weight, "factor of the mean distance of samples; 0 leaves a term out");
+    weight("mse_weight", self.mse_weight, "factor of the mean square");
+    weight("masked_weight", self.masked_weight, "factor of the mean square of what is below the quantile of its stem");
+    field("masked_quantile", self.masked_quantile, {.at_most = 1, .above = 0}, "share of a batch that counts there");
+    field("masked_by_example", self.masked_by_example, {}, "whole examples count or do not; false: single samples");
+    weight("stft_weight", self.stft_weight, "factor of the STFT loss");
     field("windows", self.windows, {.at_least = 16, .at_most = 1 << 20}, "Hann windows of the STFT loss, samples");
     field("hop", self.hop, {.at_least = 1}, "samples between frames of the STFT loss");
     field("min_n_fft", self.min_n_fft, {.at_least = 16, .at_most = 1 << 20}, "shorter windows are padded to this");
+    weight("log_wmse_weight", self.log_wmse_weight, "factor of logWMSE, negated");
+    weight("frequency_weight", self.frequency_weight, "factor of the mean distance of magnitudes of spectra");
+  }
+
+  /// Whether the loss of a batch is more than the mean of those of its examples.
+  bool compares_examples() const { return masked_weight > 0; }
+};
+
+/// `lora`: changes of low rank of matrices, which are trained in the place of all parameters.
+struct LoraConfig {
+  int64_t rank = 0;
+  double alpha = 8.0;
+  std::vector<std::string> layers = {"*"};
+
+  static void describe(auto& self, auto&& field) {
+    field("rank", self.rank, {.at_least = 0, .at_most = 1024},
+          "of the change of a matrix; 0: all parameters are trained");
+    field("alpha", self.alpha, {.at_most = kLargestFactor, .above = 0}, "the change is multiplied by alpha / rank");
+    field("layers", self.layers, {}, "patterns of names of linear layers, such as `*.to_qkv`");
   }
 };
 
@@ -232,6 +293,7 @@ struct Config {
   DataConfig data;
   TrainingConfig training;
   LossConfig loss;
+  LoraConfig lora;
   InferenceConfig inference;
 
   /// Samples that the model works on at a time when it separates.
@@ -243,8 +305,9 @@ struct Config {
     field("model", self.model, {}, "which model, and its options");
     field("audio", self.audio, {}, "what goes in and what comes out");
     field("data", self.data, {}, "the data set and its augmentation");
-    field("training", self.training, {}, "segments, batches, AdamW and its schedule");
+    field("training", self.training, {}, "segments, batches, the optimizer and its schedule, what is trained");
     field("loss", self.loss, {}, "what is minimised");
+    field("lora", self.lora, {}, "changes of low rank of matrices, in the place of all parameters");
     field("inference", self.inference, {}, "how a recording is separated");
   }
 };

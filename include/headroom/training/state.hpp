@@ -26,8 +26,8 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/io/atomic_file.hpp"
-#include "headroom/optim/adamw.hpp"
 #include "headroom/training/cause.hpp"
+#include "headroom/training/schedule.hpp"
 #include "headroom/training/separate.hpp"
 #include "headroom/weights/load.hpp"
 #include "headroom/weights/tensor_map.hpp"
@@ -58,11 +58,14 @@ struct TrainingState {
   double best_score = 0;                  ///< greatest nSDR, or least loss, so far; valid once a metric is named
   int64_t validations_since_best = 0;     ///< judgements in a row that were no better
   int64_t microbatch = 0;                 ///< examples in one pass since memory ran out; 0: it never did
+  Plateau plateau = {};                   ///< of the schedule of that name
   double seconds_per_step = 0;            ///< pace of the last run that time limited; 0: there was none
   torch::Tensor random = {};              ///< state of LibTorch's default CPU generator
   torch::Tensor random_on_device = {};    ///< of the accelerator's that trains; undefined on the CPU
   TensorMap model = {};                   ///< parameters and buffers
-  TensorMap optimizer = {};               ///< AdamW's moments and step counts, by parameter
+  TensorMap lora = {};                    ///< A and B of low-rank changes, which `model` has in it
+  TensorMap ema = {};                     ///< averages of parameters over steps; empty: none are taken
+  TensorMap optimizer = {};               ///< moments and step counts by parameter, see optimizer_tensors
 };
 
 namespace detail {
@@ -142,10 +145,14 @@ HEADROOM_TRAINING void save_state(const std::filesystem::path& path, const Train
   content.insert("best_score", state.best_score);
   content.insert("validations_since_best", state.validations_since_best);
   content.insert("microbatch", state.microbatch);
+  content.insert("plateau_waited", state.plateau.waited);
+  content.insert("plateau_lowered", state.plateau.lowered);
   content.insert("seconds_per_step", state.seconds_per_step);
   content.insert("random", state.random);
   if (state.random_on_device.defined()) content.insert("random_on_device", state.random_on_device);
   content.insert("model", detail::to_dictionary(state.model));
+  if (!state.lora.empty()) content.insert("lora", detail::to_dictionary(state.lora));
+  if (!state.ema.empty()) content.insert("ema", detail::to_dictionary(state.ema));
   content.insert("optimizer", detail::to_dictionary(state.optimizer));
   const std::vector<char> archive = torch::pickle_save(content);
   const std::string_view bytes(archive.data(), archive.size());
@@ -212,11 +219,14 @@ HEADROOM_TRAINING TrainingState load_state(const std::filesystem::path& path) {
             .best_score = content.at("best_score").toDouble(),
             .validations_since_best = whole("validations_since_best", 0),
             .microbatch = whole("microbatch", 0),
+            .plateau = {whole("plateau_waited", 0), whole("plateau_lowered", 0)},
             .seconds_per_step = content.contains("seconds_per_step") ? content.at("seconds_per_step").toDouble() : 0,
             .random = content.at("random").toTensor(),
             .random_on_device =
                 content.contains("random_on_device") ? content.at("random_on_device").toTensor() : torch::Tensor(),
             .model = detail::to_tensor_map(content.at("model")),
+            .lora = content.contains("lora") ? detail::to_tensor_map(content.at("lora")) : TensorMap(),
+            .ema = content.contains("ema") ? detail::to_tensor_map(content.at("ema")) : TensorMap(),
             .optimizer = detail::to_tensor_map(content.at("optimizer"))};
   } catch (const std::exception& error) {
     detail::check_saved_state(false, path, bytes.size() + sizeof(detail::Trailer),
@@ -236,76 +246,12 @@ inline void copy_tensors(const TensorMap& source, const TensorMap& target, const
   matches.copy();
 }
 
-namespace detail {
-
-/// The step count and the moments of a parameter under the names of a saved state: as LibTorch's AdamW calls them, with
-/// scales beside those that are quantised.
-inline void add_optimizer_state(TensorMap& tensors, const std::string& parameter, const optim::AdamWState& state) {
-  tensors.emplace(parameter + ".step", torch::tensor(state.step));
-  const auto add = [&](const std::string& name, const optim::StoredMoment& moment, const char* scales) {
-    tensors.emplace(parameter + name, moment.values);
-    if (moment.scales.defined()) tensors.emplace(parameter + name + scales, moment.scales);
-  };
-  add(".exp_avg", state.average, ".scales");
-  // Codes without these stand for other numbers: of a saved state from before squares had codes of their own
-  add(".exp_avg_sq", state.square, ".squared_code_scales");
-}
-
-}  // namespace detail
-
-/// AdamW's moments and step counts as tensors, named after the parameters of `module`.
-inline TensorMap optimizer_tensors(optim::AdamW& optimizer, const torch::nn::Module& module) {
-  TensorMap tensors;
-  for (const auto& parameter : module.named_parameters()) {
-    if (optimizer.state().count(parameter.value().unsafeGetTensorImpl()) > 0) {
-      detail::add_optimizer_state(tensors, parameter.key(), optimizer.state_for(parameter.value()));
-    }
-  }
-  return tensors;
-}
-
 /// How many bytes a file of tensors takes at most, beside what else it holds.
 inline std::uint64_t file_bytes(const TensorMap& tensors) {
   constexpr std::uint64_t kAround = 1024;  // a name, a shape, and what aligns the values
   std::uint64_t bytes = 0;
   for (const auto& [name, tensor] : tensors) bytes += tensor.nbytes() + kAround;
   return bytes;
-}
-
-/// The same of a saved state once the optimizer knows every parameter; `now` is one of before. Makes what it will know
-/// of one parameter after the other.
-inline std::uint64_t file_bytes(const TrainingState& now, const torch::nn::Module& module,
-                                const optim::AdamW& optimizer) {
-  constexpr std::uint64_t kRest = 1 << 18;  // losses, configuration, random generators
-  std::uint64_t bytes = kRest + file_bytes(now.model) + file_bytes(now.optimizer);
-  for (const auto& parameter : module.named_parameters()) {
-    if (now.optimizer.contains(parameter.key() + ".step")) continue;
-    TensorMap planned;
-    optim::AdamW fresh({parameter.value()}, {}, optimizer.format());
-    detail::add_optimizer_state(planned, parameter.key(), fresh.state_for(parameter.value()));
-    bytes += file_bytes(planned);
-  }
-  return bytes;
-}
-
-/// Undoes optimizer_tensors. Throws headroom.training.state.structure like copy_tensors, also for moments that were
-/// stored in another format.
-inline void restore_optimizer(optim::AdamW& optimizer, const torch::nn::Module& module, const TensorMap& tensors,
-                              const std::string& what) {
-  optim::AdamW fresh(module.parameters(), {}, optimizer.format());
-  TensorMap target;
-  for (const auto& parameter : module.named_parameters()) {
-    if (tensors.contains(parameter.key() + ".step")) {  // AdamW knows nothing of parameters without gradients
-      detail::add_optimizer_state(target, parameter.key(), fresh.state_for(parameter.value()));
-    }
-  }
-  copy_tensors(tensors, target, what);
-  for (const auto& parameter : module.named_parameters()) {
-    if (target.contains(parameter.key() + ".step")) {
-      fresh.state_for(parameter.value()).step = target.at(parameter.key() + ".step").item<int64_t>();
-    }
-  }
-  optimizer.state() = std::move(fresh.state());
 }
 
 /// The state of LibTorch's default generator of a device.
@@ -332,13 +278,20 @@ inline void set_random_state(const torch::Tensor& state, c10::Device device = c1
   generator.set_state(state);
 }
 
-/// Writes the weights of a saved state alone, with its configuration, as a safetensors file: what Python opens without
-/// a pickle, and load_model without a configuration. Throws headroom.weights.write.
+/// What a saved state holds of a model for use: its averaged weights where it has some, and the rest.
+inline TensorMap exported_tensors(const TrainingState& state) {
+  TensorMap tensors = state.ema;
+  tensors.insert(state.model.begin(), state.model.end());
+  return tensors;
+}
+
+/// Writes the exported weights of a saved state alone, with its configuration, as a safetensors file: what Python opens
+/// without a pickle, and load_model without a configuration. Throws headroom.weights.write.
 inline void save_weights(const std::filesystem::path& path, const TrainingState& state) {
   std::map<std::string, std::string> metadata = {
       {"format", "pt"}, {kConfigKey, state.config}, {"headroom.step", std::to_string(state.step)}};
   if (!state.best_metric.empty()) metadata["headroom.best " + state.best_metric] = std::to_string(state.best_score);
-  weights::save_tensors(path, state.model, metadata);
+  weights::save_tensors(path, exported_tensors(state), metadata);
 }
 
 }  // namespace headroom::inline v0::training

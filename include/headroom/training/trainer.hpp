@@ -19,7 +19,6 @@
 #include "headroom/memory/phase_meter.hpp"
 #include "headroom/memory/run_within.hpp"
 #include "headroom/models/separator.hpp"
-#include "headroom/optim/adamw.hpp"
 #include "headroom/optim/in_backward.hpp"
 #include "headroom/plan/recorder.hpp"
 #include "headroom/runtime/phase.hpp"
@@ -28,7 +27,6 @@
 #include "headroom/training/course.hpp"
 #include "headroom/training/example.hpp"
 #include "headroom/training/models.hpp"
-#include "headroom/training/optimizer.hpp"
 #include "headroom/training/passes.hpp"
 #include "headroom/training/resumption.hpp"
 #include "headroom/training/run.hpp"
@@ -36,6 +34,7 @@
 #include "headroom/training/score.hpp"
 #include "headroom/training/separate.hpp"
 #include "headroom/training/state.hpp"
+#include "headroom/training/updates.hpp"
 
 namespace headroom::inline v0::training {
 
@@ -160,12 +159,14 @@ class Trainer {
   std::optional<BadNumber> update() {
     const Phase phase("optimizer");
     const PhaseMeter::Scope scope(phases_, "optimizer");
-    const double limit = config_.training.clip_grad_norm;
-    repeatable([&](bool) { gradient_norm_ = clip_gradients(model_->parameters(), limit); });
+    repeatable([&](bool) { gradient_norm_ = updates_.clip_gradients(); });
     if (!core::detail::is_finite(*gradient_norm_)) {
-      return bad_gradients(*model_, *gradient_norm_, state_.examples, passes_.examples());
+      return bad_gradients(updates_.trained(), *gradient_norm_, state_.examples, passes_.examples());
     }
-    repeatable([&](bool again) { again ? optimizer_.continue_step() : static_cast<void>(optimizer_.step()); });
+    repeatable([&](bool again) {
+      optim::Optimizer& optimizer = updates_.optimizer();
+      again ? optimizer.continue_step() : static_cast<void>(optimizer.step());
+    });
     return std::nullopt;
   }
 
@@ -212,13 +213,16 @@ class Trainer {
       score = {.metric = "validation " + name, .value = validate(run)};
       run.summary.validation = score.value;
     }
-    if (improves(state_, score)) run.saved.save_best(state());
+    const bool is_best = improves(state_, score);
+    if (config_.training.schedule == "plateau") state_.plateau.take(is_best, config_.training.plateau_patience);
+    if (is_best) run.saved.save_best(state());
   }
 
   double validate(Run& run) {
     double score = 0;
     {
       const PhaseMeter::Scope scope(phases_, "validation");
+      const auto averages = updates_.with_averages();
       score = run.options.validate();
     }
     take_phases(run.summary);
@@ -247,7 +251,7 @@ class Trainer {
   Config config_;
   PhaseMeter phases_;
   Passes passes_;
-  optim::AdamW optimizer_;
+  Updates updates_;
   std::optional<optim::InBackward> in_backward_;
   c10::Device device_;
   MemoryMeter meter_;
@@ -263,15 +267,15 @@ HEADROOM_TRAINING Trainer::Trainer(models::Separator model, const Config& config
       config_(config),
       phases_(model_->parameters().front().device()),
       passes_(model_, config.training, std::move(source), std::move(loss), phases_),
-      optimizer_(make_optimizer(*model_, config.training)),
+      updates_(*model_, config),
       device_(model_->parameters().front().device()),
       meter_(device_) {
   name_modules(*model_);
   if (config_.training.optimizer_in_backward) {
-    in_backward_.emplace(optimizer_, [this](const torch::Tensor& parameter) {
+    in_backward_.emplace(updates_.optimizer(), [this](const torch::Tensor& parameter) {
       const double norm = parameter.grad().norm().item<double>();
       if (core::detail::is_finite(norm)) return;
-      stop_for(bad_gradients(*model_, norm, state_.examples, passes_.examples()));
+      stop_for(bad_gradients(updates_.trained(), norm, state_.examples, passes_.examples()));
     });
   }
 }
@@ -289,7 +293,7 @@ HEADROOM_TRAINING Summary Trainer::run(const RunOptions& options) {
   Run run{options, course, SavedStates(options.folder, config_.training, course.now())};
   if (run.saved.wanted()) {
     const TrainingState now = state();
-    run.saved.require_room(file_bytes(now, *model_, optimizer_), file_bytes(now.model));
+    run.saved.require_room(updates_.file_bytes(now), file_bytes(now.model));
   }
   on_notice_ = options.on_notice;
   origin_ = options.origin;
@@ -315,17 +319,18 @@ HEADROOM_TRAINING Summary Trainer::run(const RunOptions& options) {
 
 HEADROOM_TRAINING double Trainer::step(double learning_rate) {
   const TrainingConfig& training = config_.training;
-  for (auto& group : optimizer_.param_groups()) {
-    group.options().set_lr(learning_rate);
-  }
+  updates_.set_learning_rate(learning_rate);
   model_->train();
-  optimizer_.zero_grad();
+  updates_.optimizer().zero_grad();
   std::optional<headroom::detail::StepStart> start;
   repeatable([&](bool) { start.emplace(*model_); });
   PassesResult result;
   const auto pass = [&](int64_t most) { result = passes_.accumulate(state_.examples, most); };
   if (training.split_on_out_of_memory) {
-    state_.microbatch = run_within({.device = device_}, *model_, halvings(microbatch()), pass);
+    state_.microbatch = run_within({.device = device_}, *model_, halvings(microbatch()), [&](int64_t most) {
+      updates_.optimizer().zero_grad();  // of an attempt before
+      pass(most);
+    });
     if (state_.microbatch == training.batch_size) state_.microbatch = 0;
   } else {
     pass(microbatch());
@@ -336,6 +341,8 @@ HEADROOM_TRAINING double Trainer::step(double learning_rate) {
     skip(*result.bad);
     result.mean_loss = result.bad->value;
   } else {
+    const PhaseMeter::Scope scope(phases_, "optimizer");
+    repeatable([&](bool) { updates_.finish_step(); });
     state_.skipped_in_a_row = 0;
   }
   ++state_.step;
@@ -349,7 +356,7 @@ HEADROOM_TRAINING TrainingState Trainer::state() {
   now.random = random_state();
   if (!device_.is_cpu()) now.random_on_device = random_state(device_);
   now.model = tensors_of(*model_);
-  now.optimizer = optimizer_tensors(optimizer_, *model_);
+  updates_.save(now);
   return now;
 }
 
@@ -359,12 +366,14 @@ HEADROOM_TRAINING std::vector<Difference> Trainer::resume(const TrainingState& s
   check_same_model(changes, what);
   check_random_state(state.random, what);
   copy_tensors(state.model, tensors_of(*model_), what);
-  restore_optimizer(optimizer_, *model_, state.optimizer, what);
+  updates_.restore(state, what);
   set_random_state(state.random);
   if (state.random_on_device.defined() && !device_.is_cpu()) set_random_state(state.random_on_device, device_);
   state_ = state;
   state_.model.clear();
   state_.optimizer.clear();
+  state_.lora.clear();
+  state_.ema.clear();
   complete(state_, before.training);
   forget_incomparable(changes, config_.training, state_);
   return changes;

@@ -1,0 +1,80 @@
+#pragma once
+
+#include <torch/nn/module.h>
+#include <torch/types.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "headroom/runtime/phase.hpp"
+#include "headroom/training/state.hpp"
+
+namespace headroom::inline v0::training {
+
+/// An exponential moving average (EMA) over steps of the parameters of a module that are trained: after each step
+/// average += (1 - decay) * (weight - average). It begins with the weights as they are. Memory: one copy of these
+/// parameters in float, in double for double ones.
+class WeightAverage {
+ public:
+  WeightAverage(const torch::nn::Module& module, double decay) : decay_(decay) {
+    const torch::NoGradGuard guard;
+    const Phase phase("optimizer");  // its bytes count as the optimizer's
+    for (const auto& parameter : module.named_parameters()) {
+      if (!parameter.value().requires_grad()) continue;
+      const auto type = at::promote_types(parameter.value().scalar_type(), torch::kFloat);
+      averages_.push_back({parameter.key(), parameter.value(),
+                           parameter.value().detach().to(type, /*non_blocking=*/false, /*copy=*/true)});
+    }
+  }
+
+  /// Begins anew, with the weights as they are.
+  void begin() {
+    const torch::NoGradGuard guard;
+    for (const Average& a : averages_) torch::Tensor(a.average).copy_(a.parameter);
+  }
+
+  /// After a step.
+  void update() {
+    const torch::NoGradGuard guard;
+    for (const Average& a : averages_) a.average.lerp_(a.parameter.to(a.average.scalar_type()), 1 - decay_);
+  }
+
+  /// The averages by the names of their parameters; they share memory.
+  TensorMap tensors() const {
+    TensorMap tensors;
+    for (const Average& a : averages_) tensors.emplace(a.name, a.average);
+    return tensors;
+  }
+
+  /// While it lives the parameters are the averages. Nothing is copied, but for parameters of 16 bits.
+  class InUse {
+   public:
+    explicit InUse(const WeightAverage& of) {
+      const torch::NoGradGuard guard;
+      for (const Average& a : of.averages_) {
+        const torch::Tensor used = a.average.to(a.parameter.scalar_type());
+        weights_.emplace_back(a.parameter, a.parameter.tensor_data());
+        a.parameter.set_data(used);
+      }
+    }
+    ~InUse() {
+      for (const auto& [parameter, weights] : weights_) parameter.set_data(weights);
+    }
+    InUse(const InUse&) = delete;
+    InUse& operator=(const InUse&) = delete;
+
+   private:
+    std::vector<std::pair<torch::Tensor, torch::Tensor>> weights_;
+  };
+
+ private:
+  struct Average {
+    std::string name;
+    torch::Tensor parameter, average;
+  };
+  std::vector<Average> averages_;
+  double decay_;
+};
+
+}  // namespace headroom::inline v0::training

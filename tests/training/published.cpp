@@ -204,7 +204,7 @@ TEST_CASE("a published BS-RoFormer is read") {
                          "augmentations that are not here: random_inverse, vocals",
                          "without effect here: audio.dim_f, audio.dim_t, audio.hop_length, audio.n_fft, "
                          "audio.min_mean_abs, model.flash_attn, model.sage_attention, model.dim_freqs_in, "
-                          "training.other_fix, inference.dim_t"});
+                         "training.other_fix, inference.dim_t"});
   CHECK(to_json(parse_config(to_json(config), "again")) == to_json(config));
 }
 

@@ -63,6 +63,7 @@ inline void point_to_sections(const Config& config, std::vector<Problem>& proble
     for (const auto& [section, members] : sections.items()) {
       if (problem.text.starts_with("unknown key") && members.contains(key)) {
         problem.text = "unknown key; it belongs to `" + section + "`";
+        break;
       }
     }
   }

@@ -219,7 +219,7 @@ HEADROOM_TRAINING TrainingState load_state(const std::filesystem::path& path) {
             .best_score = content.at("best_score").toDouble(),
             .validations_since_best = whole("validations_since_best", 0),
             .microbatch = whole("microbatch", 0),
-            .plateau = {whole("plateau_waited", 0), whole("plateau_lowered", 0)},
+            .plateau = {.waited = whole("plateau_waited", 0), .lowered = whole("plateau_lowered", 0)},
             .seconds_per_step = content.contains("seconds_per_step") ? content.at("seconds_per_step").toDouble() : 0,
             .random = content.at("random").toTensor(),
             .random_on_device =

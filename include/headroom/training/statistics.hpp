@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "headroom/audio/reader.hpp"
+#include "headroom/core/error.hpp"
 #include "headroom/training/dataset.hpp"
 
 namespace headroom::inline v0::training {
@@ -32,6 +33,7 @@ struct DatasetStatistics {
   std::int64_t tracks = 0;
   double hours = 0;
   std::vector<StemStatistics> stems;
+  std::vector<std::string> unreadable = {};  ///< what is wrong with files that could not be looked at
 };
 
 namespace detail {
@@ -41,20 +43,22 @@ inline void add_file(StemStatistics& statistics, std::int64_t& silent_pieces, co
   constexpr float kFullScale = 32767.f / 32768, kSilence = 1e-3f;
   audio::AudioReader reader(file.path, audio::WholeFile::known);
   float greatest = 0;
+  std::int64_t silent = 0;
   for (std::int64_t piece = 0; piece < StemStatistics::kPieces; ++piece) {
     const std::int64_t middle = reader.frames() * (2 * piece + 1) / (2 * StemStatistics::kPieces);
     reader.seek(std::max<std::int64_t>(0, middle - StemStatistics::kFrames / 2));
     const float level = reader.read(StemStatistics::kFrames).abs().max().item<float>();
-    silent_pieces += level <= kSilence;
+    silent += level <= kSilence;
     greatest = std::max(greatest, level);
   }
+  silent_pieces += silent;
   ++statistics.read;
   statistics.clipped += greatest >= kFullScale;
 }
 
 }  // namespace detail
 
-/// Looks at a part of the files of a data set, see StemStatistics. Throws headroom.audio.file.*.
+/// Looks at a part of the files of a data set, see StemStatistics.
 inline DatasetStatistics statistics_of(const Dataset& dataset) {
   DatasetStatistics result{.tracks = dataset.size(), .stems = {}};
   for (const Track& track : dataset.tracks()) {
@@ -69,10 +73,14 @@ inline DatasetStatistics statistics_of(const Dataset& dataset) {
     const std::int64_t count = std::min(of_stem.files, StemStatistics::kFiles);
     std::int64_t silent_pieces = 0;
     for (std::int64_t i = 0; i < count; ++i) {
-      detail::add_file(of_stem, silent_pieces, *files[static_cast<std::size_t>(i * of_stem.files / count)]);
+      try {
+        detail::add_file(of_stem, silent_pieces, *files[static_cast<std::size_t>(i * of_stem.files / count)]);
+      } catch (const Error& error) {  // what becomes of it is decided when it is drawn
+        result.unreadable.emplace_back(error.what());
+      }
     }
     of_stem.silent = static_cast<double>(silent_pieces) /
-                     static_cast<double>(std::max<std::int64_t>(1, count * StemStatistics::kPieces));
+                     static_cast<double>(std::max<std::int64_t>(1, of_stem.read * StemStatistics::kPieces));
     result.stems.push_back(std::move(of_stem));
   }
   return result;
@@ -82,6 +90,7 @@ inline DatasetStatistics statistics_of(const Dataset& dataset) {
 inline std::vector<std::string> describe(const Dataset& dataset) {
   std::vector<std::string> lines = dataset.notices();
   const DatasetStatistics statistics = statistics_of(dataset);
+  lines.insert(lines.end(), statistics.unreadable.begin(), statistics.unreadable.end());
   std::ostringstream text;
   text.precision(3);
   text << statistics.tracks << " tracks, " << statistics.hours << " hours";

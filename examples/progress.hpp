@@ -68,6 +68,13 @@ class ProgressBar {
     std::fflush(stdout);
   }
 
+  /// A line of its own.
+  void note(const std::string& text) {
+    close();
+    std::printf("%s\n", text.c_str());
+    std::fflush(stdout);
+  }
+
   /// Ends the line of an epoch that is not over.
   void close() {
     if (open_) {

@@ -1,14 +1,18 @@
 #pragma once
 
 #include <filesystem>
+#include <ostream>
+#include <string>
 #include <system_error>
 
 #include "headroom/core/error.hpp"
 #include "headroom/io/folder_lock.hpp"
+#include "headroom/training/saved_states.hpp"
+#include "headroom/training/trainer.hpp"
 
 /// The folder `out` of a run, made and locked. One that holds another run is only used when it is asked for: to go on
-/// from a state in it, `resume`, or to `overwrite` it. Throws headroom.train.output, headroom.train.locked and
-/// headroom.train.used.
+/// from a state in it, `resume`, or to `overwrite` it, which removes that run's files. Throws headroom.train.output,
+/// headroom.train.locked and headroom.train.used.
 inline headroom::io::FolderLock open_run_folder(const std::filesystem::path& out, const std::filesystem::path& resume,
                                                 bool overwrite) {
   namespace fs = std::filesystem;
@@ -17,12 +21,27 @@ inline headroom::io::FolderLock open_run_folder(const std::filesystem::path& out
   headroom::require(!failure && fs::is_directory(out), "headroom.train.output", "cannot make the folder ", out.string(),
                     ": ", failure.message(), "; give --out another one");
   headroom::io::FolderLock lock(out, "headroom.train.locked");
-  const fs::path from = resume.has_parent_path() ? resume.parent_path() : ".";
-  const bool goes_on = !resume.empty() && fs::equivalent(from, out, failure);
-  for (const char* name : {"last.pt", "best.pt", "last.safetensors", "best.safetensors", "summary.json"}) {
-    headroom::require(goes_on || overwrite || !fs::exists(out / name, failure), "headroom.train.used",
-                      "there is a run in ", out.string(), " already, with ", name,
+  const fs::path from = fs::is_directory(resume, failure) ? resume
+                        : resume.has_parent_path()        ? resume.parent_path()
+                                                          : ".";
+  if (!resume.empty() && fs::equivalent(from, out, failure)) return lock;
+  for (const auto& entry : fs::directory_iterator(out)) {
+    const std::string name = entry.path().filename().string();
+    const bool of_run = headroom::training::age_of_state(name) || name == "best.pt" || name == "last.safetensors" ||
+                        name == "best.safetensors" || name == "summary.json";
+    headroom::require(!of_run || overwrite, "headroom.train.used", "there is a run in ", out.string(),
+                      " already, with ", name,
                       "; go on with --resume, give --out another folder, or --overwrite to lose it");
+    if (of_run) fs::remove(entry.path(), failure);
   }
   return lock;
+}
+
+/// Goes on from a saved state, the file or the newest whole one of a folder, and prints which one and what changed.
+inline void resume_run(std::ostream& out, headroom::training::Trainer& trainer, const std::filesystem::path& path) {
+  const headroom::training::FoundState found = headroom::training::find_state(path);
+  for (const std::string& notice : found.notices) out << "resume:   " << notice << "\n";
+  for (const auto& change : trainer.resume(found.state, found.path.string())) {
+    out << "resume:   " << headroom::training::describe(change) << "\n";
+  }
 }

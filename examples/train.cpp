@@ -1,4 +1,4 @@
-// train: trains the model of a configuration on a MUSDB18-HQ folder.
+// train: trains the model of a configuration on a data set, such as a MUSDB18-HQ folder.
 //
 //   train --config examples/configs/musdb18_small.json --data musdb18hq --out experiments/small
 
@@ -13,6 +13,7 @@
 
 #include "command_line.hpp"
 #include "headroom/io/process.hpp"
+#include "headroom/memory/expandable_segments.hpp"
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/pages.hpp"
@@ -26,6 +27,7 @@
 #include "headroom/training/models.hpp"
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/prefetch.hpp"
+#include "headroom/training/redraw.hpp"
 #include "headroom/training/split.hpp"
 #include "headroom/training/state.hpp"
 #include "headroom/training/statistics.hpp"
@@ -50,7 +52,7 @@ struct Arguments {
   std::string device = "cpu";
   std::string card;    // whose memory to plan for; empty: this machine's when it runs on the CPU
   std::string budget;  // what tensors may take; empty: what the card has
-  bool allow_partial = false, fit = false, unplanned = false, memory_summary = false, overwrite = false;
+  bool allow_partial = false, strict = false, fit = false, unplanned = false, memory_summary = false, overwrite = false;
 };
 
 void print_start(const training::Config& config, const torch::nn::Module& model, const Arguments& arguments) {
@@ -107,11 +109,12 @@ void explain(const std::exception& error, training::Config config, const Argumen
 
 // Trains until the end or a signal, and shows how it goes on. A step in work is finished and saved first.
 training::Summary train(training::Trainer& trainer, const training::Config& config, const Arguments& arguments,
-                        Watch& watch) {
-  training::RunOptions options{
-      .steps = arguments.steps, .seconds = arguments.seconds, .folder = arguments.out, .stop_requested = [] {
-        return headroom::io::stop_signal() != 0;
-      }};
+                        Watch& watch, const std::function<std::string(int64_t)>& origin) {
+  training::RunOptions options{.steps = arguments.steps,
+                               .seconds = arguments.seconds,
+                               .folder = arguments.out,
+                               .origin = origin,
+                               .stop_requested = [] { return headroom::io::stop_signal() != 0; }};
   watch.attach(options);
   headroom::io::handle_stop_signals(headroom::io::OnStop::finish_first);
   try {
@@ -157,16 +160,16 @@ int run(const Arguments& arguments) {
   if (arguments.threads > 0) torch::set_num_threads(arguments.threads);
   const torch::Device device = find_device(arguments.device);
   if (device.is_cpu()) headroom::keep_free_pages();
-  const auto card = planned_device(arguments);
+  auto card = planned_device(arguments);
+  if (headroom::expand_segments(device) && card) card->expandable_segments = true;
   if (arguments.unplanned || !card) {
     std::cout << "memory:   not planned\n";
   } else {
     plan_run(std::cout, config, *card, {.budget = budget(arguments)}, arguments.fit);
   }
   headroom::MemoryMeter meter(device);  // before the first tensor, so that it sees them all
-  if (const auto limit = budget(arguments); device.is_cpu() && limit) {
-    meter.set_limit(*limit + training::read_ahead_bytes(config));
-  }
+  const auto limit = budget(arguments);
+  if (device.is_cpu() && limit) meter.set_limit(*limit + training::read_ahead_bytes(config));
 
   const training::Split split = training::training_split(data, config);
   const auto valid = training::validation_split(data, config);
@@ -174,18 +177,17 @@ int run(const Arguments& arguments) {
   for (const std::string& line : training::describe(split.dataset)) std::cout << "data:     " << line << "\n";
   const headroom::models::Separator model = first_model(config, arguments);
   model->to(device);
-  training::Prefetch examples(split, training::prefetch_options(config.training));
+  training::Redraw redraw(split, [](const std::string& text) { std::cout << "data:     " + text << std::endl; });
+  const training::BatchSource source = arguments.strict ? training::BatchSource(split) : std::ref(redraw);
+  training::Prefetch examples(source, training::prefetch_options(config.training));
   training::Trainer trainer(model, config, std::ref(examples));
-  if (!arguments.resume.empty()) {
-    for (const auto& change : trainer.resume(training::load_state(arguments.resume), arguments.resume.string())) {
-      std::cout << "resume:   " << training::describe(change) << "\n";
-    }
-  }
+  if (!arguments.resume.empty()) resume_run(std::cout, trainer, arguments.resume);
   training::write_atomically(arguments.out / "config.json", {training::to_json(config)});
   print_start(config, *model, arguments);
+  const auto origin = [&](int64_t i) { return split.dataset.origin(split.seed, redraw.drawn_as(i)); };
   Watch watch(arguments.out, config, model, valid, trainer.state().step);
   try {
-    const int code = finish(train(trainer, config, arguments, watch), config, arguments);
+    const int code = finish(train(trainer, config, arguments, watch, origin), config, arguments);
     if (arguments.memory_summary && code == 0) std::cout << headroom::memory_summary(meter);
     return code;
   } catch (const std::exception&) {
@@ -198,7 +200,7 @@ int run(const Arguments& arguments) {
 
 int main(int argc, char** argv) {
   CommandLine line(
-      "Trains a separator on a MUSDB18-HQ folder; writes last.pt, best.pt, their weights as .safetensors, config.json, "
+      "Trains a separator on a data set; writes last.pt, best.pt, their weights as .safetensors, config.json, "
       "metrics.jsonl, report.html and summary.json.");
   Arguments arguments;
   line.path("--config", arguments.config,
@@ -206,10 +208,12 @@ int main(int argc, char** argv) {
       .required();
   const auto weights =
       line.path("--weights", arguments.weights, "weights to begin with: .ckpt, .pth, .safetensors or a saved state");
-  weights.without(line.path("--resume", arguments.resume, "saved state to go on from, of the same model"));
+  weights.without(line.path("--resume", arguments.resume, "saved state to go on from, or the folder of a run"));
   line.flag("--allow-partial", arguments.allow_partial, "of --weights take what fits, and tell the rest")
       .needs(weights);
-  line.path("--data", arguments.data, "folder with `train` and, optionally, `valid`; default: data.path");
+  line.path("--data", arguments.data,
+            "data set: a folder with `train` and, optionally, `valid`, or a CSV table; default: data.path");
+  line.flag("--strict", arguments.strict, "end when an audio file fails; default: leave its track out");
   line.path("--out", arguments.out, "folder for what is written").with_default();
   line.flag("--overwrite", arguments.overwrite, "start anew in a folder that holds another run");
   line.number("--steps", arguments.steps, Bounds<int64_t>{1, 1'000'000'000'000'000},

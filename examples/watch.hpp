@@ -45,6 +45,7 @@ class Watch {
       record_.step(report);
       bar_.show(report);
     };
+    options.on_notice = [this](const std::string& text) { bar_.note(text); };
     if (valid_) options.validate = [this] { return validate(); };
   }
 

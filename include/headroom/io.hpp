@@ -9,3 +9,4 @@
 #include "headroom/io/nearest.hpp"
 #include "headroom/io/number.hpp"
 #include "headroom/io/process.hpp"
+#include "headroom/io/room.hpp"

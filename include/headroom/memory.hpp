@@ -2,6 +2,7 @@
 
 #include "headroom/memory/counting_allocator.hpp"
 #include "headroom/memory/device_ledger.hpp"
+#include "headroom/memory/expandable_segments.hpp"
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/ledger.hpp"
 #include "headroom/memory/meta_allocator.hpp"

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "headroom/training/augmentation.hpp"
+#include "headroom/training/bad_numbers.hpp"
 #include "headroom/training/bucket.hpp"
 #include "headroom/training/cause.hpp"
 #include "headroom/training/chart.hpp"
@@ -28,6 +29,7 @@
 #include "headroom/training/published_augmentations.hpp"
 #include "headroom/training/random.hpp"
 #include "headroom/training/recommend.hpp"
+#include "headroom/training/redraw.hpp"
 #include "headroom/training/resumption.hpp"
 #include "headroom/training/roformers.hpp"
 #include "headroom/training/rules.hpp"
@@ -35,6 +37,7 @@
 #include "headroom/training/run_page.hpp"
 #include "headroom/training/run_record.hpp"
 #include "headroom/training/sampler.hpp"
+#include "headroom/training/saved_states.hpp"
 #include "headroom/training/schedule.hpp"
 #include "headroom/training/score.hpp"
 #include "headroom/training/sections.hpp"

@@ -1,9 +1,11 @@
 #include "headroom/memory/resident.hpp"
 
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <vector>
 
+#include "headroom/memory/expandable_segments.hpp"
 #include "headroom/memory/format.hpp"
 #include "support/catch.hpp"
 
@@ -41,4 +43,16 @@ TEST_CASE("a missing field of the process status is an error") {
   const Error error = testing::error_of([] { headroom::detail::process_status("VmNothing:"); });
   CHECK(error.id() == "headroom.memory.resident");
   CHECK(testing::contains(error.what(), "VmNothing:"));
+}
+
+TEST_CASE("segments are made expandable for CUDA alone, and not where the environment configures the allocator") {
+  using c10::CachingAllocator::AcceleratorAllocatorConfig;
+  CHECK_FALSE(expand_segments(c10::kCPU));
+  ::setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64", 1);
+  CHECK_FALSE(expand_segments(c10::kCUDA));
+  ::unsetenv("PYTORCH_CUDA_ALLOC_CONF");
+  CHECK_FALSE(AcceleratorAllocatorConfig::use_expandable_segments());
+  CHECK(expand_segments(c10::kCUDA));
+  CHECK(AcceleratorAllocatorConfig::use_expandable_segments());
+  c10::CachingAllocator::setAllocatorSettings("expandable_segments:False");
 }

@@ -571,6 +571,25 @@ class Tools(unittest.TestCase):
         self.assertEqual(scores[0], scores[1])
         self.fails(run("evaluate", "--reference", track, "--estimate", track, "--stems", "../x"), "headroom.evaluate.stems")
 
+    def test_data_sets_of_other_layouts(self):
+        more = self.root / "more"
+        for stem in STEMS:
+            write_wav(more / "train" / stem / "any.wav", [1000, -1000] * 5000)
+        (self.root / "list.csv").write_text("instrum,path\n" + "".join(f"{s},more/train/{s}/any.wav\n" for s in STEMS))
+        config = self.root / "layouts.json"
+        arguments = ["--config", config, "--data", self.root / "data", "--out", self.root / "layouts", "--steps", 2]
+        data = {"more_paths": [str(more), str(self.root / "list.csv")], "weights": [1, 1, 2], "equalizer": 1, "noise": 1}
+        config.write_text(json.dumps({**CONFIG, "data": data}))
+        result = run("train", *arguments)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        tracks = len(list((self.root / "data/train").iterdir())) + 2 * len(STEMS)
+        self.assertRegex(result.stdout, rf"data: +{tracks} tracks, ")
+        self.assertRegex(result.stdout, rf"data: +{STEMS[0]}: {tracks - 2 * len(STEMS) + 2} files; of ")
+        config.write_text(json.dumps({**CONFIG, "data": {**data, "remix": 0}}))
+        self.assertEqual(run("train", *arguments, "--overwrite").returncode, 0)  # of the tracks alone
+        self.fails(run("train", "--config", config, "--data", self.root / "list.csv", "--out", self.root / "loose"),
+                   "headroom.training.dataset.loose", "data.remix")
+
     def test_the_process_grows_as_planned(self):
         """The highest resident size of training: within 5 % and 50 MB of the plan, where malloc keeps nothing back."""
         config, plan = self.root / "resident.json", self.root / "resident.out.json"

@@ -6,6 +6,7 @@
 #include <iostream>
 #include <map>
 #include <set>
+#include <sstream>
 
 #include "headroom/audio/file.hpp"
 #include "headroom/audio/resampler.hpp"
@@ -51,6 +52,20 @@ void make_tracks(const TemporaryFolder& folder, const std::vector<int>& lengths)
   }
 }
 
+// Where the stems, and the mixture where it is a file of its own, come from.
+std::string origin_of(const Example& example) {
+  const torch::Tensor all = torch::cat({example.stems, example.mixture.unsqueeze(0)});  // [5,2,S]
+  std::ostringstream text;
+  for (int stem = 0; stem < 5; ++stem) {
+    const Place place = decode(all[stem][0][0].item<float>());
+    const bool is_sum = all[4].equal(all.narrow(0, 0, 4).sum(0));
+    if (stem == 4 && is_sum) break;
+    text << (stem > 0 ? ", " : "") << (stem == 4 ? "mixture" : kStems[stem]) << " of " << place.track << " from "
+         << place.frame / 44100.0 << " s";
+  }
+  return text.str();
+}
+
 std::set<std::string> different(const std::vector<Example>& examples) {
   std::set<std::string> values;
   for (const Example& e : examples) {
@@ -90,6 +105,7 @@ TEST_CASE("an example that is not remixed is the same segment of all files of a 
       }
     }
     frames[place.track].insert(place.frame);
+    if (i < 20) CHECK(dataset.origin(1, i) == origin_of(example));
   }
   // Every position is drawn, from the first to the last.
   CHECK(frames[0].size() == 10);
@@ -181,6 +197,16 @@ TEST_CASE("a remixed example takes each stem from its own track and position, wi
       CHECK(stems[stem][0][2].item<float>() == code(place.track, stem, 0, place.frame + 2));
     }
   }
+}
+
+TEST_CASE("a data set says which pieces an example is made of") {
+  const TemporaryFolder folder;
+  make_tracks(folder, {50, 60, 70});
+  const Dataset dataset(folder.path(),
+                        {.segment_length = 5,
+                         .remix = 1,
+                         .augmentation = {.gain = {1, 1}, .swap_channels = false, .flip_polarity = false}});
+  for (int i = 0; i < 20; ++i) CHECK(dataset.origin(3, i) == origin_of(dataset.example(3, i)));
 }
 
 TEST_CASE("remix is a probability") {
@@ -416,6 +442,19 @@ TEST_CASE("a track that lacks a stem is an error, or left out, or silent there")
   CHECK(ramps_of(silent) == Ramps{{1, 3}, {0, 2}});
   options.remix = 1;  // what is not there is not drawn
   CHECK(ramps_of(Dataset(folder.path(), options)) == Ramps{{1, 3}, {2}});
+}
+
+TEST_CASE("a track with a damaged file is left out where that is wanted") {
+  const TemporaryFolder folder;
+  make_tracks(folder, {20, 20});
+  std::filesystem::resize_file(folder / "0/bass.wav", std::filesystem::file_size(folder / "0/bass.wav") - 8);
+  training::DatasetOptions options{.segment_length = 5};
+  CHECK(error_of([&] { Dataset(folder.path(), options); }).id() == "headroom.audio.file.truncated");
+  options.leave_out_damaged = true;
+  const Dataset dataset(folder.path(), options);
+  CHECK(dataset.names() == std::vector<std::string>{"1"});
+  REQUIRE(dataset.notices().size() == 1);
+  CHECK_THAT(dataset.notices()[0], Catch::StartsWith("0 is left out: ") && Catch::Contains("0/bass.wav"));
 }
 
 TEST_CASE("rare stems are heard as often as others where they are drawn first") {

@@ -8,7 +8,9 @@
 #include <sstream>
 #include <thread>
 
+#include "headroom/io/room.hpp"
 #include "headroom/training/load_model.hpp"
+#include "headroom/training/saved_states.hpp"
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/tiny_separator.hpp"
@@ -240,4 +242,115 @@ TEST_CASE("load_model gives the saved model ready for inference") {
     CHECK_FALSE(again.model->is_training());
     CHECK(again.model(mixture).equal(stems));
   }
+}
+
+TEST_CASE("the last states are kept, the younger first, of each step one") {
+  const TemporaryFolder folder;
+  TrainingConfig training;
+  training.checkpoints_kept = 3;
+  TrainingState state = example_state();
+  const auto save = [&](SavedStates& saved, int64_t step) {
+    state.step = step;
+    saved.save_last(state, 0);
+  };
+  const auto steps = [&] {
+    std::vector<int64_t> found;
+    for (int64_t age = 0; std::filesystem::exists(folder / last_state_name(age)); ++age) {
+      found.push_back(load_state(folder / last_state_name(age)).step);
+    }
+    return found;
+  };
+  SavedStates saved(folder.path(), training, 0);
+  for (int64_t step = 1; step <= 5; ++step) save(saved, step);
+  CHECK(steps() == std::vector<int64_t>{5, 4, 3});
+  state.best_score = 9;
+  save(saved, 5);
+  CHECK(steps() == std::vector<int64_t>{5, 4, 3});
+  CHECK(load_state(folder / "last.pt").best_score == 9);
+  {
+    // What cannot be written leaves all as it was
+    const testing::FileSizeLimit limit(std::filesystem::file_size(folder / "last.safetensors") + 100);
+    CHECK(error_of([&] { save(saved, 6); }).id() == "headroom.training.state.write");
+  }
+  CHECK(steps() == std::vector<int64_t>{5, 4, 3});
+  // Killed after the names were given and before the new state had its own
+  std::filesystem::remove(folder / "last-1.pt");
+  std::filesystem::create_hard_link(folder / "last.pt", folder / "last-1.pt");
+  SavedStates again(folder.path(), training, 0);
+  save(again, 7);
+  CHECK(steps() == std::vector<int64_t>{7, 5, 3});
+  training.checkpoints_kept = 1;
+  SavedStates one(folder.path(), training, 0);
+  save(one, 8);
+  CHECK(steps() == std::vector<int64_t>{8});
+  CHECK(folder.names().size() == 2);  // and its weights
+  for (const char* name : {"last-0.pt", "last-.pt", "last-x.pt", "last-1.pt.damaged", "best.pt", "last-01.pt"}) {
+    CHECK_FALSE(age_of_state(name));
+  }
+  CHECK(age_of_state("last-12.pt") == 12);
+}
+
+TEST_CASE("a damaged state is told, with the check that failed, and the one before it is used") {
+  const TemporaryFolder folder;
+  TrainingConfig training;
+  training.checkpoints_kept = 4;
+  TrainingState state = example_state();
+  SavedStates saved(folder.path(), training, 0);
+  for (state.step = 1; state.step <= 4; ++state.step) saved.save_last(state, 0);
+  state.step = 2;
+  saved.save_best(state);
+  const auto damage = [&](const char* name) {
+    std::string bytes = read_bytes(folder / name);
+    bytes[bytes.size() / 2] ^= 4;
+    write_bytes(folder / name, bytes);
+  };
+  CHECK(find_state(folder.path()).state.step == 4);
+  CHECK(find_state(folder.path()).notices.empty());
+
+  damage("last.pt");
+  const FoundState third = find_state(folder.path());
+  CHECK(third.path == folder / "last-1.pt");
+  CHECK(third.state.step == 3);
+  REQUIRE(third.notices.size() == 2);
+  CHECK(contains(third.notices[0], (folder / "last.pt").string()));
+  CHECK(contains(third.notices[0], "does not match its checksum"));
+  CHECK(contains(third.notices[1], "last-1.pt, of step 3, is used instead"));
+  CHECK(std::filesystem::exists(folder / "last.pt.damaged"));
+  CHECK(find_state(folder / "last.pt").state.step == 3);  // there is none by this name any more
+  SavedStates resumed(folder.path(), training, 0);
+  state.step = 5;
+  resumed.save_last(state, 0);
+  CHECK(load_state(folder / "last-1.pt").step == 3);
+
+  std::filesystem::resize_file(folder / "last-1.pt", 1000);
+  const FoundState second = find_state(folder / "last-1.pt");
+  CHECK(second.state.step == 2);
+  CHECK(contains(second.notices.at(0), "has no end mark"));
+  damage("last-2.pt");
+  damage("last-3.pt");
+  damage("last.pt");
+  CHECK(find_state(folder.path()).path == folder / "best.pt");
+  damage("best.pt");
+  CHECK(error_of([&] { find_state(folder / "best.pt"); }).id() == "headroom.training.state.corrupt");
+  CHECK(error_of([&] { find_state(folder.path()); }).id() == "headroom.training.state.corrupt");
+  CHECK(std::filesystem::exists(folder / "best.pt"));
+  state.step = 6;
+  resumed.save_last(state, 0);
+  damage("last.pt");
+  const Error none = error_of([&] { find_state(folder.path()); });
+  CHECK(none.id() == "headroom.training.state.corrupt");
+  CHECK(contains(none.what(), "none of the 2 saved states beside " + folder.path().string() + " is whole"));
+  CHECK(std::filesystem::exists(folder / "last.pt"));
+  const TemporaryFolder empty;
+  CHECK(error_of([&] { find_state(empty.path()); }).id() == "headroom.training.state.read");
+}
+
+TEST_CASE("a folder without room for a file, or for all of them, says why") {
+  const TemporaryFolder folder;
+  CHECK(io::why_no_room(folder.path(), {.all = 1000, .largest_file = 1000}).empty());
+  CHECK(contains(io::why_no_room(folder.path(), {.all = std::uint64_t{1} << 60}), "it has room for "));
+  CHECK(contains(io::why_no_room(folder / "none", {}), "No such file"));
+  const testing::FileSizeLimit limit(1000);
+  CHECK(contains(io::why_no_room(folder.path(), {.all = 1001, .largest_file = 1001}), "File too large"));
+  CHECK(folder.names().empty());
 }

@@ -4,8 +4,10 @@
 #include <filesystem>
 #include <map>
 #include <numeric>
+#include <random>
 
 #include "headroom/training/load_model.hpp"
+#include "headroom/training/redraw.hpp"
 #include "headroom/training/validation.hpp"
 #include "support/catch.hpp"
 #include "support/files.hpp"
@@ -61,6 +63,17 @@ TensorMap copy(const TensorMap& tensors) {
   TensorMap result;
   for (const auto& [name, tensor] : tensors) result.emplace(name, tensor.clone());
   return result;
+}
+
+/// The noise, whose examples first, …, last - 1 hold a NaN.
+BatchSource with_bad_examples(int64_t first_bad, int64_t last_bad) {
+  return [=](int64_t first, int64_t count) {
+    NoiseExample examples = source(first, count);
+    for (int64_t i = std::max(first, first_bad); i < std::min(first + count, last_bad); ++i) {
+      examples.mixture[i - first][0][5] = std::nan("");
+    }
+    return examples;
+  };
 }
 
 }  // namespace
@@ -265,7 +278,7 @@ TEST_CASE("the optimizer in the backward pass trains as the one after it, bit fo
   for (const torch::Tensor& parameter : other_model->parameters()) CHECK_FALSE(parameter.grad().defined());
 }
 
-TEST_CASE("a gradient that is not finite ends a run with the optimizer in the backward pass") {
+TEST_CASE("a gradient that is not finite ends a run with the optimizer in the backward pass; a loss is skipped") {
   Config config = tiny_config();
   config.training.clip_grad_norm = 0;
   config.training.optimizer_in_backward = true;
@@ -278,6 +291,13 @@ TEST_CASE("a gradient that is not finite ends a run with the optimizer in the ba
   const Error error = error_of([&] { trainer.step(0.01); });
   CHECK(error.id() == "headroom.training.non_finite");
   CHECK(contains(error.what(), "the gradient norm is"));
+
+  TinySeparator other;
+  Trainer skips(other, config, with_bad_examples(0, 1));
+  const TensorMap before = copy(skips.state().model);
+  CHECK_FALSE(std::isfinite(skips.step(0.01)));
+  check_equal(before, skips.state().model);
+  CHECK(std::isfinite(skips.step(0.01)));
 }
 
 TEST_CASE("narrow optimizer states are saved and resumed with the same bits; other formats are refused") {
@@ -346,17 +366,13 @@ TEST_CASE("bf16 runs the forward pass in bfloat16 and leaves autocast as it was"
   CHECK(model->first->weight.grad().scalar_type() == torch::kFloat);
 }
 
-TEST_CASE("a loss that is not finite stops the run before it changes anything") {
+TEST_CASE("where nothing is skipped a loss that is not finite stops the run before it changes anything") {
   const TemporaryFolder folder;
-  const Config config = tiny_config();
+  Config config = tiny_config();
+  config.training.skip_non_finite = 0;
   torch::manual_seed(7);
   TinySeparator model;
-  const auto broken = [](int64_t first, int64_t count) {
-    NoiseExample example = source(first, count);
-    if (first <= 13 && 13 < first + count) example.mixture[0][0][5] = std::nan("");
-    return example;
-  };
-  Trainer trainer(model, config, broken);
+  Trainer trainer(model, config, with_bad_examples(13, 14));
   TensorMap before;
   const Error error = error_of([&] {
     trainer.run({.folder = folder.path(), .on_step = [&](const StepReport& p) {
@@ -664,4 +680,250 @@ TEST_CASE("a state without a random generator's state is refused before anything
     CHECK_FALSE(contains(error.what(), "\n"));
     CHECK(random_state().equal(before));
   }
+}
+
+TEST_CASE("a step whose loss is not finite is skipped and told: parameters, buffers and optimizer stay") {
+  for (const int64_t accumulation : {1, 2}) {
+    CAPTURE(accumulation);
+    Config config = tiny_config();
+    config.training.batch_size = 2 / accumulation;
+    config.training.gradient_accumulation_steps = accumulation;
+    torch::manual_seed(7);
+    TinySeparator model;
+    const Loss loss = [&](const torch::Tensor& estimate, const torch::Tensor& stems) {
+      const torch::NoGradGuard guard;
+      if (!torch::isfinite(estimate).all().item<bool>()) model->scale.fill_(5);  // as running means would be spoiled
+      const torch::AutoGradMode gradients(true);
+      return (estimate - stems).abs().mean();
+    };
+    Trainer trainer(model, config, with_bad_examples(13, 14), loss);  // the last of step 7
+    std::vector<std::string> notices;
+    std::vector<TrainingState> states;
+    std::vector<double> means;
+    const Summary summary = trainer.run({.steps = 8,
+                                         .on_step =
+                                             [&](const StepReport& p) {
+                                               states.push_back(trainer.state());
+                                               states.back().model = copy(states.back().model);
+                                               states.back().optimizer = copy(states.back().optimizer);
+                                               means.push_back(p.loss);
+                                               CHECK(p.skipped_steps == (p.step < 7 ? 0 : 1));
+                                             },
+                                         .on_notice = [&](const std::string& text) { notices.push_back(text); },
+                                         .origin = [](int64_t i) { return "song " + std::to_string(i); }});
+    REQUIRE(states.size() == 8);
+    check_equal(states[6].model, states[5].model);
+    check_equal(states[6].optimizer, states[5].optimizer);
+    CHECK(states[6].examples == 14);
+    CHECK(states[6].skipped_in_a_row == 1);
+    CHECK(states[7].skipped_in_a_row == 0);
+    CHECK(states[7].optimizer.at("first.weight.step").item<int64_t>() == 7);
+    CHECK_FALSE(states[7].model.at("first.weight").equal(states[6].model.at("first.weight")));
+    CHECK(means[6] == means[5]);  // the mean is one of the steps that were taken
+    CHECK(std::isfinite(summary.epoch_losses.at(1)));
+    CHECK(summary.skipped_steps == 1);
+    REQUIRE(notices.size() == 1);
+    CHECK(contains(notices[0], "this step is skipped: the loss is nan at step 7, examples " +
+                                   std::string(accumulation == 1 ? "12" : "13") + " to 13; not finite: "));
+    CHECK(contains(notices[0], "the mixture of example 13, the estimate of example 13; example 13: song 13"));
+  }
+}
+
+TEST_CASE("a step whose gradient is not finite is skipped; too many in a row stop the run with what is known") {
+  Config config = tiny_config();
+  config.training.skip_non_finite = 3;
+  torch::manual_seed(7);
+  TinySeparator model(6, 0.0);
+  int64_t now = 0;
+  const auto bad = [&] { return now == 2 || now == 3 || now >= 6; };
+  const Loss loss = [&](const torch::Tensor& estimate, const torch::Tensor& stems) {
+    const torch::Tensor usual = (estimate - stems).abs().mean();
+    return bad() ? usual + (model->last->bias * 0).sqrt().sum() : usual;  // 0, and a slope that is infinite times 0
+  };
+  Trainer trainer(model, config, source, loss);
+  TensorMap before;
+  std::vector<int64_t> in_a_row;
+  const Error error = error_of([&] {
+    trainer.run({.on_step =
+                     [&](const StepReport& p) {
+                       in_a_row.push_back(trainer.state().skipped_in_a_row);
+                       if (p.step == 6) before = copy(trainer.state().model);
+                       now = p.step;
+                     },
+                 .origin = [](int64_t i) { return "song " + std::to_string(i); }});
+  });
+  CHECK(error.id() == "headroom.training.non_finite");
+  CHECK(in_a_row == std::vector<int64_t>{0, 0, 1, 2, 0, 0, 1, 2, 3});
+  CHECK(contains(error.what(),
+                 "the gradient norm is nan at step 10, examples 18 to 19; not finite: the gradient of "
+                 "last.bias; example 18: song 18, 19: song 19; the 3 steps before it were skipped"));
+  check_equal(before, trainer.state().model);
+  CHECK(trainer.state().step == 9);
+  CHECK(trainer.state().skipped_steps == 5);
+  CHECK(trainer.state().optimizer.at("first.weight.step").item<int64_t>() == 4);
+}
+
+TEST_CASE("parameters that are not finite are named") {
+  const Config config = tiny_config();
+  auto [model, trainer] = make_trainer(config);
+  std::string notice;
+  {
+    const torch::NoGradGuard guard;
+    model->norm->weight[2] = std::numeric_limits<double>::infinity();
+  }
+  trainer.run({.steps = 1, .on_notice = [&](const std::string& text) { notice = text; }});
+  CHECK(
+      contains(notice, "not finite: the parameter norm.weight, the estimate of example 0, the estimate of example 1"));
+}
+
+TEST_CASE("a run stopped at random steps and resumed leaves the files of one that was not, byte for byte") {
+  std::mt19937 random(5);
+  const auto draw = [&](int least, int most) { return std::uniform_int_distribution(least, most)(random); };
+  for (int round = 0; round < 12; ++round) {
+    CAPTURE(round);
+    Config config = tiny_config();
+    config.training.batch_size = draw(1, 3);
+    config.training.gradient_accumulation_steps = draw(1, 2);
+    config.training.steps_per_epoch = draw(1, 5);
+    config.training.checkpoint_every_steps = draw(0, 3);
+    config.training.optimizer_state = round % 2 == 0 ? "full" : "8bit";
+    config.training.bf16 = draw(0, 1) == 1;
+    config.training.split_on_out_of_memory = draw(0, 1) == 1;
+    config.training.warmup_steps = draw(0, 1);
+    config.training.validation_every = draw(1, 2);
+    const int64_t bad = draw(0, 20), width = round % 2 == 0 ? 6 : 400;
+    const auto make = [&](auto&& use) {
+      torch::manual_seed(7);
+      const TinySeparator model(width);
+      Trainer trainer(model, config, with_bad_examples(bad, bad + 4));
+      const auto validate = [&] { return model->norm->weight.sum().item<double>(); };
+      use(trainer, RunOptions{.steps = 10, .validate = round % 3 == 0 ? std::function<double()>(validate) : nullptr});
+    };
+    const TemporaryFolder whole, parts;
+    make([&](Trainer& trainer, RunOptions options) {
+      options.folder = whole.path();
+      trainer.run(options);
+    });
+    for (int64_t done = 0; done < 10;) {
+      make([&](Trainer& trainer, RunOptions options) {
+        if (done > 0) {
+          torch::rand({draw(1, 100)});  // what this process has drawn before counts for nothing
+          trainer.resume(find_state(parts.path()).state, "last.pt");
+        }
+        const int64_t stop_at = done + draw(1, 10);
+        options.folder = parts.path();
+        options.on_step = [&](const StepReport& p) { done = p.step; };
+        options.stop_requested = [&] { return done >= stop_at; };
+        trainer.run(options);
+      });
+    }
+    for (const char* name : {"last.pt", "best.pt", "last.safetensors", "best.safetensors"}) {
+      INFO(name);
+      const bool same = testing::read_bytes(whole / name) == testing::read_bytes(parts / name);
+      CHECK(same);
+    }
+  }
+}
+
+TEST_CASE("everything in a state comes back from a resume, byte for byte") {
+  const TemporaryFolder folder;
+  Config config = tiny_config();
+  config.training.split_on_out_of_memory = true;
+  auto [model, trainer] = make_trainer(config);
+  trainer.run({.steps = 7});
+  TrainingState state = trainer.state();
+  state.examples = 1001;
+  state.unfinished_skipped = 1;
+  state.skipped_steps = 12;
+  state.skipped_in_a_row = 4;
+  state.microbatch = 1;
+  state.seconds_per_step = 0.25;
+  save_state(folder / "a.pt", state);
+  auto [fresh_model, fresh] = make_trainer(config);
+  fresh.resume(load_state(folder / "a.pt"), "a.pt");
+  save_state(folder / "b.pt", fresh.state());
+  CHECK(testing::read_bytes(folder / "a.pt") == testing::read_bytes(folder / "b.pt"));
+}
+
+TEST_CASE("states are saved by steps and by minutes, within epochs too, and the last ones are kept") {
+  const TemporaryFolder folder;
+  Config config = tiny_config();  // 4 steps an epoch
+  config.training.checkpoint_every = 100;
+  config.training.checkpoint_every_steps = 3;
+  config.training.checkpoints_kept = 3;
+  auto [model, trainer] = make_trainer(config);
+  double now = 0;
+  const auto steps_saved = [&] {
+    std::vector<int64_t> steps;
+    for (int64_t age = 0; std::filesystem::exists(folder / last_state_name(age)); ++age) {
+      steps.push_back(load_state(folder / last_state_name(age)).step);
+    }
+    return steps;
+  };
+  const RunOptions options{.steps = 11,
+                           .folder = folder.path(),
+                           .on_step = [&](const StepReport&) { now += 30; },
+                           .clock = [&] { return now; }};
+  trainer.run(options);
+  CHECK(steps_saved() == std::vector<int64_t>{11, 9, 6});  // 3 went
+
+  config.training.checkpoint_every_steps = 0;
+  config.training.checkpoint_every_minutes = 1;
+  auto [other_model, by_time] = make_trainer(config);
+  by_time.resume(load_state(folder / "last.pt"), "last.pt");
+  RunOptions longer = options;
+  longer.steps = 16;
+  by_time.run(longer);
+  CHECK(steps_saved() == std::vector<int64_t>{16, 15, 13});  // every second step
+}
+
+TEST_CASE("a folder that cannot take the states of a run is told before the first step") {
+  const TemporaryFolder folder;
+  const Config config = tiny_config();
+  auto [model, trainer] = make_trainer(config);
+  const RunOptions options{.steps = 1, .folder = folder.path()};
+  const Error error = [&, &t = trainer] {
+    const testing::FileSizeLimit limit(4096);
+    return error_of([&] { t.run(options); });
+  }();
+  CHECK(error.id() == "headroom.training.state.room");
+  CHECK(contains(error.what(), folder.path().string() + " cannot take the saved states of the run, 3 of "));
+  CHECK(contains(error.what(), "File too large"));
+  CHECK(trainer.state().step == 0);
+  CHECK(folder.names().empty());
+
+  // What is planned before the optimizer knows anything holds what is written
+  const std::uint64_t planned = file_bytes(trainer.state(), *model, make_optimizer(*model, config.training));
+  trainer.run(options);
+  CHECK(std::filesystem::file_size(folder / "last.pt") <= planned);
+  CHECK(std::filesystem::file_size(folder / "last.pt") + (1 << 19) > planned);
+  CHECK(std::filesystem::file_size(folder / "last.safetensors") <= file_bytes(trainer.state().model));
+}
+
+TEST_CASE("examples whose files fail are drawn anew, the same ones in any batches, and each file is told once") {
+  const auto fails = [](int64_t index) { return index % 3 == 1; };
+  const BatchSource broken = [&](int64_t first, int64_t count) {
+    for (int64_t i = first; i < first + count; ++i) {
+      require(!fails(i), "headroom.audio.file.truncated", "\"a.wav\" ends at frame ", i);
+    }
+    const torch::Tensor values = torch::arange(first, first + count, torch::kDouble).view({count, 1, 1});
+    return NoiseExample{values.expand({count, 2, 8}), values.unsqueeze(1).expand({count, 4, 2, 8})};
+  };
+  std::vector<std::string> notices;
+  Redraw redraw(broken, [&](const std::string& text) { notices.push_back(text); });
+  const NoiseExample all = redraw(0, 6);
+  for (int64_t i = 0; i < 6; ++i) {
+    const NoiseExample one = redraw(i, 1);
+    CHECK(one.stems[0].equal(all.stems[i]));
+    CHECK(one.mixture[0].equal(all.mixture[i]));
+    CHECK(one.mixture[0][0][0].item<double>() == static_cast<double>(redraw.drawn_as(i)));
+    CHECK((redraw.drawn_as(i) == i) == !fails(i));
+  }
+  REQUIRE(notices.size() == 1);
+  CHECK(contains(notices[0], "\"a.wav\" ends at frame 1. The track is left out"));
+
+  Redraw all_broken([](int64_t, int64_t) -> NoiseExample { fail("headroom.audio.file.missing", "\"b.wav\""); }, {});
+  CHECK(error_of([&] { all_broken(0, 1); }).id() == "headroom.audio.file.missing");
+  Redraw other_error([](int64_t, int64_t) -> NoiseExample { fail("headroom.training.dataset.options", "x"); }, {});
+  CHECK(error_of([&] { other_error(0, 1); }).id() == "headroom.training.dataset.options");
 }

@@ -6,8 +6,6 @@
 #include <map>
 #include <numbers>
 
-#include "headroom/memory/meter.hpp"
-#include "headroom/memory/resident.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/run_record.hpp"
 #include "headroom/training/validation.hpp"
@@ -275,26 +273,6 @@ TEST_CASE("a whole track is scored by what its separation is, in pieces") {
   }
   CHECK(validation.mean("nsdr") ==
         Approx(*core::mean_of({validation.scores.at("nsdr").begin(), validation.scores.at("nsdr").end() - 1})));
-}
-
-TEST_CASE("validating a track needs the memory of a segment, whatever its length") {
-  Config config = config_with(R"(, "validation_metrics": ["nsdr", "l1_freq", "bleedless", "fullness"])");
-  config.audio.sample_rate = 2000;
-  torch::manual_seed(7);
-  const TinySeparator model(6, 0);
-  std::vector<int64_t> tensors, resident;
-  for (const int64_t minutes : {1, 1, 4}) {  // the first fills caches
-    const Tracks tracks = tones({minutes * 60 * 2000});
-    reset_peak_resident_bytes();
-    const int64_t before = resident_bytes();
-    const MemoryMeter meter;
-    tensors.push_back(meter.measure([&] { validate_tracks(model, tracks, config); }).added_peak());
-    resident.push_back(peak_resident_bytes() - before);
-  }
-  CHECK(tensors[2] == tensors[1]);
-  // Estimates of 4 minutes in memory would be 15 MB
-  CHECK(resident[2] - resident[1] < 4'000'000);
-  CHECK(tensors[2] < 40 * 65536 * 4 * 10);
 }
 
 TEST_CASE("segments are scored as one recording") {

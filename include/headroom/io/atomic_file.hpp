@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -248,9 +249,11 @@ class DescriptorBuffer : public std::streambuf {
 }  // namespace detail
 
 /// Replaces a file by what `writer` puts into a std::ostream, or leaves it as it was; a process that is killed leaves
-/// the old or the new file. A device or a pipe is written to. Throws `id`, and what `writer` throws.
+/// the old or the new file. A device or a pipe is written to. When the new file is whole, and before it takes the place
+/// of the old one, `before_replacing` is called. Throws `id`, and what `writer` throws.
 template <std::invocable<std::ostream&> Writer>
-void write_file(const std::filesystem::path& path, std::string_view id, Writer&& writer) {
+void write_file(const std::filesystem::path& path, std::string_view id, Writer&& writer,
+                const std::function<void()>& before_replacing = {}) {
   const auto write_to = [&](int descriptor) {
     detail::DescriptorBuffer buffer(descriptor);
     std::ostream stream(&buffer);
@@ -262,6 +265,7 @@ void write_file(const std::filesystem::path& path, std::string_view id, Writer&&
     AtomicFile file(path, id);
     if (const int error = write_to(file.descriptor())) file.fail_to_write(std::strerror(error));
     file.finish();
+    if (before_replacing) before_replacing();
     file.publish();
     return;
   }
@@ -272,10 +276,12 @@ void write_file(const std::filesystem::path& path, std::string_view id, Writer&&
 
 /// The same for the concatenation of `parts`.
 inline void write_file(const std::filesystem::path& path, std::string_view id,
-                       std::initializer_list<std::string_view> parts) {
-  write_file(path, id, [&](std::ostream& stream) {
+                       std::initializer_list<std::string_view> parts,
+                       const std::function<void()>& before_replacing = {}) {
+  const auto write = [&](std::ostream& stream) {
     for (const std::string_view part : parts) stream.write(part.data(), static_cast<std::streamsize>(part.size()));
-  });
+  };
+  write_file(path, id, write, before_replacing);
 }
 
 }  // namespace headroom::inline v0::io

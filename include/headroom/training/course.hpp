@@ -36,7 +36,8 @@ class Course {
         last_(options.steps.value_or(options.seconds ? std::numeric_limits<int64_t>::max()
                                                      : training.epochs * training.steps_per_epoch)) {}
 
-  /// Seconds since the run began, and since the epoch did.
+  /// Seconds on its clock, since the run began, and since the epoch did.
+  double now() const { return now_(); }
   double elapsed() const { return now_() - start_; }
   double epoch_elapsed() const { return now_() - epoch_start_; }
   void begin_epoch() { epoch_start_ = now_(); }

@@ -15,6 +15,7 @@ struct DataConfig {
   std::vector<double> weights = {};
   std::string layout = "automatic";
   std::string missing = "error";
+  std::string damaged = "error";
   bool convert = false;
   std::vector<std::string> accompaniment = {};
   std::string draw = "uniform";
@@ -42,6 +43,8 @@ struct DataConfig {
           "how files lie, docs/075_data.md has a table");
     field("missing", self.missing, {.choices = {"error", "leave_out", "silence"}},
           "what becomes of a track that lacks stems; `silence`: they are silent there");
+    field("damaged", self.damaged, {.choices = {"error", "leave_out"}},
+          "what becomes of a track with a file that is truncated or no audio");
     field("convert", self.convert, {},
           "take files of another sample rate, and mono for stereo or stereo for mono; else they are refused");
     field("accompaniment", self.accompaniment, {.may_be_empty = true, .file_names = true},

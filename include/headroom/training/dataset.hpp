@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <optional>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -39,7 +41,8 @@ struct DatasetOptions {
   Layout layout = Layout::automatic;
   std::vector<double> weights = {};  ///< how often each root is drawn from; empty: all tracks are alike
   MissingStem missing = MissingStem::error;
-  bool convert = false;  ///< take files of another sample rate and mono for stereo, or stereo for mono
+  bool leave_out_damaged = false;  ///< tracks with a file that cannot be read; else that is an error
+  bool convert = false;            ///< take files of another sample rate and mono for stereo, or stereo for mono
   TrackDraw draw = TrackDraw::uniform;
   /// Probability that each stem of an example comes from a track and position of its own; the mixture is their sum.
   /// Otherwise the example is what the files hold.
@@ -100,25 +103,26 @@ class Dataset {
 
   /// The samples first, …, first + count - 1 of a track as its files hold them: [C,n] and [N,C,n].
   Example piece(std::int64_t track, std::int64_t first, std::int64_t count) const {
-    const Track& of = tracks().at(static_cast<std::size_t>(track));
-    const Position position{static_cast<std::size_t>(track), first};
-    std::vector<torch::Tensor> stems;
-    for (std::size_t k = 0; k < of.stems.size(); ++k) stems.push_back(read(position, k, count));
-    return mixed(stems, of.mixture ? read_piece(*of.mixture, first, count, format()) : torch::Tensor());
+    static_cast<void>(tracks().at(static_cast<std::size_t>(track)));
+    return piece({static_cast<std::size_t>(track), first}, count, reading());
   }
 
   /// Example number `index` >= 0 of the endless sequence that `seed` stands for.
-  Example example(std::uint64_t seed, std::int64_t index) const {
-    SplitMix64 random = random_of_example(seed, index);
-    const bool remixed = random.uniform() < options_.remix;
-    if (!remixed || !together_.empty()) {
-      const Position together = draw_together(random);
-      if (!remixed) return piece(static_cast<std::int64_t>(together.track), together.frame, options_.segment_length);
-    }
-    SplitMix64 changes(random_of_example(~seed, index));
-    std::vector<torch::Tensor> stems;  // N and those of the accompaniment, of [C,S]
-    for (std::size_t k = 0; k < stems_.size(); ++k) stems.push_back(remixed_stem(k, random, changes.next()));
-    return mixed(stems, {});
+  Example example(std::uint64_t seed, std::int64_t index) const { return composed(seed, index, reading()); }
+
+  /// Which pieces of which tracks example() is made of, in words.
+  std::string origin(std::uint64_t seed, std::int64_t index) const {
+    std::ostringstream text;
+    composed(seed, index, [&](const Position& position, std::size_t stem, std::int64_t count) {
+      const Track& track = tracks()[position.track];
+      if (file_of(track, stem)) {
+        text << (text.tellp() > 0 ? ", " : "")
+             << (stem < track.stems.size() ? list_.rules().stems[stem] : std::string("mixture")) << " of " << track.name
+             << " from " << static_cast<double>(position.frame) / static_cast<double>(options_.sample_rate) << " s";
+      }
+      return silence(count);
+    });
+    return text.str();
   }
 
   /// Examples first_index, …, first_index + count - 1: [B,C,S] and [B,N,C,S].
@@ -157,7 +161,8 @@ class Dataset {
                      .format = {options.channels, options.sample_rate, options.convert},
                      .least_frames = options.segment_length,
                      .layout = options.layout,
-                     .missing = options.missing};
+                     .missing = options.missing,
+                     .leave_out_damaged = options.leave_out_damaged};
     rules.stems.insert(rules.stems.end(), options.accompaniment.begin(), options.accompaniment.end());
     return rules;
   }
@@ -174,36 +179,69 @@ class Dataset {
     return together_[n == 1 ? 0 : static_cast<std::size_t>(random.below(n))].draw(random);
   }
 
+  /// Reads count samples of a stem of a track, or, with one more than it has stems, of its mixture: [C,count].
+  using Read = std::function<torch::Tensor(const Position&, std::size_t stem, std::int64_t count)>;
+
+  Read reading() const {
+    return [this](const Position& position, std::size_t stem, std::int64_t count) {
+      const auto& file = file_of(tracks()[position.track], stem);
+      return file ? read_piece(*file, position.frame, count, format()) : silence(count);
+    };
+  }
+  static const std::optional<StemFile>& file_of(const Track& track, std::size_t stem) {
+    return stem < track.stems.size() ? track.stems[stem] : track.mixture;
+  }
+
+  Example composed(std::uint64_t seed, std::int64_t index, const Read& read) const {
+    SplitMix64 random = random_of_example(seed, index);
+    const bool remixed = random.uniform() < options_.remix;
+    if (!remixed || !together_.empty()) {
+      const Position together = draw_together(random);
+      if (!remixed) return piece(together, options_.segment_length, read);
+    }
+    SplitMix64 changes(random_of_example(~seed, index));
+    std::vector<torch::Tensor> stems;  // N and those of the accompaniment, of [C,S]
+    for (std::size_t k = 0; k < stems_.size(); ++k) stems.push_back(remixed_stem({k, read}, random, changes.next()));
+    return mixed(stems, {});
+  }
+
+  Example piece(const Position& position, std::int64_t count, const Read& read) const {
+    const Track& of = tracks()[position.track];
+    std::vector<torch::Tensor> stems;
+    for (std::size_t k = 0; k < of.stems.size(); ++k) stems.push_back(read(position, k, count));
+    return mixed(stems, of.mixture ? read(position, of.stems.size(), count) : torch::Tensor());
+  }
+
+  struct StemRead {
+    std::size_t stem;
+    const Read& read;
+  };
+
   /// A stem of a remixed example: a segment, or the mean of several, each with random changes.
-  torch::Tensor remixed_stem(std::size_t k, SplitMix64& random, std::uint64_t seed) const {  // [C,S]
-    if (stems_[k].empty()) return silence(options_.segment_length);
+  torch::Tensor remixed_stem(const StemRead& of, SplitMix64& random, std::uint64_t seed) const {  // [C,S]
+    if (stems_[of.stem].empty()) return silence(options_.segment_length);
     SplitMix64 changes(seed);
-    torch::Tensor sum = changed_segment(k, random, changes.next());
+    torch::Tensor sum = changed_segment(of, random, changes.next());
     int count = 1;
     for (const double probability : options_.augmentation.mixup) {
       SplitMix64 further(changes.next());
       if (further.uniform() >= probability) continue;
-      sum = sum + changed_segment(k, further, further.next());
+      sum = sum + changed_segment(of, further, further.next());
       ++count;
     }
     return count == 1 ? sum : sum / count;
   }
 
-  torch::Tensor changed_segment(std::size_t k, SplitMix64& random, std::uint64_t seed) const {  // [C,S]
+  torch::Tensor changed_segment(const StemRead& of, SplitMix64& random, std::uint64_t seed) const {  // [C,S]
     const std::int64_t length = options_.segment_length;
-    Position position = stems_[k].draw(random);
+    Position position = stems_[of.stem].draw(random);
     Augmentation augmentation(options_.augmentation, random, seed);
     const std::int64_t frames = tracks()[position.track].frames, source = augmentation.source_length(length, frames);
     position.frame = std::min(position.frame, frames - source);
-    return augmentation.apply(read(position, k, source), length, options_.sample_rate);
+    return augmentation.apply(of.read(position, of.stem, source), length, options_.sample_rate);
   }
 
   torch::Tensor silence(std::int64_t count) const { return torch::zeros({options_.channels, count}); }
-
-  torch::Tensor read(const Position& position, std::size_t stem, std::int64_t count) const {  // [C,count]
-    const auto& file = tracks()[position.track].stems[stem];
-    return file ? read_piece(*file, position.frame, count, format()) : silence(count);
-  }
 
   /// An example of stems and their accompaniment, whose sum is the mixture where there is none.
   Example mixed(const std::vector<torch::Tensor>& stems, const torch::Tensor& mixture) const {

@@ -8,18 +8,24 @@
 #include <optional>
 #include <utility>
 
-#include "headroom/core/error.hpp"
 #include "headroom/core/finite.hpp"
 #include "headroom/memory/phase_meter.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/runtime/autocast_state.hpp"
 #include "headroom/runtime/dry_run.hpp"
 #include "headroom/runtime/phase.hpp"
+#include "headroom/training/bad_numbers.hpp"
 #include "headroom/training/example.hpp"
 #include "headroom/training/models.hpp"
 #include "headroom/training/sections.hpp"
 
 namespace headroom::inline v0::training {
+
+/// What came out of the forward and backward passes of a step.
+struct PassesResult {
+  double mean_loss = 0;
+  std::optional<BadNumber> bad = {};  ///< the loss that was not finite; there is no backward pass then
+};
 
 /// The forward and backward passes of optimizer steps, each phase of which is measured.
 class Passes {
@@ -34,32 +40,29 @@ class Passes {
         device_(model_->parameters().front().device()),
         phases_(phases) {}
 
-  /// Runs over the examples of step number `step`, at most `most` of a batch at a time, so that the gradients are those
-  /// of the mean loss, which is returned. Throws headroom.training.non_finite.
-  double accumulate(int64_t step, int64_t most) {
-    double mean_loss = 0;
+  /// Examples in a step.
+  int64_t examples() const { return examples_; }
+
+  /// Runs over the examples of a step, from `first` on, at most `most` of a batch at a time, so that the gradients are
+  /// those of the mean loss. Ends with the first loss that is not finite.
+  PassesResult accumulate(int64_t first, int64_t most) {
+    PassesResult result;
     for (int64_t done = 0, count = 0; done < examples_; done += count) {
       count = std::min(most, batch_ - done % batch_);
-      const Example example = read(step * examples_ + done, count);
+      const Example example = read(first + done, count);
       const torch::Tensor estimate = forward(example.mixture);  // [B,N,C,S]
       const torch::Tensor loss =
           this->loss(estimate, example.stems) / (static_cast<double>(examples_) / static_cast<double>(count));
-      mean_loss += loss.item<double>();
-      require_finite(step, mean_loss, "loss");
+      const double value = loss.item<double>();
+      result.mean_loss += value;
+      if (!core::detail::is_finite(value)) {
+        result.bad = bad_loss(*model_, value, first + done, example, estimate);
+        return result;
+      }
       const PhaseMeter::Scope scope(phases_, "backward");
       loss.backward();
     }
-    return mean_loss;
-  }
-
-  /// Throws headroom.training.non_finite, with the examples of step number `step`, unless `value` is finite.
-  void require_finite(int64_t step, double value, const char* what) const {
-    const int64_t first = step * examples_;
-    require(
-        core::detail::is_finite(value), "headroom.training.non_finite", "the ", what, " is ", value, " at step ",
-        step + 1, ", examples ", first, " to ", first + examples_ - 1,
-        "; the saved states on disk are those of before. Lower training.learning_rate, lengthen training.warmup_steps, "
-        "or look for broken audio among these examples");
+    return result;
   }
 
  private:

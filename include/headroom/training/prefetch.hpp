@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "headroom/core/error.hpp"
+#include "headroom/memory/meter.hpp"
 #include "headroom/training/example.hpp"
 
 #ifdef _OPENMP
@@ -156,6 +157,7 @@ class Prefetch {
     }
   }
 
+  MemoryMeter meter_;  ///< the first meter may not come, nor the last one go, while readers allocate
   BatchSource source_;
   PrefetchOptions options_;
   std::mutex mutex_;

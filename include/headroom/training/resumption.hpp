@@ -5,6 +5,7 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/training/config.hpp"
+#include "headroom/training/sections.hpp"
 #include "headroom/training/state.hpp"
 
 namespace headroom::inline v0::training {
@@ -32,12 +33,19 @@ inline void forget_incomparable(const std::vector<Difference>& changes, const Tr
   }
   if (losses) {
     state.unfinished_steps = 0;
+    state.unfinished_skipped = 0;
     state.unfinished_loss = 0;
   }
   if (state.best_metric == "training loss" ? losses : scores) {
     state.best_metric.clear();
     state.validations_since_best = 0;
   }
+}
+
+/// What a state of an older version does not say follows from the configuration that it was trained with.
+inline void complete(TrainingState& state, const TrainingConfig& before) {
+  if (state.unfinished_steps < 0) state.unfinished_steps = state.step % before.steps_per_epoch;
+  if (state.examples < 0) state.examples = state.step * before.batch_size * before.gradient_accumulation_steps;
 }
 
 }  // namespace headroom::inline v0::training

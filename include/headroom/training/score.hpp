@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "headroom/core/finite.hpp"
 #include "headroom/training/state.hpp"
 
 namespace headroom::inline v0::training {
@@ -14,10 +15,12 @@ struct Score {
 };
 
 /// Takes note of a score: the best so far, or one more since. Says whether it is better than all before it. Scores of
-/// different metrics are not compared: the first one of another metric replaces the best one.
+/// different metrics are not compared: the first one of another metric replaces the best one. One that is not finite is
+/// never better.
 inline bool improves(TrainingState& state, const Score& score) {
+  const bool usable = core::detail::is_finite(score.value);
   const bool better = score.more_is_better ? score.value > state.best_score : score.value < state.best_score;
-  if (!better && score.metric == state.best_metric) {
+  if (!usable || (!better && score.metric == state.best_metric)) {
     ++state.validations_since_best;
     return false;
   }

@@ -121,7 +121,11 @@ struct TrainingConfig {
   bool bf16 = false;
   bool split_on_out_of_memory = false;
   int64_t seed = 0;
+  int64_t skip_non_finite = 10;
   int64_t checkpoint_every = 1;
+  int64_t checkpoint_every_steps = 0;
+  double checkpoint_every_minutes = 0;
+  int64_t checkpoints_kept = 2;
   int64_t validation_every = 1;
   int64_t validation_segments = 16;
   std::string validation = "segments";
@@ -160,7 +164,15 @@ struct TrainingConfig {
     field("split_on_out_of_memory", self.split_on_out_of_memory, {},
           "when a step runs out of memory, repeat it with batches in parts, and go on so");
     field("seed", self.seed, {.at_least = 0}, "of initialisation and sampling");
+    field("skip_non_finite", self.skip_non_finite, {.at_least = 0, .at_most = kMost},
+          "steps in a row whose loss or gradient is not finite that are skipped before the run stops; 0: stop at once");
     field("checkpoint_every", self.checkpoint_every, {.at_least = 1}, "epochs between saved states");
+    field("checkpoint_every_steps", self.checkpoint_every_steps, {.at_least = 0},
+          "optimizer steps between saved states, in addition; 0: epochs alone");
+    field("checkpoint_every_minutes", self.checkpoint_every_minutes, {.at_least = 0, .at_most = 1e6},
+          "minutes between saved states, in addition; 0: epochs alone");
+    field("checkpoints_kept", self.checkpoints_kept, {.at_least = 1, .at_most = 1000},
+          "saved states that stay: the last one and those before it");
     field("validation_every", self.validation_every, {.at_least = 1}, "epochs between validations");
     field("validation_segments", self.validation_segments, {.at_least = 1, .at_most = 1e6},
           "examples of the validation split, the same each time");

@@ -50,6 +50,7 @@ inline DatasetOptions dataset_options(const Config& config) {
           .missing = data.missing == "error"       ? MissingStem::error
                      : data.missing == "leave_out" ? MissingStem::leave_out
                                                    : MissingStem::silence,
+          .leave_out_damaged = data.damaged == "leave_out",
           .convert = data.convert,
           .draw = data.draw == "uniform"     ? TrackDraw::uniform
                   : data.draw == "by_length" ? TrackDraw::by_length

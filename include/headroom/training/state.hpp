@@ -2,6 +2,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
+#include <c10/core/Device.h>
 #include <torch/nn/module.h>
 #include <torch/serialize.h>
 #include <torch/types.h>
@@ -12,6 +13,7 @@
 #include <exception>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <initializer_list>
 #include <map>
 #include <memory>
@@ -39,19 +41,26 @@ using weights::tensors_of;
 /// Where a safetensors file of ours has its configuration: JSON text in its metadata.
 inline constexpr const char* kConfigKey = "headroom.config";
 
-/// Everything that a training run needs to go on as if it had never stopped: one file a state.
+/// Everything that a step depends on beside the configuration and the files of the data set, and what scores are
+/// compared with: a run that goes on from it, in any process, gives the bits of one that never stopped. One file a
+/// state.
 struct TrainingState {
   std::string config = {};                ///< JSON text of the configuration
-  int64_t step = 0;                       ///< optimizer steps taken
+  int64_t step = 0;                       ///< optimizer steps, those that were skipped included: place in the schedule
+  int64_t examples = 0;                   ///< place in the data: examples before the next step's first
   std::vector<double> epoch_losses = {};  ///< mean loss of each finished epoch
-  int64_t unfinished_steps = 0;           ///< steps taken in the epoch that is under way; -1: a file does not say
-  double unfinished_loss = 0;             ///< sum of their losses
+  int64_t unfinished_steps = 0;           ///< steps in the epoch that is under way; -1: a file does not say
+  int64_t unfinished_skipped = 0;         ///< those of them that were skipped
+  double unfinished_loss = 0;             ///< sum of the losses of the others
+  int64_t skipped_steps = 0;              ///< steps so far whose loss or gradient was not finite
+  int64_t skipped_in_a_row = 0;           ///< the last of them, without a good one in between
   std::string best_metric = {};           ///< what `best_score` measures: "validation nSDR" or "training loss"
   double best_score = 0;                  ///< greatest nSDR, or least loss, so far; valid once a metric is named
   int64_t validations_since_best = 0;     ///< judgements in a row that were no better
   int64_t microbatch = 0;                 ///< examples in one pass since memory ran out; 0: it never did
   double seconds_per_step = 0;            ///< pace of the last run that time limited; 0: there was none
   torch::Tensor random = {};              ///< state of LibTorch's default CPU generator
+  torch::Tensor random_on_device = {};    ///< of the accelerator's that trains; undefined on the CPU
   TensorMap model = {};                   ///< parameters and buffers
   TensorMap optimizer = {};               ///< AdamW's moments and step counts, by parameter
 };
@@ -80,8 +89,9 @@ static_assert(sizeof(Trailer) == 24);
 
 /// Replaces the file by the concatenation of `parts`, or leaves it as it was, see io::write_file.
 /// Throws headroom.training.state.write.
-inline void write_atomically(const std::filesystem::path& path, std::initializer_list<std::string_view> parts) {
-  io::write_file(path, "headroom.training.state.write", parts);
+inline void write_atomically(const std::filesystem::path& path, std::initializer_list<std::string_view> parts,
+                             const std::function<void()>& before_replacing = {}) {
+  io::write_file(path, "headroom.training.state.write", parts, before_replacing);
 }
 
 namespace detail {
@@ -106,34 +116,41 @@ inline TensorMap to_tensor_map(const c10::IValue& value) {
 
 }  // namespace detail
 
-/// Writes a saved state atomically. Python reads it too: torch.load(path, weights_only=False).
-/// Throws headroom.training.state.write.
-HEADROOM_TRAINING void save_state(const std::filesystem::path& path, const TrainingState& state);
+/// Writes a saved state atomically. Python reads it too: torch.load(path, weights_only=False). When it is whole, and
+/// before it takes the place of what was there, `before_replacing` is called. Throws headroom.training.state.write.
+HEADROOM_TRAINING void save_state(const std::filesystem::path& path, const TrainingState& state,
+                                  const std::function<void()>& before_replacing = {});
 
 /// Reads a saved state. Throws headroom.training.state.read when there is no such file and
 /// headroom.training.state.corrupt when it is truncated, changed, or something else.
 HEADROOM_TRAINING TrainingState load_state(const std::filesystem::path& path);
 
 #ifdef HEADROOM_TRAINING_HERE
-HEADROOM_TRAINING void save_state(const std::filesystem::path& path, const TrainingState& state) {
+HEADROOM_TRAINING void save_state(const std::filesystem::path& path, const TrainingState& state,
+                                  const std::function<void()>& before_replacing) {
   c10::impl::GenericDict content(c10::StringType::get(), c10::AnyType::get());
   content.insert("config", state.config);
   content.insert("step", state.step);
+  content.insert("examples", state.examples);
   content.insert("epoch_losses", c10::List<double>(state.epoch_losses));
   content.insert("unfinished_steps", state.unfinished_steps);
+  content.insert("unfinished_skipped", state.unfinished_skipped);
   content.insert("unfinished_loss", state.unfinished_loss);
+  content.insert("skipped_steps", state.skipped_steps);
+  content.insert("skipped_in_a_row", state.skipped_in_a_row);
   content.insert("best_metric", state.best_metric);
   content.insert("best_score", state.best_score);
   content.insert("validations_since_best", state.validations_since_best);
   content.insert("microbatch", state.microbatch);
   content.insert("seconds_per_step", state.seconds_per_step);
   content.insert("random", state.random);
+  if (state.random_on_device.defined()) content.insert("random_on_device", state.random_on_device);
   content.insert("model", detail::to_dictionary(state.model));
   content.insert("optimizer", detail::to_dictionary(state.optimizer));
   const std::vector<char> archive = torch::pickle_save(content);
   const std::string_view bytes(archive.data(), archive.size());
   const detail::Trailer trailer{.size = bytes.size(), .checksum = detail::checksum(bytes)};
-  write_atomically(path, {bytes, {reinterpret_cast<const char*>(&trailer), sizeof trailer}});
+  write_atomically(path, {bytes, {reinterpret_cast<const char*>(&trailer), sizeof trailer}}, before_replacing);
 }
 
 namespace detail {
@@ -178,18 +195,27 @@ HEADROOM_TRAINING TrainingState load_state(const std::filesystem::path& path) {
   const std::vector<char> bytes = detail::read_archive(path);
   try {
     const auto content = torch::pickle_load(bytes).toGenericDict();
+    // States of older versions know less
+    const auto whole = [&](const char* key, int64_t otherwise) {
+      return content.contains(key) ? content.at(key).toInt() : otherwise;
+    };
     return {.config = content.at("config").toStringRef(),
             .step = content.at("step").toInt(),
+            .examples = whole("examples", -1),
             .epoch_losses = content.at("epoch_losses").toDoubleVector(),
-            .unfinished_steps = content.contains("unfinished_steps") ? content.at("unfinished_steps").toInt() : -1,
+            .unfinished_steps = whole("unfinished_steps", -1),
+            .unfinished_skipped = whole("unfinished_skipped", 0),
             .unfinished_loss = content.at("unfinished_loss").toDouble(),
+            .skipped_steps = whole("skipped_steps", 0),
+            .skipped_in_a_row = whole("skipped_in_a_row", 0),
             .best_metric = content.at("best_metric").toStringRef(),
             .best_score = content.at("best_score").toDouble(),
-            .validations_since_best =
-                content.contains("validations_since_best") ? content.at("validations_since_best").toInt() : 0,
-            .microbatch = content.contains("microbatch") ? content.at("microbatch").toInt() : 0,
+            .validations_since_best = whole("validations_since_best", 0),
+            .microbatch = whole("microbatch", 0),
             .seconds_per_step = content.contains("seconds_per_step") ? content.at("seconds_per_step").toDouble() : 0,
             .random = content.at("random").toTensor(),
+            .random_on_device =
+                content.contains("random_on_device") ? content.at("random_on_device").toTensor() : torch::Tensor(),
             .model = detail::to_tensor_map(content.at("model")),
             .optimizer = detail::to_tensor_map(content.at("optimizer"))};
   } catch (const std::exception& error) {
@@ -238,6 +264,30 @@ inline TensorMap optimizer_tensors(optim::AdamW& optimizer, const torch::nn::Mod
   return tensors;
 }
 
+/// How many bytes a file of tensors takes at most, beside what else it holds.
+inline std::uint64_t file_bytes(const TensorMap& tensors) {
+  constexpr std::uint64_t kAround = 1024;  // a name, a shape, and what aligns the values
+  std::uint64_t bytes = 0;
+  for (const auto& [name, tensor] : tensors) bytes += tensor.nbytes() + kAround;
+  return bytes;
+}
+
+/// The same of a saved state once the optimizer knows every parameter; `now` is one of before. Makes what it will know
+/// of one parameter after the other.
+inline std::uint64_t file_bytes(const TrainingState& now, const torch::nn::Module& module,
+                                const optim::AdamW& optimizer) {
+  constexpr std::uint64_t kRest = 1 << 18;  // losses, configuration, random generators
+  std::uint64_t bytes = kRest + file_bytes(now.model) + file_bytes(now.optimizer);
+  for (const auto& parameter : module.named_parameters()) {
+    if (now.optimizer.contains(parameter.key() + ".step")) continue;
+    TensorMap planned;
+    optim::AdamW fresh({parameter.value()}, {}, optimizer.format());
+    detail::add_optimizer_state(planned, parameter.key(), fresh.state_for(parameter.value()));
+    bytes += file_bytes(planned);
+  }
+  return bytes;
+}
+
 /// Undoes optimizer_tensors. Throws headroom.training.state.structure like copy_tensors, also for moments that were
 /// stored in another format.
 inline void restore_optimizer(optim::AdamW& optimizer, const torch::nn::Module& module, const TensorMap& tensors,
@@ -258,9 +308,9 @@ inline void restore_optimizer(optim::AdamW& optimizer, const torch::nn::Module& 
   optimizer.state() = std::move(fresh.state());
 }
 
-/// The state of LibTorch's default CPU generator.
-inline torch::Tensor random_state() {
-  at::Generator generator = at::globalContext().defaultGenerator(c10::kCPU);
+/// The state of LibTorch's default generator of a device.
+inline torch::Tensor random_state(c10::Device device = c10::kCPU) {
+  at::Generator generator = at::globalContext().defaultGenerator(device);
   const std::scoped_lock lock(generator.mutex());
   return generator.get_state();
 }
@@ -276,8 +326,8 @@ inline void check_random_state(const torch::Tensor& state, const std::string& wh
 }
 
 /// Puts a state from random_state() back.
-inline void set_random_state(const torch::Tensor& state) {
-  at::Generator generator = at::globalContext().defaultGenerator(c10::kCPU);
+inline void set_random_state(const torch::Tensor& state, c10::Device device = c10::kCPU) {
+  at::Generator generator = at::globalContext().defaultGenerator(device);
   const std::scoped_lock lock(generator.mutex());
   generator.set_state(state);
 }

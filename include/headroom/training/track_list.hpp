@@ -42,6 +42,7 @@ struct TrackRules {
   std::int64_t least_frames = 1;
   Layout layout = Layout::automatic;
   MissingStem missing = MissingStem::error;
+  bool leave_out_damaged = false;  ///< a track with a file that cannot be read is left out; else it is an error
 };
 
 /// Tracks whose headers have been looked at, so that a bad file is found before training and not in the middle of it.
@@ -54,7 +55,7 @@ class TrackList {
     for (std::size_t root = 0; root < roots.size(); ++root) {
       std::size_t found = 0;
       for (const FoundTrack& files : find_tracks(roots[root], rules_.layout, rules_.stems)) {
-        std::optional<Track> track = checked(files);
+        std::optional<Track> track = usable(files);
         if (!track) continue;
         ++found;
         track->root = root;
@@ -85,6 +86,18 @@ class TrackList {
  private:
   void leave_out(const std::string& name, const std::string& reason) {
     notices_.push_back(name + " is left out: " + reason);
+  }
+
+  /// The same as checked(); a damaged track is left out where that is wanted.
+  std::optional<Track> usable(const FoundTrack& found) {
+    if (!rules_.leave_out_damaged) return checked(found);
+    try {
+      return checked(found);
+    } catch (const Error& error) {
+      if (!error.id().starts_with("headroom.audio.file.")) throw;
+      leave_out(found.name, error.what());
+      return std::nullopt;
+    }
   }
 
   /// A track with the headers of its files; none, and a notice, where it is left out.

@@ -1,18 +1,19 @@
 #pragma once
 
 #include <c10/core/Device.h>
-#include <torch/nn/utils/clip_grad.h>
 #include <torch/types.h>
 
 #include <algorithm>
 #include <concepts>
 #include <cstdint>
-#include <limits>
+#include <functional>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "headroom/core/error.hpp"
+#include "headroom/core/finite.hpp"
 #include "headroom/core/score_rows.hpp"
 #include "headroom/memory/meter.hpp"
 #include "headroom/memory/phase_meter.hpp"
@@ -22,6 +23,7 @@
 #include "headroom/optim/in_backward.hpp"
 #include "headroom/plan/recorder.hpp"
 #include "headroom/runtime/phase.hpp"
+#include "headroom/training/bad_numbers.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/course.hpp"
 #include "headroom/training/example.hpp"
@@ -30,6 +32,7 @@
 #include "headroom/training/passes.hpp"
 #include "headroom/training/resumption.hpp"
 #include "headroom/training/run.hpp"
+#include "headroom/training/saved_states.hpp"
 #include "headroom/training/score.hpp"
 #include "headroom/training/separate.hpp"
 #include "headroom/training/state.hpp"
@@ -49,12 +52,15 @@ class Trainer {
   ~Trainer();
 
   /// Trains until the end that `options` names, or until it is told to stop. Saved states, each beside its weights as a
-  /// safetensors file: last.pt every checkpoint_every epochs and at the end, best.pt after each epoch that is better
-  /// than all before. Throws headroom.training.non_finite, and headroom.training.state.write or headroom.weights.write
-  /// when a file cannot be written.
+  /// safetensors file: last.pt as often as the configuration says and at the end, best.pt after each epoch that is
+  /// better than all before; see SavedStates. Throws headroom.training.non_finite, headroom.training.state.room before
+  /// the first step, and headroom.training.state.write or headroom.weights.write when a file cannot be written.
   Summary run(const RunOptions& options);
 
-  /// One optimizer step: the mean loss of its examples.
+  /// One optimizer step: the mean loss of its examples. When the loss or a gradient is not finite the step is skipped:
+  /// parameters, buffers and the optimizer stay as they are, and what is returned is not finite. Throws
+  /// headroom.training.non_finite once that many in a row were skipped, and for a gradient with the optimizer in the
+  /// backward pass.
   double step(double learning_rate);
 
   /// Examples in one forward pass: the configuration's, or less since memory ran out.
@@ -80,6 +86,14 @@ class Trainer {
   std::vector<Difference> resume(const TrainingState& state, const std::string& what);
 
  private:
+  /// A run under way.
+  struct Run {
+    const RunOptions& options;
+    Course course;
+    SavedStates saved;
+    Summary summary = {};
+  };
+
   StepReport report(const Course& course, double learning_rate) const {
     const int64_t epoch_step = state_.unfinished_steps;
     return {.step = state_.step,
@@ -87,6 +101,7 @@ class Trainer {
             .epoch_step = epoch_step,
             .epoch_steps_in_run = std::min(epoch_step, course.steps_taken(state_)),
             .epoch_seconds = course.epoch_elapsed(),
+            .skipped_steps = state_.skipped_steps,
             .steps_per_epoch = std::max(config_.training.steps_per_epoch, epoch_step),
             .loss = unfinished_mean(),
             .learning_rate = learning_rate,
@@ -110,8 +125,29 @@ class Trainer {
     return options.validate && patience > 0 && state_.validations_since_best >= patience;
   }
 
-  /// Mean loss of the epoch that is under way.
-  double unfinished_mean() const { return state_.unfinished_loss / static_cast<double>(state_.unfinished_steps); }
+  /// Mean loss of the epoch that is under way; not finite while all of its steps were skipped.
+  double unfinished_mean() const {
+    return state_.unfinished_loss / static_cast<double>(state_.unfinished_steps - state_.unfinished_skipped);
+  }
+
+  /// Takes a step and adds it to the epoch under way.
+  void step(Run& run, double elapsed) {
+    const double rate = run.course.learning_rate(state_, elapsed);
+    const double loss = step(rate);
+    ++state_.unfinished_steps;
+    if (core::detail::is_finite(loss)) {
+      state_.unfinished_loss += loss;
+    } else {
+      ++state_.unfinished_skipped;
+    }
+    std::vector<PhaseUse> phases = take_phases(run.summary);
+    if (!run.options.on_step) return;
+    StepReport now = report(run.course, rate);
+    now.step_loss = loss;
+    now.seconds = run.course.elapsed() - elapsed;
+    now.phases = std::move(phases);
+    run.options.on_step(now);
+  }
 
   /// Runs f(false), and f(true) when memory ran out and the configuration wants another attempt.
   template <std::invocable<bool> F>
@@ -120,61 +156,91 @@ class Trainer {
     run_twice_if_out_of_memory(device_, [&, again = false]() mutable { f(std::exchange(again, true)); });
   }
 
-  void finish_epoch(const RunOptions& options, Summary& summary) {
+  /// Clips the gradients and steps the optimizer, unless the norm is not finite.
+  std::optional<BadNumber> update() {
+    const Phase phase("optimizer");
+    const PhaseMeter::Scope scope(phases_, "optimizer");
+    const double limit = config_.training.clip_grad_norm;
+    repeatable([&](bool) { gradient_norm_ = clip_gradients(model_->parameters(), limit); });
+    if (!core::detail::is_finite(*gradient_norm_)) {
+      return bad_gradients(*model_, *gradient_norm_, state_.examples, passes_.examples());
+    }
+    repeatable([&](bool again) { again ? optimizer_.continue_step() : static_cast<void>(optimizer_.step()); });
+    return std::nullopt;
+  }
+
+  void skip(const BadNumber& bad) {
+    if (state_.skipped_in_a_row >= config_.training.skip_non_finite) stop_for(bad);
+    ++state_.skipped_steps;
+    ++state_.skipped_in_a_row;
+    if (on_notice_) on_notice_("this step is skipped: " + describe(bad, state_.step + 1, origin_));
+  }
+
+  [[noreturn]] void stop_for(const BadNumber& bad) const {
+    const int64_t before = state_.skipped_in_a_row;
+    fail("headroom.training.non_finite", describe(bad, state_.step + 1, origin_),
+         before > 0 ? "; the " + std::to_string(before) + " steps before it were skipped for the like" : "",
+         "; the saved states on disk are those of before. Lower training.learning_rate, lengthen "
+         "training.warmup_steps, or look for broken audio among these examples");
+  }
+
+  void finish_epoch(Run& run) {
     const TrainingConfig& training = config_.training;
     const double loss = unfinished_mean();
     state_.epoch_losses.push_back(loss);
     state_.unfinished_loss = 0;
     state_.unfinished_steps = 0;
+    state_.unfinished_skipped = 0;
     const auto epoch = static_cast<int64_t>(state_.epoch_losses.size());
-    judge(options, loss, epoch % training.validation_every == 0, summary);
-    if (epoch % training.checkpoint_every == 0) save(options, "last");
+    judge(run, loss, epoch % training.validation_every == 0);
+    save_last(run, epoch % training.checkpoint_every == 0);
+    run.course.begin_epoch();
+  }
+
+  /// Saves the last state if it is due.
+  void save_last(Run& run, bool due) {
+    const double now = run.course.now();
+    if (due || run.saved.due(state_.step, now)) run.saved.save_last(state(), now);
   }
 
   /// Saves the best when the model is better than ever.
-  void judge(const RunOptions& options, double loss, bool validation_due, Summary& summary) {
+  void judge(Run& run, double loss, bool validation_due) {
     Score score{.metric = "training loss", .value = loss, .more_is_better = false};
-    if (options.validate) {
+    if (run.options.validate) {
       if (!validation_due) return;
       const std::string name(core::metric_name(config_.training.best_metric).name);
-      score = {.metric = "validation " + name, .value = validate(options, summary)};
-      summary.validation = score.value;
+      score = {.metric = "validation " + name, .value = validate(run)};
+      run.summary.validation = score.value;
     }
-    if (improves(state_, score)) save(options, "best");
+    if (improves(state_, score)) run.saved.save_best(state());
   }
 
-  double validate(const RunOptions& options, Summary& summary) {
+  double validate(Run& run) {
     double score = 0;
     {
       const PhaseMeter::Scope scope(phases_, "validation");
-      score = options.validate();
+      score = run.options.validate();
     }
-    take_phases(summary);
+    take_phases(run.summary);
     return score;
   }
 
   /// Ends a run: the epoch that is not over is judged like one that is, unless the run was told to stop.
-  void finish(const RunOptions& options, const Course& course, Summary& summary) {
+  void finish(Run& run) {
+    Summary& summary = run.summary;
     summary.epoch_losses = state_.epoch_losses;
     if (state_.unfinished_steps > 0) {
       const double loss = unfinished_mean();
       summary.epoch_losses.push_back(loss);
-      if (!summary.stopped && !summary.out_of_patience) judge(options, loss, true, summary);
+      if (!summary.stopped && !summary.out_of_patience) judge(run, loss, true);
     }
-    save(options, "last");
+    save_last(run, true);
     summary.steps = state_.step;
-    summary.seconds = course.elapsed();
+    summary.skipped_steps = state_.skipped_steps;
+    summary.seconds = run.course.elapsed();
     summary.peak_bytes = meter_.peak();
     summary.best_metric = state_.best_metric;
     summary.best_score = state_.best_score;
-  }
-
-  /// Weights first: a run that is killed in between goes on from a state of before, and writes them again.
-  void save(const RunOptions& options, const std::string& name) {
-    if (options.folder.empty()) return;
-    const TrainingState now = state();
-    save_weights(options.folder / (name + ".safetensors"), now);
-    save_state(options.folder / (name + ".pt"), now);
   }
 
   models::Separator model_;
@@ -187,6 +253,8 @@ class Trainer {
   MemoryMeter meter_;
   std::optional<double> gradient_norm_;  ///< of the last step
   TrainingState state_;
+  std::function<void(const std::string&)> on_notice_;
+  std::function<std::string(int64_t)> origin_;
 };
 
 #ifdef HEADROOM_TRAINING_HERE
@@ -201,7 +269,9 @@ HEADROOM_TRAINING Trainer::Trainer(models::Separator model, const Config& config
   name_modules(*model_);
   if (config_.training.optimizer_in_backward) {
     in_backward_.emplace(optimizer_, [this](const torch::Tensor& parameter) {
-      passes_.require_finite(state_.step, parameter.grad().norm().item<double>(), "gradient norm");
+      const double norm = parameter.grad().norm().item<double>();
+      if (core::detail::is_finite(norm)) return;
+      stop_for(bad_gradients(*model_, norm, state_.examples, passes_.examples()));
     });
   }
 }
@@ -216,32 +286,30 @@ HEADROOM_TRAINING Summary Trainer::run(const RunOptions& options) {
   // the digits
   torch::exp(torch::zeros({1}));
   Course course(options, config_.training, state_.step);
-  Summary summary;
-  meter_.reset_peak();
-  summary.out_of_patience = course.steps_left(state_) && out_of_patience(options);
-  while (course.steps_left(state_) && !summary.stopped && !summary.out_of_patience) {
-    const double elapsed = course.elapsed();
-    if (!course.time_left(elapsed)) break;
-    const double rate = course.learning_rate(state_, elapsed);
-    const double loss = step(rate);
-    state_.unfinished_loss += loss;
-    ++state_.unfinished_steps;
-    std::vector<PhaseUse> phases = take_phases(summary);
-    if (options.on_step) {
-      StepReport now = report(course, rate);
-      now.step_loss = loss;
-      now.seconds = course.elapsed() - elapsed;
-      now.phases = std::move(phases);
-      options.on_step(now);
-    }
-    if (state_.unfinished_steps >= config_.training.steps_per_epoch) {
-      finish_epoch(options, summary);
-      course.begin_epoch();
-    }
-    summary.out_of_patience = course.steps_left(state_) && out_of_patience(options);
-    summary.stopped = course.steps_left(state_) && options.stop_requested && options.stop_requested();
+  Run run{options, course, SavedStates(options.folder, config_.training, course.now())};
+  if (run.saved.wanted()) {
+    const TrainingState now = state();
+    run.saved.require_room(file_bytes(now, *model_, optimizer_), file_bytes(now.model));
   }
-  finish(options, course, summary);
+  on_notice_ = options.on_notice;
+  origin_ = options.origin;
+  meter_.reset_peak();
+  Summary& summary = run.summary;
+  const auto goes_on = [&] { return run.course.steps_left(state_); };
+  summary.out_of_patience = goes_on() && out_of_patience(options);
+  while (goes_on() && !summary.stopped && !summary.out_of_patience) {
+    const double elapsed = run.course.elapsed();
+    if (!run.course.time_left(elapsed)) break;
+    step(run, elapsed);
+    if (state_.unfinished_steps >= config_.training.steps_per_epoch) {
+      finish_epoch(run);
+    } else {
+      save_last(run, false);
+    }
+    summary.out_of_patience = goes_on() && out_of_patience(options);
+    summary.stopped = goes_on() && options.stop_requested && options.stop_requested();
+  }
+  finish(run);
   return summary;
 }
 
@@ -252,33 +320,34 @@ HEADROOM_TRAINING double Trainer::step(double learning_rate) {
   }
   model_->train();
   optimizer_.zero_grad();
-  double mean_loss = 0;
+  std::optional<headroom::detail::StepStart> start;
+  repeatable([&](bool) { start.emplace(*model_); });
+  PassesResult result;
+  const auto pass = [&](int64_t most) { result = passes_.accumulate(state_.examples, most); };
   if (training.split_on_out_of_memory) {
-    state_.microbatch = run_within({.device = device_}, *model_, halvings(microbatch()),
-                                   [&](int64_t most) { mean_loss = passes_.accumulate(state_.step, most); });
+    state_.microbatch = run_within({.device = device_}, *model_, halvings(microbatch()), pass);
     if (state_.microbatch == training.batch_size) state_.microbatch = 0;
   } else {
-    mean_loss = passes_.accumulate(state_.step, microbatch());
+    pass(microbatch());
   }
-  if (!in_backward_) {
-    const Phase phase("optimizer");
-    const PhaseMeter::Scope scope(phases_, "optimizer");
-    const double limit =
-        training.clip_grad_norm > 0 ? training.clip_grad_norm : std::numeric_limits<double>::infinity();
-    repeatable([&](bool) {
-      gradient_norm_ = torch::nn::utils::clip_grad_norm_(model_->parameters(), limit);
-      passes_.require_finite(state_.step, *gradient_norm_, "gradient norm");
-    });
-    repeatable([&](bool again) { again ? optimizer_.continue_step() : static_cast<void>(optimizer_.step()); });
+  if (!result.bad && !in_backward_) result.bad = update();
+  if (result.bad) {
+    start->restore();
+    skip(*result.bad);
+    result.mean_loss = result.bad->value;
+  } else {
+    state_.skipped_in_a_row = 0;
   }
   ++state_.step;
-  return mean_loss;
+  state_.examples += passes_.examples();
+  return result.mean_loss;
 }
 
 HEADROOM_TRAINING TrainingState Trainer::state() {
   TrainingState now = state_;
   now.config = to_json(config_);
   now.random = random_state();
+  if (!device_.is_cpu()) now.random_on_device = random_state(device_);
   now.model = tensors_of(*model_);
   now.optimizer = optimizer_tensors(optimizer_, *model_);
   return now;
@@ -292,10 +361,11 @@ HEADROOM_TRAINING std::vector<Difference> Trainer::resume(const TrainingState& s
   copy_tensors(state.model, tensors_of(*model_), what);
   restore_optimizer(optimizer_, *model_, state.optimizer, what);
   set_random_state(state.random);
+  if (state.random_on_device.defined() && !device_.is_cpu()) set_random_state(state.random_on_device, device_);
   state_ = state;
   state_.model.clear();
   state_.optimizer.clear();
-  if (state_.unfinished_steps < 0) state_.unfinished_steps = state_.step % before.training.steps_per_epoch;
+  complete(state_, before.training);
   forget_incomparable(changes, config_.training, state_);
   return changes;
 }

@@ -101,8 +101,8 @@ inline void write_lines(std::ostream& out, const Chart& chart, double width, dou
     std::string line, band, back;
     for (const Series::Point& point : points) {
       const char* command = line.empty() ? "M" : "L";
-      line += command + at(point.step, point.mean);
-      band += command + at(point.step, point.greatest);
+      line.append(command).append(at(point.step, point.mean));
+      band.append(command).append(at(point.step, point.greatest));
       back.insert(0, at(point.step, point.least)).insert(0, 1, 'L');
     }
     if (points.front().count > 1) {

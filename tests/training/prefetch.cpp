@@ -28,7 +28,7 @@ using training::Prefetch;
 
 namespace {
 
-Example source(int64_t first, int64_t count) { return noise_examples(first, count, 64); }
+Example short_noise(int64_t first, int64_t count) { return noise_examples(first, count, 64); }
 
 bool equal(const Example& a, const Example& b) {
   return torch::equal(a.mixture, b.mixture) && torch::equal(a.stems, b.stems);
@@ -41,10 +41,10 @@ TEST_CASE("examples that are read ahead are those of the source, with any thread
                                                           {104, 2}, {106, 2}, {5, 3},   {8, 3},   {8, 3},   {0, 1}};
   for (const int64_t threads : {0, 1, 2, 5}) {
     for (const int64_t examples : {0, 1, 4, 16}) {
-      Prefetch ahead(source, {.examples = examples, .threads = threads});
+      Prefetch ahead(short_noise, {.examples = examples, .threads = threads});
       for (const auto& [first, count] : asked) {
         CAPTURE(threads, examples, first, count);
-        CHECK(equal(ahead(first, count), source(first, count)));
+        CHECK(equal(ahead(first, count), short_noise(first, count)));
       }
     }
   }
@@ -57,7 +57,7 @@ TEST_CASE("no more is read ahead than was allowed, and what lies ahead is read o
     while (seen < first && !last.compare_exchange_weak(seen, first)) {
     }
     ++reads;
-    return source(first, count);
+    return short_noise(first, count);
   };
   Prefetch ahead(counted, {.examples = 6, .threads = 3});
   for (int64_t step = 0; step < 40; ++step) {
@@ -76,14 +76,14 @@ TEST_CASE("an error of a reader arrives at the example that failed, and a second
   std::atomic<int> failures = 0;
   const BatchSource failing = [&](int64_t first, int64_t count) {
     if (first == 5 && failures++ < 2) throw std::runtime_error("example 5 is damaged");
-    return source(first, count);
+    return short_noise(first, count);
   };
   Prefetch ahead(failing, {.examples = 8, .threads = 2});
-  for (int64_t index = 0; index < 5; ++index) CHECK(equal(ahead(index, 1), source(index, 1)));
+  for (int64_t index = 0; index < 5; ++index) CHECK(equal(ahead(index, 1), short_noise(index, 1)));
   CHECK_THROWS_WITH(ahead(5, 1), "example 5 is damaged");
-  CHECK(equal(ahead(6, 2), source(6, 2)));
+  CHECK(equal(ahead(6, 2), short_noise(6, 2)));
   CHECK_THROWS_WITH(ahead(4, 4), "example 5 is damaged");
-  CHECK(equal(ahead(4, 4), source(4, 4)));
+  CHECK(equal(ahead(4, 4), short_noise(4, 4)));
   CHECK(failures == 3);
 }
 
@@ -94,13 +94,13 @@ TEST_CASE("the end waits for the examples in work alone") {
         [&](int64_t first, int64_t count) {
           ++reads;
           std::this_thread::sleep_for(std::chrono::milliseconds(2));
-          return source(first, count);
+          return short_noise(first, count);
         },
         {.examples = 100000, .threads = 2});
     ahead(0, 1);
   }
   CHECK(reads < 1000);
-  Prefetch never_asked(source, {.examples = 4, .threads = 2});
+  Prefetch never_asked(short_noise, {.examples = 4, .threads = 2});
 }
 
 TEST_CASE("a reader thread has one thread for LibTorch and leaves signals to others") {
@@ -116,7 +116,7 @@ TEST_CASE("a reader thread has one thread for LibTorch and leaves signals to oth
           sigset_t blocked;
           ::pthread_sigmask(SIG_BLOCK, nullptr, &blocked);
           if (!::sigismember(&blocked, SIGINT)) interrupted = true;
-          return source(first, count);
+          return short_noise(first, count);
         },
         {.examples = 4, .threads = 2});
     ahead(0, 8);
@@ -157,6 +157,6 @@ TEST_CASE("a trainer that is read ahead for ends with the same bits, also when i
 TEST_CASE("read-ahead options are checked") {
   for (const training::PrefetchOptions& options :
        std::vector<training::PrefetchOptions>{{.examples = -1}, {.threads = -1}, {.threads = 257}}) {
-    CHECK(error_of([&] { Prefetch(source, options); }).id() == "headroom.training.prefetch");
+    CHECK(error_of([&] { Prefetch(short_noise, options); }).id() == "headroom.training.prefetch");
   }
 }

@@ -37,8 +37,9 @@ TEST_CASE("fused attention equals the reference in double, or is refused") {
     check_same(run_case(request, AttentionBackend::fused), run_case(request, AttentionBackend::reference), 1e-12);
   }
   CHECK(names ==
-        "plain; scale; causal; bias; bias of heads; bias of keys; bias of queries; bias for all; bias that hides; no "
-        "values; ");
+        "plain; scale; causal; global keys without a window; bias; bias of heads; bias of keys; bias of queries; bias "
+        "for "
+        "all; bias that hides; no values; ");
 }
 
 TEST_CASE("fused attention in narrow dtypes errs no more than the rule allows") {

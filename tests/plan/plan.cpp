@@ -517,7 +517,7 @@ TEST_CASE("reports") {
   CHECK(planned.reserved_bytes % (2 << 20) == 0);
   CHECK(testing::contains(plan_json(planned), "\"peak_bytes\": " + std::to_string(planned.peak_bytes)));
   CHECK(testing::contains(plan_json(planned), R"(a \"quoted\" <module>)"));
-  CHECK(testing::contains(plan_html(planned), "a \"quoted\" &lt;module&gt;"));
+  CHECK(testing::contains(plan_html(planned), "a &quot;quoted&quot; &lt;module&gt;"));
   std::ostringstream trace;
   write_plan_trace(trace, planned);
   CHECK(testing::contains(trace.str(), "\"name\": \"aten::addmm\""));

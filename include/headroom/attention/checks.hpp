@@ -248,7 +248,7 @@ class AttentionChecks {
         [&](at::IntArrayRef x) { return x.size() == 1 && x[0] == heads; }, "shape [", heads, "]");
   }
 
-  /// Tables become one tensor, by operators that autograd knows.
+  /// Tables become one tensor, by operators that autograd knows; one that is dense is not copied.
   void functions() {
     request_.mask_function = options_.mask_function();
     if (!options_.score_function().has_value()) return;
@@ -263,7 +263,7 @@ class AttentionChecks {
       request_.score_table_shapes.push_back({table.dim() == 2 ? table.size(0) : 1, table.size(-1)});
       flat.push_back(table.to(computed_in).flatten());
     }
-    if (!flat.empty()) request_.score_tables = torch::cat(flat).resolve_neg();
+    if (!flat.empty()) request_.score_tables = (flat.size() == 1 ? flat.front() : torch::cat(flat)).resolve_neg();
   }
 
   void rotary() {

@@ -173,9 +173,10 @@ int run(const Arguments& arguments) {
 
   const training::Split split = training::training_split(data, config);
   const auto valid = training::validation_split(data, config);
+  // Before a run in the folder is overwritten: the weights may be in it
+  const headroom::models::Separator model = first_model(config, arguments);
   const auto lock = open_run_folder(arguments.out, arguments.resume, arguments.overwrite);
   for (const std::string& line : training::describe(split.dataset)) std::cout << "data:     " << line << "\n";
-  const headroom::models::Separator model = first_model(config, arguments);
   model->to(device);
   training::Redraw redraw(split, [](const std::string& text) { std::cout << "data:     " + text << std::endl; });
   const training::BatchSource source = arguments.strict ? training::BatchSource(split) : std::ref(redraw);

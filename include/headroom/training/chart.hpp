@@ -18,7 +18,7 @@ namespace headroom::inline v0::training {
 /// "0.0003", "1.2e+06".
 inline std::string short_number(double value) {
   std::array<char, 32> text{};
-  std::snprintf(text.data(), text.size(), "%.4g", value);
+  std::snprintf(text.data(), text.size(), "%.4g", value + 0.0);  // no -0
   return text.data();
 }
 

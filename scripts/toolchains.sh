@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tries core with each compiler: its warnings (tests/static/warnings.py), then its tests with plain flags; those for ARM
+# Tries core with each compiler: its warnings (tests/static/core_warnings.py), then its tests with plain flags; those for ARM
 # are run by qemu. Prints a table.
 #
 #   scripts/toolchains.sh                 all that are installed of those that Debian 12 has
@@ -36,7 +36,7 @@ try_compiler() {
   folder=build/toolchains/$compiler${flags// /}
   for_target "$compiler"
   mkdir -p "$folder"
-  warnings=$(python3 tests/static/warnings.py . "$compiler" $flags -isystem /usr/include/eigen3 2>&1 |
+  warnings=$(python3 tests/static/core_warnings.py . "$compiler" $flags -isystem /usr/include/eigen3 2>&1 |
     tee "$folder/warnings.log" | sed -n 's/.*, \([0-9]*\) warnings.*/\1/p')
   build="not built"
   if cmake -S . -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_COMPILER="$compiler" \

@@ -1,7 +1,7 @@
 """Compiles core's tests as a project with many warnings does, and complains of every warning that lies in a header of
 core. The headers are ordinary includes; no code is generated.
 
-Usage: warnings.py <project folder> <compiler> [<flag>...]; exit code 77 when there is no such compiler.
+Usage: core_warnings.py <project folder> <compiler> [<flag>...]; exit code 77 when there is no such compiler.
 """
 
 import re

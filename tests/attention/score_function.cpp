@@ -6,6 +6,7 @@
 
 #include "headroom/attention.hpp"
 #include "support/catch.hpp"
+#include "support/tensors.hpp"
 
 using namespace headroom;
 using torch::Tensor;
@@ -29,9 +30,8 @@ double largest_own_difference(const std::vector<Tensor>& a, const std::vector<Te
   REQUIRE(a.size() == b.size());
   double largest = 0;
   for (size_t i = 0; i < a.size(); ++i) {
-    REQUIRE(a[i].numel() == b[i].numel());
     const double size = std::max(1.0, b[i].abs().max().item<double>());
-    largest = std::max(largest, (a[i].flatten() - b[i].flatten()).abs().max().item<double>() / size);
+    largest = std::max(largest, testing::largest_difference(a[i], b[i]) / size);
   }
   return largest;
 }

@@ -143,23 +143,7 @@ TEST_CASE("the log-sum-exp has a gradient") {
 }
 
 TEST_CASE("everything at once") {
-  check_accuracy({.batch = 2,
-                  .heads = 4,
-                  .queries = 131,
-                  .keys = 170,
-                  .dim = 24,
-                  .value_dim = 40,
-                  .kv_heads = 2,
-                  .bias = {1, 4, 131, 170},
-                  .mask = {2, 1, 131, 170},
-                  .slopes = {2, 4, 131, 1},
-                  .relative_reach = 60,
-                  .sink = true,
-                  .rotary = true,
-                  .grad_lse = true,
-                  .blocks = 30},
-                 {.softcap = 8, .query_offset = 39, .dropout = {0.1, 99}},
-                 BothMasks{CausalMask{39}, WindowMask{100, -1, 39}});
+  check_accuracy(kEverything, kEveryOption, BothMasks{CausalMask{39}, WindowMask{100, -1, 39}});
 }
 
 TEST_CASE("NaN that a query may not see does not reach it, wherever the border runs") {

@@ -53,6 +53,24 @@ struct Problem {
   unsigned seed = 7;
 };
 
+/// Everything that can be asked for beside q, k and v.
+inline const Problem kEverything{.batch = 2,
+                                 .heads = 4,
+                                 .queries = 131,
+                                 .keys = 170,
+                                 .dim = 24,
+                                 .value_dim = 40,
+                                 .kv_heads = 2,
+                                 .bias = {1, 4, 131, 170},
+                                 .mask = {2, 1, 131, 170},
+                                 .slopes = {2, 4, 131, 1},
+                                 .relative_reach = 60,
+                                 .sink = true,
+                                 .rotary = true,
+                                 .grad_lse = true,
+                                 .blocks = 30};
+inline const AttentionParams kEveryOption{.softcap = 8, .query_offset = 39, .dropout = {0.1, 99}};
+
 /// All tensors of a forward and backward pass, dense.
 template <class Scalar>
 struct Run {
@@ -61,6 +79,7 @@ struct Run {
   std::vector<double> lse;
   std::vector<Scalar> bias, relative, slopes, sink, rotary, grad_bias;
   std::vector<double> grad_relative, grad_slopes, grad_sink, grad_lse;
+  std::vector<double> grad_tables;  // of a score function, as long as its tables
   std::unique_ptr<bool[]> mask, blocks;
 
   explicit Run(const Problem& problem) : p(problem) {
@@ -151,6 +170,9 @@ struct Run {
     if (p.slopes[0] > 0) grads.slopes = broadcast(grad_slopes.data(), p.slopes, {p.batch, p.heads, p.queries, 1});
     if (p.relative_reach > 0) grads.relative_bias = per_distance(grad_relative);
     if (p.sink) grads.sink = dense_view(grad_sink.data(), 1, p.heads, 1, 1);
+    if (!grad_tables.empty()) {
+      grads.score_tables = dense_view(grad_tables.data(), 1, 1, 1, static_cast<Index>(grad_tables.size()));
+    }
     return grads;
   }
   TensorView<const double> grad_lse_view() {

@@ -120,14 +120,15 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction<Backend>>
                                                  torch::autograd::variable_list grad) {
     const auto saved = ctx->get_saved_variables();
     const at::TensorList all(saved);
-    const AttentionRequest request = saved_request(ctx, all.slice(3, 8));
+    constexpr size_t kResults = 3 + AttentionRequest::kTensors;
+    const AttentionRequest request = saved_request(ctx, all.slice(3, AttentionRequest::kTensors));
     const AttentionInputs in{saved[0], saved[1], saved[2], request};
-    const AttentionForward forward{saved[11], saved[12], all.slice(13).vec()};
+    const AttentionForward forward{saved[kResults], saved[kResults + 1], all.slice(kResults + 2).vec()};
     WantedGradients wanted{};
     for (size_t i = 0, edge = 0; i < wanted.size(); ++i) {
       wanted[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
     }
-    torch::autograd::variable_list inputs = all.slice(0, 8).vec();
+    torch::autograd::variable_list inputs = all.slice(0, wanted.size()).vec();
     inputs.insert(inputs.end(), grad.begin(), grad.end());
     const auto gradients = first_derivatives(inputs, [&]() -> torch::autograd::variable_list {
       const ResultGradients by_result{grad[0].defined() ? grad[0].resolve_neg() : torch::zeros_like(forward.output),
@@ -136,7 +137,8 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction<Backend>>
       return {g.q, g.k, g.v, g.bias, g.relative_bias, g.alibi_slopes, g.sink, g.score_tables};
     });
     torch::autograd::variable_list grads(gradients.begin(), gradients.begin() + 3);
-    append_differentiable(grads, all.slice(3, 5), {gradients.begin() + 3, gradients.end()});
+    append_differentiable(grads, all.slice(3, AttentionRequest::kDifferentiable),
+                          {gradients.begin() + 3, gradients.end()});
     grads.emplace_back();  // the request has no gradient
     return grads;
   }

@@ -31,7 +31,7 @@ struct ResultGradients {
 };
 
 /// Whether the gradients of q, k, v, bias, relative_bias, alibi_slopes, sink and score_tables are asked for.
-using WantedGradients = std::array<bool, 8>;
+using WantedGradients = std::array<bool, 3 + AttentionRequest::kDifferentiable>;
 
 struct AttentionGradients {
   torch::Tensor q, k, v;

@@ -100,8 +100,7 @@ class AttentionChecks {
       require(Limits::min() <= request_.softcap && request_.softcap <= Limits::max(), "headroom.attention.softcap",
               "softcap is ", request_.softcap, ", expected a finite number above 0; leave it out for no cap");
     }
-    // Positions are added and subtracted: far from the limits of int64
-    static constexpr int64_t kFar = int64_t{1} << 60;
+    static constexpr int64_t kFar = AttentionRequest::kFar;
     request_.query_offset = options_.query_offset();
     require(std::abs(request_.query_offset / 2) < kFar / 2, "headroom.attention.query_offset", "query_offset is ",
             request_.query_offset, ", expected a number between -2^60 and 2^60");

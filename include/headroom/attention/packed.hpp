@@ -63,8 +63,8 @@ struct PackedAttention : torch::autograd::Function<PackedAttention<Backend>> {
     const auto saved = ctx->get_saved_variables();
     const at::TensorList all(saved);
     const torch::Tensor &packed = saved[0], &rotation = saved[3];
-    const AttentionForward forward{saved[1], saved[2], all.slice(12).vec()};
-    const AttentionRequest request = saved_request(ctx, all.slice(4, 8));
+    const AttentionForward forward{saved[1], saved[2], all.slice(4 + AttentionRequest::kTensors).vec()};
+    const AttentionRequest request = saved_request(ctx, all.slice(4, AttentionRequest::kTensors));
     const PackedProjection projection{packed, request.heads(), ctx->saved_data["axis"].toInt()};
     WantedGradients wanted{true, true, true};  // of q, k and v there is only the whole
     torch::autograd::variable_list inputs{grad_output[0], packed};
@@ -80,7 +80,8 @@ struct PackedAttention : torch::autograd::Function<PackedAttention<Backend>> {
       return {grad_packed, grad.bias, grad.relative_bias, grad.alibi_slopes, grad.sink, grad.score_tables};
     });
     torch::autograd::variable_list grads{computed[0]};
-    append_differentiable(grads, all.slice(4, 5), {computed.begin() + 1, computed.end()});
+    append_differentiable(grads, all.slice(4, AttentionRequest::kDifferentiable),
+                          {computed.begin() + 1, computed.end()});
     grads.resize(grads.size() + 3);  // rotation, axis and request have no gradient
     return grads;
   }

@@ -33,9 +33,7 @@ struct AttentionPositions {
   struct Ranges {
     torch::Tensor begin, end;
 
-    core::KeyRange operator[](int64_t query) const {
-      return {begin.const_data_ptr<int64_t>()[query], end.const_data_ptr<int64_t>()[query]};
-    }
+    core::RangeMask mask() const { return {begin.const_data_ptr<int64_t>(), end.const_data_ptr<int64_t>()}; }
   };
 
   torch::Tensor query;         // likewise: position among the keys; the distance to key j is query - j
@@ -61,16 +59,16 @@ inline AttentionPositions::AttentionPositions(const AttentionRequest& request)
   for_each_sequence(request, [&](int64_t first, int64_t last, int64_t first_key, int64_t end_key) {
     const int64_t start = request.first_position(last - first, end_key - first_key), keys = end_key - first_key;
     const auto mask = request.position_mask(start);
-    const auto put = [&](const Ranges& to, int64_t i, const core::KeyRange& range) {
-      const int64_t begin = std::clamp<int64_t>(range.begin, 0, keys),
-                    end = std::clamp<int64_t>(range.end, begin, keys);
-      to.begin.mutable_data_ptr<int64_t>()[i] = first_key + begin;
-      to.end.mutable_data_ptr<int64_t>()[i] = first_key + end;
-    };
-    for (int64_t i = first; i < last; ++i) {
-      position[i] = first_key + start + (i - first);
-      put(ranges[0], i, mask.keys(0, 0, i - first));
-      if (ranges.size() > 1) put(ranges[1], i, mask.other_keys(0, 0, i - first));
+    for (int64_t i = first; i < last; ++i) position[i] = first_key + start + (i - first);
+    for (size_t r = 0; r < ranges.size(); ++r) {
+      auto* const begin = ranges[r].begin.mutable_data_ptr<int64_t>();
+      auto* const end = ranges[r].end.mutable_data_ptr<int64_t>();
+      for (int64_t i = first; i < last; ++i) {
+        const core::KeyRange range = r == 0 ? mask.keys(0, 0, i - first) : mask.other_keys(0, 0, i - first);
+        const int64_t from = std::clamp<int64_t>(range.begin, 0, keys);
+        begin[i] = first_key + from;
+        end[i] = first_key + std::clamp<int64_t>(range.end, from, keys);
+      }
     }
   });
 }

@@ -21,6 +21,11 @@ inline at::IntArrayRef all_but_last(at::IntArrayRef sizes, size_t count) {
 /// A checked request: q [..., H, Lq, D], k [..., Hk, Lk, D], v [..., Hk, Lk, Dv] of one dtype on one device, where Hk
 /// divides H and the batch dimensions of k and v broadcast to those of q. Undefined tensors: not asked for.
 struct AttentionRequest {
+  /// Of tensors(), of which those come first that are differentiable.
+  static constexpr size_t kTensors = 8, kDifferentiable = 5;
+  /// Positions are added and subtracted: far from the limits of int64.
+  static constexpr int64_t kFar = int64_t{1} << 60;
+
   std::vector<int64_t> score_sizes;  // [..., H, Lq, Lk]
   int64_t kv_heads = 1;
   double scale = 1;
@@ -68,12 +73,11 @@ struct AttentionRequest {
   /// Which keys of its sequence a query sees by its position, both counted from the sequence's start: the two ranges of
   /// a mask. The second one is always empty without global keys.
   core::BothMasks<core::GlobalWindowMask, core::CausalMask> position_mask(int64_t first_position) const {
-    static constexpr int64_t kFar = int64_t{1} << 60;
     return {{{window_left, window_right, first_position}, global_keys}, {causal ? first_position : kFar}};
   }
 
-  /// The tensors that were given and not copied, and the tables; the first five are differentiable.
-  std::array<torch::Tensor*, 8> tensors() {
+  /// The tensors that were given and not copied, and the tables.
+  std::array<torch::Tensor*, kTensors> tensors() {
     return {&bias, &relative_bias, &alibi_slopes, &sink, &score_tables, &mask, &block_mask, &rotary};
   }
 

@@ -3,12 +3,13 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/types.h>
 
-#include <sstream>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "headroom/attention/fused.hpp"
 #include "headroom/attention/request.hpp"
+#include "headroom/core/word_list.hpp"
 #include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::detail {
@@ -71,22 +72,17 @@ inline AttentionBackend resolve_backend(const torch::Tensor& q, const AttentionR
     const auto best = compute_device(q).is_cpu() ? AttentionBackend::tiled : AttentionBackend::fused;
     wanted = refusals(best, q, request).empty() ? best : AttentionBackend::chunked;
   }
-  const auto listed = [](const auto& names) {
-    std::ostringstream text;
-    for (size_t i = 0; i < names.size(); ++i) text << (i == 0 ? "" : ", ") << names[i];
-    return text.str();
-  };
   const auto refused = refusals(wanted, q, request);
   if (refused.empty()) return wanted;
-  std::vector<AttentionBackend> able;
+  std::vector<std::string_view> able;
   for (const auto backend :
        {AttentionBackend::tiled, AttentionBackend::fused, AttentionBackend::chunked, AttentionBackend::reference}) {
-    if (refusals(backend, q, request).empty()) able.push_back(backend);
+    if (refusals(backend, q, request).empty()) able.push_back(kAttentionBackendNames[static_cast<size_t>(backend)]);
   }
-  fail("headroom.attention.backend", "the backend ", wanted, " does not serve ", listed(refused),
+  fail("headroom.attention.backend", "the backend ", wanted, " does not serve ", core::word_list(refused),
        able.empty() ? "; no backend serves all of the request: leave something out"
                     : "; leave that out or ask for one of the backends ",
-       listed(able));
+       core::word_list(able));
 }
 
 }  // namespace headroom::inline v0::detail

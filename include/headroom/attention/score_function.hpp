@@ -49,6 +49,8 @@ class MaskFunction {
   template <class F>
   requires(!std::same_as<F, MaskFunction>) MaskFunction(F function)
       : function_(std::make_shared<const F>(std::move(function))) {
+    static_assert(!core::TwoRangeMask<F>,
+                  "a mask function has one range of keys a query; AttentionOptions::global_keys widens it by another");
     if constexpr (core::Mask<F>) {
       keys_ = [](const void* f, int64_t b, int64_t h, int64_t query) -> core::KeyRange {
         return static_cast<const F*>(f)->keys(b, h, query);

@@ -73,15 +73,16 @@ class ScoreTerms {
     const int64_t most = by_length ? host_lengths_.max().item<int64_t>() : request_.keys();
     std::vector<core::KeyRange> hulls;
     for (const AttentionPositions::Ranges& ranges : positions_.ranges) {
+      const core::RangeMask mask = ranges.mask();
       core::KeyRange hull{most, 0};
       for (int64_t i = first; i < last; ++i) {
-        const core::KeyRange range = ranges[i] & core::KeyRange{0, most};
-        if (!range.empty()) hull = {std::min(hull.begin, range.begin), std::max(hull.end, range.end)};
+        const core::KeyRange range = mask.keys(0, 0, i) & core::KeyRange{0, most};
+        if (!range.empty()) hull = core::detail::hull(hull, range);
       }
       if (!hull.empty()) hulls.push_back(hull);
     }
     if (hulls.size() < 2 || (hulls[0] & hulls[1]).empty()) return hulls;
-    return {{std::min(hulls[0].begin, hulls[1].begin), std::max(hulls[0].end, hulls[1].end)}};
+    return {core::detail::hull(hulls[0], hulls[1])};
   }
 
   /// False if the block mask hides all of a chunk.
@@ -171,9 +172,10 @@ class ScoreTerms {
     const torch::Tensor key = narrow_keys(key_, chunk);
     torch::Tensor outside;
     for (size_t r = 0; r < ranges_.size(); ++r) {
+      const core::RangeMask mask = positions_.ranges[r].mask();
       bool below = false, above = false;
       for (int64_t i = chunk.first_query; i < chunk.end_query; ++i) {
-        const core::KeyRange range = positions_.ranges[r][i];
+        const core::KeyRange range = mask.keys(0, 0, i);
         below |= range.begin > chunk.first_key, above |= range.end < chunk.end_key;
       }
       if (!below && !above) return {};

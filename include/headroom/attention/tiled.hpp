@@ -107,11 +107,12 @@ class TiledRequest {
   /// f(mask): which ranges of keys a query sees by its position, by the lengths of its batch and by a mask function.
   template <class F>
   void with_mask(int64_t batch_index, F&& f) const {
-    const Mask mask{request_.position_mask(request_.query_offset), positions_.has_value() ? &*positions_ : nullptr,
+    const auto packed_range = [&](size_t r) { return packed() ? positions_->ranges[r].mask() : core::RangeMask{}; };
+    const Mask mask{request_.position_mask(request_.query_offset), packed_range(0),
                     request_.key_lengths.defined() ? pointer(request_.key_lengths) + batch_index : nullptr,
                     request_.mask_function.has_value() ? &*request_.mask_function : nullptr, batch_index};
     if (request_.global_keys > 0) {
-      f(MaskWithGlobalKeys{mask});
+      f(MaskWithGlobalKeys{mask, packed_range(1)});
     } else {
       f(mask);
     }
@@ -120,22 +121,25 @@ class TiledRequest {
  private:
   struct Mask {
     decltype(std::declval<AttentionRequest>().position_mask(0)) of_positions;
-    const AttentionPositions* packed;  // instead, where sequences are
-    const int64_t* lengths;            // [B], or null
-    const MaskFunction* own;           // or null
-    int64_t first_batch;               // of the function
+    core::RangeMask packed;   // instead, where sequences are
+    const int64_t* lengths;   // [B], or null
+    const MaskFunction* own;  // or null
+    int64_t first_batch;      // of the function
 
     core::KeyRange limited(core::Index b, core::Index h, core::Index query, core::KeyRange range) const {
       if (own != nullptr) range = range & own->keys(first_batch + b, h, query);
       return {range.begin, lengths == nullptr ? range.end : std::min<core::Index>(range.end, lengths[b])};
     }
     core::KeyRange keys(core::Index b, core::Index h, core::Index query) const {
-      return limited(b, h, query, packed == nullptr ? of_positions.keys(b, h, query) : packed->ranges[0][query]);
+      return limited(b, h, query, packed.begin == nullptr ? of_positions.keys(b, h, query) : packed.keys(b, h, query));
     }
   };
   struct MaskWithGlobalKeys : Mask {
+    core::RangeMask other_packed;
+
     core::KeyRange other_keys(core::Index b, core::Index h, core::Index query) const {
-      return limited(b, h, query, packed == nullptr ? of_positions.other_keys(b, h, query) : packed->ranges[1][query]);
+      return limited(b, h, query,
+                     packed.begin == nullptr ? of_positions.other_keys(b, h, query) : other_packed.keys(b, h, query));
     }
   };
 

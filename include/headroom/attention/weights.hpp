@@ -114,7 +114,8 @@ struct WeightsBackend {
 /// The weights that attention(q, k, v, options) gives to the keys, before dropout: [..., H, Lq, Lk], or their mean over
 /// the heads [..., Lq, Lk], which is summed up chunk by chunk. Differentiable like attention; the backward pass
 /// recomputes the weights from q, k and the log-sum-exp. By ATen operators on any device, whatever the backend in the
-/// options. A query without keys has weights 0; the sink's share is left out. Throws headroom.attention.*.
+/// options; functions of one's own are refused. A query without keys has weights 0; the sink's share is left out.
+/// Throws headroom.attention.*.
 HEADROOM_KERNEL torch::Tensor attention_weights(const torch::Tensor& q, const torch::Tensor& k,
                                                 AttentionOptions options = {}, bool mean_over_heads = false);
 

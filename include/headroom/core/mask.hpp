@@ -18,6 +18,13 @@ struct KeyRange {
   friend KeyRange operator&(KeyRange a, KeyRange b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
 };
 
+namespace detail {
+
+/// The smallest range that holds both, of which {keys, 0} is none.
+inline KeyRange hull(KeyRange a, KeyRange b) { return {std::min(a.begin, b.begin), std::max(a.end, b.end)}; }
+
+}  // namespace detail
+
 /// A mask answers, for a query of one head, which contiguous range of keys it may see. Tiles outside every range are
 /// never computed; only tiles that a range's border crosses are masked element by element.
 template <class M>

@@ -206,7 +206,7 @@ void attention_backward(const AttentionBackwardTensors<T>& tensors, const Attent
       tensors.grad_v,
       tensors.param_grads};
   detail::check_problem(x, params);
-  detail::check_gradients(x);
+  detail::check_gradients(x, params);
   detail::check_writable("grad_q", x.grad_q);
   detail::check_writable("grad_k", x.grad_k);
   detail::check_writable("grad_v", x.grad_v);

@@ -37,7 +37,9 @@ inline void check_score_shapes(const ForwardProblem& x, const AttentionParams& p
 /// Fails unless the tables of the score function are there, of the type that is computed in.
 inline void check_functions(const ForwardProblem& x, const AttentionParams& params) {
   const StoredType computed_in = x.q.type == StoredType::float64 ? StoredType::float64 : StoredType::float32;
-  const auto name = [](StoredType type) { return type == StoredType::float64 ? "double" : "float"; };
+  const auto name = [](StoredType type) {
+    return type == StoredType::float64 ? "double" : type == StoredType::float32 ? "float" : "16 bits";
+  };
   for (Index i = 0; i < params.score_function.tables(); ++i) {
     const ScoreTable& table = params.score_function.table(i);
     require(table.data != nullptr && table.rows > 0 && table.columns > 0 && table.type == computed_in,
@@ -92,7 +94,7 @@ inline void check_problem(const ForwardProblem& x, const AttentionParams& params
 }
 
 /// Fails unless the gradients have the shapes of what they belong to.
-inline void check_gradients(const BackwardProblem& x) {
+inline void check_gradients(const BackwardProblem& x, const AttentionParams& params) {
   require((x.lse.data != nullptr || x.q.shape[0] * x.q.shape[1] * x.q.shape[2] == 0) &&
               x.grad_output.shape == x.output.shape && x.grad_q.shape == x.q.shape && x.grad_k.shape == x.k.shape &&
               x.grad_v.shape == x.v.shape,
@@ -100,6 +102,10 @@ inline void check_gradients(const BackwardProblem& x) {
           Shape{x.grad_q.shape}, ", grad_k ", Shape{x.grad_k.shape}, " and grad_v ", Shape{x.grad_v.shape},
           " must have the shapes of the output ", Shape{x.output.shape}, ", q ", Shape{x.q.shape}, ", k ",
           Shape{x.k.shape}, " and v ", Shape{x.v.shape}, ", and lse must be given");
+  const TensorView<double>& tables = x.param_grads.score_tables;
+  require(tables.data == nullptr || tables.dim() == params.score_function.table_size(), "headroom.core.attention.shape",
+          "the gradient of the score function's tables has ", tables.dim(), " elements, the tables have ",
+          params.score_function.table_size());
 }
 
 /// Fails when elements of a tensor that is written to share memory.

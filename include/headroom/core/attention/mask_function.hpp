@@ -71,9 +71,7 @@ constexpr void check_mask_function() {
 /// A mask function seen through pointers: it has to outlive this. Default: none.
 class MaskFunctionRef {
  public:
-  struct Calls {
-    detail::MaskFunctionCalls<float> in_float;
-    detail::MaskFunctionCalls<double> in_double;
+  struct Calls : detail::FunctionCalls<detail::MaskFunctionCalls> {
     Seen (*block)(const void* f, Index b, Index h, KeyRange queries, KeyRange keys);  // null: there is none
   };
 
@@ -87,8 +85,8 @@ class MaskFunctionRef {
     detail::check_mask_function<F>();
     using Loops = detail::MaskFunctionLoops<F>;
     static constexpr Calls kCalls{
-        {Loops::template hide<float, true>, Loops::template hide<float, false>, Loops::template sees_any<float>},
-        {Loops::template hide<double, true>, Loops::template hide<double, false>, Loops::template sees_any<double>},
+        {{Loops::template hide<float, true>, Loops::template hide<float, false>, Loops::template sees_any<float>},
+         {Loops::template hide<double, true>, Loops::template hide<double, false>, Loops::template sees_any<double>}},
         block_of<F>()};
     return kCalls;
   }
@@ -101,11 +99,11 @@ class MaskFunctionRef {
   }
   template <class Scalar>
   bool sees_any(const detail::OwnTile<Scalar>& row, Index keys) const {
-    return of<Scalar>().sees_any(function_, row, keys);
+    return calls_->of<Scalar>().sees_any(function_, row, keys);
   }
   template <class Scalar, bool QueriesInLanes>
   void hide(const detail::OwnTile<Scalar>& tile) const {
-    const auto& calls = of<Scalar>();
+    const auto& calls = calls_->of<Scalar>();
     (QueriesInLanes ? calls.hide_by_query : calls.hide_by_key)(function_, tile);
   }
 
@@ -118,14 +116,6 @@ class MaskFunctionRef {
       };
     }
     return nullptr;
-  }
-  template <class Scalar>
-  const auto& of() const {
-    if constexpr (std::is_same_v<Scalar, float>) {
-      return calls_->in_float;
-    } else {
-      return calls_->in_double;
-    }
   }
 
   const void* function_ = nullptr;

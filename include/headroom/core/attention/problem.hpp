@@ -34,7 +34,7 @@ struct AttentionParams {
   ScoreFunctionRef score_function = {};
   MaskFunctionRef mask_function = {};
   Dropout dropout = {};
-  Index first_head = 0;  // where b·H + h starts counting, for dropout and functions
+  Index first_head = 0;  // where b·H + h starts counting, for dropout; functions count whole batches
 
   double scale_for(Index dim) const {
     return scale.value_or(1.0 / std::sqrt(static_cast<double>(std::max<Index>(dim, 1))));

@@ -211,6 +211,8 @@ void add_reference_gradients(const AttentionBackwardTensors<Scalar>& x, const Re
 /// f(ReferenceHead) for each head of q.
 template <class Scalar, class Tensors, Mask M, class F>
 void for_each_reference_head(const Tensors& x, const AttentionParams& params, const M& mask, F&& f) {
+  require(!params.has_functions(), "headroom.core.attention.score_function",
+          "the reference knows no functions of one's own; call attention_forward and attention_backward");
   for (Index b = 0; b < x.q.batch(); ++b) {
     for (Index h = 0; h < x.q.heads(); ++h) {
       const auto shared = [&](const TensorView<const Scalar>& y) { return per_query_head(y, {b, h}, x.q.heads()); };

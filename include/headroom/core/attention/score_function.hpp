@@ -150,9 +150,7 @@ constexpr void check_score_function(std::index_sequence<T...>) {
 class ScoreFunctionRef {
  public:
   /// What is called where it computes in float, and in double.
-  struct Calls {
-    detail::ScoreFunctionCalls<float> in_float;
-    detail::ScoreFunctionCalls<double> in_double;
+  struct Calls : detail::FunctionCalls<detail::ScoreFunctionCalls> {
     std::size_t tables;
   };
 
@@ -170,8 +168,8 @@ class ScoreFunctionRef {
     detail::check_score_function<F>(std::make_index_sequence<N>());
     using Loops = detail::ScoreFunctionLoops<F, N>;
     static constexpr Calls kCalls{
-        {Loops::template forward<float>, Loops::template backward<float>, Loops::template add_gradients<float>},
-        {Loops::template forward<double>, Loops::template backward<double>, Loops::template add_gradients<double>},
+        {{Loops::template forward<float>, Loops::template backward<float>, Loops::template add_gradients<float>},
+         {Loops::template forward<double>, Loops::template backward<double>, Loops::template add_gradients<double>}},
         N};
     return kCalls;
   }
@@ -188,27 +186,18 @@ class ScoreFunctionRef {
 
   template <class Scalar>
   void forward(const detail::OwnTile<Scalar>& tile, Scalar factor) const {
-    of<Scalar>().forward(function_, tables_, tile, factor);
+    calls_->of<Scalar>().forward(function_, tables_, tile, factor);
   }
   template <class Scalar>
   void backward(const detail::OwnTile<Scalar>& tile, Scalar factor, detail::ScoreSlopes<Scalar> kept) const {
-    of<Scalar>().backward(function_, tables_, tile, factor, kept);
+    calls_->of<Scalar>().backward(function_, tables_, tile, factor, kept);
   }
   template <class Scalar>
   void add_gradients(const detail::OwnTile<Scalar>& grad, const Scalar* inputs, double* sums) const {
-    of<Scalar>().add_gradients(function_, tables_, grad, inputs, sums);
+    calls_->of<Scalar>().add_gradients(function_, tables_, grad, inputs, sums);
   }
 
  private:
-  template <class Scalar>
-  const auto& of() const {
-    if constexpr (std::is_same_v<Scalar, float>) {
-      return calls_->in_float;
-    } else {
-      return calls_->in_double;
-    }
-  }
-
   const void* function_ = nullptr;
   const Calls* calls_ = nullptr;
   const ScoreTable* tables_ = nullptr;

@@ -102,7 +102,8 @@ class TablePlaces {
   }
   EIGEN_ALWAYS_INLINE static bool are_equal(Packet a, Packet b) { return !any(!LaneMask<Scalar>{simd::pcmp_eq(a, b)}); }
   EIGEN_ALWAYS_INLINE static Index whole(Scalar index, Index count) {
-    return std::clamp<Index>(is_finite(index) ? static_cast<Index>(index) : 0, 0, count - 1);
+    if (!is_finite(index)) return 0;
+    return std::min(static_cast<Index>(std::clamp<Scalar>(index, 0, static_cast<Scalar>(count))), count - 1);
   }
   EIGEN_DONT_INLINE void scatter(const ScoreTable& table, Packet row, Packet column) {
     alignas(64) Scalar rows[N], columns[N];

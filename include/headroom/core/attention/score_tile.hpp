@@ -1,5 +1,7 @@
 #pragma once
 
+#include <type_traits>
+
 #include "headroom/core/attention/score_lanes.hpp"
 #include "headroom/core/lanes.hpp"
 
@@ -33,6 +35,22 @@ struct OwnTile {
                                               Lanes<Scalar>(position[r] - first_key - l) - ascending});
         }
       }
+    }
+  }
+};
+
+/// What kernels that compute in float call, and those in double.
+template <template <class> class CallsOf>
+struct FunctionCalls {
+  CallsOf<float> in_float;
+  CallsOf<double> in_double;
+
+  template <class Scalar>
+  const CallsOf<Scalar>& of() const {
+    if constexpr (std::is_same_v<Scalar, float>) {
+      return in_float;
+    } else {
+      return in_double;
     }
   }
 };

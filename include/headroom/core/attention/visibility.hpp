@@ -12,21 +12,8 @@ namespace headroom::inline v0::core::detail {
 class MaskRef {
  public:
   template <Mask M>
-  explicit MaskRef(const M& mask)
-      : mask_(&mask), ranges_([](const void* self, HeadIndex head, KeyRange queries, Index* begin, Index* end) {
-          for (Index i = 0; i < queries.end - queries.begin; ++i) {
-            const KeyRange range = static_cast<const M*>(self)->keys(head.b, head.h, queries.begin + i);
-            begin[i] = range.begin, end[i] = range.end;
-          }
-        }) {
-    if constexpr (TwoRangeMask<M>) {
-      other_ranges_ = [](const void* self, HeadIndex head, KeyRange queries, Index* begin, Index* end) {
-        for (Index i = 0; i < queries.end - queries.begin; ++i) {
-          const KeyRange range = static_cast<const M*>(self)->other_keys(head.b, head.h, queries.begin + i);
-          begin[i] = range.begin, end[i] = range.end;
-        }
-      };
-    }
+  explicit MaskRef(const M& mask) : mask_(&mask), ranges_(ranges_of<M, false>) {
+    if constexpr (TwoRangeMask<M>) other_ranges_ = ranges_of<M, true>;
   }
 
   /// How many ranges a query has. Each takes one pass over the keys.
@@ -48,6 +35,20 @@ class MaskRef {
  private:
   using Ranges = void (*)(const void* mask, HeadIndex head, KeyRange queries, Index* begin, Index* end);
 
+  template <class M, bool Other>
+  static void ranges_of(const void* self, HeadIndex head, KeyRange queries, Index* begin, Index* end) {
+    const M& mask = *static_cast<const M*>(self);
+    for (Index i = 0; i < queries.end - queries.begin; ++i) {
+      KeyRange range;
+      if constexpr (Other) {
+        range = mask.other_keys(head.b, head.h, queries.begin + i);
+      } else {
+        range = mask.keys(head.b, head.h, queries.begin + i);
+      }
+      begin[i] = range.begin, end[i] = range.end;
+    }
+  }
+
   const void* mask_;
   Ranges ranges_;
   Ranges other_ranges_ = nullptr;
@@ -64,9 +65,6 @@ KeyRange hull(const T* begin, const T* end, Index count, Index keys) {
   }
   return {static_cast<Index>(first), static_cast<Index>(last)};
 }
-
-/// The smallest range that holds both, of which {keys, 0} is none.
-inline KeyRange hull(KeyRange a, KeyRange b) { return {std::min(a.begin, b.begin), std::max(a.end, b.end)}; }
 
 /// A run of queries of one head: which keys each one sees in a pass over them, where it stands, and its slope.
 template <class Scalar, Index Capacity>

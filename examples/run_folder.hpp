@@ -27,8 +27,7 @@ inline headroom::io::FolderLock open_run_folder(const std::filesystem::path& out
   if (!resume.empty() && fs::equivalent(from, out, failure)) return lock;
   for (const auto& entry : fs::directory_iterator(out)) {
     const std::string name = entry.path().filename().string();
-    const bool of_run = headroom::training::age_of_state(name) || name == "best.pt" || name == "last.safetensors" ||
-                        name == "best.safetensors" || name == "summary.json";
+    const bool of_run = headroom::training::is_saved_file(name) || name == "summary.json";
     headroom::require(!of_run || overwrite, "headroom.train.used", "there is a run in ", out.string(),
                       " already, with ", name,
                       "; go on with --resume, give --out another folder, or --overwrite to lose it");

@@ -178,8 +178,9 @@ int run(const Arguments& arguments) {
   const auto lock = open_run_folder(arguments.out, arguments.resume, arguments.overwrite);
   for (const std::string& line : training::describe(split.dataset)) std::cout << "data:     " << line << "\n";
   model->to(device);
-  training::Redraw redraw(split, [](const std::string& text) { std::cout << "data:     " + text << std::endl; });
-  const training::BatchSource source = arguments.strict ? training::BatchSource(split) : std::ref(redraw);
+  training::Redraw redraw(std::cref(split),
+                          [](const std::string& text) { std::cout << "data:     " + text << std::endl; });
+  const training::BatchSource source = arguments.strict ? training::BatchSource(std::cref(split)) : std::ref(redraw);
   training::Prefetch examples(source, training::prefetch_options(config.training));
   training::Trainer trainer(model, config, std::ref(examples));
   if (!arguments.resume.empty()) resume_run(std::cout, trainer, arguments.resume);

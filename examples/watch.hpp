@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
+#include <functional>
 #include <iostream>
 #include <optional>
 #include <string>
-#include <utility>
 
 #include "headroom/core/score_rows.hpp"
 #include "headroom/memory/format.hpp"
@@ -32,11 +32,8 @@ class Watch {
         model_(model),
         valid_(valid),
         bar_(config.training.batch_size),
-        record_(folder, config, step, [this](const std::string& problem) {
-          bar_.close();
-          std::cout << "record:   " << problem << std::endl;
-        }) {
-    if (valid_) record_.excerpt(model_, *valid_);
+        record_(folder, config, step, [this](const std::string& problem) { bar_.note("record:   " + problem); }) {
+    if (valid_) record_.excerpt(model_, std::cref(*valid_));
   }
 
   /// Lets a run tell how it goes on.
@@ -80,7 +77,7 @@ class Watch {
     const headroom::training::Validation validation = headroom::training::validate(model_, *valid_, config_);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     for (const auto& [metric, row] : validation.scores) print(metric, row);
-    record_.excerpt(model_, *valid_);
+    record_.excerpt(model_, std::cref(*valid_));
     record_.validation(validation, seconds.count());
     return validation.mean(config_.training.best_metric);
   }

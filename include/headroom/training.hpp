@@ -1,6 +1,7 @@
 #pragma once
 
 #include "headroom/training/augmentation.hpp"
+#include "headroom/training/augmentation_options.hpp"
 #include "headroom/training/bad_numbers.hpp"
 #include "headroom/training/bucket.hpp"
 #include "headroom/training/cause.hpp"

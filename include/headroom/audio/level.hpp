@@ -17,21 +17,34 @@ struct Level {
   double mean = 0, deviation = 1;
 };
 
-/// Reads a recording from its beginning to its end and goes back to the beginning. Silence has the deviation 1. Throws
+/// Finds the level of a recording, piece by piece.
+class LevelSum {
+ public:
+  void add(const torch::Tensor& samples) {                          // [C,n]
+    const torch::Tensor mono = samples.to(torch::kDouble).mean(0);  // [n]
+    sum_ += mono.sum().item<double>();
+    squares_ += mono.square().sum().item<double>();
+    frames_ += static_cast<double>(mono.numel());
+  }
+  /// Of all that was added; silence has the deviation 1.
+  Level level() const {
+    const double mean = sum_ / frames_, variance = std::max(squares_ / frames_ - mean * mean, 0.0);
+    return {mean, variance > 0 ? std::sqrt(variance) : 1};
+  }
+
+ private:
+  double sum_ = 0, squares_ = 0, frames_ = 0;
+};
+
+/// Reads a recording from its beginning to its end and goes back to the beginning. Throws
 /// `headroom.audio.file.*`.
 inline Level level_of(AudioReader& recording) {
   constexpr std::int64_t kFrames = 1 << 16;
-  double sum = 0, squares = 0;
+  LevelSum sum;
   recording.seek(0);
-  while (recording.position() < recording.frames()) {
-    const torch::Tensor mono = recording.read(kFrames).to(torch::kDouble).mean(0);  // [n]
-    sum += mono.sum().item<double>();
-    squares += mono.square().sum().item<double>();
-  }
+  while (recording.position() < recording.frames()) sum.add(recording.read(kFrames));
   recording.seek(0);
-  const auto frames = static_cast<double>(recording.frames());
-  const double mean = sum / frames, variance = std::max(squares / frames - mean * mean, 0.0);
-  return {mean, variance > 0 ? std::sqrt(variance) : 1};
+  return sum.level();
 }
 
 /// A model for recordings of `level`, made of one for recordings with mean 0 and deviation 1: what

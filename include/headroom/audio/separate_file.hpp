@@ -4,17 +4,18 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "headroom/audio/channels.hpp"
 #include "headroom/audio/ensemble.hpp"
 #include "headroom/audio/format.hpp"
 #include "headroom/audio/reader.hpp"
 #include "headroom/audio/resampler.hpp"
+#include "headroom/audio/sample_queue.hpp"
 #include "headroom/audio/segment_model.hpp"
 #include "headroom/audio/separator.hpp"
 #include "headroom/audio/separator_stream.hpp"
@@ -43,12 +44,6 @@ inline std::int64_t stem_channels(const AudioReader& reader, std::int64_t model)
   return model == 1 ? 1 : std::max<std::int64_t>(model, reader.channels());
 }
 
-/// Samples of a file as they are separated: the mean of its channels, or one channel as many.
-inline torch::Tensor with_channels(const torch::Tensor& samples, std::int64_t channels) {  // [F,n]
-  if (samples.size(0) == channels) return samples;
-  return channels == 1 ? samples.mean(0, /*keepdim=*/true) : samples.expand({channels, samples.size(1)});
-}
-
 /// A model of `channels` channels as one of any multiple: [B,k·C,S] to [B,N,k·C,S], one group of C after the other.
 inline SegmentModel in_groups(SegmentModel model, std::int64_t channels) {
   return [model = std::move(model), channels](const torch::Tensor& mixture) -> torch::Tensor {
@@ -58,29 +53,6 @@ inline SegmentModel in_groups(SegmentModel model, std::int64_t channels) {
     return torch::cat(stems, 2);
   };
 }
-
-/// Samples that were read and wait for the stems that are made of them.
-class SampleQueue {
- public:
-  void push(const torch::Tensor& samples) { blocks_.push_back(samples); }  // [C,n]
-
-  /// The next `count` samples of those that were pushed.
-  torch::Tensor take(std::int64_t count) {
-    std::vector<torch::Tensor> taken;
-    for (std::int64_t left = count; left > 0;) {
-      torch::Tensor& block = blocks_.front();
-      const std::int64_t n = std::min(left, block.size(1));
-      taken.push_back(block.narrow(1, 0, n));
-      block = block.narrow(1, n, block.size(1) - n);
-      if (block.size(1) == 0) blocks_.pop_front();
-      left -= n;
-    }
-    return torch::cat(taken, 1);
-  }
-
- private:
-  std::deque<torch::Tensor> blocks_;
-};
 
 /// What lies between the files and a model: the source and the sink of a separation, at the model's sample rate.
 class FileStream {

@@ -59,6 +59,17 @@ inline std::string copy_pipe(int pipe, int file, std::uint64_t most) {
   return "";
 }
 
+/// Reads up to `count` bytes from `offset` on: how many there were; fewer at the end, or where reading fails.
+inline std::size_t read_at(int descriptor, std::uint64_t offset, char* to, std::size_t count) {
+  std::size_t done = 0;
+  while (done < count) {
+    const ssize_t got = ::pread(descriptor, to + done, count - done, static_cast<off_t>(offset + done));
+    if (got == 0 || (got < 0 && errno != EINTR)) break;
+    done += static_cast<std::size_t>(std::max<ssize_t>(got, 0));
+  }
+  return done;
+}
+
 /// A file in the folder for temporary files that has no name any more and so is gone with its descriptor.
 inline Descriptor nameless_file() {
   std::error_code failure;
@@ -118,14 +129,7 @@ class InputFile {
   /// Up to `count` bytes from `offset` on; fewer at the end, or where reading fails.
   std::string read(std::uint64_t offset, std::uint64_t count) const {
     std::string bytes(offset < size_ ? std::min(count, size_ - offset) : 0, '\0');
-    std::size_t done = 0;
-    while (done < bytes.size()) {
-      const ssize_t got =
-          ::pread(file_.number(), bytes.data() + done, bytes.size() - done, static_cast<off_t>(offset + done));
-      if (got == 0 || (got < 0 && errno != EINTR)) break;
-      done += static_cast<std::size_t>(std::max<ssize_t>(got, 0));
-    }
-    bytes.resize(done);
+    bytes.resize(detail::read_at(file_.number(), offset, bytes.data(), bytes.size()));
     return bytes;
   }
 

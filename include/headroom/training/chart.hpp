@@ -88,11 +88,17 @@ inline Axis step_axis(const Chart& chart) {
   return linear_axis(0, last, 6);
 }
 
-/// The lines of a chart in a plot of this width and height.
-inline void write_lines(std::ostream& out, const Chart& chart, double width, double height) {
-  const Axis steps = step_axis(chart), values = value_axis(chart);
+/// What of a plot says where a point lies.
+struct Plot {
+  double width, height;
+  Axis steps, values;
+};
+
+/// The lines of a chart in a plot.
+inline void write_lines(std::ostream& out, const Chart& chart, const Plot& plot) {
   const auto at = [&](double step, double value) {
-    return short_number(steps.place(step) * width) + " " + short_number((1 - values.place(value)) * height);
+    return short_number(plot.steps.place(step) * plot.width) + " " +
+           short_number((1 - plot.values.place(value)) * plot.height);
   };
   for (std::size_t i = 0; i < chart.lines.size(); ++i) {
     const auto& points = chart.lines[i]->points();
@@ -145,7 +151,7 @@ inline void write_chart(std::ostream& out, const Chart& chart) {
         << short_number(mark) << "</text>";
   }
   out << "<text class=\"phase\" x=\"" << kWidth / 2 << "\" y=\"" << kHeight + 31 << "\">step</text>";
-  detail::write_lines(out, chart, kWidth, kHeight);
+  detail::write_lines(out, chart, {kWidth, kHeight, steps, values});
   out << "</svg></figure>\n";
 }
 

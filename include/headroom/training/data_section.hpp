@@ -1,15 +1,15 @@
 #pragma once
 
-#include <array>
 #include <string>
 #include <vector>
 
+#include "headroom/training/augmentation_options.hpp"
 #include "headroom/training/field.hpp"
 
 namespace headroom::inline v0::training {
 
 /// `data`: the data set and its augmentation.
-struct DataConfig {
+struct DataConfig : AugmentationOptions {
   std::string path;
   std::vector<std::string> more_paths = {};
   std::vector<double> weights = {};
@@ -20,18 +20,6 @@ struct DataConfig {
   std::vector<std::string> accompaniment = {};
   std::string draw = "uniform";
   double remix = 1.0;
-  std::array<double, 2> gain = {0.25, 1.25};
-  bool swap_channels = true;
-  bool flip_polarity = true;
-  std::vector<double> mixup = {};
-  double equalizer = 0;
-  std::array<double, 2> equalizer_db = {-6, 6};
-  double pitch = 0;
-  std::array<double, 2> pitch_semitones = {-2, 2};
-  double tempo = 0;
-  std::array<double, 2> tempo_factor = {0.9, 1.1};
-  double noise = 0;
-  std::array<double, 2> noise_db = {-70, -40};
 
   static void describe(auto& self, auto&& field) {
     field("path", self.path, {.may_be_empty = true},

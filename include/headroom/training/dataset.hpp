@@ -79,7 +79,7 @@ class Dataset {
     std::erase_if(together_, [](const Sampler& sampler) { return sampler.empty(); });
     require(options_.remix == 1 || !together_.empty(), "headroom.training.dataset.loose", "the files in ",
             roots.front(), " belong to no tracks, so that examples have to be remixed, and remix is ", options_.remix,
-            "; set data.remix to 1 or give folders of tracks");
+            "; give folders of tracks or, where they are trained on, set data.remix to 1");
   }
   Dataset(const std::filesystem::path& root, DatasetOptions options)
       : Dataset(std::vector<std::filesystem::path>{root}, std::move(options)) {}
@@ -94,7 +94,7 @@ class Dataset {
   /// What of the roots is left out and why, a sentence each.
   const std::vector<std::string>& notices() const { return list_.notices(); }
 
-  /// Names of the tracks, in the order of the roots and there sorted.
+  /// Names of the tracks, in the order of the roots and there as find_tracks has them.
   std::vector<std::string> names() const {
     std::vector<std::string> names;
     for (const Track& track : tracks()) names.push_back(track.name);
@@ -128,13 +128,10 @@ class Dataset {
   /// Examples first_index, …, first_index + count - 1: [B,C,S] and [B,N,C,S].
   Example batch(std::uint64_t seed, std::int64_t first_index, std::int64_t count) const {
     require(count >= 1, "headroom.training.dataset.options", "asked for a batch of ", count, ", expected at least 1");
-    std::vector<torch::Tensor> mixtures, stems;
-    for (std::int64_t i = 0; i < count; ++i) {
-      Example one = example(seed, first_index + i);
-      mixtures.push_back(std::move(one.mixture));
-      stems.push_back(std::move(one.stems));
-    }
-    return {torch::stack(mixtures), torch::stack(stems)};
+    return batch_of(first_index, count, [&](std::int64_t index) -> Example {
+      const Example one = example(seed, index);
+      return {one.mixture.unsqueeze(0), one.stems.unsqueeze(0)};
+    });
   }
 
  private:

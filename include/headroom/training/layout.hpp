@@ -167,8 +167,8 @@ inline Layout layout_of(const std::filesystem::path& root, const std::vector<std
   return by_stem ? Layout::stems : Layout::tracks;
 }
 
-/// The tracks below a root that may have files of `stems`, sorted by name. Throws headroom.training.dataset.{empty,
-/// list}.
+/// The tracks below a root that may have files of `stems`: sorted by name, by stem and name, or as a table has them.
+/// Throws headroom.training.dataset.{empty, list}.
 inline std::vector<FoundTrack> find_tracks(const std::filesystem::path& root, Layout layout,
                                            const std::vector<std::string>& stems) {
   if (layout == Layout::automatic) layout = layout_of(root, stems);

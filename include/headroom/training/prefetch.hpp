@@ -84,13 +84,7 @@ class Prefetch {
   /// Examples first, …, first + count - 1: [B,C,S] and [B,N,C,S]. Throws what the source throws.
   Example operator()(std::int64_t first, std::int64_t count) {
     if (threads_.empty()) return source_(first, count);
-    std::vector<torch::Tensor> mixtures, stems;
-    for (std::int64_t index = first; index < first + count; ++index) {
-      Example one = take(index);
-      mixtures.push_back(std::move(one.mixture));
-      stems.push_back(std::move(one.stems));
-    }
-    return {torch::cat(mixtures), torch::cat(stems)};
+    return batch_of(first, count, [this](std::int64_t index) { return take(index); });
   }
 
  private:

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/audio/reader.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/training/example.hpp"
 
@@ -34,13 +35,7 @@ class Redraw {
   /// when it did so for 100 draws.
   Example operator()(std::int64_t first, std::int64_t count) {
     if (count == 1) return example(first);
-    std::vector<torch::Tensor> mixtures, stems;
-    for (std::int64_t index = first; index < first + count; ++index) {
-      Example one = example(index);
-      mixtures.push_back(std::move(one.mixture));
-      stems.push_back(std::move(one.stems));
-    }
-    return {torch::cat(mixtures), torch::cat(stems)};
+    return batch_of(first, count, [this](std::int64_t index) { return example(index); });
   }
 
   /// The index that the example at `index` was drawn at in the end, as far as it has been read.
@@ -63,7 +58,7 @@ class Redraw {
         if (draw > 1) drawn_[index] = drawn;
         return read;
       } catch (const Error& error) {
-        if (!error.id().starts_with("headroom.audio.file.") || draw == kMostDraws) throw;
+        if (!audio::is_file_error(error) || draw == kMostDraws) throw;
         tell(error.what());
       }
     }

@@ -23,13 +23,14 @@ struct StepReport {
   double loss = 0;                 ///< mean over the epoch so far, without steps that were skipped
   double step_loss = 0;            ///< of this step alone; not finite when it was skipped
   double learning_rate = 0;
-  std::optional<double> gradient_norm = {};  ///< before it is clipped; none with the optimizer in the backward pass
-  double seconds = 0;                        ///< that this step took
-  std::vector<PhaseUse> phases = {};         ///< of it: data, forward, loss, backward, optimizer
-  int64_t live_bytes = 0;                    ///< held by tensors
-  int64_t peak_bytes = 0;                    ///< highest live_bytes so far
-  int64_t examples = 0;                      ///< of this step
-  int64_t microbatch = 0;                    ///< examples in one pass: batch_size, or less since memory ran out
+  std::optional<double> gradient_norm =
+      {};  ///< before it is clipped; none with the optimizer in the backward pass or a loss that is not finite
+  double seconds = 0;                 ///< that this step took
+  std::vector<PhaseUse> phases = {};  ///< of it: data, forward, loss, backward, optimizer
+  int64_t live_bytes = 0;             ///< held by tensors
+  int64_t peak_bytes = 0;             ///< highest live_bytes so far
+  int64_t examples = 0;               ///< of this step
+  int64_t microbatch = 0;             ///< examples in one pass: batch_size, or less since memory ran out
 };
 
 /// What came out of a run.

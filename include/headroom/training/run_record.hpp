@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "headroom/core/error.hpp"
+#include "headroom/core/word_list.hpp"
 #include "headroom/io/atomic_file.hpp"
 #include "headroom/io/input_file.hpp"
 #include "headroom/models/separator.hpp"
@@ -81,10 +82,8 @@ namespace detail {
 inline std::vector<std::pair<std::string, std::string>> page_facts(const Config& config) {
   const TrainingConfig& training = config.training;
   const double seconds = static_cast<double>(training.segment_length) / static_cast<double>(config.audio.sample_rate);
-  std::string stems;
-  for (const std::string& stem : config.audio.stems) stems += (stems.empty() ? "" : ", ") + stem;
   return {{"model", config.model.type()},
-          {"stems", stems},
+          {"stems", core::word_list(config.audio.stems)},
           {"step", std::to_string(training.batch_size) + " x " + std::to_string(training.gradient_accumulation_steps) +
                        " segments of " + short_number(seconds) + " s"},
           {"best by", core::metric_name(training.best_metric).name.data()}};

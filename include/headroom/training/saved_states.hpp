@@ -31,6 +31,11 @@ inline std::optional<int64_t> age_of_state(const std::string& name) {
   return name == last_state_name(age) ? std::optional(age) : std::nullopt;
 }
 
+/// Whether a file of this name in the folder of a run is one that SavedStates writes.
+inline bool is_saved_file(const std::string& name) {
+  return age_of_state(name) || name == "best.pt" || name == "last.safetensors" || name == "best.safetensors";
+}
+
 /// The saved states of a run in its folder, and when they are due: the last ones and the best, each beside its weights
 /// as a safetensors file. Without a folder nothing is saved.
 class SavedStates {
@@ -49,6 +54,9 @@ class SavedStates {
   bool due(int64_t step, double now) const {
     return (every_steps_ > 0 && step % every_steps_ == 0) || (every_seconds_ > 0 && now - saved_at_ >= every_seconds_);
   }
+
+  /// Whether last.pt is that of this step.
+  bool has(int64_t step) const { return step == saved_step_; }
 
   /// Refuses a run whose folder cannot take its files: saved states of so many bytes, weights of so many.
   /// Throws headroom.training.state.room.
@@ -105,9 +113,7 @@ class SavedStates {
     std::uint64_t sum = 0;
     std::error_code failure;
     for (const auto& entry : std::filesystem::directory_iterator(folder_, failure)) {
-      const std::string name = entry.path().filename().string();
-      const bool ours =
-          age_of_state(name) || name == "best.pt" || name == "last.safetensors" || name == "best.safetensors";
+      const bool ours = is_saved_file(entry.path().filename().string());
       const auto bytes = ours ? entry.file_size(failure) : 0;
       if (!failure) sum += bytes;
     }

@@ -7,7 +7,6 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/training/augmentation.hpp"
 #include "headroom/training/data_section.hpp"
 #include "headroom/training/dataset.hpp"
 #include "headroom/training/example.hpp"
@@ -17,22 +16,6 @@
 #include "headroom/training/track_list.hpp"
 
 namespace headroom::inline v0::training {
-
-/// The random changes of a configuration.
-inline AugmentationOptions augmentation_options(const DataConfig& data) {
-  return {.gain = data.gain,
-          .swap_channels = data.swap_channels,
-          .flip_polarity = data.flip_polarity,
-          .mixup = data.mixup,
-          .equalizer = data.equalizer,
-          .equalizer_db = data.equalizer_db,
-          .pitch = data.pitch,
-          .pitch_semitones = data.pitch_semitones,
-          .tempo = data.tempo,
-          .tempo_factor = data.tempo_factor,
-          .noise = data.noise,
-          .noise_db = data.noise_db};
-}
 
 /// What a configuration draws from a data set.
 inline DatasetOptions dataset_options(const Config& config) {
@@ -56,7 +39,7 @@ inline DatasetOptions dataset_options(const Config& config) {
                   : data.draw == "by_length" ? TrackDraw::by_length
                                              : TrackDraw::by_stem,
           .remix = data.remix,
-          .augmentation = augmentation_options(data)};
+          .augmentation = data};
 }
 
 /// Examples of one split of a data set: a source of batches.

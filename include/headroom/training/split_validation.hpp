@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "headroom/models/separator.hpp"
@@ -33,7 +34,7 @@ inline Tracks tracks_of(const Split& split) {
 /// Scores a model on a validation split as `training.validation` says, see validation.hpp.
 inline Validation validate(const models::Separator& model, const Split& split, const Config& config) {
   return config.training.validation == "tracks" ? validate_tracks(model, tracks_of(split), config)
-                                                : validate_segments(model, split, config);
+                                                : validate_segments(model, std::cref(split), config);
 }
 
 }  // namespace headroom::inline v0::training

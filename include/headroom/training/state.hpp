@@ -70,15 +70,6 @@ struct TrainingState {
 
 namespace detail {
 
-/// Checks that the bytes of a file are those that were written (64-bit FNV-1a).
-inline uint64_t checksum(std::string_view bytes) {
-  uint64_t hash = 0xcbf29ce484222325u;
-  for (const char byte : bytes) {
-    hash = (hash ^ static_cast<unsigned char>(byte)) * 0x100000001b3u;
-  }
-  return hash;
-}
-
 /// The last bytes of a saved state. They come after the archive, so that Python's torch.load reads the file too.
 struct Trailer {
   static constexpr std::array<char, 8> kMagic = {'h', 'e', 'a', 'd', 'r', 'm', '0', '1'};
@@ -156,7 +147,7 @@ HEADROOM_TRAINING void save_state(const std::filesystem::path& path, const Train
   content.insert("optimizer", detail::to_dictionary(state.optimizer));
   const std::vector<char> archive = torch::pickle_save(content);
   const std::string_view bytes(archive.data(), archive.size());
-  const detail::Trailer trailer{.size = bytes.size(), .checksum = detail::checksum(bytes)};
+  const detail::Trailer trailer{.size = bytes.size(), .checksum = io::detail::fnv1a(bytes)};
   write_atomically(path, {bytes, {reinterpret_cast<const char*>(&trailer), sizeof trailer}}, before_replacing);
 }
 
@@ -191,7 +182,7 @@ inline std::vector<char> read_archive(const std::filesystem::path& path) {
         size - sizeof trailer);
   std::vector<char> bytes(trailer.size);
   file.seekg(0).read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-  check(file.good() && trailer.checksum == checksum({bytes.data(), bytes.size()}),
+  check(file.good() && trailer.checksum == io::detail::fnv1a({bytes.data(), bytes.size()}),
         "does not match its checksum: it is damaged");
   return bytes;
 }

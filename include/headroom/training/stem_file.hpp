@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <filesystem>
 #include <numeric>
-#include <vector>
 
+#include "headroom/audio/channels.hpp"
 #include "headroom/audio/reader.hpp"
 #include "headroom/audio/resampler.hpp"
 #include "headroom/core/error.hpp"
@@ -72,8 +72,7 @@ inline torch::Tensor read_piece(const StemFile& file, std::int64_t first, std::i
   } else {
     samples = detail::read_resampled(reader, first, count, static_cast<int>(format.sample_rate));
   }
-  if (samples.size(0) == format.channels) return samples;
-  return format.channels == 1 ? samples.mean(0, true) : samples.repeat({format.channels, 1});
+  return audio::with_channels(samples, format.channels);
 }
 
 }  // namespace headroom::inline v0::training

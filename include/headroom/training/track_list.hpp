@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/audio/reader.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/training/layout.hpp"
 #include "headroom/training/stem_file.hpp"
@@ -94,7 +95,7 @@ class TrackList {
     try {
       return checked(found);
     } catch (const Error& error) {
-      if (!error.id().starts_with("headroom.audio.file.")) throw;
+      if (!audio::is_file_error(error)) throw;
       leave_out(found.name, error.what());
       return std::nullopt;
     }

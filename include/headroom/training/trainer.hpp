@@ -107,7 +107,7 @@ class Trainer {
             .gradient_norm = gradient_norm_,
             .live_bytes = meter_.live(),
             .peak_bytes = meter_.peak(),
-            .examples = config_.training.batch_size * config_.training.gradient_accumulation_steps,
+            .examples = passes_.examples(),
             .microbatch = microbatch()};
   }
 
@@ -118,10 +118,16 @@ class Trainer {
     return phases;
   }
 
+  /// What a validation's score is called.
+  std::string validation_metric() const {
+    return "validation " + std::string(core::metric_name(config_.training.best_metric).name);
+  }
+
   /// Whether as many validations in a row as training.patience were no better than the best.
   bool out_of_patience(const RunOptions& options) const {
     const int64_t patience = config_.training.patience;
-    return options.validate && patience > 0 && state_.validations_since_best >= patience;
+    const bool counted = state_.best_metric.empty() || state_.best_metric == validation_metric();  // and no other score
+    return options.validate && patience > 0 && counted && state_.validations_since_best >= patience;
   }
 
   /// Mean loss of the epoch that is under way; not finite while all of its steps were skipped.
@@ -209,8 +215,7 @@ class Trainer {
     Score score{.metric = "training loss", .value = loss, .more_is_better = false};
     if (run.options.validate) {
       if (!validation_due) return;
-      const std::string name(core::metric_name(config_.training.best_metric).name);
-      score = {.metric = "validation " + name, .value = validate(run)};
+      score = {.metric = validation_metric(), .value = validate(run)};
       run.summary.validation = score.value;
     }
     const bool is_best = improves(state_, score);
@@ -238,7 +243,7 @@ class Trainer {
       summary.epoch_losses.push_back(loss);
       if (!summary.stopped && !summary.out_of_patience) judge(run, loss, true);
     }
-    save_last(run, true);
+    if (state_.unfinished_steps > 0 || !run.saved.has(state_.step)) save_last(run, true);
     summary.steps = state_.step;
     summary.skipped_steps = state_.skipped_steps;
     summary.seconds = run.course.elapsed();
@@ -319,6 +324,7 @@ HEADROOM_TRAINING Summary Trainer::run(const RunOptions& options) {
 
 HEADROOM_TRAINING double Trainer::step(double learning_rate) {
   const TrainingConfig& training = config_.training;
+  gradient_norm_.reset();
   updates_.set_learning_rate(learning_rate);
   model_->train();
   updates_.optimizer().zero_grad();

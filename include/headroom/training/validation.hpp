@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/audio/level.hpp"
 #include "headroom/audio/segment_model.hpp"
 #include "headroom/audio/separator.hpp"
 #include "headroom/core/error.hpp"
@@ -90,12 +91,9 @@ class EstimateFile {
   /// The next n samples, [N,C,n] like `truth`.
   torch::Tensor read_like(const torch::Tensor& truth) {
     const torch::Tensor samples = torch::empty({truth.size(2), truth.size(0), truth.size(1)}, torch::kFloat);
-    for (std::size_t done = 0; done < samples.nbytes();) {
-      const ssize_t got = ::pread(file_.number(), static_cast<char*>(samples.data_ptr()) + done,
-                                  samples.nbytes() - done, static_cast<off_t>(position_ + done));
-      check(got > 0 || (got < 0 && errno == EINTR), errno);
-      done += static_cast<std::size_t>(std::max<ssize_t>(got, 0));
-    }
+    const std::size_t got =
+        io::detail::read_at(file_.number(), position_, static_cast<char*>(samples.data_ptr()), samples.nbytes());
+    check(got == samples.nbytes(), errno);
     position_ += samples.nbytes();
     return samples.movedim(0, -1);
   }
@@ -179,10 +177,21 @@ inline audio::SeparatorOptions separator_options(const models::Separator& model,
           .device = model->parameters().front().device()};
 }
 
-/// A whole track, which is read once for each playing.
+/// A whole track, which is read once for each playing, and once more where it is normalized.
 inline Played play_track(const models::Separator& model, const Tracks& tracks, int64_t track, const Config& config) {
   const int64_t frames = tracks.tracks[static_cast<std::size_t>(track)].frames;
+  const auto repeat = [=, &tracks](const std::function<void(const Example&)>& on_piece) {
+    for (int64_t read = 0; read < frames; read += audio::detail::kFramesAtOnce) {
+      on_piece(tracks.read(track, read, std::min(audio::detail::kFramesAtOnce, frames - read)));
+    }
+  };
   const auto separate = [=, &tracks, &config](const OnPiece& on_piece) {
+    audio::SegmentModel run = audio::segment_model(model);
+    if (config.inference.normalize) {
+      audio::LevelSum level;
+      repeat([&](const Example& piece) { level.add(piece.mixture); });
+      run = audio::at_level(std::move(run), level.level());
+    }
     WaitingSamples waiting;
     int64_t read = 0;
     const audio::Source source = [&](int64_t most) {
@@ -192,14 +201,9 @@ inline Played play_track(const models::Separator& model, const Tracks& tracks, i
       waiting.push(piece);
       return piece.mixture;
     };
-    audio::separate(source, model, separator_options(model, config), [&](const torch::Tensor& finished) {
+    audio::separate(source, run, separator_options(model, config), [&](const torch::Tensor& finished) {
       if (finished.size(-1) > 0) on_piece(waiting.take(finished.size(-1)), finished);
     });
-  };
-  const auto repeat = [=, &tracks](const std::function<void(const Example&)>& on_piece) {
-    for (int64_t read = 0; read < frames; read += audio::detail::kFramesAtOnce) {
-      on_piece(tracks.read(track, read, std::min(audio::detail::kFramesAtOnce, frames - read)));
-    }
   };
   return {separate, repeat};
 }

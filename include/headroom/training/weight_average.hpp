@@ -3,6 +3,7 @@
 #include <torch/nn/module.h>
 #include <torch/types.h>
 
+#include <cstddef>
 #include <string>
 #include <utility>
 #include <vector>
@@ -32,12 +33,17 @@ class WeightAverage {
   void begin() {
     const torch::NoGradGuard guard;
     for (const Average& a : averages_) torch::Tensor(a.average).copy_(a.parameter);
+    next_ = 0;
   }
 
-  /// After a step.
+  /// After a step. Called again after it threw, it goes on where it was.
   void update() {
     const torch::NoGradGuard guard;
-    for (const Average& a : averages_) a.average.lerp_(a.parameter.to(a.average.scalar_type()), 1 - decay_);
+    for (; next_ < averages_.size(); ++next_) {
+      const Average& a = averages_[next_];
+      a.average.lerp_(a.parameter.to(a.average.scalar_type()), 1 - decay_);
+    }
+    next_ = 0;
   }
 
   /// The averages by the names of their parameters; they share memory.
@@ -75,6 +81,7 @@ class WeightAverage {
   };
   std::vector<Average> averages_;
   double decay_;
+  std::size_t next_ = 0;  ///< of an update under way
 };
 
 }  // namespace headroom::inline v0::training

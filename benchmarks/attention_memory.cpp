@@ -9,6 +9,7 @@
 #include "attention_capabilities.hpp"
 #include "benchmark.hpp"
 #include "headroom/memory/meter.hpp"
+#include "headroom/memory/pages.hpp"
 #include "headroom/memory/resident.hpp"
 
 using namespace headroom;
@@ -31,7 +32,7 @@ Peak peak_of(const std::function<void()>& step) {
     const MemoryReport report = meter.measure(step);
     peak.counted = report.added_peak(), peak.largest = *report.largest;
   }
-  malloc_trim(0);
+  release_free_pages();
   reset_peak_resident_bytes();
   const int64_t before = resident_bytes();
   step();

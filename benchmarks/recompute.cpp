@@ -2,13 +2,13 @@
 // configurations, planned; and the headline, one full training step of the guide's first memory_optimized
 // configuration, whose attention once asked for 80.89 GiB in one tensor.
 
-#include <malloc.h>
 #include <torch/torch.h>
 
 #include <cstdio>
 #include <sstream>
 
 #include "headroom/memory/meter.hpp"
+#include "headroom/memory/pages.hpp"
 #include "headroom/memory/resident.hpp"
 #include "steps.hpp"
 #include "timing.hpp"
@@ -31,7 +31,7 @@ struct Measurement {
 
 /// Runs `step`, which returns the seconds of what counts in it.
 Measurement measured(const std::function<double()>& step) {
-  ::malloc_trim(0);
+  release_free_pages();
   reset_peak_resident_bytes();
   double seconds = 0;
   const MemoryReport memory = MemoryMeter().measure([&] { seconds = step(); });

@@ -1,6 +1,22 @@
-# Sourced by the other scripts: goes to the project's folder and says how much may be built at a time.
+# Sourced by the other scripts: goes to the project's folder, installs packages, and says how much may be built at a time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+as_root() {
+  if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+# Those that are missing
+install_debian_packages() {
+  local package missing=()
+  for package in "$@"; do
+    [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
+  done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  echo "Installing Debian packages: ${missing[*]}"
+  as_root apt-get -q update
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends "${missing[@]}"
+}
 
 # Builds targets (all of them when none is named) of the release preset. A unit that includes LibTorch takes about
 # 2 GB to compile, so memory limits the number of compilers too.

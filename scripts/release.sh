@@ -38,7 +38,7 @@ trial=$out/trial
 mkdir -p "$trial"
 tar -C "$trial" -xzf "$out/$name.tar.gz"
 cmake -S "$trial/$name" -B "$trial/build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
-  -DCMAKE_PREFIX_PATH="${CMAKE_PREFIX_PATH:-$(echo .venv/lib/python3*/site-packages/torch)}" > "$trial/configure.log"
+  -DCMAKE_PREFIX_PATH="${CMAKE_PREFIX_PATH:-$(echo "$PWD"/.venv/lib/python3*/site-packages/torch)}" > "$trial/configure.log"
 (cd "$trial/build" && cpack -G DEB -B "$trial/package" > "$trial/cpack.log")
 mv "$trial"/package/*.deb "$out"
 if $tests; then

@@ -28,21 +28,6 @@ for group in "$@"; do
   esac
 done
 
-as_root() {
-  if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
-}
-
-install_debian_packages() {
-  local package missing=()
-  for package in "${debian_packages[@]}"; do
-    [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
-  done
-  [ ${#missing[@]} -gt 0 ] || return 0
-  echo "Installing Debian packages: ${missing[*]}"
-  as_root apt-get -q update
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends "${missing[@]}"
-}
-
 # True when this project's own CMake code finds a LibTorch
 has_torch() {
   local folder found=1
@@ -71,7 +56,7 @@ install_python_packages() {
 }
 
 if command -v apt-get > /dev/null; then
-  install_debian_packages
+  install_debian_packages "${debian_packages[@]}"
 else
   echo "This system has no apt-get. Its counterparts of these Debian packages must be there: ${debian_packages[*]}"
 fi

@@ -260,10 +260,10 @@ inline std::optional<ContainerLength> container_length(const io::InputFile& file
 }
 
 /// Refuses a file that ends before its headers say, or goes on where they say nothing of it: a size that has 32 bits
-/// and needs more leaves the rest. Throws headroom.audio.file.truncated, .damaged and .length.
-inline void require_whole(const io::InputFile& file, const std::filesystem::path& path) {
+/// and needs more leaves the rest. Says what it found. Throws headroom.audio.file.truncated, .damaged and .length.
+inline std::optional<ContainerLength> require_whole(const io::InputFile& file, const std::filesystem::path& path) {
   const std::optional<ContainerLength> length = container_length(file);
-  if (!length) return;
+  if (!length) return length;
   require(length->promised <= file.size(), "headroom.audio.file.truncated", path, " has ", file.size(),
           " bytes, its header says ", length->promised, "; copy or download it again");
   require(!length->damaged_at, "headroom.audio.file.damaged", path, ": what begins at byte ",
@@ -277,6 +277,7 @@ inline void require_whole(const io::InputFile& file, const std::filesystem::path
           length->explained,
           " and not of the sound that may be in the rest; write it "
           "again, e.g. ffmpeg -ignore_length 1 -i INPUT -rf64 auto OUTPUT.wav, or cut off what is no sound");
+  return length;
 }
 
 }  // namespace headroom::inline v0::audio

@@ -18,6 +18,7 @@
 #include "headroom/audio/stft.hpp"
 #include "headroom/audio/waveform_loss.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/core/log_wmse.hpp"
 #include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0::audio {
@@ -218,7 +219,7 @@ class SeparationLossImpl : public torch::nn::Cloneable<SeparationLossImpl> {
     require(mixture.defined() && mixture.sizes() == torch::IntArrayRef{estimates.size(0), channels, samples},
             "headroom.audio.loss.shape", "got ", detail::describe(mixture), " for the mixture of stems ",
             detail::describe(estimates), "; logWMSE needs it, [B, C, S]");
-    constexpr double kEpsilon = 1e-8;
+    constexpr double kEpsilon = core::detail::kLogWmseEpsilon;
     const torch::Tensor rows = mixture.detach().reshape({-1, samples});
     torch::Tensor energies = torch::empty({rows.size(0)}, rows.options().dtype(detail::compute_type(estimates)));
     {

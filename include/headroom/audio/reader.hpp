@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <utility>
 
 #include "headroom/audio/container.hpp"
@@ -68,6 +69,9 @@ enum class WholeFile {
   known  ///< it was checked before
 };
 
+/// Whether an error is one of an audio file, which is missing, damaged or no audio.
+inline bool is_file_error(const Error& error) { return error.id().starts_with("headroom.audio.file."); }
+
 /// Reads an audio file piece by piece: WAV, RF64, Wave64, AIFF, AU, CAF, FLAC, Ogg and MP3, also out of a pipe, see
 /// io::InputFile.
 class AudioReader {
@@ -80,7 +84,8 @@ class AudioReader {
         input_(path_, {"headroom.audio.file.missing", "audio", "a WAV, FLAC, AIFF, Ogg or MP3 file"}) {
     require(input_.size() > 0, "headroom.audio.file.empty", path_,
             " has 0 bytes, expected audio; copy or download it again");
-    if (whole == WholeFile::check) require_whole(input_, path_);
+    std::optional<ContainerLength> length;
+    if (whole == WholeFile::check) length = require_whole(input_, path_);
     file_.reset(sf_open_fd(input_.descriptor(), SFM_READ, &info_, /*close_desc=*/SF_FALSE));
     require(file_ != nullptr, "headroom.audio.file.format", path_, " can't be read as audio: ", sf_strerror(nullptr),
             " Expected WAV, FLAC, AIFF, Ogg or MP3; convert it, e.g. ffmpeg -i INPUT OUTPUT.wav");
@@ -90,7 +95,7 @@ class AudioReader {
             "ffmpeg -i INPUT OUTPUT.wav");
     require(info_.frames != SF_COUNT_MAX, "headroom.audio.file.format", path_,
             " does not say how long it is; convert it, e.g. ffmpeg -i INPUT OUTPUT.wav");
-    if (whole == WholeFile::check) require_all_frames();
+    if (length && length->open_end) require_all_frames(*length->open_end);
     require(info_.frames > 0, "headroom.audio.file.empty", path_, " has no samples, expected at least 1");
   }
 
@@ -130,11 +135,10 @@ class AudioReader {
 
  private:
   /// Where samples go on to the end of the file, libsndfile has to know of all of them.
-  void require_all_frames() const {
-    const auto length = container_length(input_);
+  void require_all_frames(std::uint64_t open_end) const {
     const std::int64_t frame = std::int64_t{detail::stored_sample_bytes(info_.format)} * info_.channels;
-    if (!length || !length->open_end || frame == 0) return;
-    const auto there = static_cast<std::int64_t>(input_.size() - std::min(input_.size(), *length->open_end)) / frame;
+    if (frame == 0) return;
+    const auto there = static_cast<std::int64_t>(input_.size() - std::min(input_.size(), open_end)) / frame;
     require(info_.frames >= there, "headroom.audio.file.length", path_, " has about ", there,
             " frames and no length in its header, of which ", info_.frames,
             " can be read; write it again, e.g. ffmpeg -ignore_length 1 -i INPUT -rf64 auto OUTPUT.wav");

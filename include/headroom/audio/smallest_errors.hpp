@@ -4,8 +4,8 @@
 #include <torch/types.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "headroom/audio/waveform_loss.hpp"
@@ -29,9 +29,9 @@ inline torch::Tensor row_quantiles(const torch::Tensor& rows, double q) {
 /// what is below the q-quantile of its batch does. Memory: some numbers for each sample of one stem.
 inline torch::Tensor error_limits(const torch::Tensor& estimates, const torch::Tensor& references, double q) {
   const torch::NoGradGuard guard;
+  const auto type = compute_type(estimates, references);
   std::vector<torch::Tensor> limits;
   for (int64_t stem = 0; stem < estimates.size(1); ++stem) {
-    const auto type = at::promote_types(compute_type(estimates), compute_type(references));
     const torch::Tensor errors = (estimates.select(1, stem).to(type) - references.select(1, stem).to(type)).square_();
     limits.push_back(row_quantiles(errors.reshape({1, -1}), q).squeeze());
   }
@@ -42,7 +42,7 @@ inline torch::Tensor error_limits(const torch::Tensor& estimates, const torch::T
 /// q-quantile of the batch, else 0.
 inline torch::Tensor counted_waveforms(const torch::Tensor& estimates, const torch::Tensor& references, double q) {
   const torch::NoGradGuard guard;
-  const auto type = at::promote_types(compute_type(estimates), compute_type(references));
+  const auto type = compute_type(estimates, references);
   const torch::Tensor x = estimates.reshape({-1, estimates.size(3)}), y = references.reshape({-1, estimates.size(3)});
   torch::Tensor means = torch::empty({x.size(0)}, x.options().dtype(type).requires_grad(false));
   for_each_row(x.size(0), is_dry(x),

@@ -29,6 +29,11 @@ inline void check_waveforms(const torch::Tensor& estimate, const torch::Tensor& 
           "; expected two real floating-point tensors of the same shape, samples last");
 }
 
+/// The type that estimates and references are compared in.
+inline torch::ScalarType compute_type(const torch::Tensor& estimates, const torch::Tensor& references) {
+  return at::promote_types(compute_type(estimates), compute_type(references));
+}
+
 /// Calls f(row) for each of `count` rows. A dry run sees the first, the second in the place of all up to the last, and
 /// that.
 template <class F>
@@ -50,7 +55,7 @@ void for_each_row(int64_t count, bool dry, F&& f) {
 struct SumOverWaveforms : torch::autograd::Function<SumOverWaveforms> {
   static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& estimates,
                                const torch::Tensor& references, const std::vector<WaveformLoss>& parts) {
-    const auto type = at::promote_types(compute_type(estimates), compute_type(references));
+    const auto type = compute_type(estimates, references);
     const auto rows_of = [](const torch::Tensor& x) { return x.detach().reshape({-1, x.size(-1)}); };  // [R,S]
     const torch::Tensor estimate_rows = rows_of(estimates), reference_rows = rows_of(references);
     std::vector<torch::Tensor> gradients(2);

@@ -140,12 +140,18 @@ class HearingEnergy {
   Eigen::Index history_, filled_ = 0, total_ = 0;
 };
 
+namespace detail {
+
+inline constexpr double kLogWmseEpsilon = 1e-8;
+
+}  // namespace detail
+
 /// logWMSE of one stem, -4 ln(e / m + eps) in the mean over channels, from the HearingEnergy e of its error, m of the
 /// mixture; eps = 1e-8. Higher is better, 73.7 without any error. Throws headroom.core.log_wmse.shape.
 inline double log_wmse(const Eigen::ArrayXd& error, const Eigen::ArrayXd& mixture) {
   require(error.size() == mixture.size() && error.size() > 0, "headroom.core.log_wmse.shape", "got energies of ",
           error.size(), " channels of the error and ", mixture.size(), " of the mixture, expected the same");
-  constexpr double kEpsilon = 1e-8;
+  constexpr double kEpsilon = detail::kLogWmseEpsilon;
   return -4 * (error / mixture.max(kEpsilon * kEpsilon) + kEpsilon).log().mean();
 }
 

@@ -74,15 +74,20 @@ inline std::filesystem::path followed(std::filesystem::path path) {
   return path;
 }
 
+/// A number made of bytes (64-bit FNV-1a), the same in each process.
+inline std::uint64_t fnv1a(std::string_view bytes) {
+  std::uint64_t hash = 0xcbf29ce484222325u;
+  for (const char byte : bytes) hash = (hash ^ static_cast<unsigned char>(byte)) * 0x100000001b3u;
+  return hash;
+}
+
 /// NAME.partial beside `path`; of a name that leaves no room for that, as much as there is room for, and a number made
 /// of all of it.
 inline std::string temporary_name(const std::filesystem::path& path) {
   constexpr std::string_view kSuffix = ".partial";
   std::string name = path.filename().string();
   if (name.size() + kSuffix.size() > NAME_MAX) {
-    std::uint64_t hash = 0xcbf29ce484222325;  // FNV-1a, the same in each process
-    for (const char c : name) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
-    const std::string number = std::to_string(hash);
+    const std::string number = std::to_string(fnv1a(name));
     name.resize(NAME_MAX - kSuffix.size() - number.size() - 1);
     name.append("~").append(number);
   }

@@ -34,7 +34,8 @@ inline std::string why_no_room(const std::filesystem::path& folder, const RoomNe
   const detail::Descriptor probe(::mkostemp(name.data(), O_CLOEXEC));
   if (probe.number() < 0) return std::strerror(errno);
   ::unlink(name.c_str());
-  const bool reserved = ::fallocate(probe.number(), 0, 0, static_cast<off_t>(needed.largest_file)) == 0;
+  const bool reserved =
+      needed.largest_file == 0 || ::fallocate(probe.number(), 0, 0, static_cast<off_t>(needed.largest_file)) == 0;
   return reserved || errno == EOPNOTSUPP || errno == ENOSYS
              ? ""
              : "a file of " + std::to_string(needed.largest_file) + " bytes: " + std::strerror(errno);

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,6 +31,17 @@ inline double largest_ratio(double beta1, double beta2, int64_t steps) {
   const double q = beta1 * beta1 / beta2;
   const auto n = static_cast<double>(steps);
   return (1 - beta1) / std::sqrt(1 - beta2) * std::sqrt(q == 1 ? n : (1 - std::pow(q, n)) / (1 - q));
+}
+
+/// exact -= rate * average / denominator. Where there is a `most` no ratio is larger: that of quantised moments could
+/// be.
+inline void move_by_ratio(const at::Tensor& exact, const at::Tensor& average, const at::Tensor& denominator,
+                          double rate, std::optional<double> most) {
+  if (most) {
+    exact.add_(average.div_(denominator).clamp_(-*most, *most), -rate);
+  } else {
+    exact.addcdiv_(average, denominator, -rate);
+  }
 }
 
 }  // namespace detail
@@ -86,11 +98,10 @@ class AdamW : public Optimizer {
     if (options.weight_decay() != 0) exact.mul_(decay);
     if (!pace.by_square) {
       exact.add_(average, -pace.rate);
-    } else if (kept_average.scales.defined()) {
-      const double most = detail::largest_ratio(first, second, step) * pace.root;
-      exact.add_(average.div_(denominator).clamp_(-most, most), -pace.rate);
     } else {
-      exact.addcdiv_(average, denominator, -pace.rate);
+      std::optional<double> most;
+      if (kept_average.scales.defined()) most = detail::largest_ratio(first, second, step) * pace.root;
+      detail::move_by_ratio(exact, average, denominator, pace.rate, most);
     }
     if (!exact.is_same(parameter)) parameter.copy_(exact);
     kept_average.copy_(new_average);

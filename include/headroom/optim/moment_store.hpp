@@ -22,6 +22,11 @@ class MomentStore {
 
   MomentFormat format() const { return format_; }
 
+  /// Zeros of the shape of a parameter.
+  static at::Tensor zeros(const at::Tensor& parameter, at::ScalarType type) {
+    return at::zeros(parameter.sizes(), parameter.options().dtype(type).requires_grad(false));
+  }
+
   /// A moment of zero. One that is never negative has codes without a sign.
   StoredMoment zero(const at::Tensor& parameter, bool is_signed) {
     if (format_ == MomentFormat::eight_bit && parameter.numel() >= kSmallestEightBit) {
@@ -48,9 +53,6 @@ class MomentStore {
   }
 
  private:
-  static at::Tensor zeros(const at::Tensor& parameter, at::ScalarType type) {
-    return at::zeros(parameter.sizes(), parameter.options().dtype(type).requires_grad(false));
-  }
   const DynamicCode& code(const at::Tensor& like, bool is_signed) {
     auto& known = codes_[is_signed];
     if (!known || known->values.device() != like.device()) known.emplace(is_signed, like);

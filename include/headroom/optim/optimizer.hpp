@@ -180,7 +180,9 @@ inline void Optimizer::save(torch::serialize::OutputArchive& archive) const {
 inline std::unique_ptr<ParameterState> Optimizer::loaded_state(torch::serialize::InputArchive& archive,
                                                                const torch::Tensor& parameter, size_t index) {
   auto state = zero_state(parameter);
+  size_t keys = 2;  // its sizes and its step
   state->each_tensor([&](const std::string& name, const torch::Tensor& target) {
+    ++keys;
     torch::Tensor saved;
     const bool fits = archive.try_read(archived(name), saved) && target.sizes() == saved.sizes() &&
                       target.scalar_type() == saved.scalar_type();
@@ -188,6 +190,8 @@ inline std::unique_ptr<ParameterState> Optimizer::loaded_state(torch::serialize:
                 ", its saved moments are those of another type; load them into the optimizer of the same model");
     torch::Tensor(target).copy_(saved);
   });
+  check_state(archive.keys().size() == keys, "of parameter ", index, " there are ", archive.keys().size() - 2,
+              " saved moments, this optimizer keeps ", keys - 2, "; make it with the options of the saved one");
   c10::IValue step;
   archive.read("step", step);
   state->step = step.toInt();

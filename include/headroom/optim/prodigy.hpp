@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -100,13 +101,10 @@ class Prodigy : public Optimizer {
     const torch::Tensor average = moments_.load(kept, parameter);
     const torch::Tensor denominator = moments_.load(state.moments.at("exp_avg_sq"), parameter).sqrt().add_(eps);
     if (options.weight_decay() != 0) exact.mul_(decay);
-    if (kept.scales.defined()) {
-      const auto [beta1, beta2] = options.betas();
-      const double most = detail::largest_ratio(beta1, beta2, state.step + 1);
-      exact.add_(average.div_(denominator).clamp_(-most, most), -rate_);
-    } else {
-      exact.addcdiv_(average, denominator, -rate_);
-    }
+    const auto [beta1, beta2] = options.betas();
+    std::optional<double> most;
+    if (kept.scales.defined()) most = detail::largest_ratio(beta1, beta2, state.step + 1);
+    detail::move_by_ratio(exact, average, denominator, rate_, most);
     if (!exact.is_same(parameter)) parameter.copy_(exact);
     ++state.step;
   }
@@ -118,8 +116,7 @@ class Prodigy : public Optimizer {
     state->moments.emplace("exp_avg", moments_.zero(parameter, true));
     state->moments.emplace("exp_avg_sq", moments_.zero(parameter, false));
     state->moments.emplace("p0", StoredMoment{parameter.detach().to(type, false, /*copy=*/true), {}});
-    state->moments.emplace(
-        "s", StoredMoment{at::zeros(parameter.sizes(), parameter.options().dtype(type).requires_grad(false)), {}});
+    state->moments.emplace("s", StoredMoment{MomentStore::zeros(parameter, type), {}});
     return state;
   }
 

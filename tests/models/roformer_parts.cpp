@@ -293,7 +293,7 @@ TEST_CASE("a model keeps what its blocks and mask estimators keep, the spectrum,
 TEST_CASE("checkpoint policies change no gradient of a RoFormer; tiles change rounding alone") {
   const testing::OneThread one_thread;
   torch::manual_seed(3);
-  for (const std::string& layout : {"classic", "skip", "streams"}) {
+  for (const std::string layout : {"classic", "skip", "streams"}) {
     auto options = small_bs();
     options.linear_transformer_depth(1).skip_connection(layout == "skip");
     if (layout == "streams") options.num_residual_streams(2).add_value_residual(true).use_pope(true);

@@ -1,3 +1,5 @@
+#include <ATen/autocast_mode.h>
+
 #include <cmath>
 #include <cstdint>
 #include <map>
@@ -291,7 +293,7 @@ TEST_CASE("a model keeps what its blocks and mask estimators keep, the spectrum,
 TEST_CASE("checkpoint policies change no gradient of a RoFormer; tiles change rounding alone") {
   const testing::OneThread one_thread;
   torch::manual_seed(3);
-  for (const std::string& layout : {"classic", "skip", "streams"}) {
+  for (const std::string layout : {"classic", "skip", "streams"}) {
     auto options = small_bs();
     options.linear_transformer_depth(1).skip_connection(layout == "skip");
     if (layout == "streams") options.num_residual_streams(2).add_value_residual(true).use_pope(true);
@@ -341,6 +343,31 @@ TEST_CASE("a block with streams keeps its streams, what its branches read and ga
   block().sum().backward();  // chooses kernels
   CHECK(held(block) == here);
   CHECK(planned_held(this_machine(), make) == here);
+}
+
+TEST_CASE("the newer layout goes on under autocast, within bfloat16's rounding") {
+  const testing::OneThread one_thread;
+  torch::manual_seed(9);
+  auto options = small_bs();
+  options.num_residual_streams(2).add_value_residual(true).use_pope(true);
+  models::BsRoformer model(options);
+  const Tensor mixture = torch::randn({1, 2, 300});
+  const auto expected = gradients(model, mixture);
+  const Tensor stems = model->forward(mixture);
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const Tensor narrow = model->forward(mixture);
+  const auto rounded = gradients(model, mixture);
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  CHECK((narrow - stems).norm().item<float>() < 0.05 * stems.norm().item<float>());
+  for (const auto& [name, gradient] : rounded) {
+    CAPTURE(name);
+    CHECK(gradient.isfinite().all().item<bool>());
+  }
+  const Tensor x = torch::randn({2, 3, 5, 8}), weights = torch::rand({2, 5, 3, 3});
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const Tensor sums = nn::mix_streams(x, weights);
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  CHECK(sums.equal(nn::mix_streams(x, weights)));
 }
 
 TEST_CASE("a graph with value residuals is freed without a backward pass") {

@@ -133,11 +133,13 @@ HEADROOM_KERNEL StreamMix mix_gradients(const StreamMix& mix, const torch::Tenso
 struct StreamMixFunction : torch::autograd::Function<StreamMixFunction> {
   /// tensors: x, weights, and one_more where there is
   static torch::Tensor forward(torch::autograd::AutogradContext* ctx, at::TensorList tensors) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     ctx->save_for_backward(tensors.vec());
     return mixed(of(tensors));
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto saved = ctx->get_saved_variables();
     const StreamMix grad = mix_gradients(of(saved), grads[0]);
     torch::autograd::variable_list result{grad.x, grad.weights};
@@ -157,7 +159,8 @@ namespace headroom::inline v0::nn {
 
 /// Weighted sums of streams at each position: x [G,S,L,dim], weights [G,L,S,T] -> [G,T,L,dim], where out_t is the sum
 /// over s of weight_st·x_s. With `one_more` [G,1,L,dim], one stream that lies elsewhere, weights are [G,L,S+1,T].
-/// Differentiable; saves what it is given. Throws headroom.nn.streams.shape.
+/// Computed in x's dtype, under autocast as well. Differentiable; saves what it is given. Throws
+/// headroom.nn.streams.shape.
 inline torch::Tensor mix_streams(const torch::Tensor& x, const torch::Tensor& weights,
                                  const std::optional<torch::Tensor>& one_more = {}) {
   const bool more = one_more.has_value();
@@ -169,8 +172,9 @@ inline torch::Tensor mix_streams(const torch::Tensor& x, const torch::Tensor& we
                     one_more->sizes().slice(2) == x.sizes().slice(2)),
           "headroom.nn.streams.shape", "x is ", x.sizes(), " and the stream more ",
           more ? one_more->sizes() : at::IntArrayRef(), "; expected [G,1,L,dim]");
-  torch::autograd::variable_list tensors{x.contiguous(), weights.contiguous()};
-  if (more) tensors.push_back(one_more->contiguous());
+  const auto dense = [&](const torch::Tensor& t) { return t.to(x.scalar_type()).contiguous(); };
+  torch::autograd::variable_list tensors{x.contiguous(), dense(weights)};
+  if (more) tensors.push_back(dense(*one_more));
   return detail::StreamMixFunction::apply(at::TensorList(tensors));
 }
 

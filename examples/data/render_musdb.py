@@ -3,11 +3,15 @@
 
     render_musdb.py --out DIR [--songs e3m5,evil] [--test-songs e1m1] [--seconds 75] [--vocals choir|sinsy|none]
                     [--jobs 2]
+    render_musdb.py --out DIR --songs all --fullness 0.5 --held-out 5 --seed 1
     render_musdb.py --list
 
 makes DIR/train/<Artist - Title>/{mixture,vocals,drums,bass,other}.wav and DIR/test/... : 44.1 kHz, stereo, 16 bits.
 The mixture is the sum of the four stems bit for bit. Songs that are there already, made with the same settings, are
 kept; a song appears in DIR only when it is complete, so an interrupted run is simply started again.
+
+With --held-out nobody chooses which songs a model is tested on: so many of --songs, drawn by --seed, become DIR/valid,
+which `train` validates on, and there is no DIR/test.
 
 Needs the Debian packages freedoom, fluidsynth and fluid-soundfont-gm, and the Python packages mido, numpy and
 soundfile; `--vocals sinsy` also scipy, pysinsy and pyworld. docs/080_demo_data.md explains how the stems are made.
@@ -17,6 +21,7 @@ import argparse
 import concurrent.futures
 import hashlib
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -202,7 +207,7 @@ def write_readme(out, vocals, song_count):
     }[vocals]
     (out / "README.md").write_text(f"""# Rendered songs in the MUSDB18-HQ layout
 
-{song_count} songs for trying out a separator: train/ and test/ hold one folder a song with mixture, vocals, drums,
+{song_count} songs for trying out a separator: train/ and test/ or valid/ hold one folder a song with mixture, vocals, drums,
 bass and other as 16-bit WAV at 44.1 kHz. Each mixture is the sum of its stems bit for bit. song.json in each folder
 tells the settings, levels and SHA-256 of the files.
 
@@ -224,14 +229,31 @@ def choose(available, names):
     return chosen
 
 
+def fullest_excerpt(midi, seconds):
+    """Returns (length, start, coverage): of a song (MIDI bytes), of its fullest excerpt, and how much of that the
+    sparsest stem sounds, 0 to 1."""
+    events = midi_song.read_events(midi)
+    lead = midi_song.lead_channel(midi_song.notes(events))
+    return events[-1].seconds, *midi_song.fullest_start(midi_song.notes(events, lead), seconds)
+
+
 def list_songs(available, seconds):
     """Prints each song's length and how much of its fullest excerpt the sparsest stem sounds."""
     print("song      length (s)  excerpt from (s)  sparsest stem sounds")
     for name, midi in sorted(available.items()):
-        events = midi_song.read_events(midi)
-        lead = midi_song.lead_channel(midi_song.notes(events))
-        start, coverage = midi_song.fullest_start(midi_song.notes(events, lead), seconds)
-        print(f"{name:8}  {events[-1].seconds:10.0f}  {start:16.0f}  {100 * coverage:18.0f} %")
+        length, start, coverage = fullest_excerpt(midi, seconds)
+        print(f"{name:8}  {length:10.0f}  {start:16.0f}  {100 * coverage:18.0f} %")
+
+
+def divide(available, arguments):
+    """Returns {part: song names} of the data set that the command line asks for."""
+    tested = [] if arguments.held_out else choose(available, arguments.test_songs)
+    songs = [name for name in choose(available, arguments.songs) if name not in tested
+             and (arguments.fullness == 0 or fullest_excerpt(available[name], arguments.seconds)[2] >= arguments.fullness)]
+    if arguments.held_out >= max(len(songs), 1):
+        sys.exit(f"--held-out {arguments.held_out} of {len(songs)} songs leaves none to train on")
+    held_out = random.Random(arguments.seed).sample(sorted(songs), arguments.held_out)
+    return {"train": [name for name in songs if name not in held_out], "valid": sorted(held_out), "test": tested}
 
 
 def parse_arguments():
@@ -241,6 +263,11 @@ def parse_arguments():
     parser.add_argument("--songs", default=TRAIN_SONGS,
                         help='songs of DIR/train, by name, or "all" that are not tested (default: %(default)s)')
     parser.add_argument("--test-songs", default=TEST_SONGS, help="songs of DIR/test (default: %(default)s)")
+    parser.add_argument("--fullness", type=float, default=0,
+                        help="leave out songs of which some stem sounds less than this share of the excerpt, 0 to 1")
+    parser.add_argument("--held-out", type=int, default=0,
+                        help="so many of --songs become DIR/valid, drawn by --seed, and --test-songs have no part")
+    parser.add_argument("--seed", type=int, default=0, help="of that draw (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=75, help="longest excerpt of a song (default: %(default)s)")
     parser.add_argument("--vocals", choices=("choir", "sinsy", "none"), default="choir",
                         help="who sings the melody (default: %(default)s)")
@@ -251,6 +278,8 @@ def parse_arguments():
         parser.error("--out DIR is missing: the folder that the data set is to be written to")
     if arguments.seconds < 1 or arguments.jobs < 1:
         parser.error("--seconds and --jobs must be at least 1")
+    if arguments.held_out < 0 or not 0 <= arguments.fullness <= 1:
+        parser.error("--held-out must be at least 0, --fullness between 0 and 1")
     return arguments
 
 
@@ -272,10 +301,8 @@ def main():
         list_songs(available, arguments.seconds)
         return
 
-    tested = choose(available, arguments.test_songs)
-    trained = [name for name in choose(available, arguments.songs) if name not in tested]
     songs = {}  # folder: (MIDI bytes, settings)
-    for part, names in (("train", trained), ("test", tested)):
+    for part, names in divide(available, arguments).items():
         for name in names:
             settings = {"song": name, "seconds": arguments.seconds, "vocals": arguments.vocals, "rendering": RENDERING}
             songs[arguments.out / part / f"Freedoom - {name.upper()}"] = (available[name], settings)

@@ -8,6 +8,7 @@ if(component)
 endif()
 file(RENAME "${first}" "${prefix}")
 file(GLOB_RECURSE installed "${prefix}/*")
+list(FILTER installed EXCLUDE REGEX "\\.a$")  # with debug symbols it names the sources
 if(NOT installed)
   message(FATAL_ERROR "nothing was installed")
 endif()

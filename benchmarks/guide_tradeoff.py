@@ -79,28 +79,27 @@ def train(arguments):
 
 
 def time(arguments):
-    """Keeps the seconds of the shortest step of each configuration on all cores, without validation."""
+    """Keeps the seconds of the shortest step of each configuration on all cores; one segment is validated."""
     for name in arguments.configurations:
         folder = arguments.out / f"{name}-timed"
         config = scaled(name)
-        config["training"] |= {"validation_every": 1000, "steps_per_epoch": 100}
+        config["training"] |= {"validation": "segments", "validation_segments": 1, "steps_per_epoch": 100}
         run(arguments, folder, config, "--steps", str(TIMED_STEPS))
 
 
-def row(folder, name, steps):
-    """Returns what was measured of a run."""
+def row(folder):
+    """Returns what was measured of a run, up to its last validation."""
+    name = folder.name.split("-")[0]
     training = scaled(name)["training"]
-    phases = json.loads((folder / "summary.json").read_text())["phases"]
     scores = {line["step"]: line["scores"]["nsdr"] for line in lines(folder, "validation")}
     timed = folder.with_name(f"{name}-timed")
-    seconds = min((line["seconds"] for line in lines(timed, "step")), default=None) if timed.exists() else None
     batch = training["batch_size"] * training["gradient_accumulation_steps"]
     return {
         "configuration": name,
-        "steps": steps,
-        "heard_seconds": steps * batch * training["segment_length"] / SAMPLE_RATE,
-        "peak_bytes": max(use["peak_bytes"] for phase, use in phases.items() if phase != "validation"),
-        "seconds_per_step": seconds,
+        "steps": max(scores),
+        "heard_seconds": max(scores) * batch * training["segment_length"] / SAMPLE_RATE,
+        "peak_bytes": max(use["peak_bytes"] for line in lines(folder, "step") for use in line["phases"].values()),
+        "seconds_per_step": min(line["seconds"] for line in lines(timed, "step")) if timed.exists() else None,
         "nsdr": scores[max(scores)],
         "curve": {step: score["mean"] for step, score in scores.items()},
     }
@@ -108,9 +107,7 @@ def row(folder, name, steps):
 
 def table(arguments):
     """Prints a line a run, and what each validation scored."""
-    rows = [row(folder, *re.fullmatch(r"(\w+)-(\d+)", folder.name).groups())
-            for folder in sorted(arguments.out.glob("*-[0-9]*")) if (folder / "summary.json").exists()]
-    rows = [measured | {"steps": int(measured["steps"])} for measured in rows]
+    rows = [row(folder) for folder in arguments.out.glob("*-[0-9]*") if lines(folder, "validation")]
     rows.sort(key=lambda measured: (measured["steps"], NAMES.index(measured["configuration"])))
     print(f"{'':24}{'steps':>6}{'heard, s':>10}{'peak, MiB':>11}{'s a step':>10}{'nSDR':>7}  at each validation")
     for r in rows:

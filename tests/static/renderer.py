@@ -7,6 +7,7 @@ Prints "skipped" and ends well when a Python package that the renderer needs is 
 import struct
 import sys
 import tempfile
+import types
 import unittest
 from pathlib import Path
 
@@ -175,6 +176,35 @@ class Samples(unittest.TestCase):
             # A song that moves from train to test must not stay in train
             render_musdb.remove_other_songs(Path(out), {Path(out) / "test" / "Freedoom - X": None})
             self.assertFalse(folder.exists())
+
+
+class Parts(unittest.TestCase):
+    def setUp(self):
+        full = song(program(0, 33), program(1, 52), note(0, 40, 0, 40), note(0, 40, 1, 60), note(0, 40, 2, 60),
+                    *[note(t * 0.4, t * 0.4 + 0.1, 9, 36) for t in range(100)])
+        sparse = [event for event in full if event.message.channel != 1]  # nobody sings
+        self.available = {f"s{number}": midi_bytes(full) for number in range(12)} | {"sparse": midi_bytes(sparse)}
+
+    def divide(self, **changes):
+        options = {"songs": "all", "test_songs": "s3", "fullness": 0, "held_out": 0, "seed": 1, "seconds": 10}
+        return render_musdb.divide(self.available, types.SimpleNamespace(**(options | changes)))
+
+    def test_songs_are_held_out_by_a_draw_that_the_seed_repeats(self):
+        parts = self.divide(held_out=4)
+        self.assertEqual((len(parts["train"]), len(parts["valid"]), parts["test"]), (9, 4, []))
+        self.assertEqual(sorted(parts["train"] + parts["valid"]), sorted(self.available))
+        self.assertEqual(self.divide(held_out=4), parts)
+        self.assertGreater(len({tuple(self.divide(held_out=4, seed=seed)["valid"]) for seed in range(8)}), 4)
+        with self.assertRaisesRegex(SystemExit, "leaves none"):
+            self.divide(held_out=13)
+
+    def test_without_a_draw_the_test_songs_are_those_that_are_named(self):
+        parts = self.divide()
+        self.assertEqual((len(parts["train"]), parts["valid"], parts["test"]), (12, [], ["s3"]))
+
+    def test_songs_in_which_a_stem_hardly_sounds_are_left_out_where_that_is_wanted(self):
+        self.assertIn("sparse", self.divide()["train"])
+        self.assertNotIn("sparse", self.divide(fullness=0.5)["train"])
 
 
 class Summary(unittest.TestCase):

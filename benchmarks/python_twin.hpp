@@ -13,8 +13,8 @@
 
 #include "benchmark.hpp"
 #include "headroom/core/error.hpp"
-#include "headroom/memory/pages.hpp"
 #include "headroom/memory/resident.hpp"
+#include "headroom/memory/tensor_arena.hpp"
 #include "timing.hpp"
 
 // The same steps here and in Python, which a process of its own runs: what it gets is written to a file, what it took
@@ -52,7 +52,7 @@ struct Way {
 /// Takes steps on the CPU, of which `step` takes one and returns its loss. Memory is what the resident size grew by.
 inline Measurement measured(const std::function<double()>& step, int64_t steps) {
   std::vector<double> losses;
-  release_free_pages();  // what others left behind is not ours to use
+  TensorArena::instance().release_free_pages();  // what others left behind is not ours to use
   reset_peak_resident_bytes();
   const int64_t before = resident_bytes();
   Measurement result;

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "headroom/memory/format.hpp"
-#include "headroom/memory/pages.hpp"
+#include "headroom/memory/tensor_arena.hpp"
 #include "python_twin.hpp"
 #include "steps.hpp"
 #include "timing.hpp"
@@ -89,7 +89,7 @@ int main(int argc, char** argv) {
     std::optional<benchmarks::Accelerator> gpu;
     if (device != "cpu") benchmark.note("machine", gpu.emplace(device).describe());
     benchmark.note("device", device);
-    keep_free_pages();  // as train does
+    if (!gpu) TensorArena::install();  // as train does
     std::printf("%-24s %-10s %10s %14s %12s %12s %8s %8s\n", "", "", "seconds", gpu ? "peak" : "resident", "first loss",
                 "last loss", "faster", "memory");
     for (const std::string& file : files) {

@@ -50,7 +50,7 @@ struct Arguments {
   std::string name;  // empty: {stem} for one file, {track}/{stem} else
   int threads = 0;   // 0: LibTorch's choice
   std::string device = "cpu";
-  bool overwrite = false;
+  bool raw_weights = false, overwrite = false;
 };
 
 // What separates, and into what.
@@ -128,7 +128,8 @@ int run(Arguments arguments) {
   models.ensemble.combination = combinations().at(arguments.ensemble);
   const torch::Device device = find_device(arguments.device);
   headroom::TensorArena::install();  // an hour of segments takes the memory of a minute of them
-  for (const auto& files : model_files(arguments.models, arguments.configs)) {
+  for (auto files : model_files(arguments.models, arguments.configs)) {
+    files.averaged = !arguments.raw_weights;
     for (const std::string& text : add_model(files, arguments.blend, device, models)) notice(text);
   }
   models.ensemble.check();
@@ -168,6 +169,8 @@ int main(int argc, char** argv) {
   line.paths("--config", arguments.configs,
              "configuration of the weights, also one that was published with them; one for all or one each")
       .one_each_time();
+  line.flag("--raw-weights", arguments.raw_weights,
+            "of a saved state with averaged weights take those that training goes on from");
   std::vector<std::string> ensembles;
   for (const auto& [name, combination] : combinations()) ensembles.push_back(name);
   line.text("--ensemble", arguments.ensemble,

@@ -211,7 +211,8 @@ int main(int argc, char** argv) {
   const auto weights =
       line.path("--weights", arguments.weights, "weights to begin with: .ckpt, .pth, .safetensors or a saved state");
   weights.without(line.path("--resume", arguments.resume, "saved state to go on from, or the folder of a run"));
-  line.flag("--allow-partial", arguments.allow_partial, "of --weights take what fits, and tell the rest")
+  line.flag("--allow-partial", arguments.allow_partial,
+            "of --weights take what fits, of other sizes a part, and tell the rest")
       .needs(weights);
   line.path("--data", arguments.data,
             "data set: a folder with `train` and, optionally, `valid`, or a CSV table; default: data.path");

@@ -157,6 +157,14 @@ TEST_CASE("averages of weights follow them, take one copy, and are what is valid
   check_equal(weights::load_tensors(folder / "last.safetensors"), exported_tensors(end));
   check_equal(tensors_of(*load_model(folder / "last.pt").model), exported_tensors(end));
   check_equal(tensors_of(*load_model({.weights = folder / "last.pt", .averaged = false}).model), end.model);
+  testing::write_bytes(folder / "beside.json", end.config);
+  const auto beside = [&](bool averaged) {
+    return load_model({.weights = folder / "last.pt", .config = folder / "beside.json", .averaged = averaged});
+  };
+  check_equal(tensors_of(*beside(true).model), exported_tensors(end));
+  check_equal(tensors_of(*beside(false).model), end.model);
+  const Error error = error_of([&] { load_model({.weights = folder / "last.safetensors", .averaged = false}); });
+  CHECK(error.id() == "headroom.training.raw_weights");
 
   // A state without averages: they begin with its weights
   TrainingState plain = end;

@@ -170,13 +170,39 @@ TEST_CASE("weights that do not fit change nothing, and the error says what is wh
   CHECK(report.loaded == std::vector<std::string>{"0.bias", "1.running_mean", "1.running_var", "1.weight"});
   CHECK(report.missing == std::vector<std::string>{"0.weight"});
   CHECK(report.unexpected == std::vector<std::string>{"0.wieght", "head.weight", "model.0.bias"});
-  CHECK(report.misfits.size() == 2);
+  CHECK(report.parts.size() == 1);
+  CHECK(report.misfits.size() == 1);
+  CHECK(same(layer->named_parameters()["1.bias"].detach(), torch::zeros({4})));
   CHECK(same(layer->named_parameters()["0.weight"].detach(), before.at("0.weight")));
   CHECK(same(layer->named_parameters()["0.bias"].detach(), tensors.at("0.bias")));
 
   torch::nn::Linear other(2, 2);
   CHECK(error_of([&] { weights::load_weights(*other, path, {.allow_partial = true}); }).id() ==
         "headroom.weights.mismatch");
+}
+
+TEST_CASE("of a tensor with other sizes the part that both have is loaded, and the rest stays as it was") {
+  const TemporaryFolder folder;
+  const auto path = folder / "a.safetensors";
+  weights::TensorMap tensors = {{"weight", torch::randn({5, 2})}, {"bias", torch::randn({5, 1})}};
+  weights::save_tensors(path, tensors);
+  torch::nn::Linear layer(3, 4);
+  const weights::TensorMap before = copies(*layer);
+  CHECK(error_of([&] { weights::load_weights(*layer, path); }).id() == "headroom.weights.mismatch");
+  CHECK(same(copies(*layer), before));
+
+  const weights::LoadReport report = weights::load_weights(*layer, path, {.allow_partial = true});
+  torch::Tensor expected = before.at("weight").clone();
+  expected.narrow(1, 0, 2).copy_(tensors.at("weight").narrow(0, 0, 4));
+  CHECK(same(layer->weight.detach(), expected));
+  CHECK(same(layer->bias.detach(), before.at("bias")));  // with another number of axes nothing is common
+  CHECK((layer->weight.is_leaf() && layer->weight.requires_grad()));
+  CHECK_FALSE(report.complete());
+  CHECK(report.loaded.empty());
+  const std::string text = to_string(report);
+  INFO(text);
+  CHECK(contains(text, "loaded in part: \"weight is Float [5, 2] in the file, expected Float [4, 3]\""));
+  CHECK(contains(text, "other shape or type: \"bias is Float [5, 1] in the file, expected Float [4]\""));
 }
 
 TEST_CASE("a report shows the first names only") {

@@ -30,7 +30,9 @@ struct ModelFiles {
   /// weights.
   std::filesystem::path weights;
   std::filesystem::path config = {};  ///< of ours or published, see load_config
-  bool averaged = true;               ///< of a saved state with averaged weights take these
+  /// Of a saved state with averaged weights take these; false: those that training goes on from, which no other file
+  /// has.
+  bool averaged = true;
 };
 
 /// A trained model and its configuration.
@@ -40,7 +42,8 @@ struct LoadedModel {
 };
 
 /// Reads a model for inference: it is in evaluation mode and needs no gradients. `notices` as in load_config. Throws
-/// like load_config, load_weights and load_state, and headroom.training.no_config for weights without a configuration.
+/// like load_config, load_weights and load_state, headroom.training.no_config for weights without a configuration, and
+/// headroom.training.raw_weights where weights that are not averaged are asked of another file than a saved state.
 HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files, std::vector<std::string>* notices = nullptr);
 inline LoadedModel load_model(const std::filesystem::path& weights) { return load_model(ModelFiles{weights}); }
 
@@ -81,21 +84,28 @@ inline std::optional<std::string> config_within(const std::filesystem::path& pat
   return found->second;
 }
 
+/// Copies tensors into the model of a configuration, as load_weights does with those of a file.
+inline weights::LoadReport take_weights(const LoadedModel& loaded, const TensorMap& tensors,
+                                        const std::filesystem::path& path, const weights::LoadOptions& options) {
+  const TensorMap targets = tensors_of(*loaded.model);
+  weights::Matches matches =
+      weights::match_tensors(tensors, targets, {.prefixes = options.prefixes, .parts = options.allow_partial});
+  const weights::LoadReport& report = matches.report;
+  require(report.is_enough(options), "headroom.training.weights", path.string(), " does not fit the ",
+          loaded.config.model.type(), " of the configuration: ", weights::summary_of(report),
+          "; give the configuration that belongs to the weights",
+          report.loaded.empty() ? "" : ", or --allow-partial to train with what fits",
+          other_facts(loaded.config, tensors, targets, options.prefixes), to_string(report));
+  matches.copy();
+  return std::move(matches.report);
+}
+
 }  // namespace detail
 
 HEADROOM_TRAINING weights::LoadReport load_weights(const models::Separator& model, const Config& config,
                                                    const std::filesystem::path& path,
                                                    const weights::LoadOptions& options) {
-  const TensorMap tensors = weights::load_tensors(path, options.key), targets = tensors_of(*model);
-  weights::Matches matches = weights::match_tensors(tensors, targets, options.prefixes);
-  const weights::LoadReport& report = matches.report;
-  require(report.is_enough(options), "headroom.training.weights", path.string(), " does not fit the ",
-          config.model.type(), " of the configuration: ", weights::summary_of(report),
-          "; give the configuration that belongs to the weights",
-          report.loaded.empty() ? "" : ", or --allow-partial to train with what fits",
-          detail::other_facts(config, tensors, targets, options.prefixes), to_string(report));
-  matches.copy();
-  return std::move(matches.report);
+  return detail::take_weights({config, model}, weights::load_tensors(path, options.key), path, options);
 }
 
 HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files, std::vector<std::string>* notices) {
@@ -103,16 +113,18 @@ HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files, std::vector<st
   std::optional<std::string> within;
   std::optional<TrainingState> state;
   if (files.config.empty()) within = detail::config_within(path);
-  if (files.config.empty() && !within) state = load_state(path);
+  if (!within && (files.config.empty() || is_saved_state(path))) state = load_state(path);
+  require(files.averaged || state, "headroom.training.raw_weights", path.string(),
+          " is no saved state: it has one set of weights, which are averaged where training.ema_decay says so; give "
+          "last.pt or best.pt of the run, or do without --raw-weights");
   const Config config = !files.config.empty()
                             ? load_config(files.config, notices)
                             : parse_config(state ? state->config : *within, path.string() + " (configuration)");
   LoadedModel loaded{config, make_model(config)};
-  if (state) {
-    copy_tensors(files.averaged ? exported_tensors(*state) : state->model, tensors_of(*loaded.model), path.string());
-  } else {
-    load_weights(loaded.model, config, path);
-  }
+  const TensorMap tensors = !state           ? weights::load_tensors(path)
+                            : files.averaged ? exported_tensors(*state)
+                                             : state->model;
+  detail::take_weights(loaded, tensors, path, {});
   loaded.model->eval();
   for (torch::Tensor& parameter : loaded.model->parameters()) parameter.requires_grad_(false);
   return loaded;

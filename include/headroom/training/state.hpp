@@ -119,6 +119,9 @@ HEADROOM_TRAINING void save_state(const std::filesystem::path& path, const Train
 /// headroom.training.state.corrupt when it is truncated, changed, or something else.
 HEADROOM_TRAINING TrainingState load_state(const std::filesystem::path& path);
 
+/// Whether a file ends as saved states do, also where it is damaged.
+HEADROOM_TRAINING bool is_saved_state(const std::filesystem::path& path);
+
 #ifdef HEADROOM_TRAINING_HERE
 HEADROOM_TRAINING void save_state(const std::filesystem::path& path, const TrainingState& state,
                                   const std::function<void()>& before_replacing) {
@@ -160,22 +163,35 @@ void check_saved_state(bool fine, const std::filesystem::path& path, uint64_t si
           "; use another saved state of the run, such as best.pt or last.pt");
 }
 
+/// A file that may be a saved state.
+struct StateFile {
+  std::ifstream stream;  ///< not open where it cannot be read
+  std::error_code failure = {};
+  uint64_t size = 0;
+  Trailer trailer{.magic = {}};
+};
+
+/// Opens a file and reads its end.
+inline StateFile open_state(const std::filesystem::path& path) {
+  StateFile file;  // its failure: a loop of links, or a folder that may not be entered
+  const bool regular = std::filesystem::is_regular_file(path, file.failure);
+  if (regular) file.stream.open(path, std::ios::binary | std::ios::ate);  // to open a pipe would wait for its writer
+  if (!file.stream.is_open()) return file;
+  file.size = static_cast<uint64_t>(file.stream.tellg());
+  if (file.size > sizeof(Trailer)) {
+    file.stream.seekg(-static_cast<std::streamoff>(sizeof(Trailer)), std::ios::end);
+    file.stream.read(reinterpret_cast<char*>(&file.trailer), sizeof(Trailer));
+  }
+  return file;
+}
+
 /// The archive in a saved state. Its end is looked at first: whatever else was given by mistake, of any size, is
 /// refused before it is read. Throws as load_state.
 inline std::vector<char> read_archive(const std::filesystem::path& path) {
-  std::error_code failure;  // a loop of links, or a folder that may not be entered
-  const bool regular = std::filesystem::is_regular_file(path, failure);
-  std::ifstream file;
-  if (regular) file.open(path, std::ios::binary | std::ios::ate);  // to open a pipe would wait for its writer
+  auto [file, failure, size, trailer] = open_state(path);
   require(file.is_open(), "headroom.training.state.read", "cannot read a saved state from ", path.string(),
           failure ? ": " + failure.message() : "", "; expected a file that train wrote, such as last.pt");
-  const auto size = static_cast<uint64_t>(file.tellg());
-  const auto check = [&](bool fine, const auto&... what) { check_saved_state(fine, path, size, what...); };
-  Trailer trailer{.magic = {}};
-  if (size > sizeof trailer) {
-    file.seekg(-static_cast<std::streamoff>(sizeof trailer), std::ios::end);
-    file.read(reinterpret_cast<char*>(&trailer), sizeof trailer);
-  }
+  const auto check = [&, size = size](bool fine, const auto&... what) { check_saved_state(fine, path, size, what...); };
   check(trailer.magic == Trailer::kMagic,
         "has no end mark: it is truncated or no saved state (other weights come with their configuration, --config)");
   check(trailer.size == size - sizeof trailer, "should hold ", trailer.size, " bytes of data and holds ",
@@ -188,6 +204,10 @@ inline std::vector<char> read_archive(const std::filesystem::path& path) {
 }
 
 }  // namespace detail
+
+HEADROOM_TRAINING bool is_saved_state(const std::filesystem::path& path) {
+  return detail::open_state(path).trailer.magic == detail::Trailer::kMagic;
+}
 
 HEADROOM_TRAINING TrainingState load_state(const std::filesystem::path& path) {
   const std::vector<char> bytes = detail::read_archive(path);
@@ -230,7 +250,7 @@ HEADROOM_TRAINING TrainingState load_state(const std::filesystem::path& path) {
 /// Copies tensors into others of the same names. Throws headroom.training.state.structure unless names, shapes and
 /// types agree, with every difference, before anything is changed. `what` names the source, such as a file.
 inline void copy_tensors(const TensorMap& source, const TensorMap& target, const std::string& what) {
-  const weights::Matches matches = weights::match_tensors(source, target, {}, /*same_types=*/true);
+  const weights::Matches matches = weights::match_tensors(source, target, {.same_types = true});
   require(matches.report.complete(), "headroom.training.state.structure", what,
           " does not fit this model; train with the configuration saved in it, or start anew",
           to_string(matches.report));

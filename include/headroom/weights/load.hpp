@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <map>
 #include <ostream>
@@ -25,7 +26,8 @@ namespace headroom::inline v0::weights {
 
 /// How load_weights reads a file.
 struct LoadOptions {
-  /// Load what fits and leave the rest of the module as it is, for fine-tuning. At least one tensor has to fit.
+  /// Load what fits, of tensors with other sizes the part that both have, and leave the rest of the module as it is,
+  /// for fine-tuning. At least one tensor has to fit in part.
   bool allow_partial = false;
   /// The dict of a torch.save file that has the tensors, see open_weights.
   std::string key = {};
@@ -33,18 +35,22 @@ struct LoadOptions {
   std::vector<std::string> prefixes = {"module.", "model.", "_orig_mod."};
 };
 
-/// A tensor that is in the file and in the module, and cannot go from one to the other.
+/// A tensor that is in the file and in the module with another shape or type.
 struct Misfit {
   std::string name, in_file, in_module;  ///< the last two as "Float [32, 96]"
 };
 
-/// What became of each name. `loaded`, `missing` and `misfits` have the module's names, `unexpected` the file's.
+/// What became of each name. `loaded`, `missing`, `parts` and `misfits` have the module's names, `unexpected` the
+/// file's.
 struct LoadReport {
   std::vector<std::string> loaded = {}, missing = {}, unexpected = {};
-  std::vector<Misfit> misfits = {};
+  std::vector<Misfit> parts = {};    ///< of these the part that both have was loaded
+  std::vector<Misfit> misfits = {};  ///< of these nothing was
 
-  bool complete() const { return missing.empty() && unexpected.empty() && misfits.empty(); }
-  bool is_enough(const LoadOptions& options) const { return complete() || (options.allow_partial && !loaded.empty()); }
+  bool complete() const { return missing.empty() && unexpected.empty() && parts.empty() && misfits.empty(); }
+  bool is_enough(const LoadOptions& options) const {
+    return complete() || (options.allow_partial && !(loaded.empty() && parts.empty()));
+  }
 };
 
 namespace detail {
@@ -74,11 +80,15 @@ inline std::string to_string(const LoadReport& report) {
   std::ostringstream text;
   detail::list_names(text, "missing in the file", report.missing, report.unexpected);
   detail::list_names(text, "not in the module", report.unexpected, report.missing);
-  std::vector<std::string> misfits;
-  for (const Misfit& misfit : report.misfits) {
-    misfits.push_back(misfit.name + " is " + misfit.in_file + " in the file, expected " + misfit.in_module);
-  }
-  detail::list_names(text, "other shape or type", misfits, {});
+  const auto list = [&](const char* what, const std::vector<Misfit>& misfits) {
+    std::vector<std::string> lines;
+    for (const Misfit& misfit : misfits) {
+      lines.push_back(misfit.name + " is " + misfit.in_file + " in the file, expected " + misfit.in_module);
+    }
+    detail::list_names(text, what, lines, {});
+  };
+  list("loaded in part", report.parts);
+  list("other shape or type", report.misfits);
   return text.str();
 }
 
@@ -119,6 +129,16 @@ inline std::map<std::string, torch::Tensor> match_names(const TensorMap& source,
   return matches;
 }
 
+/// The part that two tensors with as many axes both have: along each axis the first elements.
+inline std::pair<torch::Tensor, torch::Tensor> common_part(torch::Tensor a, torch::Tensor b) {
+  for (std::int64_t axis = 0; axis < a.dim(); ++axis) {
+    const std::int64_t count = std::min(a.size(axis), b.size(axis));
+    a = a.narrow(axis, 0, count);
+    b = b.narrow(axis, 0, count);
+  }
+  return {a, b};
+}
+
 }  // namespace detail
 
 /// A name without all that wrappers put before it.
@@ -139,21 +159,30 @@ struct Matches {
   }
 };
 
+/// Which tensors match.
+struct MatchRules {
+  std::vector<std::string> prefixes = {};  ///< that a name may have besides
+  bool same_types = false;                 ///< else floating types convert into each other
+  bool parts = false;                      ///< of tensors with other sizes the part that both have
+};
+
 /// Finds for each tensor of `target`, such as tensors_of(module), the one of its name, without prefixes where needed,
-/// and of its shape. Floating types convert into each other, unless they have to be the `same_types`.
-inline Matches match_tensors(const TensorMap& source, const TensorMap& target, const std::vector<std::string>& prefixes,
-                             bool same_types = false) {
+/// and of its shape.
+inline Matches match_tensors(const TensorMap& source, const TensorMap& target, const MatchRules& rules) {
   Matches matches;
-  for (const auto& [name, from] : detail::match_names(source, target, prefixes, matches.report)) {
+  LoadReport& report = matches.report;
+  for (const auto& [name, from] : detail::match_names(source, target, rules.prefixes, report)) {
     const torch::Tensor& to = target.at(name);
     const bool fits =
-        same_types ? from.scalar_type() == to.scalar_type() : c10::canCast(from.scalar_type(), to.scalar_type());
+        rules.same_types ? from.scalar_type() == to.scalar_type() : c10::canCast(from.scalar_type(), to.scalar_type());
     if (fits && from.sizes() == to.sizes()) {
       matches.copies.emplace_back(to, from);
-      matches.report.loaded.push_back(name);
-    } else {
-      matches.report.misfits.push_back({name, detail::type_text(from), detail::type_text(to)});
+      report.loaded.push_back(name);
+      continue;
     }
+    const bool in_part = fits && rules.parts && from.dim() == to.dim();
+    (in_part ? report.parts : report.misfits).push_back({name, detail::type_text(from), detail::type_text(to)});
+    if (in_part) matches.copies.push_back(detail::common_part(to, from));
   }
   return matches;
 }
@@ -174,7 +203,8 @@ inline std::string summary_of(const LoadReport& report) {
 /// what open_weights throws.
 inline LoadReport load_weights(torch::nn::Module& module, const std::filesystem::path& path,
                                const LoadOptions& options = {}) {
-  Matches matches = match_tensors(load_tensors(path, options.key), tensors_of(module), options.prefixes);
+  Matches matches = match_tensors(load_tensors(path, options.key), tensors_of(module),
+                                  {.prefixes = options.prefixes, .parts = options.allow_partial});
   const LoadReport& report = matches.report;
   require(report.is_enough(options), "headroom.weights.mismatch", path.string(),
           " does not fit this module: ", summary_of(report),

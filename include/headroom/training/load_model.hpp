@@ -11,6 +11,7 @@
 #include "headroom/core/error.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/training/config.hpp"
+#include "headroom/training/demucs_checkpoint.hpp"
 #include "headroom/training/json.hpp"
 #include "headroom/training/models.hpp"
 #include "headroom/training/separate.hpp"
@@ -26,8 +27,8 @@ namespace headroom::inline v0::training {
 
 /// Where a model comes from.
 struct ModelFiles {
-  /// A saved state or a safetensors file of train, which have their configuration in them; with `config`, any file of
-  /// weights.
+  /// A saved state or a safetensors file of train or a checkpoint of demucs, which have their configuration in them;
+  /// with `config`, any file of weights.
   std::filesystem::path weights;
   std::filesystem::path config = {};  ///< of ours or published, see load_config
   bool averaged = true;               ///< of a saved state with averaged weights take these
@@ -40,7 +41,8 @@ struct LoadedModel {
 };
 
 /// Reads a model for inference: it is in evaluation mode and needs no gradients. `notices` as in load_config. Throws
-/// like load_config, load_weights and load_state, and headroom.training.no_config for weights without a configuration.
+/// like load_config, load_weights, load_state and read_demucs_config, and headroom.training.no_config for weights
+/// without a configuration.
 HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files, std::vector<std::string>* notices = nullptr);
 inline LoadedModel load_model(const std::filesystem::path& weights) { return load_model(ModelFiles{weights}); }
 
@@ -103,6 +105,7 @@ HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files, std::vector<st
   std::optional<std::string> within;
   std::optional<TrainingState> state;
   if (files.config.empty()) within = detail::config_within(path);
+  if (files.config.empty() && !within) within = read_demucs_config(path);
   if (files.config.empty() && !within) state = load_state(path);
   const Config config = !files.config.empty()
                             ? load_config(files.config, notices)

@@ -3,6 +3,8 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <torch/torch.h>
 
+#include <map>
+#include <string>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -30,6 +32,22 @@ inline void check_equal(const std::vector<torch::Tensor>& actual, const std::vec
     CAPTURE(i);
     CHECK(torch::equal(actual[i], expected[i]));
   }
+}
+inline void check_equal(const std::map<std::string, torch::Tensor>& actual,
+                        const std::map<std::string, torch::Tensor>& expected) {
+  REQUIRE(actual.size() == expected.size());
+  for (const auto& [name, tensor] : actual) {
+    CAPTURE(name);
+    REQUIRE(expected.contains(name));
+    CHECK(torch::equal(tensor, expected.at(name)));
+  }
+}
+
+/// Copies of what training goes on to change.
+inline std::map<std::string, torch::Tensor> copies_of(const std::map<std::string, torch::Tensor>& tensors) {
+  std::map<std::string, torch::Tensor> copies;
+  for (const auto& [name, tensor] : tensors) copies.emplace(name, tensor.detach().clone());
+  return copies;
 }
 
 }  // namespace headroom::testing

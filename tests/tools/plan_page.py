@@ -41,6 +41,7 @@ document.title = JSON.stringify({
 });"""
 
 
+@browser.needed
 class Page(unittest.TestCase):
     def open(self, *arguments):
         """The plan as JSON and what the browser shows of the page."""
@@ -108,4 +109,4 @@ class Page(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    browser.main()
+    unittest.main()

@@ -1,4 +1,5 @@
-"""A real MUSDB18 track, where there is one, and estimates of its stems: what tools.py evaluates, and museval_sample.py."""
+"""WAV files of tests, and a real MUSDB18 track, where there is one, with estimates of its stems: what tools.py evaluates,
+and museval_sample.py."""
 
 import array
 import os
@@ -22,15 +23,20 @@ def samples_of(path):
         return file.getnchannels(), array.array("h", file.readframes(file.getnframes()))
 
 
+def write_samples(path, samples, channels=2, rate=RATE):
+    """Writes integers of 16 bits, all channels of a sample side by side."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setparams((channels, 2, rate, 0, "NONE", ""))
+        file.writeframes(array.array("h", samples).tobytes())
+
+
 def write_sample_estimates(track, folder):
     """Estimates of a real track that museval_sample.py evaluates, too: stems through filters of their own, with what is
     left of the others."""
-    folder.mkdir()
     channels, mixture = samples_of(track / "mixture.wav")
     for delay, stem in enumerate(STEMS, start=2):
         _, true = samples_of(track / f"{stem}.wav")
         before = array.array("h", [0] * (delay * channels)) + true
         estimate = [(11 * s + 3 * b + m) // 16 for s, b, m in zip(true, before, mixture)]
-        with wave.open(str(folder / f"{stem}.wav"), "wb") as file:
-            file.setparams((channels, 2, RATE, 0, "NONE", ""))
-            file.writeframes(array.array("h", estimate).tobytes())
+        write_samples(folder / f"{stem}.wav", estimate, channels)

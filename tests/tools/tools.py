@@ -23,7 +23,7 @@ from pathlib import Path
 
 import demucs_reference
 import published_reference
-from sample_track import RATE, STEMS, find_sample_track, samples_of, write_sample_estimates
+from sample_track import RATE, STEMS, find_sample_track, samples_of, write_sample_estimates, write_samples
 
 TOOLS = Path(sys.argv.pop(1))
 PUBLISHED = Path(__file__).parent / "published"
@@ -69,12 +69,15 @@ def peak_resident_bytes(tool, *arguments, environment=None, code=0):
 
 def write_wav(path, samples, rate=RATE, channels=2):
     """Writes integers, the same in all channels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes(array.array("h", [s for s in samples for _ in range(channels)]).tobytes())
+    write_samples(path, [s for s in samples for _ in range(channels)], channels, rate)
+
+
+def write_floats(path, samples):
+    """Writes a stereo WAV file in float, a pair of samples after the other."""
+    data = array.array("f", samples).tobytes()
+    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16, 3, 2, RATE, 8 * RATE, 8, 32,
+                         b"data", len(data))
+    path.write_bytes(header + data)
 
 
 def read_wav(path):
@@ -262,11 +265,7 @@ class Tools(unittest.TestCase):
                          preexec_fn=lambda: small_files(50000))
             self.fails(result, "headroom.audio.file.write", "a/vocals." + form[:-2])
             self.assertFalse(out.exists())
-        bad = array.array("f", [0.0] * 200000)
-        bad[150000] = math.nan
-        header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + 800000, b"WAVE", b"fmt ", 16, 3, 2, RATE, 8 * RATE, 8, 32,
-                             b"data", 800000)
-        (songs / "b.wav").write_bytes(header + bad.tobytes())
+        write_floats(songs / "b.wav", [0.0] * 150000 + [math.nan] + [0.0] * 49999)
         out = self.root / "broken half way"
         self.fails(self.separate(songs, out, "--format", "flac16"), "headroom.audio.file.not_finite", "b.wav")
         self.assertEqual(sorted(path.name for path in out.rglob("*")), sorted(["a", *[f"{stem}.flac" for stem in STEMS]]))
@@ -677,12 +676,7 @@ class Tools(unittest.TestCase):
     def write_mixture(self, channels=None):
         """What tests/tools/published_reference.py gave to the Python models, or other channels."""
         path = self.root / "published.wav"
-        with wave.open(str(path), "wb") as file:
-            file.setnchannels(2)
-            file.setsampwidth(2)
-            file.setframerate(RATE)
-            left, right = channels or published_reference.mixture()
-            file.writeframes(array.array("h", [s for pair in zip(left, right) for s in pair]).tobytes())
+        write_samples(path, [s for pair in zip(*(channels or published_reference.mixture())) for s in pair])
         return path
 
     def test_published_weights_give_the_stems_of_the_python_package(self):
@@ -722,10 +716,7 @@ class Tools(unittest.TestCase):
         mono = [(a + b) / 2 for a, b in zip(left, right)]
         mean = sum(mono) / len(mono)
         deviation = math.sqrt(sum((s - mean) ** 2 for s in mono) / len(mono))
-        samples = array.array("f", [(s - mean) / deviation for pair in zip(left, right) for s in pair]).tobytes()
-        header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(samples), b"WAVE", b"fmt ", 16, 3, 2, RATE, 8 * RATE,
-                             8, 32, b"data", len(samples))
-        leveled.write_bytes(header + samples)
+        write_floats(leveled, [(s - mean) / deviation for pair in zip(left, right) for s in pair])
         stems = []
         for name, used, recording in [("asked", config, song), ("done", PUBLISHED / "bs.yaml", leveled)]:
             out = self.root / f"level {name}"

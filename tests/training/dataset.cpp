@@ -23,6 +23,8 @@ using training::Example;
 
 namespace {
 
+const training::AugmentationOptions kPlain = {.gain = {1, 1}, .swap_channels = false, .flip_polarity = false};
+
 const std::vector<std::string> kStems = {"vocals", "drums", "bass", "other"};
 
 // Every sample of the data set is a different number that tells where it is, exact in float.
@@ -185,10 +187,7 @@ TEST_CASE("a remixed example takes each stem from its own track and position, wi
   }
   CHECK(same_frame < count / 10);  // 1 in 46
 
-  const Dataset plain(folder.path(),
-                      {.segment_length = 5,
-                       .remix = 1,
-                       .augmentation = {.gain = {1, 1}, .swap_channels = false, .flip_polarity = false}});
+  const Dataset plain(folder.path(), {.segment_length = 5, .remix = 1, .augmentation = kPlain});
   for (int i = 0; i < 20; ++i) {
     const torch::Tensor stems = plain.example(3, i).stems;
     for (int stem = 0; stem < 4; ++stem) {
@@ -202,10 +201,7 @@ TEST_CASE("a remixed example takes each stem from its own track and position, wi
 TEST_CASE("a data set says which pieces an example is made of") {
   const TemporaryFolder folder;
   make_tracks(folder, {50, 60, 70});
-  const Dataset dataset(folder.path(),
-                        {.segment_length = 5,
-                         .remix = 1,
-                         .augmentation = {.gain = {1, 1}, .swap_channels = false, .flip_polarity = false}});
+  const Dataset dataset(folder.path(), {.segment_length = 5, .remix = 1, .augmentation = kPlain});
   for (int i = 0; i < 20; ++i) CHECK(dataset.origin(3, i) == origin_of(dataset.example(3, i)));
 }
 
@@ -366,7 +362,6 @@ std::vector<std::set<int>> ramps_of(const Dataset& dataset, int examples = 60) {
   return ramps;
 }
 
-const training::AugmentationOptions kPlain = {.gain = {1, 1}, .swap_channels = false, .flip_polarity = false};
 using Ramps = std::vector<std::set<int>>;
 
 }  // namespace

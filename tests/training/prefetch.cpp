@@ -12,12 +12,11 @@
 #include <utility>
 #include <vector>
 
-#include "headroom/training/config.hpp"
 #include "headroom/training/state.hpp"
 #include "headroom/training/trainer.hpp"
 #include "support/catch.hpp"
 #include "support/files.hpp"
-#include "support/tiny_separator.hpp"
+#include "support/tiny_training.hpp"
 
 using namespace headroom;
 using testing::error_of;
@@ -128,20 +127,14 @@ TEST_CASE("a reader thread has one thread for LibTorch and leaves signals to oth
 }
 
 TEST_CASE("a trainer that is read ahead for ends with the same bits, also when it goes on from a state") {
-  const training::Config config = training::parse_config(R"({
-    "model": {"n_fft": 64, "hop_length": 32, "n_layers": 1, "emb_dim": 8, "n_heads": 2, "ffn_hidden_dim": [16]},
-    "training": {"segment_length": 512, "batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_epoch": 4,
-                 "warmup_steps": 2},
-    "loss": {"windows": [256, 128], "hop": 64, "min_n_fft": 256}})",
-                                                         "test");
-  const auto whole = [](int64_t first, int64_t count) { return noise_examples(first, count); };
+  const training::Config config = testing::tiny_config({{"training", {{"gradient_accumulation_steps", 2}}}});
   const auto trained = [&](int64_t threads, std::vector<int64_t> stops) {
     torch::manual_seed(7);
     testing::TinySeparator model(6);
     const testing::TemporaryFolder folder;
     bool resumes = false;
     for (const int64_t stop : stops) {
-      Prefetch ahead(whole, {.examples = 4, .threads = threads});
+      Prefetch ahead(testing::noise_source, {.examples = 4, .threads = threads});
       training::Trainer trainer(model, config, std::ref(ahead));
       if (std::exchange(resumes, true)) trainer.resume(training::load_state(folder / "last.pt"), "last.pt");
       trainer.run({.steps = stop, .folder = folder.path()});

@@ -12,32 +12,26 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/one_thread.hpp"
+#include "support/tensors.hpp"
 #include "support/tiny_separator.hpp"
+#include "support/tiny_training.hpp"
 #include "support/transformer_options.hpp"
 
 using namespace headroom;
 using namespace headroom::training;
+using headroom::testing::check_equal;
 using headroom::testing::contains;
+using headroom::testing::copies_of;
 using headroom::testing::error_of;
 using headroom::testing::noise_examples;
+using headroom::testing::noise_source;
 using headroom::testing::NoiseExample;
 using headroom::testing::TemporaryFolder;
+using headroom::testing::tiny_config;
 using headroom::testing::TinySeparator;
 using headroom::testing::transformer;
 
 namespace {
-
-/// A configuration for 512-sample noise; the model section is not used by TinySeparator.
-Config tiny_config() {
-  return parse_config(R"({
-    "model": {"n_fft": 64, "hop_length": 32, "n_layers": 1, "emb_dim": 8, "n_heads": 2, "ffn_hidden_dim": [16]},
-    "training": {"segment_length": 512, "batch_size": 2, "steps_per_epoch": 4, "epochs": 3, "learning_rate": 0.01,
-                 "warmup_steps": 2},
-    "loss": {"windows": [256, 128], "hop": 64, "min_n_fft": 256}})",
-                      "test");
-}
-
-NoiseExample source(int64_t first, int64_t count) { return noise_examples(first, count); }
 
 struct Run {
   TinySeparator model;
@@ -48,27 +42,13 @@ struct Run {
 Run make_trainer(const Config& config, double dropout = 0.2) {
   torch::manual_seed(7);
   TinySeparator model(6, dropout);
-  return {model, Trainer(model, config, source)};
-}
-
-void check_equal(const TensorMap& a, const TensorMap& b) {
-  REQUIRE(a.size() == b.size());
-  for (const auto& [name, tensor] : a) {
-    INFO(name);
-    CHECK(tensor.equal(b.at(name)));
-  }
-}
-
-TensorMap copy(const TensorMap& tensors) {
-  TensorMap result;
-  for (const auto& [name, tensor] : tensors) result.emplace(name, tensor.clone());
-  return result;
+  return {model, Trainer(model, config, noise_source)};
 }
 
 /// The noise, whose examples first, …, last - 1 hold a NaN.
 BatchSource with_bad_examples(int64_t first_bad, int64_t last_bad) {
   return [=](int64_t first, int64_t count) {
-    NoiseExample examples = source(first, count);
+    NoiseExample examples = noise_source(first, count);
     for (int64_t i = std::max(first, first_bad); i < std::min(first + count, last_bad); ++i) {
       examples.mixture[i - first][0][5] = std::nan("");
     }
@@ -91,7 +71,7 @@ TEST_CASE("training lowers the loss, and twice the same run gives the same bits"
     CHECK(summary.peak_bytes > 0);
     CHECK(summary.best_metric == "training loss");
     losses.push_back(summary.epoch_losses);
-    ends.push_back(copy(trainer.state().model));
+    ends.push_back(copies_of(trainer.state().model));
   }
   CHECK(losses[0] == losses[1]);
   check_equal(ends[0], ends[1]);
@@ -159,7 +139,7 @@ TEST_CASE("accumulated passes give the gradients and the loss of the whole batch
   }
   // The second step takes the next two examples, not the same ones
   CHECK(one.step(0.0) == Approx(two.step(0.0)).epsilon(1e-6));
-  const NoiseExample next = source(4, 2);
+  const NoiseExample next = noise_source(4, 2);
   const double expected_loss = make_loss(config)->forward(whole->forward(next.mixture), next.stems).item<double>();
   CHECK(one.step(0.0) == Approx(expected_loss).epsilon(1e-6));
 }
@@ -194,8 +174,8 @@ TEST_CASE("every allocation of a training step may fail: it is repeated, in part
     config.training.gradient_accumulation_steps = 2 / part;
     auto [model, trainer] = make_trainer(config);
     undisturbed[part] = state_after_two_steps(trainer);
-    undisturbed[part].model = copy(undisturbed[part].model);
-    undisturbed[part].optimizer = copy(undisturbed[part].optimizer);
+    undisturbed[part].model = copies_of(undisturbed[part].model);
+    undisturbed[part].optimizer = copies_of(undisturbed[part].optimizer);
   }
   config = tiny_config();
   config.training.split_on_out_of_memory = true;
@@ -287,14 +267,14 @@ TEST_CASE("a gradient that is not finite ends a run with the optimizer in the ba
   const auto infinite_slope = [](const torch::Tensor& estimate, const torch::Tensor&) {
     return (estimate * 0).sqrt().sum();
   };
-  Trainer trainer(model, config, source, infinite_slope);
+  Trainer trainer(model, config, noise_source, infinite_slope);
   const Error error = error_of([&] { trainer.step(0.01); });
   CHECK(error.id() == "headroom.training.non_finite");
   CHECK(contains(error.what(), "the gradient norm is"));
 
   TinySeparator other;
   Trainer skips(other, config, with_bad_examples(0, 1));
-  const TensorMap before = copy(skips.state().model);
+  const TensorMap before = copies_of(skips.state().model);
   CHECK_FALSE(std::isfinite(skips.step(0.01)));
   check_equal(before, skips.state().model);
   CHECK(std::isfinite(skips.step(0.01)));
@@ -307,20 +287,20 @@ TEST_CASE("narrow optimizer states are saved and resumed with the same bits; oth
     config.training.optimizer_state = format;
     torch::manual_seed(7);
     TinySeparator model(400), fresh_model(400);  // 7200 weights: enough for 8 bits
-    Trainer trainer(model, config, source);
+    Trainer trainer(model, config, noise_source);
     trainer.run({.steps = 3, .folder = folder.path()});
     const TrainingState saved = load_state(folder / "last.pt");
     const auto type = saved.optimizer.at("first.weight.exp_avg").scalar_type();
     CHECK(type == (format == "bf16" ? torch::kBFloat16 : torch::kByte));
     trainer.run({.steps = 6});
-    Trainer fresh(fresh_model, config, source);
+    Trainer fresh(fresh_model, config, noise_source);
     fresh.resume(saved, "last.pt");
     fresh.run({.steps = 6});
     check_equal(fresh.state().model, trainer.state().model);
     check_equal(fresh.state().optimizer, trainer.state().optimizer);
 
     config.training.optimizer_state = "full";
-    Trainer other(TinySeparator(400), config, source);
+    Trainer other(TinySeparator(400), config, noise_source);
     const Error error = error_of([&] { other.resume(saved, "last.pt"); });
     CHECK(error.id() == "headroom.training.state.structure");
     CHECK(contains(error.what(), "first.weight.exp_avg"));
@@ -332,7 +312,7 @@ TEST_CASE("a step is AdamW's, without weight decay on norms and biases") {
   config.training.weight_decay = 0.5;
   config.training.betas = {0.8, 0.9};
   auto [model, trainer] = make_trainer(config);
-  const TensorMap before = copy(tensors_of(*model));
+  const TensorMap before = copies_of(tensors_of(*model));
   trainer.step(0.01);
   for (const auto& parameter : model->named_parameters()) {
     INFO(parameter.key());
@@ -354,10 +334,10 @@ TEST_CASE("bf16 runs the forward pass in bfloat16 and leaves autocast as it was"
     seen = estimate.scalar_type();
     return (estimate - stems).abs().mean();
   };
-  Trainer trainer(model, config, source, watch);
+  Trainer trainer(model, config, noise_source, watch);
   const double loss = trainer.step(0.0);
   CHECK(seen == torch::kFloat);  // the loss is computed in float …
-  const NoiseExample example = source(0, 2);
+  const NoiseExample example = noise_source(0, 2);
   const double exact = (model->forward(example.mixture) - example.stems).abs().mean().item<double>();
   CHECK(loss == Approx(exact).epsilon(0.01));
   CHECK(loss != exact);  // … of an estimate that was rounded
@@ -376,7 +356,7 @@ TEST_CASE("where nothing is skipped a loss that is not finite stops the run befo
   TensorMap before;
   const Error error = error_of([&] {
     trainer.run({.folder = folder.path(), .on_step = [&](const StepReport& p) {
-                   if (p.step == 6) before = copy(trainer.state().model);
+                   if (p.step == 6) before = copies_of(trainer.state().model);
                  }});
   });
   CHECK(error.id() == "headroom.training.non_finite");
@@ -445,6 +425,12 @@ TEST_CASE("a run ends early after validations that are no better, also when it i
   const Summary more = run(patient, parts, 36);
   CHECK(more.steps == 36);
   CHECK(more.best_score == 9);
+
+  // What another metric waited for counts for nothing
+  config.training.best_metric = "si_sdr";
+  auto [other_model, other] = make_trainer(config);
+  other.resume(load_state(whole / "last.pt"), "last.pt");
+  CHECK(run(other, whole, 36).steps == 36);
 }
 
 TEST_CASE("a step tells its loss, the norm of its gradient and what its phases took") {
@@ -538,12 +524,12 @@ TEST_CASE("the trainer trains the time-frequency transformer") {
   const Config config = tiny_config();
   torch::manual_seed(0);
   models::TimeFrequencyTransformer model(model_options(config));
-  Trainer trainer(model, config, source);
+  Trainer trainer(model, config, noise_source);
   const Summary summary = trainer.run({.steps = 8, .folder = folder.path()});
   CHECK(summary.epoch_losses[1] < summary.epoch_losses[0]);
   LoadedModel loaded = load_model(folder / "last.pt");
   model->eval();
-  const torch::Tensor mixture = source(50, 1).mixture;
+  const torch::Tensor mixture = noise_source(50, 1).mixture;
   CHECK(loaded.model(mixture).equal(model->forward(mixture)));
 }
 
@@ -605,7 +591,7 @@ TEST_CASE("a run is not resumed as another model, with every reason; what else c
     Config other = config;
     change(other);
     auto [fresh_model, fresh] = make_trainer(other);
-    const TensorMap before = copy(tensors_of(*fresh_model));
+    const TensorMap before = copies_of(tensors_of(*fresh_model));
     const Error error = error_of([&, &fresh = fresh] { fresh.resume(state, "runs/last.pt"); });
     CHECK(error.id() == "headroom.training.state.config");
     CHECK(contains(error.what(), "runs/last.pt was trained as another model"));
@@ -704,10 +690,11 @@ TEST_CASE("a step whose loss is not finite is skipped and told: parameters, buff
                                          .on_step =
                                              [&](const StepReport& p) {
                                                states.push_back(trainer.state());
-                                               states.back().model = copy(states.back().model);
-                                               states.back().optimizer = copy(states.back().optimizer);
+                                               states.back().model = copies_of(states.back().model);
+                                               states.back().optimizer = copies_of(states.back().optimizer);
                                                means.push_back(p.loss);
                                                CHECK(p.skipped_steps == (p.step < 7 ? 0 : 1));
+                                               CHECK(p.gradient_norm.has_value() == (p.step != 7));
                                              },
                                          .on_notice = [&](const std::string& text) { notices.push_back(text); },
                                          .origin = [](int64_t i) { return "song " + std::to_string(i); }});
@@ -740,14 +727,14 @@ TEST_CASE("a step whose gradient is not finite is skipped; too many in a row sto
     const torch::Tensor usual = (estimate - stems).abs().mean();
     return bad() ? usual + (model->last->bias * 0).sqrt().sum() : usual;  // 0, and a slope that is infinite times 0
   };
-  Trainer trainer(model, config, source, loss);
+  Trainer trainer(model, config, noise_source, loss);
   TensorMap before;
   std::vector<int64_t> in_a_row;
   const Error error = error_of([&] {
     trainer.run({.on_step =
                      [&](const StepReport& p) {
                        in_a_row.push_back(trainer.state().skipped_in_a_row);
-                       if (p.step == 6) before = copy(trainer.state().model);
+                       if (p.step == 6) before = copies_of(trainer.state().model);
                        now = p.step;
                      },
                  .origin = [](int64_t i) { return "song " + std::to_string(i); }});

@@ -13,29 +13,25 @@
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/one_thread.hpp"
-#include "support/tiny_separator.hpp"
+#include "support/tensors.hpp"
+#include "support/tiny_training.hpp"
 
 using namespace headroom;
 using namespace headroom::training;
+using headroom::testing::check_equal;
 using headroom::testing::contains;
+using headroom::testing::copies_of;
 using headroom::testing::error_of;
-using headroom::testing::noise_examples;
+using headroom::testing::noise_source;
 using headroom::testing::TemporaryFolder;
-using headroom::testing::TinySeparator;
+using headroom::testing::tiny_config;
 using torch::Tensor;
 
 namespace {
 
 Config transformer_config() {
-  return parse_config(R"({
-    "model": {"n_fft": 64, "hop_length": 32, "n_layers": 1, "emb_dim": 16, "n_heads": 2, "ffn_hidden_dim": [16]},
-    "training": {"segment_length": 512, "batch_size": 2, "steps_per_epoch": 3, "epochs": 3, "learning_rate": 0.01,
-                 "warmup_steps": 2},
-    "loss": {"windows": [256, 128], "hop": 64, "min_n_fft": 256}})",
-                      "test");
+  return tiny_config({{"model", {{"emb_dim", 16}}}, {"training", {{"steps_per_epoch", 3}}}});
 }
-
-training::Example noise_source(int64_t first, int64_t count) { return noise_examples(first, count); }
 
 /// A trainer of the transformer of a configuration, which begins the same way each time.
 struct TransformerRun {
@@ -45,29 +41,15 @@ struct TransformerRun {
   Trainer trainer;
 };
 
-TensorMap copies_of(const TensorMap& tensors) {
-  TensorMap copies;
-  for (const auto& [name, tensor] : tensors) copies.emplace(name, tensor.detach().clone());
-  return copies;
-}
-
-void check_same(const TensorMap& a, const TensorMap& b) {
-  REQUIRE(a.size() == b.size());
-  for (const auto& [name, tensor] : a) {
-    INFO(name);
-    CHECK(tensor.equal(b.at(name)));
-  }
-}
-
 void check_same(const TrainingState& a, const TrainingState& b) {
   CHECK(a.step == b.step);
   CHECK(a.epoch_losses == b.epoch_losses);
   CHECK(a.plateau.lowered == b.plateau.lowered);
   CHECK(a.plateau.waited == b.plateau.waited);
-  check_same(a.model, b.model);
-  check_same(a.optimizer, b.optimizer);
-  check_same(a.lora, b.lora);
-  check_same(a.ema, b.ema);
+  check_equal(a.model, b.model);
+  check_equal(a.optimizer, b.optimizer);
+  check_equal(a.lora, b.lora);
+  check_equal(a.ema, b.ema);
 }
 
 }  // namespace
@@ -162,7 +144,7 @@ TEST_CASE("averages of weights follow them, take one copy, and are what is valid
                 CHECK(tensors_of(*run.model).at(name).equal(tensor));
             })
             .added_peak() == 0);
-  check_same(tensors_of(*run.model), before);
+  check_equal(tensors_of(*run.model), before);
 
   const TemporaryFolder folder;
   TensorMap seen;
@@ -172,9 +154,9 @@ TEST_CASE("averages of weights follow them, take one copy, and are what is valid
                    }});
   const TrainingState end = run.trainer.state();
   for (const auto& [name, tensor] : end.ema) CHECK(seen.at(name).equal(tensor));
-  check_same(weights::load_tensors(folder / "last.safetensors"), exported_tensors(end));
-  check_same(tensors_of(*load_model(folder / "last.pt").model), exported_tensors(end));
-  check_same(tensors_of(*load_model({.weights = folder / "last.pt", .averaged = false}).model), end.model);
+  check_equal(weights::load_tensors(folder / "last.safetensors"), exported_tensors(end));
+  check_equal(tensors_of(*load_model(folder / "last.pt").model), exported_tensors(end));
+  check_equal(tensors_of(*load_model({.weights = folder / "last.pt", .averaged = false}).model), end.model);
 
   // A state without averages: they begin with its weights
   TrainingState plain = end;
@@ -292,7 +274,7 @@ TEST_CASE(
   }
   CHECK(changed >= 6);
   CHECK(plain.size() == before.size());
-  check_same(tensors_of(*load_model(folder / "last.pt").model), plain);
+  check_equal(tensors_of(*load_model(folder / "last.pt").model), plain);
   config.lora.layers = {"encodr.*"};
   CHECK(contains(error_of([&] { TransformerRun none(config); }).what(),
                  "lora.layers: no parameter has a name like encodr.*"));

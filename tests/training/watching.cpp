@@ -239,8 +239,8 @@ TEST_CASE("a spectrogram has a tone in its row, at its level and its time") {
 }
 
 TEST_CASE("a whole track is scored by what its separation is, in pieces") {
-  const Config config =
-      config_with(R"(, "validation_metrics": ["nsdr", "si_sdr", "l1_freq", "bleedless", "fullness"])");
+  Config config = config_with(R"(, "validation_metrics": ["nsdr", "si_sdr", "l1_freq", "bleedless", "fullness"])");
+  config.inference.normalize = GENERATE(false, true);
   torch::manual_seed(7);
   TinySeparator model(6, 0.5);
   model->train();
@@ -253,8 +253,12 @@ TEST_CASE("a whole track is scored by what its separation is, in pieces") {
     std::map<std::string, double> expected;
     for (int64_t track = 0; track < 2; ++track) {
       const Example whole = tracks.read(track, 0, tracks.tracks[static_cast<std::size_t>(track)].frames);
+      const torch::Tensor mono = whole.mixture.to(torch::kDouble).mean(0);
+      const audio::Level level = config.inference.normalize
+                                     ? audio::Level{mono.mean().item<double>(), mono.std(false).item<double>()}
+                                     : audio::Level{};
       const torch::Tensor made =
-          audio::separate(whole.mixture, models::Separator(model),
+          audio::separate(whole.mixture, audio::at_level(audio::segment_model(models::Separator(model)), level),
                           {.segments = {.length = 4000, .overlap = 0.25}, .channels = 2, .stems = 4});
       const auto rows = [&](const torch::Tensor& samples) {
         return training::detail::rows_of(samples[static_cast<int64_t>(stem)]);

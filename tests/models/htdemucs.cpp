@@ -111,7 +111,7 @@ TEST_CASE("HTDemucs: names, shapes and numbers of parameters are those of the pu
   const auto fingerprint_of = [](int64_t stems) {
     const DryRun shapes_only(torch::kCPU);
     models::HTDemucsOptions options;
-    const models::HTDemucs model(options.bottom_channels(512).dconv_mode(3).stems(stems));
+    const models::HTDemucs model(options.bottom_channels(512).dconv_mode(3).stems(stems).rescale(0));
     int64_t names = 0, elements = 0;
     std::ostringstream lines;
     for (const auto& [name, x] : weights::tensors_of(*model)) {  // sorted
@@ -161,7 +161,7 @@ TEST_CASE("HTDemucs: mixtures of any length have stems of that length; dropout i
   for (const int64_t samples : {1, 2, 15, 16, 17, 40, 333}) {
     const Tensor stems = model->forward(torch::randn({1, 2, samples}));
     CHECK(stems.sizes() == at::IntArrayRef({1, 2, 2, samples}));
-    CHECK(stems.isfinite().all().item<bool>() == samples > 1);  // one sample has no deviation
+    CHECK(stems.isfinite().all().item<bool>());
   }
   const Tensor mixture = torch::randn({1, 2, 333});
   CHECK_FALSE(torch::equal(model->forward(mixture), model->forward(mixture)));
@@ -185,7 +185,7 @@ TEST_CASE("HTDemucs: no allocation holds scores, and the peak is planned byte fo
   const HTDemucsCase c = htdemucs_cases()[0];
   const auto train = [&] {
     models::HTDemucs model(c.options);
-    htdemucs_loss(c, model->forward(torch::ones({2, 2, c.samples})), 0).backward();
+    model->forward(torch::ones({2, 2, c.samples})).square().mean().backward();
   };
   train();
   const int64_t measured = MemoryMeter().measure(train).added_peak();

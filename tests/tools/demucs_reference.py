@@ -15,8 +15,9 @@ SAMPLES = 1700
 
 
 def mixture():
-    """[2][SAMPLES] 16-bit samples."""
-    return [channel[:SAMPLES] for channel in published_reference.mixture()]
+    """[2][SAMPLES] 16-bit samples, whose mean is 0: then silence behind the end is 0 before and after a change of level."""
+    halves = [channel[: SAMPLES // 2] for channel in published_reference.mixture()]
+    return [half + [-s for s in half] for half in halves]
 
 
 def save(model, path):

@@ -296,7 +296,7 @@ TEST_CASE("a checkpoint of demucs is a model with its configuration, and nothing
 
   const auto refused = [](const std::string& klass, const std::string& args, const std::string& kwargs) {
     const Json package = {{"klass", klass}, {"args", Json::parse(args)}, {"kwargs", Json::parse(kwargs)}};
-    const Error error = error_of([&] { detail::demucs_config(package, "a.th"); });
+    const Error error = error_of([&] { training::detail::demucs_config(package, "a.th"); });
     CHECK(error.id() == "headroom.training.demucs");
     return std::string(error.what());
   };
@@ -308,7 +308,7 @@ TEST_CASE("a checkpoint of demucs is a model with its configuration, and nothing
   CHECK(contains(refused(klass, R"([["a"]])", R"({"t_emb": "cape"})"), "t_emb \"cape\", expected \"sin\""));
   CHECK(contains(refused(klass, R"([["a"]])", R"({"segment": "ten"})"), "the argument segment of \"ten\""));
   const Json newer = {{"klass", klass}, {"args", Json::parse(R"([["a", "b"]])")}, {"kwargs", {{"chanels", 4}}}};
-  CHECK(contains(error_of([&] { parse_config(detail::demucs_config(newer, "a.th").dump(), "a.th"); }).what(),
+  CHECK(contains(error_of([&] { parse_config(training::detail::demucs_config(newer, "a.th").dump(), "a.th"); }).what(),
                  "model.chanels: unknown key; did you mean `channels`?"));
 }
 

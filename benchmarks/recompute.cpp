@@ -8,8 +8,8 @@
 #include <sstream>
 
 #include "headroom/memory/meter.hpp"
-#include "headroom/memory/pages.hpp"
 #include "headroom/memory/resident.hpp"
+#include "headroom/memory/tensor_arena.hpp"
 #include "steps.hpp"
 #include "timing.hpp"
 
@@ -31,7 +31,7 @@ struct Measurement {
 
 /// Runs `step`, which returns the seconds of what counts in it.
 Measurement measured(const std::function<double()>& step) {
-  release_free_pages();
+  TensorArena::instance().release_free_pages();
   reset_peak_resident_bytes();
   double seconds = 0;
   const MemoryReport memory = MemoryMeter().measure([&] { seconds = step(); });

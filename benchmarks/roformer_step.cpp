@@ -12,8 +12,8 @@
 
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/meter.hpp"
-#include "headroom/memory/pages.hpp"
 #include "headroom/memory/resident.hpp"
+#include "headroom/memory/tensor_arena.hpp"
 #include "python_twin.hpp"
 #include "steps.hpp"
 #include "timing.hpp"
@@ -57,7 +57,7 @@ struct Sizes {
 /// Memory is what the resident size grew by.
 benchmarks::Measurement measured(const std::function<double()>& step, int64_t steps) {
   std::vector<double> losses;
-  release_free_pages();  // what others left behind is not ours to use
+  TensorArena::instance().release_free_pages();  // what others left behind is not ours to use
   reset_peak_resident_bytes();
   const int64_t before = resident_bytes();
   benchmarks::Measurement result;
@@ -113,7 +113,7 @@ void run_within_budget(benchmarks::Benchmark& benchmark, const training::Config&
   std::printf("policy %s, planned %s (%lld bytes)\n", policy.c_str(), format_bytes(planned).c_str(),
               static_cast<long long>(planned));
   std::fflush(stdout);
-  release_free_pages();
+  TensorArena::instance().release_free_pages();
   reset_peak_resident_bytes();
   const int64_t before = resident_bytes();
   double seconds = 0;
@@ -157,7 +157,7 @@ int main(int argc, char** argv) {
                  .target = &python});
   benchmark.add({.name = "--script", .help = "The script that it runs", .target = &script});
   return benchmark.run(argc, argv, [&] {
-    if (work != "separate") keep_free_pages();  // as train does, and separate does not
+    TensorArena::install();  // as the tools do
     const benchmarks::TemporaryFolder folder;
     const benchmarks::PythonTwin twin{python.empty() ? "" : (folder.path / "step.pt").string(), steps};
     const training::Config config = sizes.config();

@@ -19,6 +19,7 @@
 #include "headroom/audio/separate_file.hpp"
 #include "headroom/core/segments.hpp"
 #include "headroom/io/process.hpp"
+#include "headroom/memory/tensor_arena.hpp"
 #include "new_folder.hpp"
 #include "separation_blend.hpp"
 #include "separation_inputs.hpp"
@@ -126,6 +127,7 @@ int run(Arguments arguments) {
   SeparationModels models;
   models.ensemble.combination = combinations().at(arguments.ensemble);
   const torch::Device device = find_device(arguments.device);
+  headroom::TensorArena::install();  // an hour of segments takes the memory of a minute of them
   for (const auto& files : model_files(arguments.models, arguments.configs)) {
     for (const std::string& text : add_model(files, arguments.blend, device, models)) notice(text);
   }

@@ -17,7 +17,6 @@
 #include "headroom/audio/segment_model.hpp"
 #include "headroom/core/combine.hpp"
 #include "headroom/core/error.hpp"
-#include "headroom/memory/pages.hpp"
 #include "headroom/training/load_model.hpp"
 #include "separation_blend.hpp"
 
@@ -90,11 +89,7 @@ inline std::vector<std::string> add_model(const headroom::training::ModelFiles& 
       .test_time = {.shifts = blend.shifts, .max_shift = rate / 2, .augment = blend.augment},
       .bf16 = blend.bf16,
       .device = device};
-  const auto run = [model = headroom::audio::segment_model(model)](const torch::Tensor& segments) {
-    headroom::release_free_pages();  // an hour of segments leaves no more than a minute of them
-    return model(segments);
-  };
-  models.ensemble.members.push_back({run, options, config.audio.stems});
+  models.ensemble.members.push_back({headroom::audio::segment_model(model), options, config.audio.stems});
   models.normalized.push_back(config.inference.normalize);
   return notices;
 }

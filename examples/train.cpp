@@ -16,9 +16,9 @@
 #include "headroom/memory/expandable_segments.hpp"
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/meter.hpp"
-#include "headroom/memory/pages.hpp"
 #include "headroom/memory/run_within.hpp"
 #include "headroom/memory/summary.hpp"
+#include "headroom/memory/tensor_arena.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/json.hpp"
@@ -159,7 +159,7 @@ int run(const Arguments& arguments) {
                     " has no data.path; give --data the folder that holds `train`");
   if (arguments.threads > 0) torch::set_num_threads(arguments.threads);
   const torch::Device device = find_device(arguments.device);
-  if (device.is_cpu()) headroom::keep_free_pages();
+  if (device.is_cpu()) headroom::TensorArena::install();
   auto card = planned_device(arguments);
   if (headroom::expand_segments(device) && card) card->expandable_segments = true;
   if (arguments.unplanned || !card) {

@@ -1,0 +1,152 @@
+"""Every call of a tool that changes a file fails once, and every tensor that it asks for: on a full disk, on a dying one, with
+too little memory. A tool then says so and leaves whole files or none; writes that are cut short are continued.
+
+Usage: failing.py <folder with the tools> <failing_calls library> [<points>]      so many calls of each kind, default all
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from sample_track import STEMS, write_samples
+
+POINTS = int(sys.argv.pop(3)) if len(sys.argv) > 3 else None
+LIBRARY = Path(sys.argv.pop(2)).resolve()
+TOOLS = Path(sys.argv.pop(1)).resolve()
+CONFIG = {
+    "model": {"n_fft": 256, "hop_length": 128, "n_layers": 1, "emb_dim": 8, "n_heads": 2, "ffn_hidden_dim": [8, 8]},
+    "training": {"segment_length": 4096, "batch_size": 1, "steps_per_epoch": 2, "epochs": 1, "learning_rate": 1e-3,
+                 "warmup_steps": 1},
+    "loss": {"windows": [256, 128], "hop": 64, "min_n_fft": 256},
+}
+REASONS = {"ENOSPC": "No space left on device", "EIO": "Input/output error"}
+
+
+class Failing(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.temporary = tempfile.TemporaryDirectory()
+        cls.root = Path(cls.temporary.name)
+        dice = random.Random(1)
+        for track in ["train/A", "valid/B"]:
+            for stem in STEMS:
+                write_samples(cls.root / "data" / track / f"{stem}.wav",
+                              [dice.randrange(-4000, 4000) for _ in range(2 * 20011)])
+        cls.song = cls.root / "data/valid/B/drums.wav"
+        (cls.root / "config.json").write_text(json.dumps(CONFIG))
+        cls.out = cls.root / "out"
+        assert cls.run_tool("train", *cls.train_arguments(cls)).returncode == 0
+        shutil.move(cls.out, cls.root / "run")
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.temporary.cleanup()
+
+    def train_arguments(self):
+        return ["--config", self.root / "config.json", "--data", self.root / "data", "--out", self.out,
+                "--threads", 1]
+
+    def separate_arguments(self):
+        return ["--model", self.root / "run/last.pt", "--format", "flac16", "--threads", 1, self.song, self.out]
+
+    @staticmethod
+    def run_tool(tool, *arguments, **settings):
+        environment = {**os.environ, **{f"HEADROOM_{name}": str(value) for name, value in settings.items()}}
+        if settings:
+            environment["LD_PRELOAD"] = str(LIBRARY)
+        return subprocess.run([TOOLS / tool, *map(str, arguments)], capture_output=True, text=True,
+                              timeout=120, env=environment)
+
+    def files(self):
+        return {path.relative_to(self.out).as_posix(): path.read_bytes() for path in self.out.rglob("*") if path.is_file()}
+
+    def clear(self, tool):
+        shutil.rmtree(self.out, ignore_errors=True)
+        if tool == "plan":  # the other tools make their folder
+            self.out.mkdir()
+
+    def sweep(self, failing, ways, tool, arguments, check):
+        """Runs the tool once as it is, then once for each way and call; `check` gets the result and what lies there."""
+        calls = self.root / "calls"
+        self.clear(tool)
+        whole = self.run_tool(tool, *arguments, FAILING=failing, CALLS=calls)
+        self.assertEqual(whole.returncode, 0, whole.stderr)
+        expected, count = self.files(), int(calls.read_text())
+        self.assertGreater(count, 5)
+        for way in ways:
+            points = min(POINTS or count, count)
+            for call in (1 + point * count // points for point in range(points)):
+                with self.subTest(tool=tool, way=way, call=call, of=count):
+                    self.clear(tool)
+                    result = self.run_tool(tool, *arguments, FAILING=failing, FAIL_FROM=call, FAIL_WITH=way)
+                    left = self.files()
+                    self.assertIn(result.returncode, (0, 1), result.stderr[-2000:])
+                    self.assertFalse([name for name in left if name.endswith(".partial")], result.stderr)
+                    if result.returncode == 1:
+                        self.assertRegex(result.stderr, r"\[headroom\.[a-z_.]+\] ")
+                        self.assertNotIn("terminate", result.stderr)
+                    check(result, left, expected, way)
+
+    def files_are_whole(self, result, left, expected, way):
+        for name, content in left.items():
+            self.assertEqual(content, expected[name], name)
+        if way == "short":
+            self.assertEqual(result.returncode, 0, result.stderr)
+        if result.returncode == 0:
+            self.assertEqual(sorted(left), sorted(expected))
+        elif way in REASONS:
+            self.assertIn(REASONS[way], result.stderr)
+
+    def plans_are_whole(self, result, left, expected, way):
+        if "a.json" in left:  # the process's own size, which is told too, differs from run to run
+            self.assertEqual(json.loads(left["a.json"])["peak_bytes"], json.loads(expected["a.json"])["peak_bytes"])
+        if "a.html" in left:
+            self.assertEqual(left["a.html"][-100:], expected["a.html"][-100:])
+        self.assertEqual(result.returncode == 0, sorted(left) == sorted(expected), result.stderr)
+        if way == "short":
+            self.assertEqual(result.returncode, 0, result.stderr)
+        elif result.returncode == 1:
+            self.assertIn(REASONS[way], result.stderr)
+
+    def run_is_whole(self, result, left, expected, way):
+        for name in ["last.pt", "best.pt", "last.safetensors", "best.safetensors", "config.json"]:
+            if name in left:
+                self.assertEqual(left[name], expected[name], name)
+        for line in left.get("metrics.jsonl", b"").splitlines():
+            json.loads(line)
+        if way == "short":
+            self.assertEqual((result.returncode, sorted(left)), (0, sorted(expected)), result.stderr)
+        if result.returncode == 0:
+            self.assertIn("last.pt", left)
+        elif way in REASONS:
+            self.assertIn(REASONS[way], result.stderr)
+
+    def test_the_disk_of_separate(self):
+        self.sweep("disk", ["ENOSPC", "EIO", "short"], "separate", self.separate_arguments(), self.files_are_whole)
+
+    def test_the_memory_of_separate(self):
+        self.sweep("memory", ["ENOMEM"], "separate", self.separate_arguments(), self.files_are_whole)
+
+    def test_the_disk_of_train(self):
+        self.sweep("disk", ["ENOSPC", "EIO", "short"], "train", self.train_arguments(), self.run_is_whole)
+
+    def test_the_memory_of_train(self):
+        self.sweep("memory", ["ENOMEM"], "train", self.train_arguments(), self.run_is_whole)
+
+    def test_the_disk_of_plan(self):
+        arguments = ["--config", self.root / "config.json", "--budget", 10**9, "--json", self.out / "a.json", "--html",
+                     self.out / "a.html"]
+        self.sweep("disk", ["ENOSPC", "EIO", "short"], "plan", arguments, self.plans_are_whole)
+
+    def test_the_memory_of_plan(self):
+        self.sweep("memory", ["ENOMEM"], "plan", ["--config", self.root / "config.json"], lambda *_: None)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -162,8 +162,8 @@ int main(int argc, char** argv) {
   CommandLine line("Separates recordings into stems: OUTDIR/<stem>.wav for each stem of the model.");
   Arguments arguments;
   line.paths("--model,--weights", arguments.models,
-             "saved state or .safetensors written by train; with --config any .ckpt, .pth or .safetensors; given "
-             "several times, an ensemble")
+             "saved state or .safetensors written by train, or demucs' .th; with --config any .ckpt, .pth or "
+             ".safetensors; given several times, an ensemble")
       .required()
       .one_each_time();
   line.paths("--config", arguments.configs,

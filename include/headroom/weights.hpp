@@ -7,6 +7,7 @@
 #include "headroom/weights/json_text.hpp"
 #include "headroom/weights/load.hpp"
 #include "headroom/weights/pickle.hpp"
+#include "headroom/weights/pickle_json.hpp"
 #include "headroom/weights/pickle_machine.hpp"
 #include "headroom/weights/pickle_opcode.hpp"
 #include "headroom/weights/pickle_stack.hpp"

@@ -12,6 +12,7 @@
 #include "headroom/weights/bytes.hpp"
 #include "headroom/weights/file.hpp"
 #include "headroom/weights/pickle.hpp"
+#include "headroom/weights/pickle_json.hpp"
 #include "headroom/weights/pickle_machine.hpp"
 #include "headroom/weights/pytorch.hpp"
 #include "headroom/weights/state_dict.hpp"
@@ -45,6 +46,10 @@ weights::Contents read_pickle_alone(const weights::Source& source) {
   weights::detail::StorageRanges ranges;
   for (const weights::PickleStorage& storage : pickle.storages) {
     ranges.emplace(storage.key, weights::ByteRange{0, source.bytes.size()});
+  }
+  try {
+    static_cast<void>(weights::detail::PickleJson(pickle, source).text(pickle.root));
+  } catch (const Error&) {  // the state dict is looked for all the same
   }
   const weights::PickleValue dict = weights::detail::find_state_dict(pickle, source, "");
   return weights::detail::StateDictReader(pickle, source, ranges).read(dict);

@@ -21,6 +21,7 @@ import unittest
 import wave
 from pathlib import Path
 
+import demucs_reference
 import published_reference
 from sample_track import RATE, STEMS, find_sample_track, samples_of, write_sample_estimates, write_samples
 
@@ -672,10 +673,10 @@ class Tools(unittest.TestCase):
         self.assertEqual(result.stdout.count("\n"), 2 + 6)
         self.fails(run("plan", "--config", config, "--sweep", "segment=1,2"), "headroom.training.sweep", "segment")
 
-    def write_mixture(self):
-        """What tests/tools/published_reference.py gave to the Python models."""
+    def write_mixture(self, channels=None):
+        """What tests/tools/published_reference.py gave to the Python models, or other channels."""
         path = self.root / "published.wav"
-        write_samples(path, [s for pair in zip(*published_reference.mixture()) for s in pair])
+        write_samples(path, [s for pair in zip(*(channels or published_reference.mixture())) for s in pair])
         return path
 
     def test_published_weights_give_the_stems_of_the_python_package(self):
@@ -696,6 +697,17 @@ class Tools(unittest.TestCase):
             planned = run("plan", "--config", config)
             self.assertEqual(planned.returncode, 0, planned.stderr)
             self.assertIn(f"{name}.yaml: without effect here: audio.dim_f, ", planned.stdout)
+
+    def test_a_checkpoint_of_demucs_gives_the_stems_of_demucs(self):
+        song, out = self.write_mixture(demucs_reference.mixture()), self.root / "stems of demucs"
+        weights = Path(__file__).parent / "demucs/tiny.th"
+        result = run("separate", "--model", weights, "--like", "demucs", song, out, "--format", "wav32f")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        expected = array.array("f", weights.with_suffix(".f32").read_bytes())
+        found = read_floats(out / "drums.wav") + read_floats(out / "vocals.wav")
+        self.assertEqual(len(found), len(expected))
+        self.assertLess(max(abs(a - b) for a, b in zip(found, expected)), 1e-6)
+        self.assertGreater(max(map(abs, expected)), 1e-2)
 
     def test_a_published_file_may_ask_for_a_level_and_a_batch(self):
         song, config, leveled = self.write_mixture(), self.root / "leveled.yaml", self.root / "leveled.wav"

@@ -156,7 +156,7 @@ TEST_CASE("a type of model that nobody registered is told with the known ones an
   CHECK(contains(error.what(), "2 problems in a\n"));  // nothing is known of the model's other keys
   CHECK(contains(error.what(),
                  "a: model.type: got \"time_frequency_transfomer\", expected one of \"bs_roformer\", "
-                 "\"frame_mlp\", \"mel_band_roformer\", \"time_frequency_transformer\"; did you mean "
+                 "\"frame_mlp\", \"htdemucs\", \"mel_band_roformer\", \"time_frequency_transformer\"; did you mean "
                  "`time_frequency_transformer`?"));
   CHECK(contains(error.what(), "a: training.segment_length: missing"));
   CHECK(contains(error_of([] { parse_config(R"({"model": {"type": 3}})", "a"); }).what(), "model.type: got \"3\""));
@@ -258,6 +258,62 @@ TEST_CASE("RoFormers are planned byte for byte, trained, saved and separate, by 
     CHECK(stems.sizes() == torch::IntArrayRef({4, 2, 10'001}));
     CHECK(stems.isfinite().all().item<bool>());
   }
+}
+
+TEST_CASE("HTDemucs is planned byte for byte, trained, saved and separates, by configuration") {
+  Config config = parse_config(R"({"model": {"type": "htdemucs", "channels": 4, "nfft": 256, "depth": 2,
+    "dconv_mode": 3, "dconv_comp": 2, "bottom_channels": 8, "t_layers": 2, "t_heads": 2}, "loss": {"stft_weight": 0},
+    "training": {"segment_length": 4096, "batch_size": 2, "steps_per_epoch": 3, "epochs": 1, "warmup_steps": 1}})",
+                               "htdemucs.json");
+  CHECK(config.model.blocks() == 2);
+  CHECK(stored_scores_bytes(config).value() == 2 * 2 * 4 * (512 * 512 + 256 * 256 + 2 * 512 * 256));
+  for (const char* policy : {"none", "full", "1*full,none"}) {
+    CAPTURE(policy);
+    config.model.gradient_checkpointing = policy;
+    CHECK(plan_training(config, this_machine()).peak_bytes == measured_peak(config));
+  }
+  const TemporaryFolder folder;
+  torch::manual_seed(1);
+  Trainer trainer(make_model(config), config, noise);
+  trainer.run({.folder = folder.path()});
+  auto [saved, separator] = load_model(folder / "last.pt");
+  CHECK(to_json(saved) == to_json(config));
+  const torch::Tensor stems = audio::separate(torch::randn({2, 10'001}), separator, {.segments = {.length = 4096}});
+  CHECK(stems.sizes() == torch::IntArrayRef({4, 2, 10'001}));
+  CHECK(stems.isfinite().all().item<bool>());
+  const Error error = error_of([] {
+    parse_config(R"({"model": {"type": "htdemucs", "kernel_size": 6, "t_emb": "cape"},
+                     "training": {"segment_length": 4096, "batch_size": 2}})",
+                 "a.json");
+  });
+  CHECK(contains(error.what(), "a.json: model.t_emb: unknown key"));
+}
+
+TEST_CASE("a checkpoint of demucs is a model with its configuration, and nothing of it is executed") {
+  const std::string file = HEADROOM_SOURCE_DIR "/tests/tools/demucs/tiny.th";
+  auto [config, model] = load_model(file);
+  CHECK(config.audio.stems == std::vector<std::string>{"drums", "vocals"});
+  CHECK(config.training.segment_length == 882);  // 1/50 s
+  CHECK(config.inference.normalize);
+  CHECK(config.model.as<models::HTDemucsOptions>().t_dropout() == 0.02);
+  CHECK(model(torch::ones({1, 2, 100})).sizes() == torch::IntArrayRef({1, 2, 2, 100}));
+
+  const auto refused = [](const std::string& klass, const std::string& args, const std::string& kwargs) {
+    const Json package = {{"klass", klass}, {"args", Json::parse(args)}, {"kwargs", Json::parse(kwargs)}};
+    const Error error = error_of([&] { training::detail::demucs_config(package, "a.th"); });
+    CHECK(error.id() == "headroom.training.demucs");
+    return std::string(error.what());
+  };
+  const std::string klass = "demucs.htdemucs.HTDemucs";
+  CHECK(contains(refused("demucs.hdemucs.HDemucs", "[]", "{}"), "of the class \"demucs.hdemucs.HDemucs\""));
+  CHECK(contains(refused(klass, "[]", "{}"), "0 arguments without a name"));
+  CHECK(contains(refused(klass, R"([["a"]])", R"({"t_sparse_self_attn": true})"),
+                 "t_sparse_self_attn true, expected false"));
+  CHECK(contains(refused(klass, R"([["a"]])", R"({"t_emb": "cape"})"), "t_emb \"cape\", expected \"sin\""));
+  CHECK(contains(refused(klass, R"([["a"]])", R"({"segment": "ten"})"), "the argument segment of \"ten\""));
+  const Json newer = {{"klass", klass}, {"args", Json::parse(R"([["a", "b"]])")}, {"kwargs", {{"chanels", 4}}}};
+  CHECK(contains(error_of([&] { parse_config(training::detail::demucs_config(newer, "a.th").dump(), "a.th"); }).what(),
+                 "model.chanels: unknown key; did you mean `channels`?"));
 }
 
 TEST_CASE("what does not fit together in a RoFormer is told") {

@@ -257,6 +257,38 @@ TEST_CASE("nesting of any depth, and a list within itself, is no burden") {
   check_error(torch_file(in_itself), "state_dict", "no tensors");
 }
 
+TEST_CASE("what a checkpoint has beside its weights is read as JSON, fractions as numbers, classes as their names") {
+  const auto members = [](const std::string& object, const std::vector<std::string>& names) {
+    const std::string file = torch_file(object);
+    return weights::read_torch_members({bytes_of_text(file), "weights.file"}, names).value_or("none");
+  };
+  const std::string fraction = "cfractions\nFraction\n";
+  const std::string options = pickle_dict(
+      {{"segment", fraction + pickle_tuple({pickle_text("39/5")}) + "R"},
+       {"newer", fraction + pickle_tuple_of({39, 5}) + "R"},
+       {"whole", fraction + pickle_tuple({pickle_text("-7")}) + "R"},
+       {"broken", fraction + pickle_tuple({pickle_text("1/0")}) + "R"},
+       {"list",
+        pickle_tuple({"N", "\x88", pickle_integer(-3), "G\x3f\xe0" + std::string(6, '\0'), pickle_text("a\"b")})},
+       {"class", "cdemucs.htdemucs\nHTDemucs\n"},
+       {"object", "cargparse\nNamespace\n)R"},
+       {"infinite", "G\x7f\xf0" + std::string(6, '\0')},
+       {"tensor", pickle_tensor({})}});
+  CHECK(members(pickle_dict({{"kwargs", options}, {"state", "}"}}), {"kwargs"}) ==
+        R"({"kwargs":{"segment":7.8,"newer":7.8,"whole":-7.0,"broken":"<fractions.Fraction>",)"
+        R"("list":[null,true,-3,0.5,"a\"b"],"class":"demucs.htdemucs.HTDemucs","object":"<argparse.Namespace>",)"
+        R"("infinite":null,"tensor":"<tensor>"}})");
+  CHECK(members(pickle_dict({{"kwargs", "}"}}), {"klass", "kwargs"}) == "none");
+  CHECK(members("]", {"kwargs"}) == "none");
+  CHECK_FALSE(weights::read_torch_members({bytes_of_text("text"), "weights.file"}, {"kwargs"}).has_value());
+  const auto refused = [&](const std::string& value) {
+    return error_of([&] { members(pickle_dict({{"kwargs", value}}), {"kwargs"}); });
+  };
+  CHECK(contains(refused("]q\1h\1a").what(), "more than 16 deep"));
+  CHECK(contains(refused("](" + std::string(100'000, 'N') + "e").what(), "more than 65536 items or bytes"));
+  CHECK(refused("]q\1h\1a").id() == "headroom.weights.pickle");
+}
+
 TEST_CASE("a tensor that its storage does not hold is refused") {
   const auto check_tensor = [](const PickledTensor& tensor, const std::string& part) {
     check_error(torch_file(pickle_dict({{"layer.weight", pickle_tensor(tensor)}})), "tensor", part);

@@ -76,7 +76,7 @@ class MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAttentionImp
     check(query, key, value, key_padding_mask, attn_mask);
     const Heads heads = project(query, key, value);
     auto request = visibility(query, key_padding_mask, attn_mask);
-    request.dropout(is_training() ? options.dropout() : 0.0);
+    request.dropout(is_training() ? options.dropout() : 0.0).backend(backend);
     if (options.add_zero_attn()) request.sink(torch::zeros({options.num_heads()}, query.options()));
     torch::Tensor attended;  // [Lq,N,H,D]
     if (bias_k.defined()) {
@@ -99,6 +99,7 @@ class MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAttentionImp
 
  public:
   MultiheadAttentionOptions options;
+  AttentionBackend backend = AttentionBackend::automatic;     // who computes attention
   torch::Tensor in_proj_weight, in_proj_bias;                 // [3E,E] or undefined, [3E] or undefined
   torch::Tensor q_proj_weight, k_proj_weight, v_proj_weight;  // [E,E], [E,kdim], [E,vdim] instead of in_proj_weight
   torch::Tensor bias_k, bias_v;                               // [1,1,E] or undefined

@@ -11,6 +11,7 @@
 #include "headroom/core/error.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/training/config.hpp"
+#include "headroom/training/demucs_checkpoint.hpp"
 #include "headroom/training/json.hpp"
 #include "headroom/training/models.hpp"
 #include "headroom/training/separate.hpp"
@@ -26,8 +27,8 @@ namespace headroom::inline v0::training {
 
 /// Where a model comes from.
 struct ModelFiles {
-  /// A saved state or a safetensors file of train, which have their configuration in them; with `config`, any file of
-  /// weights.
+  /// A saved state or a safetensors file of train or a checkpoint of demucs, which have their configuration in them;
+  /// with `config`, any file of weights.
   std::filesystem::path weights;
   std::filesystem::path config = {};  ///< of ours or published, see load_config
   /// Of a saved state with averaged weights take these; false: those that training goes on from, which no other file
@@ -42,8 +43,9 @@ struct LoadedModel {
 };
 
 /// Reads a model for inference: it is in evaluation mode and needs no gradients. `notices` as in load_config. Throws
-/// like load_config, load_weights and load_state, headroom.training.no_config for weights without a configuration, and
-/// headroom.training.raw_weights where weights that are not averaged are asked of another file than a saved state.
+/// like load_config, load_weights, load_state and read_demucs_config, headroom.training.no_config for weights without a
+/// configuration, and headroom.training.raw_weights where weights that are not averaged are asked of another file than
+/// a saved state.
 HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files, std::vector<std::string>* notices = nullptr);
 inline LoadedModel load_model(const std::filesystem::path& weights) { return load_model(ModelFiles{weights}); }
 
@@ -113,6 +115,7 @@ HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files, std::vector<st
   std::optional<std::string> within;
   std::optional<TrainingState> state;
   if (files.config.empty()) within = detail::config_within(path);
+  if (files.config.empty() && !within) within = read_demucs_config(path);
   if (!within && (files.config.empty() || is_saved_state(path))) state = load_state(path);
   require(files.averaged || state, "headroom.training.raw_weights", path.string(),
           " is no saved state: it has one set of weights, which are averaged where training.ema_decay says so; give "

@@ -15,6 +15,7 @@
 #include "headroom/models/separator.hpp"
 #include "headroom/models/time_frequency_transformer.hpp"
 #include "headroom/training/described.hpp"
+#include "headroom/training/htdemucs.hpp"
 #include "headroom/training/model_rules.hpp"
 #include "headroom/training/model_type.hpp"
 #include "headroom/training/roformers.hpp"
@@ -115,6 +116,7 @@ inline ModelEntry<models::TimeFrequencyTransformerOptions> time_frequency_transf
 HEADROOM_TRAINING std::map<std::string, ModelType>& model_types() {
   static std::map<std::string, ModelType> types = {
       {"bs_roformer", detail::erased(detail::roformer<models::BsRoformer, models::BsRoformerOptions>())},
+      {"htdemucs", detail::erased(detail::htdemucs())},
       {"mel_band_roformer",
        detail::erased(detail::roformer<models::MelBandRoformer, models::MelBandRoformerOptions>())},
       {"time_frequency_transformer", detail::erased(detail::time_frequency_transformer())},

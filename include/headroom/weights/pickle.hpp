@@ -8,9 +8,9 @@
 #include "headroom/weights/bytes.hpp"
 #include "headroom/weights/dtype.hpp"
 
-// A pickle is a program for a stack machine that builds Python objects. This one builds numbers, texts, tuples, lists,
-// dicts, storages and tensors. Whatever else a program asks for, it gets an opaque value, which remembers the name of
-// the class or function that Python would have called. Nothing is called.
+// A pickle is a program for a stack machine that builds Python objects. This one builds numbers, fractions among them,
+// texts, tuples, lists, dicts, storages and tensors. Whatever else a program asks for, it gets an opaque value, which
+// remembers the name of the class or function that Python would have called. Nothing is called.
 
 namespace headroom::inline v0::weights {
 

@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <optional>
 #include <string_view>
+#include <system_error>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -304,6 +306,7 @@ class PickleMachine {
     const std::vector<PickleValue>& given = made_.items(arguments);
     if (is_one_of(global, "torch._utils", "_rebuild_tensor_v2", "_rebuild_tensor")) return push_tensor(given);
     if (is_one_of(global, "collections", "OrderedDict") && given.empty()) return push_container(Kind::dict, {});
+    if (is_one_of(global, "fractions", "Fraction") && push_fraction(given)) return;
     const bool is_first_argument =
         is_one_of(global, "torch._utils", "_rebuild_parameter", "_rebuild_parameter_with_state") ||
         is_one_of(global, "torch", "Size") ||
@@ -311,6 +314,31 @@ class PickleMachine {
                   "build_boollist", "build_tensorlist");
     if (is_first_argument && !given.empty()) return stack_.push(given[0]);
     push_opaque(global);
+  }
+
+  /// ("39/5"), or (39, 5): a number. False where it is something else.
+  bool push_fraction(const std::vector<PickleValue>& given) {
+    PickleValue value = PickleValue::of(Kind::real);
+    std::int64_t numerator = 0, denominator = 1;
+    if (given.size() == 1 && given[0].kind == Kind::text) {
+      const std::string_view text = made_.text(given[0]);
+      const char* const end = text.data() + text.size();
+      const auto above = std::from_chars(text.data(), end, numerator);
+      if (above.ec != std::errc() || (above.ptr != end && *above.ptr != '/')) return false;
+      if (above.ptr != end) {
+        const auto below = std::from_chars(above.ptr + 1, end, denominator);
+        if (below.ec != std::errc() || below.ptr != end) return false;
+      }
+    } else if (given.size() == 2 && given[0].kind == Kind::integer && given[1].kind == Kind::integer) {
+      numerator = given[0].integer;
+      denominator = given[1].integer;
+    } else {
+      return false;
+    }
+    if (denominator <= 0) return false;
+    value.real = static_cast<double>(numerator) / static_cast<double>(denominator);
+    stack_.push(value);
+    return true;
   }
 
   /// ("storage", class, key, device, number of elements)

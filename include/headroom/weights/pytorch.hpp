@@ -5,13 +5,17 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "headroom/core/error.hpp"
+#include "headroom/core/json_string.hpp"
 #include "headroom/weights/bytes.hpp"
 #include "headroom/weights/dtype.hpp"
 #include "headroom/weights/pickle.hpp"
+#include "headroom/weights/pickle_json.hpp"
 #include "headroom/weights/pickle_machine.hpp"
 #include "headroom/weights/state_dict.hpp"
 #include "headroom/weights/tensor_record.hpp"
@@ -42,6 +46,12 @@ inline std::string_view top_folder(const ZipMembers& members, const Source& sour
        " is a zip file without a data.pkl; expected a file that torch.save wrote, or a safetensors file");
 }
 
+/// The pickle of an archive.
+inline Pickle read_zipped_pickle(const Source& source, const ZipMembers& members, const std::string& folder) {
+  const ByteRange program = members.at(folder + "data.pkl");
+  return read_pickle({source.bytes.subspan(program.begin, program.size), source.name + ": data.pkl"});
+}
+
 inline Contents read_torch_zip(const Source& source, std::string_view key) {
   const ZipMembers members = read_zip(source);
   const std::string folder(top_folder(members, source));
@@ -49,9 +59,7 @@ inline Contents read_torch_zip(const Source& source, std::string_view key) {
     require(text_of(source, order->second) == "little", "headroom.weights.format", source.name,
             " was written on a big-endian machine; save it anew with PyTorch on a little-endian one");
   }
-  const ByteRange program = members.at(folder + "data.pkl");
-  const Source pickled{source.bytes.subspan(program.begin, program.size), source.name + ": data.pkl"};
-  const Pickle pickle = read_pickle(pickled);
+  const Pickle pickle = read_zipped_pickle(source, members, folder);
   StorageRanges ranges;
   const std::string data = folder + "data/";
   for (const auto& [name, range] : members) {
@@ -104,6 +112,24 @@ inline bool is_torch_legacy(Bytes bytes) {
 /// .state_dict and .tensor.
 inline Contents read_torch(const Source& source, std::string_view key = "") {
   return is_zip(source.bytes) ? detail::read_torch_zip(source, key) : detail::read_torch_legacy(source, key);
+}
+
+/// Members of the dict in a zip archive that torch.save wrote, as one JSON object: what a program keeps beside weights.
+/// None where the file is something else or has not all of them. See PickleJson for what becomes of values. Throws
+/// headroom.weights.zip, .pickle and .format.
+inline std::optional<std::string> read_torch_members(const Source& source, const std::vector<std::string>& names) {
+  if (!is_zip(source.bytes)) return std::nullopt;
+  const ZipMembers members = read_zip(source);
+  const Pickle pickle = detail::read_zipped_pickle(source, members, std::string(detail::top_folder(members, source)));
+  if (pickle.root.kind != PickleKind::dict) return std::nullopt;
+  detail::PickleJson json(pickle, source);
+  std::string object;
+  for (const std::string& name : names) {
+    const auto member = detail::find_member(pickle, pickle.root, name);
+    if (!member.has_value()) return std::nullopt;
+    object += (object.empty() ? "{" : ",") + core::detail::json_string(name) + ":" + json.text(*member);
+  }
+  return object + "}";
 }
 
 }  // namespace headroom::inline v0::weights

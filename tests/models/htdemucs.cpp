@@ -1,0 +1,225 @@
+#include "headroom/models/htdemucs.hpp"
+
+#include <cmath>
+#include <cstdint>
+#include <set>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "headroom/memory.hpp"
+#include "headroom/plan.hpp"
+#include "headroom/runtime/dry_run.hpp"
+#include "headroom/weights/tensors.hpp"
+#include "support/catch.hpp"
+#include "support/hashed_noise.hpp"
+#include "support/one_thread.hpp"
+
+using namespace headroom;
+using headroom::testing::contains;
+using headroom::testing::error_of;
+using headroom::testing::hashed_noise;
+using torch::Tensor;
+
+namespace {
+
+struct HTDemucsCase {
+  std::string name;
+  int64_t samples;
+  models::HTDemucsOptions options;
+};
+
+/// The models of htdemucs_reference.py.
+std::vector<HTDemucsCase> htdemucs_cases() {
+  models::HTDemucsOptions stereo, mono, plain;
+  stereo.stems(2).channels(4).nfft(64).depth(2).kernel_size(4).stride(2).dconv_mode(3).dconv_comp(2).dconv_init(0.1);
+  stereo.norm_starts(1).norm_groups(2).bottom_channels(4).t_layers(2).t_heads(2).t_hidden_scale(2);
+  stereo.use_train_segment(false);
+  mono.stems(3).audio_channels(1).channels(4).growth(1).nfft(256).depth(2).context(0).context_enc(1);
+  mono.dconv_comp(4).dconv_depth(1).emb_smooth(false).t_layers(2).t_heads(1).t_hidden_scale(1).t_cross_first(true);
+  mono.t_norm_in(false).t_norm_in_group(true).t_group_norm(true).t_gelu(false).t_weight_pos_embed(0.5).segment(500);
+  plain.stems(1).channels(4).nfft(64).depth(1).kernel_size(4).stride(2).rewrite(false).freq_emb(0).dconv_mode(0);
+  plain.t_layers(2).t_heads(2).t_hidden_scale(1).t_norm_first(false).t_layer_scale(false).t_max_period(100);
+  plain.use_train_segment(false);
+  return {{"stereo", 203, stereo}, {"mono", 301, mono}, {"plain", 34, plain}};
+}
+
+void set_htdemucs_parameters(torch::nn::Module& model) {
+  const torch::NoGradGuard guard;
+  uint32_t salt = 0;
+  for (const auto& [name, x] : weights::tensors_of(model)) {
+    const Tensor u = hashed_noise(x.sizes(), ++salt);
+    Tensor(x).copy_(name.ends_with("bias") ? 0.1 * u
+                    : x.dim() == 1         ? 1 + 0.25 * u
+                                           : u * std::sqrt(3.0 / static_cast<double>(x[0].numel())));
+  }
+}
+
+Tensor htdemucs_mixture(const HTDemucsCase& c, uint32_t which) {
+  const Tensor x = 0.5 * hashed_noise({2, c.options.audio_channels(), c.samples}, 1000 + which);
+  x[0][-1].slice(0, c.samples / 3, c.samples / 2).zero_();
+  x[1].slice(1, 0, c.samples / 2).zero_();
+  return x.to(torch::kFloat);
+}
+
+Tensor htdemucs_loss(const HTDemucsCase& c, const Tensor& stems, uint32_t which) {
+  const Tensor target = 0.5 * hashed_noise({2, c.options.stems(), c.options.audio_channels(), c.samples}, 2000 + which);
+  return (stems - target.to(torch::kFloat)).abs().mean();
+}
+
+}  // namespace
+
+TEST_CASE("HTDemucs: forward, loss and all gradients are as exact as those of the Python model") {
+  const testing::OneThread one_thread;
+  for (const HTDemucsCase& c : htdemucs_cases()) {
+    const weights::TensorMap reference =
+        weights::load_tensors(std::string(HEADROOM_MODEL_FILES) + "/../htdemucs/" + c.name + ".safetensors");
+    models::HTDemucs model(c.options);
+    set_htdemucs_parameters(*model);
+    std::set<std::string> checked;
+    const auto check = [&](const std::string& name, const Tensor& ours) {
+      INFO(c.name << ": " << name);
+      REQUIRE(reference.contains(name));
+      const Tensor& known = reference.at(name);
+      checked.insert(name);
+      REQUIRE(known.numel() == ours.numel() + 1);
+      const Tensor difference = ours.detach().to(torch::kDouble).flatten() - known.slice(0, 0, -1);
+      CHECK(difference.square().mean().sqrt().item<double>() <= 2 * known[-1].item<double>());
+    };
+    if (c.options.use_train_segment()) {
+      model->eval();
+      check("evaluated", model->forward(htdemucs_mixture(c, 0)));
+      model->train();
+    }
+    const Tensor stems = model->forward(htdemucs_mixture(c, 0));
+    check("output", stems);
+    const Tensor loss = htdemucs_loss(c, stems, 0);
+    loss.backward();
+    for (const auto& p : model->named_parameters()) {
+      if (p.value().grad().defined()) check("grad." + p.key(), p.value().grad());
+    }
+    const torch::NoGradGuard guard;
+    std::vector<Tensor> losses{loss.detach()};
+    for (uint32_t i = 1; i < 8; ++i) losses.push_back(htdemucs_loss(c, model->forward(htdemucs_mixture(c, i)), i));
+    check("loss", torch::stack(losses));
+    CHECK(checked.size() == reference.size());
+  }
+}
+
+TEST_CASE("HTDemucs: names, shapes and numbers of parameters are those of the published checkpoints") {
+  const auto fingerprint_of = [](int64_t stems) {
+    const DryRun shapes_only(torch::kCPU);
+    models::HTDemucsOptions options;
+    const models::HTDemucs model(options.bottom_channels(512).dconv_mode(3).stems(stems).rescale(0));
+    int64_t names = 0, elements = 0;
+    std::ostringstream lines;
+    for (const auto& [name, x] : weights::tensors_of(*model)) {  // sorted
+      ++names;
+      elements += x.numel();
+      lines << name << " " << x.sizes() << "\n";
+    }
+    uint64_t hash = 0xcbf29ce484222325;
+    for (const char byte : lines.str()) hash = (hash ^ static_cast<unsigned char>(byte)) * 0x100000001b3;
+    return std::tuple(names, elements, hash);
+  };
+  CHECK(fingerprint_of(4) == std::tuple(533, 41'984'456, 0x229581c9a0b3d883));
+  CHECK(fingerprint_of(6) == std::tuple(533, 41'989'076, 0x69f07ca9a83f62e5));
+}
+
+TEST_CASE("HTDemucs: policies change no gradient, and backends agree") {
+  const testing::OneThread one_thread;
+  HTDemucsCase c = htdemucs_cases()[0];
+  c.options.t_layers(3);
+  const auto gradients = [&](const StackPolicy& policy, AttentionBackend backend) {
+    models::HTDemucs model(models::HTDemucsOptions(c.options).gradient_checkpointing(policy).attention(backend));
+    set_htdemucs_parameters(*model);
+    htdemucs_loss(c, model->forward(htdemucs_mixture(c, 0)), 0).backward();
+    std::vector<Tensor> all;
+    for (const Tensor& p : model->parameters()) all.push_back(p.grad());
+    return all;
+  };
+  const auto plain = gradients("none", AttentionBackend::automatic);
+  for (const char* policy : {"full", "1*selective,none", "1*none,full"}) {
+    CAPTURE(policy);
+    const auto same = gradients(policy, AttentionBackend::automatic);
+    for (size_t i = 0; i < plain.size(); ++i) CHECK(torch::equal(same[i], plain[i]));
+  }
+  const auto tiled = gradients("tiled", AttentionBackend::automatic);
+  const auto reference = gradients("none", AttentionBackend::reference);
+  for (size_t i = 0; i < plain.size(); ++i) {
+    CHECK(torch::allclose(tiled[i], plain[i], 1e-3, 1e-6));
+    CHECK(torch::allclose(reference[i], plain[i], 1e-3, 1e-6));
+  }
+  const Error error = error_of([&] { gradients("4*full,none", AttentionBackend::automatic); });
+  CHECK(error.id() == "headroom.checkpoint.policy");
+}
+
+TEST_CASE("HTDemucs: mixtures of any length have stems of that length; dropout is for training") {
+  models::HTDemucs model(htdemucs_cases()[0].options.t_dropout(0.5));
+  const torch::NoGradGuard guard;
+  for (const int64_t samples : {1, 2, 15, 16, 17, 40, 333}) {
+    const Tensor stems = model->forward(torch::randn({1, 2, samples}));
+    CHECK(stems.sizes() == at::IntArrayRef({1, 2, 2, samples}));
+    CHECK(stems.isfinite().all().item<bool>());
+  }
+  const Tensor mixture = torch::randn({1, 2, 333});
+  CHECK_FALSE(torch::equal(model->forward(mixture), model->forward(mixture)));
+  model->eval();
+  CHECK(torch::equal(model->forward(mixture), model->forward(mixture)));
+}
+
+TEST_CASE("HTDemucs: no allocation holds scores, and the peak is planned byte for byte") {
+  torch::manual_seed(1);
+  nn::CrossTransformer transformer(nn::CrossTransformerOptions(16, 2, 2));
+  const Tensor spectrum = torch::randn({1, 16, 4, 500}), waveform = torch::randn({1, 16, 2000});
+  const auto step = [&] {
+    const auto [x, xt] = transformer->forward(spectrum, waveform);
+    (x.square().mean() + xt.square().mean()).backward();
+    transformer->zero_grad();
+  };
+  step();
+  const MemoryReport report = MemoryMeter().measure(step);
+  CHECK(*report.largest < 2000 * 2000 * 4 / 8);  // of one head
+
+  const HTDemucsCase c = htdemucs_cases()[0];
+  const auto train = [&] {
+    models::HTDemucs model(c.options);
+    model->forward(torch::ones({2, 2, c.samples})).square().mean().backward();
+  };
+  train();
+  const int64_t measured = MemoryMeter().measure(train).added_peak();
+  CHECK(plan(train, this_machine()).peak_bytes == measured);
+}
+
+TEST_CASE("HTDemucs: options, positions and signals that do not fit are refused") {
+  using Options = models::HTDemucsOptions;
+  const auto refused = [](const Options& options, const std::string& part) {
+    const Error error = error_of([&] { models::HTDemucs model(options); });
+    CHECK(error.id() == "headroom.models.options");
+    CAPTURE(error.what());
+    CHECK(contains(error.what(), part));
+  };
+  refused(Options().channels(0), "expected positive numbers");
+  refused(Options().growth(1000), "the last of 4 layers has 4.8e+10 channels");
+  refused(Options().kernel_size(6), "kernel_size is 6 and stride 4");
+  refused(Options().stride(3).kernel_size(6), "an even stride");
+  refused(Options().depth(5), "nfft is 4096, of which layer 4 gets 8 frequencies");
+  refused(Options().nfft(2040), "the stride 4 divides");
+  refused(Options().norm_starts(2).norm_groups(7), "norm_groups is 7");
+  refused(Options().dconv_comp(49), "dconv_comp is 49, expected at most channels, 48");
+  refused(Options().t_heads(7), "width 384 and t_heads 7");
+  models::HTDemucs model(htdemucs_cases()[2].options);
+  CHECK(error_of([&] { model->forward(torch::randn({2, 3, 100})); }).id() == "headroom.models.mixture");
+  CHECK(error_of([] { nn::sine_embedding(3, 6, 1e4); }).id() == "headroom.nn.sine_embedding.dim");
+  CHECK(error_of([] { nn::sine_embedding_2d(3, 3, 8, 1); }).id() == "headroom.nn.sine_embedding.dim");
+  const auto transformer = [](int64_t dim, double dropout) {
+    return nn::CrossTransformer(
+        nn::CrossTransformerOptions(dim, 1, 1).layer(nn::CrossTransformerLayerOptions(dim, 1).dropout(dropout)));
+  };
+  CHECK(error_of([&] { transformer(6, 0); }).id() == "headroom.nn.cross_transformer.options");
+  CHECK(error_of([&] { transformer(8, 1); }).id() == "headroom.nn.cross_transformer.options");
+  CHECK(error_of([&] {
+          transformer(8, 0)->forward(torch::ones({1, 8, 2, 3}), torch::ones({2, 8, 3}));
+        }).id() == "headroom.nn.cross_transformer.shape");
+}

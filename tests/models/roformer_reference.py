@@ -11,14 +11,12 @@ harder than others, and the error of few numbers is a matter of luck: it is the 
 and the RMS over all. Parameters and signals are not in the file: both sides make them of hashed counters.
 """
 
-import json
-import struct
 import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import torch
+from hashed import fingerprint, noise, save, with_errors
 
 sources, folder = Path(sys.argv[1]), Path(sys.argv[2])
 sys.path.insert(0, str(sources / "streams"))
@@ -70,15 +68,6 @@ MODELS = {
         num_bands=4, sample_rate=8000, stft_n_fft=32, stft_hop_length=8, stft_win_length=32, use_pope=True,
         attn_dropout=0.0, ff_dropout=0.0, **TINY | dict(multi_stft_hop_size=16))),
 }
-
-
-def noise(shape, salt):
-    """Numbers in [-1, 1), each a hash of its place and the salt."""
-    x = (np.arange(int(np.prod(shape)), dtype=np.uint64) + np.uint64(salt * 0x9E3779B9)).astype(np.uint32)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
-    x = x ^ (x >> np.uint32(16))
-    return torch.from_numpy(x.astype(np.float64) / 2**31 - 1).reshape(shape)
 
 
 def set_parameters(model):
@@ -141,47 +130,21 @@ def results(kind, options, samples, mixture, dtype):
     return {name: t.double() for name, t in found.items()}
 
 
-def save(path, tensors):
-    header, data = {}, b""
-    for name, x in tensors.items():
-        raw = x.contiguous().numpy().astype("<f8").tobytes()
-        header[name] = {"dtype": "F64", "shape": list(x.shape), "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-
-
 torch.set_num_threads(1)
 in_float = separator_mel._rotate_queries_or_keys  # has angles in float, whatever the model's precision
 folder.mkdir(exist_ok=True)
+rotate = lambda rotary, x: rotary.rotate_queries_or_keys(x)  # noqa: E731
 for name, (kind, samples, options) in MODELS.items():
-    squares, losses = {}, []
-    for mixture in range(MIXTURES):
-        separator_mel._rotate_queries_or_keys = separator_bs._rotate_queries_or_keys = in_float
-        inexact = results(kind, options, samples, mixture, torch.float32)
-        rotate = lambda rotary, x: rotary.rotate_queries_or_keys(x)  # noqa: E731
-        separator_mel._rotate_queries_or_keys = separator_bs._rotate_queries_or_keys = rotate
-        exact = results(kind, options, samples, mixture, torch.float64)
-        kept = kept if mixture > 0 else exact
-        losses.append(exact["loss"])
-        for key, x in exact.items():
-            squares.setdefault(key, []).append((inexact[key] - x).square().mean())
-    kept["loss"] = torch.stack(losses)
-    errors = {key: torch.stack(s).mean().sqrt() for key, s in squares.items()}
-    errors |= {key: max(errors[key], s[0].sqrt()) for key, s in squares.items() if key != "loss"}
+
+    def one(mixture, dtype):
+        used = in_float if dtype == torch.float32 else rotate
+        separator_mel._rotate_queries_or_keys = separator_bs._rotate_queries_or_keys = used
+        return results(kind, options, samples, mixture, dtype)
+
+    kept, errors = with_errors(one, MIXTURES)
     save(folder / f"{name}.safetensors", {key: torch.hstack([x.flatten(), errors[key]]) for key, x in kept.items()})
     print(name, len(kept) - 2, "gradients, output", list(kept["output"].shape), "errors",
           errors["output"].item(), errors["loss"].item())
-
-
-def fingerprint(model):
-    """Number, elements and FNV-1a hash of the names and shapes of a state dict."""
-    lines = [f"{name} {list(x.shape)}\n" for name, x in sorted(model.state_dict().items())]
-    hashed = 0xCBF29CE484222325
-    for byte in "".join(lines).encode():
-        hashed = (hashed ^ byte) * 0x100000001B3 % 2**64
-    return len(lines), sum(x.numel() for x in model.parameters()), f"0x{hashed:016x}"
 
 
 torch.set_default_dtype(torch.float32)

@@ -11,25 +11,14 @@
 #include "headroom/weights/load.hpp"
 #include "headroom/weights/tensors.hpp"
 #include "support/catch.hpp"
+#include "support/hashed_noise.hpp"
 #include "support/one_thread.hpp"
 
 using namespace headroom;
+using headroom::testing::hashed_noise;
 using torch::Tensor;
 
 namespace {
-
-/// As in roformer_reference.py: numbers in [-1, 1), each a hash of its place and the salt.
-Tensor noise(at::IntArrayRef sizes, uint32_t salt) {
-  const Tensor x = torch::empty(sizes, torch::kDouble);
-  double* const to = x.mutable_data_ptr<double>();
-  for (int64_t i = 0; i < x.numel(); ++i) {
-    uint32_t h = static_cast<uint32_t>(i) + salt * 0x9E3779B9u;
-    h = (h ^ h >> 16) * 0x7FEB352Du;
-    h = (h ^ h >> 15) * 0x846CA68Bu;
-    to[i] = (h ^ h >> 16) / 0x1p31 - 1;
-  }
-  return x;
-}
 
 void set_parameters(torch::nn::Module& model) {
   const torch::NoGradGuard guard;
@@ -40,7 +29,7 @@ void set_parameters(torch::nn::Module& model) {
     if (name.ends_with("inv_freqs") || !seen.insert(x.unsafeGetTensorImpl()).second) continue;
     ++salt;
     if (name.ends_with("freqs")) continue;
-    const Tensor u = noise(x.sizes(), salt);
+    const Tensor u = hashed_noise(x.sizes(), salt);
     x.copy_(name.ends_with("gamma")         ? 1 + 0.25 * u
             : name.ends_with("bias")        ? 0.1 * u
             : name.ends_with("temperature") ? 0.5 * u
@@ -157,13 +146,13 @@ std::vector<Case> cases() {
 
 /// The signals of roformer_reference.py.
 Tensor mixture_of(const Case& c, uint32_t which) {
-  const Tensor x = 0.5 * noise({2, c.channels, c.samples}, 1000 + which);
+  const Tensor x = 0.5 * hashed_noise({2, c.channels, c.samples}, 1000 + which);
   x[0][-1].slice(0, c.samples / 3, c.samples / 2).zero_();
   x[1].slice(1, 0, c.samples / 2).zero_();
   return x.to(torch::kFloat);
 }
 Tensor target_of(const Case& c, uint32_t which) {
-  return (0.5 * noise({2, c.stems, c.channels, c.samples}, 2000 + which)).to(torch::kFloat);
+  return (0.5 * hashed_noise({2, c.stems, c.channels, c.samples}, 2000 + which)).to(torch::kFloat);
 }
 
 /// That of the Python models, for their first `whole` samples.

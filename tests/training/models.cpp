@@ -118,6 +118,19 @@ int64_t measured_peak(const Config& config) {
   return MemoryMeter().measure(train).added_peak();
 }
 
+/// Trains the model of a configuration, saves it, loads it and separates with it.
+void check_training(const Config& config) {
+  const TemporaryFolder folder;
+  torch::manual_seed(1);
+  Trainer trainer(make_model(config), config, noise);
+  trainer.run({.folder = folder.path()});
+  auto [saved, separator] = load_model(folder / "last.pt");
+  CHECK(to_json(saved) == to_json(config));
+  const torch::Tensor stems = audio::separate(torch::randn({2, 10'001}), separator, {.segments = {.length = 4096}});
+  CHECK(stems.sizes() == torch::IntArrayRef({4, 2, 10'001}));
+  CHECK(stems.isfinite().all().item<bool>());
+}
+
 }  // namespace
 
 TEST_CASE("a model of the program's own is described, checked and written like those of the library") {
@@ -248,15 +261,7 @@ TEST_CASE("RoFormers are planned byte for byte, trained, saved and separate, by 
       config.model.gradient_checkpointing = policy;
       CHECK(plan_training(config, this_machine()).peak_bytes == measured_peak(config));
     }
-    const TemporaryFolder folder;
-    torch::manual_seed(1);
-    Trainer trainer(make_model(config), config, noise);
-    trainer.run({.folder = folder.path()});
-    auto [saved, separator] = load_model(folder / "last.pt");
-    CHECK(to_json(saved) == to_json(config));
-    const torch::Tensor stems = audio::separate(torch::randn({2, 10'001}), separator, {.segments = {.length = 4096}});
-    CHECK(stems.sizes() == torch::IntArrayRef({4, 2, 10'001}));
-    CHECK(stems.isfinite().all().item<bool>());
+    check_training(config);
   }
 }
 
@@ -272,15 +277,7 @@ TEST_CASE("HTDemucs is planned byte for byte, trained, saved and separates, by c
     config.model.gradient_checkpointing = policy;
     CHECK(plan_training(config, this_machine()).peak_bytes == measured_peak(config));
   }
-  const TemporaryFolder folder;
-  torch::manual_seed(1);
-  Trainer trainer(make_model(config), config, noise);
-  trainer.run({.folder = folder.path()});
-  auto [saved, separator] = load_model(folder / "last.pt");
-  CHECK(to_json(saved) == to_json(config));
-  const torch::Tensor stems = audio::separate(torch::randn({2, 10'001}), separator, {.segments = {.length = 4096}});
-  CHECK(stems.sizes() == torch::IntArrayRef({4, 2, 10'001}));
-  CHECK(stems.isfinite().all().item<bool>());
+  check_training(config);
   const Error error = error_of([] {
     parse_config(R"({"model": {"type": "htdemucs", "kernel_size": 6, "t_emb": "cape"},
                      "training": {"segment_length": 4096, "batch_size": 2}})",

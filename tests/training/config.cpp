@@ -62,7 +62,7 @@ TEST_CASE("every member is read, and written back as it was read") {
     "model": {"type": "time_frequency_transformer", "n_fft": 2048, "hop_length": 512, "n_layers": 3, "emb_dim": 64, "n_heads": 4, "ffn_hidden_dim": [128, 96],
               "gradient_checkpointing": true, "reversible": false, "attention": "tiled"},
     "audio": {"sample_rate": 48000, "channels": 1, "stems": ["vocals", "rest"]},
-    "data": {"path": "music \"1\"", "more_paths": ["more"], "weights": [1, 2.5], "layout": "stems", "missing": "silence", "damaged": "leave_out", "convert": true, "accompaniment": ["noise"], "draw": "by_length", "remix": 0.5, "gain": [0.5, 0.75], "swap_channels": false, "flip_polarity": false,
+    "data": {"path": "music \"1\"", "more_paths": ["more"], "weights": [1, 2.5], "layout": "stems", "missing": "silence", "damaged": "leave_out", "convert": true, "accompaniment": ["noise"], "draw": "by_length", "remix": 0.5, "augment_aligned": true, "gain": [0.5, 0.75], "swap_channels": false, "flip_polarity": false,
              "mixup": [0.2, 0.02], "equalizer": 0.1, "equalizer_db": [-3, 2], "pitch": 0.2, "pitch_semitones": [-5, 7], "tempo": 0.3,
              "tempo_factor": [0.5, 2], "noise": 0.4, "noise_db": [-60, -50]},
     "training": {"segment_length": 30000, "batch_size": 2, "gradient_accumulation_steps": 3, "steps_per_epoch": 7,

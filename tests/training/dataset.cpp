@@ -198,6 +198,64 @@ TEST_CASE("a remixed example takes each stem from its own track and position, wi
   }
 }
 
+TEST_CASE("an aligned example is changed where that is wanted: each stem by itself, the rest of the mixture not") {
+  const TemporaryFolder folder;
+  make_tracks(folder, {50, 50});
+  const Dataset plain(folder.path(), {.segment_length = 5, .remix = 0.5, .augmentation = {.gain = {0.5, 2}}});
+  DatasetOptions options = plain.options();
+  options.augment_aligned = true;
+  const Dataset dataset(folder.path(), options);
+  std::set<std::string> changes;
+  int aligned = 0;
+  for (int i = 0; i < 60; ++i) {
+    const Example before = plain.example(1, i), after = dataset.example(1, i);
+    const torch::Tensor rest = before.mixture - before.stems.sum(0);
+    if (rest.abs().max().item<float>() == 0) {  // remixed
+      CHECK(torch::equal(after.stems, before.stems));
+      CHECK(torch::equal(after.mixture, before.mixture));
+      continue;
+    }
+    ++aligned;
+    CHECK(torch::allclose(after.mixture, after.stems.sum(0) + rest, 1e-6, 0.05));
+    std::string signs;
+    for (int stem = 0; stem < 4; ++stem) {
+      const torch::Tensor from = before.stems[stem], to = after.stems[stem];
+      const bool swapped = !torch::allclose(to / to[0][0], from / from[0][0], 1e-6);
+      const torch::Tensor ratio = to / (swapped ? from.flip(0) : from);
+      CHECK(torch::allclose(ratio, ratio[0][0].expand_as(ratio), 1e-6));
+      CHECK((ratio[0][0].abs().item<float>() >= 0.5f && ratio[0][0].abs().item<float>() <= 2));
+      signs += swapped ? "s" : "-";
+      signs += ratio[0][0].item<float>() < 0 ? "n" : "p";
+    }
+    changes.insert(signs);
+    CHECK(dataset.origin(1, i) == plain.origin(1, i));
+  }
+  CHECK((aligned > 15 && aligned < 45));
+  CHECK(changes.size() > 10);
+}
+
+TEST_CASE("tempo and pitch of an aligned example are the same in all of its files") {
+  if (!training::kHasRubberband) return;
+  const TemporaryFolder folder;
+  const torch::Tensor sound = (400 * torch::randn({2, 12000})).round() / 4096;  // so that sums are exact
+  std::filesystem::create_directories(folder / "song");
+  for (const char* stem : {"vocals", "drums"}) {
+    audio::write_audio(folder / "song" / (stem + std::string(".wav")), sound, 44100);
+  }
+  audio::write_audio(folder / "song/mixture.wav", 3 * sound, 44100);
+  DatasetOptions options{.segment_length = 8000, .stems = {"vocals", "drums"}, .augment_aligned = true};
+  options.augmentation = {.gain = {1, 1}, .swap_channels = false, .flip_polarity = false};
+  options.augmentation.tempo = options.augmentation.pitch = 1;
+  const Dataset dataset(folder.path(), options);
+  for (int i = 0; i < 3; ++i) {
+    const Example example = dataset.example(1, i);
+    CHECK(torch::equal(example.stems[0], example.stems[1]));
+    CHECK(torch::allclose(example.mixture, 3 * example.stems[0], 1e-6, 1e-6));  // the rest is the sound once more
+    CHECK(example.stems[0].square().mean().sqrt().item<float>() > 0.05);
+  }
+  CHECK_FALSE(torch::equal(dataset.example(1, 0).stems, dataset.example(1, 1).stems));
+}
+
 TEST_CASE("a data set says which pieces an example is made of") {
   const TemporaryFolder folder;
   make_tracks(folder, {50, 60, 70});

@@ -58,6 +58,10 @@ class Augmentation {
     if (tempo_.uniform() < options.tempo) stretch_.tempo = between(tempo_, options.tempo_factor);
   }
 
+  /// Takes tempo and pitch of another, so that both segments stay in time and in tune.
+  void stretch_like(const Augmentation& other) { stretch_ = other.stretch_; }
+  const Stretch& stretch() const { return stretch_; }
+
   /// Samples of a track that become `length` samples, of a track that has at least these; in one that is too short for
   /// the tempo, the music is less fast.
   std::int64_t source_length(std::int64_t length, std::int64_t track_frames) {

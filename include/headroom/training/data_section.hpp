@@ -20,6 +20,7 @@ struct DataConfig : AugmentationOptions {
   std::vector<std::string> accompaniment = {};
   std::string draw = "uniform";
   double remix = 1.0;
+  bool augment_aligned = false;
 
   static void describe(auto& self, auto&& field) {
     field("path", self.path, {.may_be_empty = true},
@@ -41,6 +42,8 @@ struct DataConfig : AugmentationOptions {
           "every track equally often, or every segment of the data set, or every stem");
     field("remix", self.remix, {.at_least = 0, .at_most = 1},
           "probability that an example takes each stem from a track and position of its own");
+    field("augment_aligned", self.augment_aligned, {},
+          "change the stems of examples that are not remixed, too, but for mixup");
     field("gain", self.gain, {.at_least = 0, .at_most = 100}, "least and greatest random factor of a remixed stem");
     field("swap_channels", self.swap_channels, {}, "reverse the channels of half of the remixed stems");
     field("flip_polarity", self.flip_polarity, {}, "negate half of the remixed stems");

@@ -20,6 +20,7 @@
 #include "headroom/training/random.hpp"
 #include "headroom/training/sampler.hpp"
 #include "headroom/training/stem_file.hpp"
+#include "headroom/training/stretch.hpp"
 #include "headroom/training/track_list.hpp"
 
 namespace headroom::inline v0::training {
@@ -48,6 +49,7 @@ struct DatasetOptions {
   /// Otherwise the example is what the files hold.
   double remix = 0;
   AugmentationOptions augmentation = {};  ///< of the stems of remixed examples
+  bool augment_aligned = false;           ///< and of those of the others, without mixup
 };
 
 /// Random segments of the tracks below one or several roots, see Layout. A track without a mixture has the sum of its
@@ -190,23 +192,62 @@ class Dataset {
   }
 
   Example composed(std::uint64_t seed, std::int64_t index, const Read& read) const {
-    SplitMix64 random = random_of_example(seed, index);
+    SplitMix64 random = random_of_example(seed, index), changes = random_of_example(~seed, index);
     const bool remixed = random.uniform() < options_.remix;
     if (!remixed || !together_.empty()) {
       const Position together = draw_together(random);
+      if (!remixed && options_.augment_aligned) return changed_piece(together, {random, changes}, read);
       if (!remixed) return piece(together, options_.segment_length, read);
     }
-    SplitMix64 changes(random_of_example(~seed, index));
     std::vector<torch::Tensor> stems;  // N and those of the accompaniment, of [C,S]
     for (std::size_t k = 0; k < stems_.size(); ++k) stems.push_back(remixed_stem({k, read}, random, changes.next()));
     return mixed(stems, {});
   }
 
-  Example piece(const Position& position, std::int64_t count, const Read& read) const {
-    const Track& of = tracks()[position.track];
+  /// The stems of a track and their accompaniment, of [C,count].
+  std::vector<torch::Tensor> stems_at(const Position& position, std::int64_t count, const Read& read) const {
     std::vector<torch::Tensor> stems;
-    for (std::size_t k = 0; k < of.stems.size(); ++k) stems.push_back(read(position, k, count));
-    return mixed(stems, of.mixture ? read(position, of.stems.size(), count) : torch::Tensor());
+    for (std::size_t k = 0; k < stems_.size(); ++k) stems.push_back(read(position, k, count));
+    return stems;
+  }
+  /// Its mixture, where that is a file of its own.
+  torch::Tensor mixture_at(const Position& position, std::int64_t count, const Read& read) const {
+    const Track& of = tracks()[position.track];
+    return of.mixture ? read(position, of.stems.size(), count) : torch::Tensor();
+  }
+
+  Example piece(const Position& position, std::int64_t count, const Read& read) const {
+    const std::vector<torch::Tensor> stems = stems_at(position, count, read);
+    return mixed(stems, mixture_at(position, count, read));
+  }
+
+  struct Numbers {
+    SplitMix64 &random, &changes;
+  };
+
+  /// The same segment of all files of a track. Each stem has changes of its own, but for tempo and pitch, which are
+  /// those of the first. What the mixture has beside the stems has these two alone.
+  Example changed_piece(Position position, const Numbers& numbers, const Read& read) const {
+    const std::int64_t length = options_.segment_length, frames = tracks()[position.track].frames;
+    std::vector<Augmentation> changes;
+    for (std::size_t k = 0; k < stems_.size(); ++k) {
+      changes.emplace_back(options_.augmentation, numbers.random, numbers.changes.next());
+    }
+    const std::int64_t source = changes.front().source_length(length, frames);
+    position.frame = std::min(position.frame, frames - source);
+    std::vector<torch::Tensor> stems = stems_at(position, source, read);
+    torch::Tensor rest = mixture_at(position, source, read);
+    const Stretch& stretch = changes.front().stretch();
+    if (rest.defined()) {
+      for (const torch::Tensor& stem : stems) rest = rest - stem;
+      if (stretch.changes()) rest = stretched(rest, stretch, length, options_.sample_rate);
+    }
+    for (std::size_t k = 0; k < stems.size(); ++k) {
+      changes[k].stretch_like(changes.front());
+      stems[k] = changes[k].apply(stems[k], length, options_.sample_rate);
+      if (rest.defined()) rest = rest + stems[k];
+    }
+    return mixed(stems, rest);
   }
 
   struct StemRead {

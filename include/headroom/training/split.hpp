@@ -39,7 +39,8 @@ inline DatasetOptions dataset_options(const Config& config) {
                   : data.draw == "by_length" ? TrackDraw::by_length
                                              : TrackDraw::by_stem,
           .remix = data.remix,
-          .augmentation = data};
+          .augmentation = data,
+          .augment_aligned = data.augment_aligned};
 }
 
 /// Examples of one split of a data set: a source of batches.
@@ -86,6 +87,7 @@ inline std::optional<Split> validation_split(const std::filesystem::path& data, 
   if (roots.empty()) return std::nullopt;
   DatasetOptions options = dataset_options(config);
   options.remix = 0;
+  options.augment_aligned = false;
   options.weights.clear();
   options.layout = Layout::automatic;
   return Split{Dataset(roots, options), 0};

@@ -2,16 +2,23 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "benchmark.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/memory/resident.hpp"
+#include "headroom/memory/tensor_arena.hpp"
+#include "timing.hpp"
 
-// The same steps in Python, which a process of its own runs: what it gets is written to a file, what it took it prints.
+// The same steps here and in Python, which a process of its own runs: what it gets is written to a file, what it took
+// it prints.
 namespace headroom::benchmarks {
 
 /// A folder that goes away with its contents.
@@ -27,6 +34,34 @@ struct Measurement {
   int64_t memory_bytes = 0;
   double loss = 0, last_loss = 0;
 };
+
+/// One of several ways to take the same steps, which take their turns: whatever disturbs the machine disturbs all.
+struct Way {
+  std::string name;
+  std::function<Measurement()> run;
+  Measurement best = {};  ///< the shortest step, the most memory, the last losses
+
+  void run_again() {
+    const Measurement before = best;
+    best = run();
+    if (before.seconds > 0) best.seconds = std::min(best.seconds, before.seconds);
+    best.memory_bytes = std::max(best.memory_bytes, before.memory_bytes);
+  }
+};
+
+/// Takes steps on the CPU, of which `step` takes one and returns its loss. Memory is what the resident size grew by.
+inline Measurement measured(const std::function<double()>& step, int64_t steps) {
+  std::vector<double> losses;
+  TensorArena::instance().release_free_pages();  // what others left behind is not ours to use
+  reset_peak_resident_bytes();
+  const int64_t before = resident_bytes();
+  Measurement result;
+  result.seconds = shortest_of([&] { return seconds_of([&] { losses.push_back(step()); }); },
+                               {.warm_up = false, .least = static_cast<int>(steps)});
+  result.memory_bytes = peak_resident_bytes() - before;
+  result.loss = losses.front(), result.last_loss = losses.back();
+  return result;
+}
 
 /// An interpreter and a script.
 struct Python {

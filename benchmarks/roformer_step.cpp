@@ -22,20 +22,9 @@ using namespace headroom;
 
 namespace {
 
-/// One of several ways to take a step.
-struct Way {
-  std::string name;
+/// One of several ways to train or to separate.
+struct Way : benchmarks::Way {
   bool trains;
-  std::function<benchmarks::Measurement()> run;
-  benchmarks::Measurement best = {};
-
-  void run_again() {
-    const benchmarks::Measurement now = run();
-    const bool first = best.seconds == 0;
-    best.seconds = first ? now.seconds : std::min(best.seconds, now.seconds);
-    best.memory_bytes = std::max(best.memory_bytes, now.memory_bytes);
-    best.loss = now.loss, best.last_loss = now.last_loss;
-  }
 };
 
 struct Sizes {
@@ -54,20 +43,6 @@ struct Sizes {
   }
 };
 
-/// Memory is what the resident size grew by.
-benchmarks::Measurement measured(const std::function<double()>& step, int64_t steps) {
-  std::vector<double> losses;
-  TensorArena::instance().release_free_pages();  // what others left behind is not ours to use
-  reset_peak_resident_bytes();
-  const int64_t before = resident_bytes();
-  benchmarks::Measurement result;
-  result.seconds = benchmarks::shortest_of([&] { return benchmarks::seconds_of([&] { losses.push_back(step()); }); },
-                                           {.warm_up = false, .least = static_cast<int>(steps)});
-  result.memory_bytes = peak_resident_bytes() - before;
-  result.loss = losses.front(), result.last_loss = losses.back();
-  return result;
-}
-
 Way ours(const training::Config& config, bool trains, const char* policy, bool bf16,
          const benchmarks::PythonTwin& twin) {
   training::Config changed = config;
@@ -78,9 +53,9 @@ Way ours(const training::Config& config, bool trains, const char* policy, bool b
   const auto run = [=] {
     const auto step =
         trains ? benchmarks::make_repeated_step(changed, twin) : benchmarks::make_repeated_separation(changed, twin);
-    return measured(step, twin.steps);
+    return benchmarks::measured(step, twin.steps);
   };
-  return {name, trains, run};
+  return {{name, run}, trains};
 }
 
 /// Prints and keeps what each way took, and how that compares with the Python model's.
@@ -165,7 +140,7 @@ int main(int argc, char** argv) {
     std::vector<Way> ways;
     const auto theirs = [&](const char* name, bool trains, const char* mode) {
       if (python.empty()) return;
-      ways.push_back({name, trains, [=] { return benchmarks::Python{python, script}.run(twin.file, mode); }});
+      ways.push_back({{name, [=] { return benchmarks::Python{python, script}.run(twin.file, mode); }}, trains});
     };
     if (work != "separate") {
       ways.push_back(ours(config, true, "none", false, twin));

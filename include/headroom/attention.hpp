@@ -14,6 +14,7 @@
 #include "headroom/attention/merge.hpp"
 #include "headroom/attention/options.hpp"
 #include "headroom/attention/packed.hpp"
+#include "headroom/attention/polar.hpp"
 #include "headroom/attention/positions.hpp"
 #include "headroom/attention/reference.hpp"
 #include "headroom/attention/request.hpp"

@@ -11,6 +11,7 @@
 #include "headroom/core/error.hpp"
 #include "headroom/core/executor.hpp"
 #include "headroom/core/finite.hpp"
+#include "headroom/core/instruction_set.hpp"
 #include "headroom/core/json_string.hpp"
 #include "headroom/core/lanes.hpp"
 #include "headroom/core/lockstep.hpp"

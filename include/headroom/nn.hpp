@@ -16,5 +16,6 @@
 #include "headroom/nn/rms_norm.hpp"
 #include "headroom/nn/rotary.hpp"
 #include "headroom/nn/self_attention.hpp"
+#include "headroom/nn/stream_mix.hpp"
 #include "headroom/nn/token_axis.hpp"
 #include "headroom/nn/token_chain.hpp"

@@ -14,12 +14,6 @@
 #include "headroom/core/attention.hpp"
 #include "support/catch.hpp"
 
-// Kernels are compiled once, in kernels.cpp
-extern template void headroom::core::detail::ForwardPass<float>::run(Eigen::Index, int, std::byte*) const;
-extern template void headroom::core::detail::ForwardPass<double>::run(Eigen::Index, int, std::byte*) const;
-extern template void headroom::core::detail::BackwardPass<float>::run(Eigen::Index, int);
-extern template void headroom::core::detail::BackwardPass<double>::run(Eigen::Index, int);
-
 namespace headroom::testing {
 
 using namespace core;

@@ -326,4 +326,9 @@ TEST_CASE("tables of a score function are checked") {
   CHECK(error_of([&] { take(right); }).id() == "headroom.core.attention.shape");
   CHECK(error_of([&] { run.reference({.score_function = ScoreFunctionRef(function, right)}); }).id() ==
         "headroom.core.attention.score_function");
+  // Tiles of the kernels have to be whole vectors where the function was compiled
+  auto calls = ScoreFunctionRef::calls<decltype(function), 1>();
+  calls.lanes = 64;
+  CHECK(error_of([&] { run.tiled({.score_function = ScoreFunctionRef(&function, calls, right.data())}); }).id() ==
+        "headroom.core.attention.lanes");
 }

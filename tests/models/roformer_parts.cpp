@@ -1,5 +1,9 @@
+#include <ATen/autocast_mode.h>
+
+#include <cmath>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <set>
 #include <sstream>
 #include <string>
@@ -20,8 +24,8 @@ using torch::Tensor;
 
 namespace {
 
-/// As roformer_reference.py prints it: names and shapes of the state, and the elements of parameters, the frequencies
-/// of rotary embedding counted once for each axis.
+/// As roformer_reference.py prints it: names and shapes of the state, and the elements of parameters, among them the
+/// frequencies of rotary embedding, counted once for each axis.
 struct Fingerprint {
   int64_t names = 0, elements = 0;
   uint64_t hash = 0xcbf29ce484222325;
@@ -37,7 +41,8 @@ Fingerprint fingerprint(const Options& options) {
   std::ostringstream lines;
   for (const auto& [name, x] : weights::tensors_of(*model)) {  // sorted
     ++result.names;
-    if (seen.insert(x.unsafeGetTensorImpl()).second) result.elements += x.numel();
+    const bool counts = seen.insert(x.unsafeGetTensorImpl()).second && !name.ends_with("inv_freqs");
+    if (counts) result.elements += x.numel();
     lines << name << " " << x.sizes() << "\n";
   }
   for (const char byte : lines.str()) {
@@ -121,6 +126,15 @@ TEST_CASE("names, shapes and numbers of parameters are those of the published ch
   auto linear = one_block<BsRoformerOptions>(64, 2);
   linear.linear_transformer_depth(1);
   CHECK(fingerprint<BsRoformer>(linear) == Fingerprint{497, 4'397'500, 0x453256f5af545ced});
+  auto polar = one_block<BsRoformerOptions>(384, 12);
+  polar.num_residual_streams(4).add_value_residual(true).use_pope(true);
+  CHECK(fingerprint<BsRoformer>(polar) == Fingerprint{1151, 98'393'868, 0xbb523c16c551eec9});
+  auto streams = one_block<MelBandRoformerOptions>(384, 6);
+  streams.linear_transformer_depth(1).num_residual_streams(4).add_value_residual(true);
+  CHECK(fingerprint<MelBandRoformer>(streams) == Fingerprint{942, 98'511'832, 0x6fa7cc5f04f7145d});
+  auto one_stream = one_block<BsRoformerOptions>(64, 2);
+  one_stream.num_residual_streams(1).add_value_residual(true);
+  CHECK(fingerprint<BsRoformer>(one_stream) == Fingerprint{483, 4'069'948, 0xfeae94e516708c76});
 }
 
 TEST_CASE("mel bands have the bins of librosa's filters") {
@@ -205,7 +219,8 @@ TEST_CASE("a block keeps its input, q, k and v, attention's result, the gates an
     models::RotaryEmbedding rotary(head_dim);
     const Tensor x = torch::randn({batch, time, bands, dim}).requires_grad_();
     models::RoformerTransformer transformer(options.norm_output(norm), rotary);
-    return [x, block = transformer->blocks(axis, rotary->table(x.size(axis))).front()] { return block.forward(x); };
+    const models::AttentionPlace place{axis, rotary->table(x.size(axis))};
+    return [x, block = transformer->blocks(place, x.sizes()).front()] { return block.forward(x); };
   };
   // per token: q, k, v; attention's result; log-sum-exp and gate of each head; x between the halves; GELU's input. The
   // block's input is there already, and its output is what the next block keeps
@@ -278,20 +293,21 @@ TEST_CASE("a model keeps what its blocks and mask estimators keep, the spectrum,
 TEST_CASE("checkpoint policies change no gradient of a RoFormer; tiles change rounding alone") {
   const testing::OneThread one_thread;
   torch::manual_seed(3);
-  for (const bool skip : {false, true}) {
+  for (const std::string layout : {"classic", "skip", "streams"}) {
     auto options = small_bs();
-    options.linear_transformer_depth(1).skip_connection(skip);
+    options.linear_transformer_depth(1).skip_connection(layout == "skip");
+    if (layout == "streams") options.num_residual_streams(2).add_value_residual(true).use_pope(true);
     models::BsRoformer plain(options);
     const Tensor mixture = torch::randn({2, 2, 300});
     const auto expected = gradients(plain, mixture);
     for (const char* policy :
-         {"full", "selective", "3*full,none", "1*full+offload,3*selective,full", "full+offload", "tiled"}) {
+         {"full", "selective", "3*full,none", "1*full+offload,3*selective,full", "full+offload", "nested", "tiled"}) {
       auto copy = like(plain, options, policy);
       for (const auto& [name, gradient] : gradients(copy, mixture)) {
-        CAPTURE(skip, policy, name);
+        CAPTURE(layout, policy, name);
         const Tensor& known = expected.at(name);
         CHECK((gradient.equal(known) ||
-               (policy == std::string("tiled") &&
+               (policy == std::string("tiled") && layout != "streams" &&
                 (gradient - known).abs().max().item<float>() <= 1e-5 * known.abs().max().item<float>() + 1e-9)));
       }
     }
@@ -299,6 +315,159 @@ TEST_CASE("checkpoint policies change no gradient of a RoFormer; tiles change ro
     models::BsRoformer wrong(options);
     CHECK(error_of([&] { wrong->forward(mixture); }).id() == "headroom.checkpoint.policy");
   }
+}
+
+TEST_CASE("a block with streams keeps its streams, what its branches read and gave, and its weights") {
+  const testing::OneThread one_thread;
+  const int64_t batch = 2, time = 40, bands = 12, dim = 48, heads = 4, head_dim = 16, inner = heads * head_dim;
+  const int64_t streams = 4, positions = batch * time * bands;
+  auto options = models::RoformerTransformerOptions().streams(streams).attention(
+      models::GatedAttentionOptions().dim(dim).heads(heads).head_dim(head_dim));
+  const int64_t axis = GENERATE(1, 2);
+  CAPTURE(axis);
+  const auto make = [&] {
+    models::PolarEmbedding polar(heads, head_dim);
+    const Tensor x = torch::randn({batch * streams, time, bands, dim}).requires_grad_();
+    models::RoformerTransformer transformer(options, polar);
+    const models::AttentionPlace place{axis, polar->table(x.size(axis))};
+    return [x, block = transformer->blocks(place, x.sizes()).front()] { return block.forward(x); };
+  };
+  // of a connection, beside the streams: their projections and weights, what the branch reads and gives
+  const int64_t connection = streams * (2 + streams) + streams + streams * (streams + 1) + 2 * dim;
+  // along time the block's input is put together in another order; the streams between the halves; the result
+  const int64_t tokens = streams * dim * (axis == 1 ? 3 : 2);
+  const int64_t branches = 3 * inner + inner + heads + 4 * dim;        // as without streams
+  const int64_t parameters = 2 * (dim + (2 + streams) * dim) + inner;  // norms' weights, projections, phases
+  const int64_t here = positions * (4 * (2 * connection + tokens + branches) + 8 * heads) + 4 * parameters;
+  const auto block = make();
+  block().sum().backward();  // chooses kernels
+  CHECK(held(block) == here);
+  CHECK(planned_held(this_machine(), make) == here);
+}
+
+TEST_CASE("the newer layout goes on under autocast, within bfloat16's rounding") {
+  const testing::OneThread one_thread;
+  torch::manual_seed(9);
+  auto options = small_bs();
+  options.num_residual_streams(2).add_value_residual(true).use_pope(true);
+  models::BsRoformer model(options);
+  const Tensor mixture = torch::randn({1, 2, 300});
+  const auto expected = gradients(model, mixture);
+  const Tensor stems = model->forward(mixture);
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const Tensor narrow = model->forward(mixture);
+  const auto rounded = gradients(model, mixture);
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  CHECK((narrow - stems).norm().item<float>() < 0.05 * stems.norm().item<float>());
+  for (const auto& [name, gradient] : rounded) {
+    CAPTURE(name);
+    CHECK(gradient.isfinite().all().item<bool>());
+  }
+  const Tensor x = torch::randn({2, 3, 5, 8}), weights = torch::rand({2, 5, 3, 3});
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const Tensor sums = nn::mix_streams(x, weights);
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  CHECK(sums.equal(nn::mix_streams(x, weights)));
+}
+
+TEST_CASE("a graph with value residuals is freed without a backward pass") {
+  const testing::OneThread one_thread;
+  const char* const policy = GENERATE("none", "full", "nested", "full+every-2");
+  CAPTURE(policy);
+  auto options = small_bs();
+  options.add_value_residual(true).gradient_checkpointing(policy);
+  models::BsRoformer model(options);
+  const Tensor mixture = torch::randn({1, 2, 300});
+  model->forward(mixture);
+  CHECK(MemoryMeter().measure([&] { model->forward(mixture); }).held() == 0);
+}
+
+TEST_CASE("sums of streams have the values and gradients of their formula") {
+  const testing::OneThread one_thread;
+  torch::manual_seed(6);
+  const auto type = GENERATE(torch::kFloat, torch::kDouble);
+  const bool more = GENERATE(false, true);
+  const auto noise = [&](at::IntArrayRef sizes) { return torch::randn(sizes, type).requires_grad_(); };
+  std::vector<Tensor> inputs{noise({3, 4, 37, 10}), noise({3, 37, more ? 5 : 4, 2})};
+  if (more) inputs.push_back(noise({3, 1, 37, 10}));
+  const Tensor all = more ? torch::cat({inputs[0], inputs[2]}, 1) : inputs[0];
+  const Tensor plain = (all.permute({0, 2, 1, 3}).unsqueeze(3) * inputs[1].unsqueeze(-1)).sum(2).permute({0, 2, 1, 3});
+  const Tensor ours =
+      nn::mix_streams(inputs[0], inputs[1], more ? std::optional<Tensor>(inputs[2]) : std::nullopt);  // [3,2,37,10]
+  const double tolerance = type == torch::kFloat ? 1e-5 : 1e-13;
+  CHECK(ours.allclose(plain, tolerance, tolerance));
+  const Tensor grad = torch::randn_like(plain);
+  const auto expected = torch::autograd::grad({plain}, inputs, {grad}, true);
+  for (const bool differentiable : {false, true}) {
+    const auto grads = torch::autograd::grad({ours}, inputs, {grad}, true, differentiable);
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      CAPTURE(differentiable, i);
+      CHECK(grads[i].allclose(expected[i], tolerance, tolerance));
+    }
+  }
+  CHECK(error_of([&] { nn::mix_streams(inputs[0], inputs[1].narrow(2, 0, 1)); }).id() == "headroom.nn.streams.shape");
+  CHECK(error_of([&] {
+          nn::mix_streams(inputs[0], torch::zeros({3, 37, 5, 2}), inputs[0]);
+        }).id() == "headroom.nn.streams.shape");
+}
+
+TEST_CASE("polar attention has the values and gradients of its formula, by each backend") {
+  const testing::OneThread one_thread;
+  torch::manual_seed(8);
+  const auto type = GENERATE(torch::kFloat, torch::kDouble);
+  const auto backend = GENERATE(AttentionBackend::tiled, AttentionBackend::chunked, AttentionBackend::reference);
+  const int64_t axis = GENERATE(1, 2), heads = 4, kv_heads = 2, dim = 6;
+  CAPTURE(type, backend, axis);
+  const Tensor packed = torch::randn({2, 9, 7, heads + 2 * kv_heads, dim}, type).requires_grad_();
+  const Tensor phase = (-torch::rand({kv_heads, dim}, type)).requires_grad_();
+  const int64_t length = packed.size(axis);
+  const Tensor angles = torch::outer(torch::arange(length, torch::kDouble), torch::rand({dim}, torch::kDouble));
+  const auto options = AttentionOptions().backend(backend).window(AttentionWindow{3, 2}).global_keys(1);
+  const Tensor ours = headroom::detail::polar_attention(packed, heads, {angles, phase}, axis, options);
+
+  const auto part = [&](int64_t first, int64_t count) {
+    return packed.to(torch::kDouble).narrow(-2, first, count).movedim(axis, -2);
+  };
+  const auto grouped = [&](const Tensor& x) { return x.repeat_interleave(heads / kv_heads, -3); };
+  const Tensor q = torch::softplus(part(0, heads)).unsqueeze(-2);                         // [...,H,L,1,D]
+  const Tensor k = grouped(torch::softplus(part(heads, kv_heads))).unsqueeze(-3);         // [...,H,1,L,D]
+  const Tensor v = grouped(part(heads + kv_heads, kv_heads));                             // [...,H,L,D]
+  const Tensor turn = angles.unsqueeze(0) - angles.unsqueeze(1);                          // [L,L,D]: key - query
+  const Tensor phases = phase.to(torch::kDouble).repeat_interleave(heads / kv_heads, 0);  // [H,D]
+  Tensor scores = (q * k * (turn + phases.view({heads, 1, 1, dim})).cos()).sum(-1) / std::sqrt(6.0);
+  const Tensor i = torch::arange(length).unsqueeze(1), j = torch::arange(length);
+  scores = scores.masked_fill(((j < i - 3) | (j > i + 2)) & (i != 0) & (j != 0), -INFINITY);
+  const Tensor plain = scores.softmax(-1).matmul(v).movedim(-2, axis);
+  const double tolerance = type == torch::kFloat ? 2e-5 : 1e-12;
+  CHECK(ours.allclose(plain.to(type), tolerance, tolerance));
+  const Tensor grad = torch::randn_like(ours);
+  const auto ours_grads = torch::autograd::grad({ours}, {packed, phase}, {grad});
+  const auto plain_grads = torch::autograd::grad({plain}, {packed, phase}, {grad.to(torch::kDouble)});
+  for (const int which : {0, 1}) {
+    CAPTURE(which);
+    CHECK(ours_grads[which].allclose(plain_grads[which], 10 * tolerance, 10 * tolerance));
+  }
+}
+
+TEST_CASE("a window as long as the mixture changes nothing; a shorter one with sinks is that of attention") {
+  const testing::OneThread one_thread;
+  auto options = small_bs();
+  options.use_pope(GENERATE(false, true));
+  models::BsRoformer plain(options);
+  const Tensor mixture = torch::randn({1, 2, 300});  // 38 frames
+  const Tensor stems = plain->forward(mixture);
+  const auto windowed = [&](int64_t window, int64_t sinks) {
+    auto other = options;
+    other.time_window(window).time_sinks(sinks);
+    return like(plain, other, {})->forward(mixture);
+  };
+  CHECK(windowed(37, 0).allclose(stems, 1e-5, 1e-7));
+  CHECK(windowed(4, 38).allclose(stems, 1e-5, 1e-7));
+  CHECK_FALSE(windowed(4, 2).allclose(stems, 1e-5, 1e-7));
+  CHECK_FALSE(windowed(4, 2).allclose(windowed(4, 0), 1e-5, 1e-7));
+  auto wrong = options;
+  wrong.time_sinks(1);
+  CHECK(error_of([&] { models::BsRoformer{wrong}; }).id() == "headroom.models.options");
 }
 
 TEST_CASE("dropout is for training, and drawn again alike in a recomputation") {

@@ -1,7 +1,8 @@
-"""Writes what the RoFormers of two PyPI packages compute, for tests/models/roformers.cpp to compare with.
+"""Writes what the RoFormers of three PyPI packages compute, for tests/models/roformers.cpp to compare with.
 
-Run by hand, with einops, beartype, librosa and rotary-embedding-torch 0.6 beside PyTorch:
+Run by hand, with einops, einx, torch-einops-utils, beartype, librosa and rotary-embedding-torch 0.6 beside PyTorch:
     pip download --no-deps bs-roformer-infer==0.1.5 audio-separator==0.47.1   (both unpacked into SOURCES)
+    pip download --no-deps bs-roformer==1.2.4 hyper-connections==0.4.11 PoPE-pytorch==0.2.1   (into SOURCES/streams)
     roformer_reference.py SOURCES tests/models/roformers
 
 A file is for one small model: its output and gradients for one mixture and its losses for several, in double precision
@@ -20,7 +21,12 @@ import numpy as np
 import torch
 
 sources, folder = Path(sys.argv[1]), Path(sys.argv[2])
-sys.path.insert(0, str(sources))
+sys.path.insert(0, str(sources / "streams"))
+from bs_roformer import bs_roformer as streams_bs, mel_band_roformer as streams_mel  # noqa: E402
+
+for name in [name for name in sys.modules if name.split(".")[0] == "bs_roformer"]:
+    del sys.modules[name]  # another package has this name, too
+sys.path[0] = str(sources)
 for name in ("audio_separator", "audio_separator.separator"):  # without what their __init__ asks for
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [str(sources / name.replace(".", "/"))]
@@ -51,6 +57,18 @@ MODELS = {
         dim=4, depth=1, dim_head=4, time_transformer_depth=1, freq_transformer_depth=2, num_bands=4, sample_rate=8000,
         num_stems=2, stft_n_fft=32, stft_hop_length=10, stft_win_length=32, mask_estimator_depth=2,
         match_input_audio_length=True, attn_dropout=0.0, ff_dropout=0.0, **TINY)),
+    "bs_streams": (streams_bs.BSRoformer, 150, dict(  # 3 bands: 2 streams do not divide them
+        dim=6, depth=2, dim_head=6, time_transformer_depth=2, freq_transformer_depth=1, freqs_per_bands=(2, 3, 4),
+        stft_n_fft=16, stft_hop_length=6, stft_win_length=16, mask_estimator_depth=1, num_residual_streams=2,
+        mc_hyper_conn_sinkhorn_iters=3, **TINY)),
+    "bs_polar": (streams_bs.BSRoformer, 160, dict(
+        dim=6, depth=2, dim_head=5, time_transformer_depth=1, freq_transformer_depth=1, freqs_per_bands=(3, 6),
+        stereo=True, num_stems=2, stft_n_fft=16, stft_hop_length=4, stft_win_length=16, mask_estimator_depth=1,
+        num_residual_streams=1, use_pope=True, zero_dc=True, **TINY)),
+    "mel_streams": (streams_mel.MelBandRoformer, 205, dict(  # this package's hops are a quarter of the window or more
+        dim=4, depth=2, dim_head=4, time_transformer_depth=1, freq_transformer_depth=1, linear_transformer_depth=1,
+        num_bands=4, sample_rate=8000, stft_n_fft=32, stft_hop_length=8, stft_win_length=32, use_pope=True,
+        attn_dropout=0.0, ff_dropout=0.0, **TINY | dict(multi_stft_hop_size=16))),
 }
 
 
@@ -74,7 +92,7 @@ def set_parameters(model):
             u = 0.1 * u
         elif name.endswith("temperature"):
             u = 0.5 * u
-        else:
+        elif x.dim() > 1:
             u = u * (3 / x.shape[1]) ** 0.5
         x.data.copy_(u.float())
 
@@ -174,6 +192,9 @@ PUBLISHED = {
     "BS-RoFormer 384/8, 4 stems": (separator_bs.BSRoformer, dict(dim=384, depth=8, num_stems=4, mlp_expansion_factor=2)),
     "Mel-Band RoFormer 384/6": (separator_mel.MelBandRoformer, dict(dim=384, depth=6, mask_estimator_depth=2)),
     "small, linear attention": (separator_bs.BSRoformer, dict(dim=64, depth=2, linear_transformer_depth=1)),
+    "BS-RoFormer 384/12, 4 streams": (streams_bs.BSRoformer, dict(dim=384, depth=12, use_pope=True)),
+    "Mel-Band RoFormer 384/6, 4 streams": (streams_mel.MelBandRoformer, dict(dim=384, depth=6)),
+    "BS-RoFormer 64/2, 1 stream": (streams_bs.BSRoformer, dict(dim=64, depth=2, num_residual_streams=1)),
 }
 for name, (kind, options) in PUBLISHED.items():
     print(name, *fingerprint(kind(**ONE_BLOCK, **options)))

@@ -37,15 +37,15 @@ void set_parameters(torch::nn::Module& model) {
   uint32_t salt = 0;
   std::set<const void*> seen;
   for (const auto& [name, x] : weights::tensors_of(model)) {
-    if (!seen.insert(x.unsafeGetTensorImpl()).second) continue;
+    if (name.ends_with("inv_freqs") || !seen.insert(x.unsafeGetTensorImpl()).second) continue;
     ++salt;
     if (name.ends_with("freqs")) continue;
     const Tensor u = noise(x.sizes(), salt);
-    const bool weight = name.ends_with("weight");
     x.copy_(name.ends_with("gamma")         ? 1 + 0.25 * u
             : name.ends_with("bias")        ? 0.1 * u
             : name.ends_with("temperature") ? 0.5 * u
-                                            : u * std::sqrt(3.0 / static_cast<double>(weight ? x.size(1) : 1)));
+            : x.dim() > 1                   ? u * std::sqrt(3.0 / static_cast<double>(x.size(1)))
+                                            : u);
   }
 }
 
@@ -55,6 +55,7 @@ struct Case {
   std::shared_ptr<models::RoformerImpl> model;
   int64_t channels, stems;
   int64_t whole;  ///< samples that the package gives
+  int64_t loss_hop = 7;
 };
 
 models::BsRoformerOptions bs_mono() {
@@ -99,6 +100,33 @@ models::MelBandRoformerOptions mel_stems() {
   return options;
 }
 
+models::BsRoformerOptions bs_streams() {
+  models::BsRoformerOptions options;
+  options.freqs_per_bands({2, 3, 4}).zero_dc(false);
+  options.dim(6).depth(2).dim_head(6).heads(2).time_transformer_depth(2).freq_transformer_depth(1).channels(1);
+  options.stft_n_fft(16).stft_hop_length(6).stft_win_length(16).mask_estimator_depth(1);
+  options.num_residual_streams(2).mc_hyper_conn_sinkhorn_iters(3).add_value_residual(true);
+  return options;
+}
+
+models::BsRoformerOptions bs_polar() {
+  models::BsRoformerOptions options;
+  options.freqs_per_bands({3, 6});
+  options.dim(6).depth(2).dim_head(5).heads(2).time_transformer_depth(1).freq_transformer_depth(1).stems(2);
+  options.stft_n_fft(16).stft_hop_length(4).stft_win_length(16).mask_estimator_depth(1);
+  options.num_residual_streams(1).add_value_residual(true).use_pope(true);
+  return options;
+}
+
+models::MelBandRoformerOptions mel_streams() {
+  models::MelBandRoformerOptions options;
+  options.num_bands(4).sample_rate(8000);
+  options.dim(4).depth(2).dim_head(4).heads(2).time_transformer_depth(1).freq_transformer_depth(1).channels(1);
+  options.linear_transformer_depth(1).stft_n_fft(32).stft_hop_length(8).stft_win_length(32);
+  options.attn_dropout(0).ff_dropout(0).num_residual_streams(4).add_value_residual(true).use_pope(true);
+  return options;
+}
+
 template <class Holder, class Options>
 Case tiny(const std::string& name, int64_t samples, const Options& options) {
   const bool matches = [&] {
@@ -115,10 +143,16 @@ Case tiny(const std::string& name, int64_t samples, const Options& options) {
 }
 
 std::vector<Case> cases() {
-  return {tiny<models::BsRoformer>("bs_mono", 203, bs_mono()), tiny<models::BsRoformer>("bs_linear", 150, bs_linear()),
+  Case streams = tiny<models::MelBandRoformer>("mel_streams", 205, mel_streams());
+  streams.loss_hop = 16;
+  return {tiny<models::BsRoformer>("bs_mono", 203, bs_mono()),
+          tiny<models::BsRoformer>("bs_linear", 150, bs_linear()),
           tiny<models::BsRoformer>("bs_skip", 160, bs_skip()),
           tiny<models::MelBandRoformer>("mel_stereo", 205, mel_stereo()),
-          tiny<models::MelBandRoformer>("mel_stems", 211, mel_stems())};
+          tiny<models::MelBandRoformer>("mel_stems", 211, mel_stems()),
+          tiny<models::BsRoformer>("bs_streams", 150, bs_streams()),
+          tiny<models::BsRoformer>("bs_polar", 160, bs_polar()),
+          streams};
 }
 
 /// The signals of roformer_reference.py.
@@ -134,8 +168,10 @@ Tensor target_of(const Case& c, uint32_t which) {
 
 /// That of the Python models, for their first `whole` samples.
 Tensor loss_of(const Case& c, const Tensor& stems, const Tensor& target) {
-  audio::SeparationLoss loss(audio::SeparationLossOptions().stft(
-      audio::MultiResolutionStftLossOptions().windows({64, 32, 16}).hop(7).min_n_fft(c.model->stft->options.n_fft())));
+  audio::SeparationLoss loss(audio::SeparationLossOptions().stft(audio::MultiResolutionStftLossOptions()
+                                                                     .windows({64, 32, 16})
+                                                                     .hop(c.loss_hop)
+                                                                     .min_n_fft(c.model->stft->options.n_fft())));
   return loss->forward(stems.slice(-1, 0, c.whole), target.slice(-1, 0, c.whole));
 }
 
@@ -151,19 +187,26 @@ TEST_CASE("forward, loss and all gradients are as exact as those of the Python m
     c.model->train();
     set_parameters(*c.model);
     std::set<std::string> checked;
+    std::vector<double> ratios_of_streams;
     const auto check = [&](const std::string& name, const Tensor& ours) {
       const Tensor& known = reference.at(name);
       INFO(c.name << ": " << name);
       checked.insert(name);
       REQUIRE(known.numel() == ours.numel() + 1);
       const double error = rms(ours.detach().to(torch::kDouble).flatten() - known.slice(0, 0, -1));
-      CHECK(error <= 2 * known[-1].item<double>());
+      // The error of a few numbers is a matter of luck: those of streams are held together
+      const bool of_streams = name.ends_with("_scale") || name.find(".static_") != std::string::npos;
+      const double ratio = error / known[-1].item<double>();
+      CHECK(ratio <= (of_streams ? 4 : 2));
+      if (of_streams) ratios_of_streams.push_back(ratio);
     };
     const Tensor stems = c.model->forward(mixture_of(c, 0));
     check("output", stems.slice(-1, 0, c.whole));
     const Tensor loss = loss_of(c, stems, target_of(c, 0));
     loss.backward();
+    std::set<const void*> seen;  // layers share position embeddings, which have the first of their names
     for (const auto& p : c.model->named_parameters()) {
+      if (!seen.insert(p.value().unsafeGetTensorImpl()).second) continue;
       REQUIRE(p.value().grad().defined());
       check("grad." + p.key(), p.value().grad());
     }
@@ -171,6 +214,7 @@ TEST_CASE("forward, loss and all gradients are as exact as those of the Python m
     std::vector<Tensor> losses{loss.detach()};
     for (uint32_t i = 1; i < 8; ++i) losses.push_back(loss_of(c, c.model->forward(mixture_of(c, i)), target_of(c, i)));
     check("loss", torch::stack(losses));
+    if (!ratios_of_streams.empty()) CHECK(rms(torch::tensor(ratios_of_streams)) <= 2);
     CHECK(checked.size() == reference.size());
   }
 }

@@ -16,7 +16,7 @@ if not pages:
 
 PLACES = [root, root / "include/headroom"]
 headers = " ".join(path.read_text() for path in root.glob("include/**/*.hpp"))
-builds = " ".join(path.read_text() for pattern in ("CMake*", "tests/CMakeLists.txt", "tests/static/CMakeLists.txt",
+builds = " ".join(path.read_text() for pattern in ("CMake*", "tests/CMakeLists.txt", "tests/*/CMakeLists.txt",
                                                    "examples/CMakeLists.txt", "cmake/*") for path in root.glob(pattern))
 
 

@@ -232,7 +232,11 @@ TEST_CASE("RoFormers are planned byte for byte, trained, saved and separate, by 
   const std::string shared = R"("dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "time_transformer_depth": 1,
     "freq_transformer_depth": 1, "stft_n_fft": 64, "stft_hop_length": 16, "stft_win_length": 64)";
   for (const std::string& model : {R"("type": "bs_roformer", "freqs_per_bands": [4, 4, 8, 17], )" + shared,
-                                   R"("type": "mel_band_roformer", "num_bands": 6, )" + shared}) {
+                                   R"("type": "mel_band_roformer", "num_bands": 6, )" + shared,
+                                   R"("type": "bs_roformer", "freqs_per_bands": [4, 4, 8, 17], "use_pope": true,
+                                      "num_residual_streams": 2, "add_value_residual": true, "time_window": 9,
+                                      "time_sinks": 2, )" +
+                                       shared}) {
     CAPTURE(model);
     Config config = parse_config(R"({"model": {)" + model + R"(}, "training": {"segment_length": 4096, "batch_size": 2,
       "steps_per_epoch": 3, "epochs": 1, "warmup_steps": 1}, "loss": {"windows": [256], "hop": 64, "min_n_fft": 256}})",
@@ -267,6 +271,9 @@ TEST_CASE("what does not fit together in a RoFormer is told") {
   CHECK(contains(refused(R"("type": "mel_band_roformer", "num_bands": 900)"), "model.num_bands: "));
   CHECK(
       contains(refused(R"("type": "bs_roformer", "dim_head": 15)"), "model.dim_head: got 15, expected an even number"));
+  CHECK(contains(refused(R"("type": "bs_roformer", "time_sinks": 4)"), "model.time_sinks: got 4, expected 0 or a "));
+  CHECK(
+      contains(refused(R"("type": "bs_roformer", "num_residual_fracs": 2)"), "model.num_residual_fracs: unknown key"));
   CHECK(contains(refused(R"("type": "bs_roformer", "stft_hop_length": 2000)"),
                  "model.stft_hop_length: got 2000, expected at most half of model.stft_win_length, which is 2048"));
 }

@@ -6,6 +6,7 @@
 #include <map>
 #include <numbers>
 
+#include "headroom/memory/meter.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/run_record.hpp"
 #include "headroom/training/validation.hpp"
@@ -277,6 +278,19 @@ TEST_CASE("a whole track is scored by what its separation is, in pieces") {
   }
   CHECK(validation.mean("nsdr") ==
         Approx(*core::mean_of({validation.scores.at("nsdr").begin(), validation.scores.at("nsdr").end() - 1})));
+}
+
+TEST_CASE("whole tracks are scored in the memory of a segment, whatever their length") {
+  const Config config = config_with(R"(, "validation_metrics": ["nsdr", "si_sdr", "l1_freq", "fullness"])");
+  TinySeparator model(6, 0.5);
+  const MemoryMeter meter;
+  const auto peak = [&](int64_t frames) {
+    const Tracks tracks = tones({frames});
+    return meter.measure([&] { validate_tracks(model, tracks, config); }).added_peak();
+  };
+  const int64_t once = peak(400'000), four_times = peak(1'600'000);
+  CHECK(four_times <= once + 4096);
+  CHECK(once < int64_t{400'000} * 8 * 4);  // the stems of the shorter track
 }
 
 TEST_CASE("segments are scored as one recording") {

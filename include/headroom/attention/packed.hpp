@@ -33,6 +33,25 @@ inline void rotate_packed(const torch::Tensor& packed, int64_t heads, const torc
   if (!wide.is_same(qk)) qk.copy_(wide);
 }
 
+/// Writes the gradients of q, k and v into `targets`, of any strides, and returns those of what is added to scores.
+template <class Backend>
+AttentionGradients gradients_into(const AttentionInputs& in, const AttentionForward& forward,
+                                  const torch::Tensor& grad_output, const WantedGradients& wanted,
+                                  const std::array<torch::Tensor, 3>& targets) {
+  const auto& [q, k, v] = targets;
+  if constexpr (std::is_same_v<Backend, TiledBackend>) {
+    AttentionGradients grad{q, k, v};
+    TiledBackend::write_gradients(in, forward, {grad_output}, wanted, grad);
+    return grad;
+  } else {
+    AttentionGradients grad = Backend::backward(in, forward, {grad_output}, wanted);
+    q.copy_(std::exchange(grad.q, {}));
+    k.copy_(std::exchange(grad.k, {}));
+    v.copy_(std::exchange(grad.v, {}));
+    return grad;
+  }
+}
+
 /// Self-attention over one projection that holds q, k and v, by a backend as AttentionFunction takes it: nothing is
 /// copied on the way in, and backward gives one gradient, packed as well. `packed` is rotated in place, so with a
 /// rotation it must not be used elsewhere.
@@ -75,9 +94,11 @@ struct PackedAttention : torch::autograd::Function<PackedAttention<Backend>> {
     const auto computed = first_derivatives(inputs, [&]() -> torch::autograd::variable_list {
       const auto views = projection.views();
       const AttentionInputs in{views[0], views[1], views[2], request};
-      const auto [grad_packed, grad] = gradients(in, projection, forward, grad_output[0].resolve_neg(), wanted);
-      if (rotation.defined()) rotate_packed(grad_packed, request.heads(), rotation.conj());
-      return {grad_packed, grad.bias, grad.relative_bias, grad.alibi_slopes, grad.sink, grad.score_tables};
+      const PackedProjection target = projection.empty();
+      const AttentionGradients grad =
+          gradients_into<Backend>(in, forward, grad_output[0].resolve_neg(), wanted, target.views());
+      if (rotation.defined()) rotate_packed(target.packed, request.heads(), rotation.conj());
+      return {target.packed, grad.bias, grad.relative_bias, grad.alibi_slopes, grad.sink, grad.score_tables};
     });
     torch::autograd::variable_list grads{computed[0]};
     append_differentiable(grads, all.slice(4, AttentionRequest::kDifferentiable),
@@ -91,30 +112,6 @@ struct PackedAttention : torch::autograd::Function<PackedAttention<Backend>> {
     const auto differentiable = with_differentiable({packed}, request);
     return PackedAttention::apply(at::TensorList(differentiable), rotation, axis, AttentionRequest(request))
         .movedim(-2, axis);
-  }
-
- private:
-  /// The gradient of the packed projections, and those of what is added to scores.
-  static std::pair<torch::Tensor, AttentionGradients> gradients(const AttentionInputs& in,
-                                                                const PackedProjection& projection,
-                                                                const AttentionForward& forward,
-                                                                const torch::Tensor& grad_output,
-                                                                const WantedGradients& wanted) {
-    if constexpr (std::is_same_v<Backend, TiledBackend>) {  // writes with any strides
-      const PackedProjection target = projection.empty();
-      const auto [grad_q, grad_k, grad_v] = target.views();
-      AttentionGradients grad{grad_q, grad_k, grad_v};
-      TiledBackend::write_gradients(in, forward, {grad_output}, wanted, grad);
-      return {target.packed, grad};
-    } else {
-      AttentionGradients grad = Backend::backward(in, forward, {grad_output}, wanted);
-      const PackedProjection target = projection.empty();
-      const auto targets = target.views();
-      targets[0].copy_(std::exchange(grad.q, {}));
-      targets[1].copy_(std::exchange(grad.k, {}));
-      targets[2].copy_(std::exchange(grad.v, {}));
-      return {target.packed, grad};
-    }
   }
 };
 

@@ -1,4 +1,3 @@
 #pragma once
 
-#include "headroom/core/attention/backward_pass.hpp"
-#include "headroom/core/attention/forward.hpp"
+#include "headroom/core/attention/entry.hpp"

@@ -17,7 +17,7 @@
 /// Products of bfloat16 matrices, summed in float, by the instructions that processors have for them: AMX's tiles, or
 /// the dot products of AVX-512. Both multiply two neighbours along the sum at a time, so the right operand is in VNNI
 /// layout: b [depth][columns] is stored as [depth/2][columns] of pairs (b(2k,c), b(2k+1,c)).
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// Two bfloat16 that are next to each other in the direction of the sum; the first in the low half.
 using VnniPair = std::uint32_t;
@@ -315,4 +315,4 @@ inline bool are_finite(const Eigen::bfloat16* x, Index count) {
   return largest < 0x7f80U;
 }
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

@@ -6,7 +6,7 @@
 ///
 /// A lane is one number of a vector register. A lane tile is up to kTileVectors registers side by side, each lane a
 /// position of the sequence; in memory it is a matrix [features][width], a row for each feature.
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// Lane tiles over `length` positions: as few tiles of at most kTileVectors packets as possible, the last ones smaller.
 template <class Scalar>
@@ -31,6 +31,10 @@ struct LaneTiling {
 
   Index packets, tiles;
 };
+
+/// No instruction set has wider tiles: 3 vectors of 64 bytes.
+inline constexpr Index kWidestTile = 48;
+static_assert(LaneTiling<float>::kWidth <= kWidestTile);
 
 /// Positions in lanes: [features][width].
 template <class Scalar>
@@ -66,8 +70,9 @@ struct TimesPlus {  // factor·before + x
 };
 
 /// to[d][i] = op(to[d][i], x(i,d)): the rows of x fill the lanes. Other lanes are left alone.
+// Flattened, as its counterpart: a transposition of Eigen's that stays a function has the same name in every unit
 template <class Scalar, class Op>
-void pack_lanes(Scalar* to, Index width, MatrixView<const Scalar> x, Op op) {
+__attribute__((flatten)) void pack_lanes(Scalar* to, Index width, MatrixView<const Scalar> x, Op op) {
   constexpr Index N = simd::kLanes<Scalar>;
   const auto put = [&](Scalar * at, simd::Packet<Scalar> y) __attribute__((always_inline)) {
     simd::store(at, op(simd::load(at), y));
@@ -98,7 +103,8 @@ void pack_lanes(Scalar* to, Index width, MatrixView<const Scalar> x, Op op) {
 
 /// y(i,d) = from[d][i]·factor[i] for i < y.rows: undoes pack_lanes.
 template <class Scalar>
-void unpack_lanes(MatrixView<Scalar> y, const Scalar* from, Index width, const Scalar* factor) {
+__attribute__((flatten)) void unpack_lanes(MatrixView<Scalar> y, const Scalar* from, Index width,
+                                           const Scalar* factor) {
   constexpr Index N = simd::kLanes<Scalar>;
   Index i = 0;
   for (; i + N <= y.rows; i += N) {
@@ -123,4 +129,4 @@ void unpack_lanes(MatrixView<Scalar> y, const Scalar* from, Index width, const S
   }
 }
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

@@ -5,7 +5,7 @@
 
 #include "headroom/core/simd.hpp"
 
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// Shape of the register tile: accumulators, one row of `b` and one broadcast of `a` fill the vector registers.
 /// 32 registers hold 8 x 3 accumulators (11 loads per 24 FMAs), 16 registers 6 x 2.
@@ -86,4 +86,4 @@ EIGEN_ALWAYS_INLINE void for_row_tiles(Index count, F&& f) {
   }
 }
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

@@ -10,22 +10,22 @@
 
 /// How rows of q, k, v and of gradients come from memory into the kernels and go back: converted to the type that is
 /// computed in, rotated, transposed into lanes. Where memory is right as it lies, nothing is copied.
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// Rotary embedding of rows: neighbouring pairs of features turn by the angles of the row's position.
 template <class Scalar>
 class Rotation {
  public:
   Rotation() = default;  // turns nothing
-  static Rotation of_queries(const AttentionParams& params) { return {params, &AttentionParams::rotary_row_of_query}; }
-  static Rotation of_keys(const AttentionParams& params) { return {params, &AttentionParams::rotary_row_of_key}; }
+  static Rotation of_queries(const AttentionParams& params) { return {params, Side::query}; }
+  static Rotation of_keys(const AttentionParams& params) { return {params, Side::key}; }
 
   explicit operator bool() const { return params_ != nullptr; }
 
   /// to = row `index` of the tensor [cols], turned forward or back; may be in place.
   void apply(Scalar* to, const Scalar* from, Index cols, Index index, bool back) const {
     const StoredTensor& table = params_->rotary;
-    const Scalar* const angle = static_cast<const Scalar*>(table.data) + (params_->*row_of_)(index)*table.strides[2];
+    const Scalar* const angle = static_cast<const Scalar*>(table.data) + row_of(index) * table.strides[2];
     const Scalar sign = back ? Scalar(-1) : Scalar(1);
     const Index turned = table.dim();
 #ifdef __clang__
@@ -42,11 +42,16 @@ class Rotation {
   }
 
  private:
-  Rotation(const AttentionParams& params, Index (AttentionParams::*row_of)(Index) const)
-      : params_(params.rotary ? &params : nullptr), row_of_(row_of) {}
+  enum class Side { query, key };
+
+  Rotation(const AttentionParams& params, Side side) : params_(params.rotary ? &params : nullptr), side_(side) {}
+
+  Index row_of(Index index) const {
+    return side_ == Side::query ? params_->rotary_row_of_query(index) : params_->rotary_row_of_key(index);
+  }
 
   const AttentionParams* params_ = nullptr;
-  Index (AttentionParams::*row_of_)(Index) const = nullptr;
+  Side side_ = Side::query;
 };
 
 /// to[l·stride] = x[l], rounded.
@@ -289,4 +294,4 @@ bool rows_are_finite(MatrixView<const Scalar> x) {
   return finite;
 }
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "headroom/core/instruction_set.hpp"
 #include "headroom/core/view.hpp"
 
 // GCC warns that a vector type as template argument loses its alignment attribute: never used that way here.
@@ -11,7 +12,7 @@
 #pragma GCC diagnostic ignored "-Wignored-attributes"
 
 /// The SIMD vocabulary of the kernels: Eigen's packets of the widest instruction set that the unit is compiled for.
-namespace headroom::inline v0::core::simd {
+namespace headroom::inline v0::core::simd::inline HEADROOM_ISA {
 
 template <class Scalar>
 using Packet = typename Eigen::internal::packet_traits<Scalar>::type;
@@ -165,6 +166,6 @@ EIGEN_ALWAYS_INLINE void transpose(Packet<Scalar> (&rows)[kLanes<Scalar>]) {
   for (int i = 0; i < kLanes<Scalar>; ++i) rows[i] = block.packet[i];
 }
 
-}  // namespace headroom::inline v0::core::simd
+}  // namespace headroom::inline v0::core::simd::inline HEADROOM_ISA
 
 #pragma GCC diagnostic pop

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <concepts>
+#include <cstddef>
 
 #include "headroom/core/error.hpp"
 #include "headroom/core/view.hpp"
@@ -24,7 +25,13 @@ inline constexpr StoredType kStoredType = std::is_same_v<T, float>             ?
                                           : std::is_same_v<T, Eigen::bfloat16> ? StoredType::bfloat16
                                                                                : StoredType::float16;
 
-/// A MatrixView whose element type is known at run time: kernels are compiled once for all of them.
+/// Bytes of an element.
+constexpr Index size_of(StoredType type) {
+  return type == StoredType::float64 ? 8 : type == StoredType::float32 ? 4 : 2;
+}
+
+/// A MatrixView whose element type is known at run time: kernels are compiled once for all of them. Its functions are
+/// part of whoever calls them, like those of StoredTensor: kernels of several instruction sets do.
 struct StoredMatrix {
   void* data = nullptr;
   StoredType type = StoredType::float32;
@@ -40,7 +47,7 @@ struct StoredMatrix {
   }
   /// f(MatrixView<T>) with the type that is stored.
   template <class F>
-  decltype(auto) visit(F&& f) const {
+  EIGEN_ALWAYS_INLINE decltype(auto) visit(F&& f) const {
     switch (type) {
       case StoredType::float64:
         return f(as<double>());
@@ -53,12 +60,11 @@ struct StoredMatrix {
     }
   }
   /// The block [rows, cols] that starts at (row, col).
-  StoredMatrix block(Index row, Index col, Index block_rows, Index block_cols) const {
-    StoredMatrix part{nullptr, type, block_rows, block_cols, row_stride, col_stride};
-    part.data = visit([&](auto view) -> void* { return &view(row, col); });
-    return part;
+  EIGEN_ALWAYS_INLINE StoredMatrix block(Index row, Index col, Index block_rows, Index block_cols) const {
+    std::byte* const start = static_cast<std::byte*>(data) + (row * row_stride + col * col_stride) * size_of(type);
+    return {start, type, block_rows, block_cols, row_stride, col_stride};
   }
-  StoredMatrix middle_rows(Index first, Index count) const { return block(first, 0, count, cols); }
+  EIGEN_ALWAYS_INLINE StoredMatrix middle_rows(Index first, Index count) const { return block(first, 0, count, cols); }
   StoredMatrix transposed() const { return {data, type, cols, rows, col_stride, row_stride}; }
 };
 
@@ -83,15 +89,13 @@ struct StoredTensor {
 
   /// The matrix [L,D] that batch b and head h of `heads` heads use: one batch serves all, and shape[1] heads serve
   /// `heads` heads in equal runs (grouped-query attention).
-  StoredMatrix head(Index b, Index h, Index heads) const {
+  EIGEN_ALWAYS_INLINE StoredMatrix head(Index b, Index h, Index heads) const {
     const Index own_b = shape[0] == 1 ? 0 : b, own_h = shape[1] == heads ? h : h * shape[1] / heads;
-    StoredMatrix whole{data, type, shape[2], shape[3], strides[2], strides[3]};
-    const Index offset = own_b * strides[0] + own_h * strides[1];
-    whole.data = whole.visit([&](auto view) -> void* { return view.data + offset; });
-    return whole;
+    std::byte* const start = static_cast<std::byte*>(data) + (own_b * strides[0] + own_h * strides[1]) * size_of(type);
+    return {start, type, shape[2], shape[3], strides[2], strides[3]};
   }
   /// Element (b, h, i, j) as a double.
-  double at(Index b, Index h, Index i, Index j) const {
+  EIGEN_ALWAYS_INLINE double at(Index b, Index h, Index i, Index j) const {
     const StoredMatrix element{data, type, 1, 1, 0, 0};
     const Index offset = b * strides[0] + h * strides[1] + i * strides[2] + j * strides[3];
     return element.visit([&](auto view) { return static_cast<double>(view.data[offset]); });

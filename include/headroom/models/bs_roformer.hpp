@@ -46,6 +46,7 @@ class BsRoformerImpl : public RoformerImpl {
   explicit BsRoformerImpl(const BsRoformerOptions& options)
       : RoformerImpl(options, {.bands = options.bands(),
                                .norm_each_transformer = false,
+                               .of_mel = false,
                                .mask_hidden_layers = options.mask_estimator_depth() - 1,
                                .silent_dc = options.zero_dc(),
                                .match_input_audio_length = true}),

@@ -39,6 +39,7 @@ class MelBandRoformerImpl : public RoformerImpl {
   explicit MelBandRoformerImpl(const MelBandRoformerOptions& options)
       : RoformerImpl(options, {.bands = options.bands(),
                                .norm_each_transformer = true,
+                               .of_mel = true,
                                .mask_hidden_layers = options.mask_estimator_depth(),
                                .silent_dc = false,
                                .match_input_audio_length = options.match_input_audio_length()}),

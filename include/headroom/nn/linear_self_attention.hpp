@@ -2,6 +2,7 @@
 
 #include <torch/nn/modules/container/moduledict.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -56,17 +57,22 @@ class LinearSelfAttentionImpl : public torch::nn::Cloneable<LinearSelfAttentionI
            << ", head_dim=" << options.head_dim() << ")";
   }
 
-  /// x [..., dim] with at least one token dimension -> same shape; attends along dimension `axis`.
-  torch::Tensor forward(const torch::Tensor& x, int64_t axis = -2) {
+  /// Values [..., H, D] in the place of a layer's own.
+  using ValueChange = std::function<torch::Tensor(const torch::Tensor& values)>;
+
+  /// x [..., dim] with at least one token dimension -> same shape; attends along dimension `axis`, with values that
+  /// `change` may change.
+  torch::Tensor forward(const torch::Tensor& x, int64_t axis = -2, const ValueChange& change = {}) {
     const int64_t sequence = detail::token_axis(x, axis, options.dim(), "headroom.nn.linear_attention.shape");
     const auto parts = detail::run({.x = x,
                                     .norm_weight = norm->weight,
                                     .eps = norm->options.eps(),
                                     .weights = {to_qkv["0"]->as<Linear>()->weight}})
                            .unflatten(-1, {3, options.heads(), options.head_dim()})
-                           .unbind(-3);                                           // 3 of [...,H,D]
-    const auto heads = [&](size_t i) { return parts[i].movedim(sequence, -2); };  // [...,H,L,D]
-    const torch::Tensor attended = linear_attention(heads(0), heads(1), heads(2),
+                           .unbind(-3);                                                          // 3 of [...,H,D]
+    const auto by_head = [&](const torch::Tensor& part) { return part.movedim(sequence, -2); };  // [...,H,L,D]
+    const torch::Tensor values = change ? change(parts[2]) : parts[2];
+    const torch::Tensor attended = linear_attention(by_head(parts[0]), by_head(parts[1]), by_head(values),
                                                     LinearAttentionOptions()
                                                         .scale(options.scale())
                                                         .log_temperature(temperature.flatten())

@@ -47,7 +47,7 @@ namespace detail {
 
 /// Keys that only have to be false here.
 inline constexpr const char* kKeysThatAreFalse[] = {"model.stft_normalized", "model.multi_stft_normalized",
-                                                    "model.use_pope", "training.normalize"};
+                                                    "training.normalize"};
 
 class PublishedReader {
  public:

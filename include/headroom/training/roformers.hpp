@@ -23,8 +23,11 @@ inline const char* bands_key(const models::MelBandRoformerOptions&) { return "mo
 template <class Options>
 void check_roformer(const Options& model, const Config& config, Rules& rule) {
   rule(
-      {"model.dim_head"}, [&] { return model.dim_head() % 2 == 0; }, "got ", model.dim_head(),
+      {"model.dim_head"}, [&] { return model.use_pope() || model.dim_head() % 2 == 0; }, "got ", model.dim_head(),
       ", expected an even number, for the rotary embedding");
+  rule(
+      {"model.time_sinks", "model.time_window"}, [&] { return model.time_window() > 0 || model.time_sinks() == 0; },
+      "got ", model.time_sinks(), ", expected 0 or a model.time_window: without one all frames see all frames");
   rule(
       {"model.stft_win_length", "model.stft_n_fft"}, [&] { return model.stft_win_length() <= model.stft_n_fft(); },
       "got ", model.stft_win_length(), ", expected at most model.stft_n_fft, which is ", model.stft_n_fft());
@@ -69,25 +72,34 @@ inline Json roformer_facts(const weights::TensorMap& weights) {
   const int64_t transformers = count("layers.0.");
   const std::string time = "layers.0." + std::to_string(std::max<int64_t>(transformers - 2, 0)) + ".layers.";
   const std::string bands = "layers.0." + std::to_string(std::max<int64_t>(transformers - 1, 0)) + ".layers.";
-  const std::string mask = "mask_estimators.0.to_freqs.0.0.", attention = time + "0.0.";
+  // Branches of the newer layout have their hyper-connections around them
+  const std::string connection = time + "0.0.", branch = any(connection + "branch.") ? "branch." : "";
+  const std::string mask = "mask_estimators.0.to_freqs.0.0.", attention = connection + branch;
+  const std::string later =
+      "layers.1." + std::to_string(std::max<int64_t>(transformers - 1, 0)) + ".layers.0.0." + branch;
+  const bool mixes_values = any(later + "to_value_residual_mix.") || any(later + "learned_value_residual_mix.");
   const int64_t dim = size(attention + "to_out.0.weight", 0), heads = size(attention + "to_gates.weight", 0);
   int64_t linears = 0, input = 0;
   while (any(mask + std::to_string(2 * linears) + ".")) ++linears;
   const int64_t groups = count("band_split.to_features.");
   for (int64_t i = 0; i < groups; ++i) input += size("band_split.to_features." + std::to_string(i) + ".0.gamma", 0);
-  return {{"model.type", weights.contains("final_norm.gamma") ? "bs_roformer" : "mel_band_roformer"},
-          {"model.dim", dim},
-          {"model.depth", count("layers.")},
-          {"model.linear_transformer_depth", transformers > 2 ? count("layers.0.0.layers.") : 0},
-          {"model.time_transformer_depth", count(time)},
-          {"model.freq_transformer_depth", count(bands)},
-          {"model.heads", heads},
-          {"model.dim_head", size(attention + "to_out.0.weight", 1) / std::max<int64_t>(heads, 1)},
-          {"number of bands (model.freqs_per_bands or num_bands)", groups},
-          {"numbers in all bands (those, and audio.channels or model.stereo)", input},
-          {"linear layers of a mask (model.mask_estimator_depth)", linears},
-          {"model.mlp_expansion_factor", linears > 1 ? size(mask + "0.weight", 0) / std::max<int64_t>(dim, 1) : 0},
-          {"number of stems (audio.stems, or model.num_stems with training.instruments)", count("mask_estimators.")}};
+  return {
+      {"model.type", weights.contains("final_norm.gamma") ? "bs_roformer" : "mel_band_roformer"},
+      {"model.dim", dim},
+      {"model.depth", count("layers.")},
+      {"model.linear_transformer_depth", transformers > 2 ? count("layers.0.0.layers.") : 0},
+      {"model.time_transformer_depth", count(time)},
+      {"model.freq_transformer_depth", count(bands)},
+      {"model.num_residual_streams", branch.empty() ? 0 : std::max<int64_t>(size(connection + "static_beta", 0), 1)},
+      {"model.add_value_residual", static_cast<int64_t>(mixes_values)},
+      {"model.use_pope", static_cast<int64_t>(any(attention + "pope_embed."))},
+      {"model.heads", heads},
+      {"model.dim_head", size(attention + "to_out.0.weight", 1) / std::max<int64_t>(heads, 1)},
+      {"number of bands (model.freqs_per_bands or num_bands)", groups},
+      {"numbers in all bands (those, and audio.channels or model.stereo)", input},
+      {"linear layers of a mask (model.mask_estimator_depth)", linears},
+      {"model.mlp_expansion_factor", linears > 1 ? size(mask + "0.weight", 0) / std::max<int64_t>(dim, 1) : 0},
+      {"number of stems (audio.stems, or model.num_stems with training.instruments)", count("mask_estimators.")}};
 }
 
 template <class Model, class Options>

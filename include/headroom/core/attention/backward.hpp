@@ -3,7 +3,7 @@
 #include "headroom/core/attention/backward_preprocess.hpp"
 #include "headroom/core/attention/bfloat16_backward.hpp"
 
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// What the strips of one head share.
 template <class Scalar>
@@ -293,4 +293,4 @@ class BackwardWorker {
   Run part_;  // of a block's queries, where some see no key of a tile
 };
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

@@ -1,16 +1,14 @@
 #pragma once
 
 #include "headroom/core/attention/backward.hpp"
-#include "headroom/core/attention/checks.hpp"
+#include "headroom/core/attention/pass.hpp"
 #include "headroom/core/attention/reductions.hpp"
-#include "headroom/core/executor.hpp"
 
-namespace headroom::inline v0::core {
-namespace detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// The backward pass of all heads: which worker takes which strips, what they share, and in which order sums are added.
 template <class Scalar>
-class BackwardPass {
+class BackwardPass final : public Pass {
   using Worker = BackwardWorker<Scalar>;
 
  public:
@@ -28,12 +26,11 @@ class BackwardPass {
     owners_ = (tasks_.whole > 0 ? workers : 0) + tasks_.split;
   }
 
-  Index workspace_bytes() const {
+  Index workspace_bytes() const override {
     const Index of_worker = worker_bytes_ + bias_bytes_ + families_.members() * sum_bytes_;
     return workers_ * of_worker + owners_ * families_.members() * head_bytes_;
   }
-  /// To be called once, before any task.
-  void use(std::byte* workspace) {
+  void use(std::byte* workspace) override {
     workspace_ = workspace;
     for (Index i = 0; i < owners_ * families_.members(); ++i) {
       const HeadMemory memory = head_memory(i);
@@ -43,13 +40,26 @@ class BackwardPass {
     normalisers_.resize(static_cast<std::size_t>(owners_ * families_.members()));
   }
 
-  /// Tasks that come first, all before any of the others.
-  Index preparations() const { return tasks_.split; }
-  void prepare(Index split) const { find_seen(families_[tasks_.whole + split], first_split_owner() + split); }
+  Index preparations() const override { return tasks_.split; }
+  void prepare(Index split) override { find_seen(families_[tasks_.whole + split], first_split_owner() + split); }
 
-  /// Tasks start in ascending order; one may wait for those before.
-  Index tasks() const { return tasks_.count(); }
-  void run(Index task, int worker);
+  Index tasks() const override { return tasks_.count(); }
+  void run(Index task, int worker) override {
+    Worker strip_worker(workspace_ + worker * worker_bytes_, x_, score_);
+    const HeadFamily family = families_[tasks_.family(task)];
+    if (!tasks_.is_whole(task)) {
+      const Place place{task, worker, first_split_owner() + tasks_.family(task) - tasks_.whole, &family};
+      run_strip(strip_worker, place, tasks_.strip(task));
+      return in_order(task, [&] { add_strip(place, tasks_.strip(task)); });
+    }
+    const Place place{task, worker, worker, &family};
+    find_seen(family, worker);
+    for (Index strip = 0; strip < tasks_.strips; ++strip) {
+      run_strip(strip_worker, place, strip);
+      if (strip + 1 < tasks_.strips) add_strip(place, strip);
+    }
+    in_order(task, [&] { add_strip(place, tasks_.strips - 1); });
+  }
 
  private:
   /// Who works on what: a family uses the memory of heads of its owner, which is its worker or, where its strips are
@@ -108,7 +118,7 @@ class BackwardPass {
         for (Index block = 0; block < blocks_in(x_.q.length()); ++block) {
           const KeyRange queries = block_at(block, x_.q.length());
           score_.mask().pass(pass).ranges(head, queries, x_.k.length(), begin, end);
-          *seen++ = hull(begin, end, queries.end - queries.begin, x_.k.length());
+          *seen++ = hull_of(begin, end, queries.end - queries.begin, x_.k.length());
         }
       }
     });
@@ -164,58 +174,4 @@ class BackwardPass {
   Turn<Index> committed_;
 };
 
-// Not inline: a program may compile it once, by an explicit instantiation
-template <class Scalar>
-void BackwardPass<Scalar>::run(Index task, int worker) {
-  Worker strip_worker(workspace_ + worker * worker_bytes_, x_, score_);
-  const HeadFamily family = families_[tasks_.family(task)];
-  if (!tasks_.is_whole(task)) {
-    const Place place{task, worker, first_split_owner() + tasks_.family(task) - tasks_.whole, &family};
-    run_strip(strip_worker, place, tasks_.strip(task));
-    return in_order(task, [&] { add_strip(place, tasks_.strip(task)); });
-  }
-  const Place place{task, worker, worker, &family};
-  find_seen(family, worker);
-  for (Index strip = 0; strip < tasks_.strips; ++strip) {
-    run_strip(strip_worker, place, strip);
-    if (strip + 1 < tasks_.strips) add_strip(place, strip);
-  }
-  in_order(task, [&] { add_strip(place, tasks_.strips - 1); });
-}
-
-}  // namespace detail
-
-/// Gradients of attention_forward with respect to q, k and v, and to what AttentionParams adds to scores where wanted,
-/// given the gradient of its output and, unless it is a null view, of its lse. `output` and `lse` are what the forward
-/// pass wrote; weights are recomputed tile by tile. grad_q, grad_k and grad_v must not overlap with each other or with
-/// what is read. Queries without keys and keys without queries get gradient 0.
-/// Workspace: less than 1 MiB and delta [Lq] a worker; where grad_q is stored in 16 bits also [Lq][D] of those; for
-/// gradients of relative bias, slopes and of a bias that is broadcast along the keys also their length, of a bias that
-/// is stored in 16 bits and broadcast otherwise [Lq][192]. Results are bit-equal for any number of workers. Throws
-/// headroom.core.attention.{shape,scale,dropout,length,output}.
-template <Storable T, Mask M = NoMask, Executor E = DefaultExecutor>
-void attention_backward(const AttentionBackwardTensors<T>& tensors, const AttentionParams& params = {},
-                        const M& mask = {}, const E& executor = {}) {
-  const TensorView<const double>& lse = tensors.lse;
-  const detail::BackwardProblem x{
-      {tensors.q, tensors.k, tensors.v, tensors.output, {const_cast<double*>(lse.data), lse.shape, lse.strides}},
-      tensors.grad_output,
-      tensors.grad_lse,
-      tensors.grad_q,
-      tensors.grad_k,
-      tensors.grad_v,
-      tensors.param_grads};
-  detail::check_problem(x, params);
-  detail::check_gradients(x, params);
-  detail::check_writable("grad_q", x.grad_q);
-  detail::check_writable("grad_k", x.grad_k);
-  detail::check_writable("grad_v", x.grad_v);
-  detail::BackwardPass<ComputeType<T>> pass(x, params, detail::MaskRef(mask), executor.workers());
-  if (pass.tasks() == 0) return;
-  const auto workspace = executor.allocate(pass.workspace_bytes());
-  pass.use(workspace.data());
-  executor.run(pass.preparations(), [&](Index task, int) { pass.prepare(task); });
-  executor.run(pass.tasks(), [&](Index task, int worker) { pass.run(task, worker); });
-}
-
-}  // namespace headroom::inline v0::core
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

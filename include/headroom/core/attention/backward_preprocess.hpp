@@ -8,7 +8,7 @@
 
 /// What the backward pass needs to know of each query before it meets the keys: the mean of the gradients of its
 /// weights, and what its weights are normalised by.
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// delta[i] = sum_d g(i,d)·o(i,d) for queries of one head: with P = weights and dP = gradients of the weights, the mean
 /// sum_j P(i,j)·dP(i,j), because dP(i,j) = sum_d g(i,d)·v(j,d) and o = P·v. Added in the order in which the products
@@ -175,4 +175,4 @@ class BlockSoftmax {
   alignas(64) Scalar lse_[kBlockSize], lse_rest_[kBlockSize];
 };
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

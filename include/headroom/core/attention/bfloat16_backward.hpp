@@ -2,7 +2,7 @@
 
 #include "headroom/core/attention/float_backward.hpp"
 
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// Products of the backward pass in bfloat16, summed in float: P and dS are rounded to bfloat16, sums are not.
 class Bfloat16Backward {
@@ -150,4 +150,4 @@ class Bfloat16Backward {
   bool spoiled_ = false;
 };
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

@@ -2,7 +2,7 @@
 
 #include "headroom/core/attention/float_forward.hpp"
 
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// Products of the forward pass in bfloat16, summed in float: weights are rounded to bfloat16, sums are not. Where
 /// values are not finite, they are multiplied in float.
@@ -128,4 +128,4 @@ class Bfloat16Forward {
   Index packed_keys_ = 0;  // keys whose weights are packed already
 };
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

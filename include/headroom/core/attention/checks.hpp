@@ -52,6 +52,14 @@ inline void check_functions(const ForwardProblem& x, const AttentionParams& para
           x.q.length(), " positions, at most 2^24 are supported with functions of one's own");
 }
 
+/// Fails unless tiles of kernels with so many floats in a vector are whole vectors where functions were compiled.
+inline void check_lanes(const AttentionParams& params, int lanes, const char* instruction_set) {
+  require(params.function_lanes() <= lanes, "headroom.core.attention.lanes",
+          "a score or mask function was compiled for vectors of ", params.function_lanes(), " floats, and kernels for ",
+          instruction_set, " have vectors of ", lanes, "; compile the unit of the function with narrower vectors, or ",
+          "let the kernels have wider ones");
+}
+
 /// Fails unless the rotary table has a row for every position.
 inline void check_rotary(const ForwardProblem& x, const AttentionParams& params) {
   if (!params.rotary) return;

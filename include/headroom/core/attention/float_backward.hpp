@@ -4,7 +4,7 @@
 
 #include "headroom/core/attention/products.hpp"
 
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// A tile of keys in the backward pass.
 template <class Scalar>
@@ -220,4 +220,4 @@ class FloatBackward {
   std::vector<Scalar> finite_rows_;               // the latter, then
 };
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

@@ -2,7 +2,7 @@
 
 #include "headroom/core/attention/products.hpp"
 
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// A tile of queries in the forward pass.
 template <class Scalar>
@@ -160,4 +160,4 @@ class FloatForward {
   MatrixView<const Scalar> key_block_, value_block_;
 };
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

@@ -1,11 +1,9 @@
 #pragma once
 
 #include "headroom/core/attention/bfloat16_forward.hpp"
-#include "headroom/core/attention/checks.hpp"
-#include "headroom/core/executor.hpp"
+#include "headroom/core/attention/pass.hpp"
 
-namespace headroom::inline v0::core {
-namespace detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// What becomes of the scores of a tile while they are still in registers: those outside of the ranges are hidden, and
 /// the maximum rises.
@@ -155,54 +153,35 @@ class ForwardWorker {
 
 /// The forward pass of all heads: one task for each strip of queries.
 template <class Scalar>
-class ForwardPass {
+class ForwardPass final : public Pass {
   using Worker = ForwardWorker<Scalar>;
 
  public:
-  ForwardPass(const ForwardProblem& x, const AttentionParams& params, const MaskRef& mask)
+  ForwardPass(const ForwardProblem& x, const AttentionParams& params, const MaskRef& mask, Index workers)
       : x_(x),
         score_(params, mask, x),
         strips_(x.q.length(), x.batch() * x.heads(), x.q.dim() + x.v.dim()),
+        workers_(workers),
         worker_bytes_(Worker::workspace_bytes(x.q.dim(), x.v.dim())) {}
 
-  Index tasks() const { return x_.batch() * x_.heads() * strips_.count(); }
-  Index workspace_bytes(int workers) const { return worker_bytes_ * workers; }
-  void run(Index task, int worker, std::byte* workspace) const;
+  Index workspace_bytes() const override { return worker_bytes_ * workers_; }
+  void use(std::byte* workspace) override { workspace_ = workspace; }
+  Index preparations() const override { return 0; }
+  void prepare(Index) override {}
+  Index tasks() const override { return x_.batch() * x_.heads() * strips_.count(); }
+  void run(Index task, int worker) override {
+    const Index head = task / strips_.count();
+    const Index strip = strips_.count() - 1 - task % strips_.count();  // under a causal mask the longest first
+    Worker(workspace_ + worker * worker_bytes_, x_.q.dim(), x_.v.dim())
+        .run({x_, score_, {head / x_.heads(), head % x_.heads()}}, strips_, strip);
+  }
 
  private:
   const ForwardProblem& x_;
   ScoreFunction<Scalar> score_;
   Strips<Scalar> strips_;
-  Index worker_bytes_;
+  Index workers_, worker_bytes_;
+  std::byte* workspace_ = nullptr;
 };
 
-// Not inline: a program may compile it once, by an explicit instantiation
-template <class Scalar>
-void ForwardPass<Scalar>::run(Index task, int worker, std::byte* workspace) const {
-  const Index head = task / strips_.count();
-  const Index strip = strips_.count() - 1 - task % strips_.count();  // under a causal mask the longest first
-  Worker(workspace + worker * worker_bytes_, x_.q.dim(), x_.v.dim())
-      .run({x_, score_, {head / x_.heads(), head % x_.heads()}}, strips_, strip);
-}
-
-}  // namespace detail
-
-/// output = softmax(scores over the keys that the mask allows)·v without ever storing the scores; AttentionParams says
-/// what a score is. float, double, or bfloat16 and half (summed in float). lse is the natural logarithm of the sum of
-/// exponentials (double because rounding it to float would cost up to 22 times the naive error in the backward pass). A
-/// query that sees no key gets output 0 and lse -inf, or the sink, which is all that is left in its softmax. Nothing of
-/// a key reaches a query that does not see it. Workspace: less than 1 MiB a worker. Results are bit-equal for any
-/// number of workers. Throws headroom.core.attention.{shape,scale,dropout,length,output}.
-template <Storable T, Mask M = NoMask, Executor E = DefaultExecutor>
-void attention_forward(const AttentionTensors<T>& tensors, const AttentionParams& params = {}, const M& mask = {},
-                       const E& executor = {}) {
-  const detail::ForwardProblem x{tensors.q, tensors.k, tensors.v, tensors.output, tensors.lse};
-  detail::check_problem(x, params);
-  detail::check_writable("the output", x.output);
-  const detail::ForwardPass<ComputeType<T>> pass(x, params, detail::MaskRef(mask));
-  if (pass.tasks() == 0) return;
-  const auto workspace = executor.allocate(pass.workspace_bytes(executor.workers()));
-  executor.run(pass.tasks(), [&](Index task, int worker) { pass.run(task, worker, workspace.data()); });
-}
-
-}  // namespace headroom::inline v0::core
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

@@ -6,7 +6,7 @@
 
 /// How scores that are hidden are told from those that are seen, without infinities, so that it works under
 /// -ffast-math.
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// A hidden score: below every finite score that is seen, because those of the same value are lifted to kLeast, the
 /// next number above it. Numbers of this size are so far apart that any weight relative to a visible maximum is exactly
@@ -29,4 +29,4 @@ EIGEN_ALWAYS_INLINE P unless_zero(const P& x, const P& product) {
   return simd::pselect(simd::pcmp_eq(x, zero), zero, product);
 }
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

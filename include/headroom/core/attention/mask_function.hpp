@@ -37,27 +37,41 @@ struct MaskFunctionCalls {
   bool (*sees_any)(const void* f, const OwnTile<Scalar>& row, Index keys);
 };
 
+inline namespace HEADROOM_ISA {
+
 template <class F>
 struct MaskFunctionLoops {
   template <class Scalar, bool QueriesInLanes>
   static void hide(const void* f, const OwnTile<Scalar>& tile) {
-    tile.template for_each_packet<QueriesInLanes>([&](Index i,
-                                                      const ScorePlace<Scalar>& place) __attribute__((always_inline)) {
-      const LaneMask<Scalar> sees = (*static_cast<const F*>(f))(place);
-      const simd::Packet<Scalar> score = simd::load(tile.data + i);
-      simd::store(tile.data + i, simd::pselect(sees.bits, score, simd::broadcast(kHidden<Scalar>)));
-    });
+    for_each_packet<QueriesInLanes>(
+        tile, [&](Index i, const ScorePlace<Scalar>& place) __attribute__((always_inline)) {
+          const LaneMask<Scalar> sees = (*static_cast<const F*>(f))(place);
+          const simd::Packet<Scalar> score = simd::load(tile.data + i);
+          simd::store(tile.data + i, simd::pselect(sees.bits, score, simd::broadcast(kHidden<Scalar>)));
+        });
   }
   template <class Scalar>
   static bool sees_any(const void* f, const OwnTile<Scalar>& row, Index keys) {
     bool found = false;
-    row.template for_each_packet<false>([&](Index, const ScorePlace<Scalar>& place) __attribute__((always_inline)) {
-      const LaneMask<Scalar> sees = (*static_cast<const F*>(f))(place);
-      found |= any(sees && place.key < row.first_key + keys);
-    });
+    for_each_packet<false>(
+        row, [&](Index, const ScorePlace<Scalar>& place) __attribute__((always_inline)) {
+          const LaneMask<Scalar> sees = (*static_cast<const F*>(f))(place);
+          found |= any(sees && place.key < row.first_key + keys);
+        });
     return found;
   }
+  using Block = Seen (*)(const void* f, Index b, Index h, KeyRange queries, KeyRange keys);
+  static constexpr Block block() {
+    if constexpr (SeesBlocks<F>) {
+      return [](const void* f, Index b, Index h, KeyRange queries, KeyRange keys) {
+        return static_cast<const F*>(f)->block(b, h, queries, keys);
+      };
+    }
+    return nullptr;
+  }
 };
+
+}  // namespace HEADROOM_ISA
 
 template <class F>
 constexpr void check_mask_function() {
@@ -80,18 +94,20 @@ class MaskFunctionRef {
   template <class F>
   explicit MaskFunctionRef(const F& function) : MaskFunctionRef(&function, calls<F>()) {}
 
-  template <class F>
+  template <class F, class Loops = detail::MaskFunctionLoops<F>>
   static const Calls& calls() {
     detail::check_mask_function<F>();
-    using Loops = detail::MaskFunctionLoops<F>;
     static constexpr Calls kCalls{
         {{Loops::template hide<float, true>, Loops::template hide<float, false>, Loops::template sees_any<float>},
-         {Loops::template hide<double, true>, Loops::template hide<double, false>, Loops::template sees_any<double>}},
-        block_of<F>()};
+         {Loops::template hide<double, true>, Loops::template hide<double, false>, Loops::template sees_any<double>},
+         simd::kLanes<float>},
+        Loops::block()};
     return kCalls;
   }
 
   explicit operator bool() const { return function_ != nullptr; }
+  /// Floats in a vector where the function was compiled; 0 where there is none.
+  int lanes() const { return calls_ == nullptr ? 0 : calls_->lanes; }
 
   /// How much of a rectangle is seen; `some` where nobody says.
   Seen block(Index b, Index h, KeyRange queries, KeyRange keys) const {
@@ -108,16 +124,6 @@ class MaskFunctionRef {
   }
 
  private:
-  template <class F>
-  static constexpr auto block_of() -> Seen (*)(const void*, Index, Index, KeyRange, KeyRange) {
-    if constexpr (SeesBlocks<F>) {
-      return [](const void* f, Index b, Index h, KeyRange queries, KeyRange keys) {
-        return static_cast<const F*>(f)->block(b, h, queries, keys);
-      };
-    }
-    return nullptr;
-  }
-
   const void* function_ = nullptr;
   const Calls* calls_ = nullptr;
 };

@@ -5,7 +5,7 @@
 
 /// Softmax over keys that come one block at a time (Milakov & Gimelshein 2018): the weights of a query are kept
 /// relative to its largest score so far, and what was summed with them shrinks when that maximum rises.
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// Where the largest score of a row, in units of log2, is further from 0 than this, its log-sum-exp in double is too
 /// coarse to normalise weights, and how it splits into two numbers too.
@@ -114,4 +114,4 @@ struct FinishedSoftmax {
   }
 };
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

@@ -41,6 +41,8 @@ struct AttentionParams {
   }
   Index position(Index query) const { return query_positions ? query_positions[query] : query + query_offset; }
   bool has_functions() const { return score_function || mask_function; }
+  /// Floats in the widest vector that a function of one's own was compiled for; 0 without functions.
+  int function_lanes() const { return std::max(score_function.lanes(), mask_function.lanes()); }
   Index rotary_row_of_query(Index i) const { return rotary_query_rows ? rotary_query_rows[i] : position(i); }
   Index rotary_row_of_key(Index j) const { return rotary_key_rows ? rotary_key_rows[j] : j; }
 };

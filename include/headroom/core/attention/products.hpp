@@ -13,7 +13,7 @@
 /// bfloat16 with sums in float (bfloat16_forward.hpp, bfloat16_backward.hpp). A policy brings operands into the form
 /// in which it multiplies (`load_…`), multiplies, and keeps what is not finite away from who must not see it: 0·NaN is
 /// NaN, so it is taken out of a product and added for those that do see it.
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// One head of a problem.
 template <class Scalar>
@@ -41,4 +41,4 @@ constexpr Index padded_dim(Index dim) {
   return kMayUseBfloat16<Scalar> ? padded(dim, kVnniDepth) : dim;
 }
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

@@ -6,7 +6,7 @@
 
 /// Sums of gradients of parameters on their way from tiles to the tensors that receive them. They are added up in an
 /// order that depends on the shape alone: tiles of a strip, strips of a head, heads.
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// Sums for a head: of one strip of keys, or of all; those that are not wanted are null.
 class HeadSums {
@@ -113,4 +113,4 @@ class SharedBiasSums {
   Scalar* data_;
 };
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

@@ -12,7 +12,7 @@
 ///
 /// A tile is a run of positions in vector lanes (lanes.hpp). A strip is a run of tiles that one task has loaded at the
 /// same time, so that they share what it reads of the other side. A block is a run of positions of that other side.
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// Positions in a block: its scores with a tile stay in the L1 cache.
 inline constexpr Index kBlockSize = 16 * kTileRows;
@@ -130,4 +130,4 @@ struct BackwardTasks {
   Index strip(Index task) const { return (task - whole) / split; }
 };
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

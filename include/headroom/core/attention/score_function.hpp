@@ -55,28 +55,32 @@ struct ScoreFunctionCalls {
                         double* sums);
 };
 
+inline namespace HEADROOM_ISA {
+
 template <class F, std::size_t Tables>
 struct ScoreFunctionLoops {
   template <class Scalar>
   static void forward(const void* f, const ScoreTable* tables, const OwnTile<Scalar>& tile, Scalar factor) {
-    tile.template for_each_packet<true>([&](Index i, const ScorePlace<Scalar>& place) __attribute__((always_inline)) {
-      const Lanes<Scalar> score = Lanes<Scalar>(simd::load(tile.data + i)) * factor;
-      const Lanes<Scalar> result = with_tables<Scalar>(
-          tables, [&](const auto&... table) { return Lanes<Scalar>(function(f)(score, place, table...)); });
-      simd::store(tile.data + i, lifted<Scalar>(result.packet));
-    });
+    for_each_packet<true>(
+        tile, [&](Index i, const ScorePlace<Scalar>& place) __attribute__((always_inline)) {
+          const Lanes<Scalar> score = Lanes<Scalar>(simd::load(tile.data + i)) * factor;
+          const Lanes<Scalar> result = with_tables<Scalar>(
+              tables, [&](const auto&... table) { return Lanes<Scalar>(function(f)(score, place, table...)); });
+          simd::store(tile.data + i, lifted<Scalar>(result.packet));
+        });
   }
   template <class Scalar>
   static void backward(const void* f, const ScoreTable* tables, const OwnTile<Scalar>& tile, Scalar factor,
                        ScoreSlopes<Scalar> kept) {
-    tile.template for_each_packet<false>([&](Index i, const ScorePlace<Scalar>& place) __attribute__((always_inline)) {
-      const Lanes<Scalar> score = Lanes<Scalar>(simd::load(tile.data + i)) * factor;
-      const Dual<Scalar> result = with_tables<Scalar>(
-          tables, [&](const auto&... table) { return differentiated(function(f), score, place, table...); });
-      simd::store(tile.data + i, lifted<Scalar>(result.value.packet));
-      simd::store(kept.slopes + i, result.slope.packet);
-      if (kept.inputs != nullptr) simd::store(kept.inputs + i, score.packet);
-    });
+    for_each_packet<false>(
+        tile, [&](Index i, const ScorePlace<Scalar>& place) __attribute__((always_inline)) {
+          const Lanes<Scalar> score = Lanes<Scalar>(simd::load(tile.data + i)) * factor;
+          const Dual<Scalar> result = with_tables<Scalar>(
+              tables, [&](const auto&... table) { return differentiated(function(f), score, place, table...); });
+          simd::store(tile.data + i, lifted<Scalar>(result.value.packet));
+          simd::store(kept.slopes + i, result.slope.packet);
+          if (kept.inputs != nullptr) simd::store(kept.inputs + i, score.packet);
+        });
   }
   template <class Scalar>
   static void add_gradients(const void* f, const ScoreTable* tables, const OwnTile<Scalar>& grad, const Scalar* inputs,
@@ -84,23 +88,24 @@ struct ScoreFunctionLoops {
     if constexpr (Tables > 0) {
       std::array<double*, Tables> sums_of;
       for (std::size_t t = 0; t < Tables; sums += tables[t++].size()) sums_of[t] = sums;
-      grad.template for_each_packet<false>([&](Index i,
-                                               const ScorePlace<Scalar>& place) __attribute__((always_inline)) {
-        const simd::Packet<Scalar> by_result = simd::load(grad.data + i);
-        const Lanes<Scalar> score = simd::load(inputs + i);
-        int count = 1;
-        for (int wanted = 0; wanted < count; ++wanted) {
-          LookUp<Scalar> look_up{wanted};
-          const Dual<Scalar> result = [&]<std::size_t... T>(std::index_sequence<T...>) __attribute__((always_inline)) {
-            return Dual<Scalar>(
-                function(f)(score, place, TableWithGradient<Scalar>(tables[T], sums_of[T], look_up)...));
-          }
-          (std::make_index_sequence<Tables>());
-          count = look_up.count;
-          if (wanted >= count) break;
-          look_up.places.add(look_up.sums, unless_zero(by_result, simd::pmul(by_result, result.slope.packet)));
-        }
-      });
+      for_each_packet<false>(
+          grad, [&](Index i, const ScorePlace<Scalar>& place) __attribute__((always_inline)) {
+            const simd::Packet<Scalar> by_result = simd::load(grad.data + i);
+            const Lanes<Scalar> score = simd::load(inputs + i);
+            int count = 1;
+            for (int wanted = 0; wanted < count; ++wanted) {
+              LookUp<Scalar> look_up{wanted};
+              const Dual<Scalar> result = [&]<std::size_t... T>(std::index_sequence<T...>)
+                  __attribute__((always_inline)) {
+                return Dual<Scalar>(
+                    function(f)(score, place, TableWithGradient<Scalar>(tables[T], sums_of[T], look_up)...));
+              }
+              (std::make_index_sequence<Tables>());
+              count = look_up.count;
+              if (wanted >= count) break;
+              look_up.places.add(look_up.sums, unless_zero(by_result, simd::pmul(by_result, result.slope.packet)));
+            }
+          });
     }
   }
 
@@ -124,6 +129,8 @@ struct ScoreFunctionLoops {
     (std::make_index_sequence<Tables>());
   }
 };
+
+}  // namespace HEADROOM_ISA
 
 /// Fails to compile unless F is a score function of so many tables.
 template <class F, std::size_t... T>
@@ -163,18 +170,20 @@ class ScoreFunctionRef {
   ScoreFunctionRef(const F& function, const std::array<ScoreTable, N>& tables)
       : ScoreFunctionRef(&function, calls<F, N>(), tables.data()) {}
 
-  template <class F, std::size_t N>
+  template <class F, std::size_t N, class Loops = detail::ScoreFunctionLoops<F, N>>
   static const Calls& calls() {
     detail::check_score_function<F>(std::make_index_sequence<N>());
-    using Loops = detail::ScoreFunctionLoops<F, N>;
     static constexpr Calls kCalls{
         {{Loops::template forward<float>, Loops::template backward<float>, Loops::template add_gradients<float>},
-         {Loops::template forward<double>, Loops::template backward<double>, Loops::template add_gradients<double>}},
+         {Loops::template forward<double>, Loops::template backward<double>, Loops::template add_gradients<double>},
+         simd::kLanes<float>},
         N};
     return kCalls;
   }
 
   explicit operator bool() const { return function_ != nullptr; }
+  /// Floats in a vector where the function was compiled; 0 where there is none.
+  int lanes() const { return calls_ == nullptr ? 0 : calls_->lanes; }
   Index tables() const { return calls_ == nullptr ? 0 : static_cast<Index>(calls_->tables); }
   const ScoreTable& table(Index i) const { return tables_[i]; }
   /// Elements of all tables.

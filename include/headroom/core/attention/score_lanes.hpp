@@ -12,7 +12,7 @@
 
 /// Numbers that score and mask functions compute with. They look like one number and are one for each lane of a vector
 /// register, as many (query, key) pairs at a time.
-namespace headroom::inline v0::core {
+namespace headroom::inline v0::core::inline HEADROOM_ISA {
 
 template <class Scalar>
 struct Lanes;
@@ -143,6 +143,6 @@ struct ScorePlace {
   Lanes<Scalar> query, key, distance;
 };
 
-}  // namespace headroom::inline v0::core
+}  // namespace headroom::inline v0::core::inline HEADROOM_ISA
 
 #pragma GCC diagnostic pop

@@ -28,7 +28,7 @@ struct ScoreTable {
   Index size() const { return rows * columns; }
 };
 
-namespace detail {
+namespace detail::inline HEADROOM_ISA {
 
 /// An index into a table: a number for all lanes, or one for each. None that depends on a score.
 template <class I, class Scalar>
@@ -170,5 +170,5 @@ class TableWithGradient {
   LookUp<Scalar>& look_up_;
 };
 
-}  // namespace detail
+}  // namespace detail::inline HEADROOM_ISA
 }  // namespace headroom::inline v0::core

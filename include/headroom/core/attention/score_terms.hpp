@@ -9,7 +9,7 @@
 /// term. A term that changes scores has `apply` for a tile of them. Its derivative is 1 unless `apply` writes slopes,
 /// and `add_gradients` adds what a tile of gradients contributes to the gradient of its parameters.
 /// A term that hides has `sees_any`, which lets tiles be skipped, and `hide`.
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// Where the gradients of one head's parameters go: sums of one worker; null, or without data, where not wanted.
 struct ParamSums {
@@ -373,4 +373,4 @@ struct WeightDropout {
   }
 };
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

@@ -3,7 +3,7 @@
 #include "headroom/core/attention/score_terms.hpp"
 #include "headroom/core/scratch.hpp"
 
-namespace headroom::inline v0::core::detail {
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// Where a term leaves what the backward pass needs of a tile of scores, [rows][width] each; null where nobody does.
 template <class Scalar>
@@ -150,4 +150,4 @@ class ScoreFunction {
   bool in_every_tile_;
 };
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

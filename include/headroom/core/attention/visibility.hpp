@@ -1,62 +1,17 @@
 #pragma once
 
 #include "headroom/core/attention/hidden_scores.hpp"
+#include "headroom/core/attention/mask_ref.hpp"
 #include "headroom/core/attention/problem.hpp"
 #include "headroom/core/lanes.hpp"
 #include "headroom/core/mask.hpp"
 
 /// Which keys a query sees by the ranges of its mask. Single (query, key) pairs are hidden by score terms.
-namespace headroom::inline v0::core::detail {
-
-/// A mask seen through a function pointer, so that the kernels are compiled once for all masks.
-class MaskRef {
- public:
-  template <Mask M>
-  explicit MaskRef(const M& mask) : mask_(&mask), ranges_(ranges_of<M, false>) {
-    if constexpr (TwoRangeMask<M>) other_ranges_ = ranges_of<M, true>;
-  }
-
-  /// How many ranges a query has. Each takes one pass over the keys.
-  int passes() const { return other_ranges_ == nullptr ? 1 : 2; }
-  /// The mask of one pass.
-  MaskRef pass(int index) const {
-    MaskRef part = *this;
-    if (index > 0) part.ranges_ = other_ranges_;
-    return part;
-  }
-  /// begin[i] and end[i]: which of `keys` keys the i-th of a run of queries sees in this pass.
-  void ranges(HeadIndex head, KeyRange queries, Index keys, Index* begin, Index* end) const {
-    ranges_(mask_, head, queries, begin, end);
-    for (Index i = 0; i < queries.end - queries.begin; ++i) {
-      begin[i] = std::max<Index>(begin[i], 0), end[i] = std::min(end[i], keys);
-    }
-  }
-
- private:
-  using Ranges = void (*)(const void* mask, HeadIndex head, KeyRange queries, Index* begin, Index* end);
-
-  template <class M, bool Other>
-  static void ranges_of(const void* self, HeadIndex head, KeyRange queries, Index* begin, Index* end) {
-    const M& mask = *static_cast<const M*>(self);
-    for (Index i = 0; i < queries.end - queries.begin; ++i) {
-      KeyRange range;
-      if constexpr (Other) {
-        range = mask.other_keys(head.b, head.h, queries.begin + i);
-      } else {
-        range = mask.keys(head.b, head.h, queries.begin + i);
-      }
-      begin[i] = range.begin, end[i] = range.end;
-    }
-  }
-
-  const void* mask_;
-  Ranges ranges_;
-  Ranges other_ranges_ = nullptr;
-};
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// The smallest range that holds all ranges [begin[i], end[i]).
 template <class T>
-KeyRange hull(const T* begin, const T* end, Index count, Index keys) {
+KeyRange hull_of(const T* begin, const T* end, Index count, Index keys) {
   T first = static_cast<T>(keys), last = 0;
   for (Index i = 0; i < count; ++i) {
     const bool empty = begin[i] >= end[i];
@@ -137,9 +92,10 @@ struct QueryRun {
 
  private:
   void summarise(Index keys) {
-    using Places = Eigen::Map<const Eigen::Array<Scalar, Eigen::Dynamic, 1>>;
-    any = hull(first, last, count(), keys);
-    all = {static_cast<Index>(Places(first, count()).maxCoeff()), static_cast<Index>(Places(last, count()).minCoeff())};
+    any = hull_of(first, last, count(), keys);
+    Scalar begin = first[0], end = last[0];
+    for (Index i = 1; i < count(); ++i) begin = std::max(begin, first[i]), end = std::min(end, last[i]);
+    all = {static_cast<Index>(begin), static_cast<Index>(end)};
   }
 };
 
@@ -192,4 +148,4 @@ struct TileScores {
   }
 };
 
-}  // namespace headroom::inline v0::core::detail
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

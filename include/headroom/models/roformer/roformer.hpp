@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -38,6 +39,18 @@ struct RoformerOptions {
   TORCH_ARG(int64_t, mlp_expansion_factor) = 4;
   /// Each layer also gets the sum of what all layers before it gave.
   TORCH_ARG(bool, skip_connection) = false;
+  /// 0: the classic layout. Else the layout of the PyPI package bs-roformer 1.2: residual streams, which
+  /// hyper-connections mix, or with 1 plain sums; 4 is that package's default.
+  TORCH_ARG(int64_t, num_residual_streams) = 0;
+  TORCH_ARG(int64_t, mc_hyper_conn_sinkhorn_iters) = 2;
+  /// From the second layer on, attention mixes the values of the first block along its axis into its own.
+  TORCH_ARG(bool, add_value_residual) = false;
+  /// Polar position embedding instead of rotary embedding.
+  TORCH_ARG(bool, use_pope) = false;
+  /// Attention along time reaches so many frames to both sides; 0: all of them.
+  TORCH_ARG(int64_t, time_window) = 0;
+  /// With a window: so many frames at the start see all frames and are seen by all.
+  TORCH_ARG(int64_t, time_sinks) = 0;
   /// Channels of the mixture and of each stem.
   TORCH_ARG(int64_t, channels) = 2;
   TORCH_ARG(int64_t, stems) = 1;
@@ -82,6 +95,17 @@ struct RoformerOptions {
           "hidden width of the mask estimators, as a multiple of dim");
     field("skip_connection", self.skip_connection(), {.bound = true},
           "each layer also gets the sum of what all layers before it gave");
+    field("num_residual_streams", self.num_residual_streams(), {.at_least = 0, .at_most = 64, .bound = true},
+          "residual streams; 0 is the classic layout, 1 the newer one with plain sums, see docs/110_models.md");
+    field("mc_hyper_conn_sinkhorn_iters", self.mc_hyper_conn_sinkhorn_iters(),
+          {.at_least = 1, .at_most = 100, .bound = true}, "rounds of Sinkhorn's algorithm, with residual streams");
+    field("add_value_residual", self.add_value_residual(), {.bound = true},
+          "attention mixes the values of the first block along its axis into its own");
+    field("use_pope", self.use_pope(), {.bound = true}, "polar position embedding instead of rotary embedding");
+    field("time_window", self.time_window(), {.at_least = 0, .bound = true},
+          "frames to both sides that attention along time reaches; 0: all");
+    field("time_sinks", self.time_sinks(), {.at_least = 0, .bound = true},
+          "with a window: frames at the start that see all frames and are seen by all");
   }
 };
 
@@ -91,6 +115,7 @@ namespace detail {
 struct RoformerLayout {
   std::vector<Band> bands;
   bool norm_each_transformer;  ///< else one norm after all layers: final_norm
+  bool of_mel;                 ///< value residuals are those of Mel-Band RoFormers
   int64_t mask_hidden_layers;
   bool silent_dc;                 ///< the stems have nothing in bin 0
   bool match_input_audio_length;  ///< else what follows the last whole hop is silent
@@ -146,6 +171,12 @@ class RoformerImpl : public torch::nn::Module {
     require(o.dim() > 0 && o.depth() > 0 && o.heads() > 0 && o.channels() > 0 && o.stems() > 0,
             "headroom.models.options", "dim ", o.dim(), ", depth ", o.depth(), ", heads ", o.heads(), ", channels ",
             o.channels(), ", stems ", o.stems(), "; expected positive numbers");
+    require(o.num_residual_streams() >= 0 && o.mc_hyper_conn_sinkhorn_iters() > 0, "headroom.models.options",
+            "num_residual_streams is ", o.num_residual_streams(), " and mc_hyper_conn_sinkhorn_iters ",
+            o.mc_hyper_conn_sinkhorn_iters(), "; expected 0 or more, and 1 or more");
+    require(o.time_window() >= 0 && o.time_sinks() >= 0 && (o.time_window() > 0 || o.time_sinks() == 0),
+            "headroom.models.options", "time_window is ", o.time_window(), " and time_sinks ", o.time_sinks(),
+            "; expected numbers of frames, and sinks with a window alone");
     stft = register_module(
         "stft",
         audio::Stft(audio::StftOptions().n_fft(o.stft_n_fft()).hop(o.stft_hop_length()).window(o.stft_win_length())));
@@ -177,38 +208,75 @@ class RoformerImpl : public torch::nn::Module {
 
   std::vector<RoformerTransformer> add_layer() {
     const auto& o = shared_;
-    const auto transformer = [&](int64_t depth, const RotaryEmbedding& rotary) {
+    const auto transformer = [&](int64_t depth, const PositionEmbedding& positions, bool along_time = false) {
       return RoformerTransformer(RoformerTransformerOptions()
-                                     .attention(GatedAttentionOptions()
-                                                    .dim(o.dim())
-                                                    .heads(o.heads())
-                                                    .head_dim(o.dim_head())
-                                                    .dropout(o.attn_dropout())
-                                                    .backend(o.attention()))
+                                     .attention(attention_options(along_time))
                                      .depth(depth)
                                      .ff_dropout(o.ff_dropout())
-                                     .norm_output(layout_.norm_each_transformer),
-                                 rotary);
+                                     .norm_output(layout_.norm_each_transformer)
+                                     .streams(o.num_residual_streams())
+                                     .sinkhorn_iters(o.mc_hyper_conn_sinkhorn_iters()),
+                                 positions);
     };
-    Layer& layer = layers_.emplace_back();
+    Layer layer;
     std::vector<RoformerTransformer> all;
     if (o.linear_transformer_depth() > 0) {
-      all.push_back(layer.linear = transformer(o.linear_transformer_depth(), RotaryEmbedding(nullptr)));
+      all.push_back(layer.linear = transformer(o.linear_transformer_depth(), {}));
     }
-    all.push_back(layer.time = transformer(o.time_transformer_depth(), time_rotary_));
-    all.push_back(layer.bands = transformer(o.freq_transformer_depth(), band_rotary_));
+    all.push_back(layer.time = transformer(o.time_transformer_depth(), time_positions_, /*along_time=*/true));
+    all.push_back(layer.bands = transformer(o.freq_transformer_depth(), band_positions_));
+    layers_.push_back(layer);
     return all;
   }
+  /// Of the layer that is added.
+  GatedAttentionOptions attention_options(bool along_time) const {
+    const auto& o = shared_;
+    GatedAttentionOptions attention;
+    attention.dim(o.dim()).heads(o.heads()).head_dim(o.dim_head()).dropout(o.attn_dropout()).backend(o.attention());
+    attention.of_mel(layout_.of_mel);
+    if (o.add_value_residual()) {
+      attention.value_residual(layers_.empty()  ? ValueResidual::gives
+                               : layout_.of_mel ? ValueResidual::transposes
+                                                : ValueResidual::mixes);
+    }
+    if (along_time && o.time_window() > 0) attention.window(o.time_window()).global_tokens(o.time_sinks());
+    return attention;
+  }
+  static PositionEmbedding position_embedding(const RoformerOptions& o) {
+    if (o.use_pope()) return PolarEmbedding(o.heads(), o.dim_head());
+    return RotaryEmbedding(o.dim_head());
+  }
+
+  /// Where attention takes place in one forward pass over tokens x [B,T,K,dim].
+  struct AxisPlaces {
+    AttentionPlace linear{1, {}}, time{1, {}}, bands{2, {}};
+
+    AxisPlaces(const RoformerImpl& model, const torch::Tensor& x) {
+      time.positions = model.time_positions_.table(x.size(1));
+      bands.positions = model.band_positions_.table(x.size(2));
+      if (!model.shared_.add_value_residual()) return;
+      for (AttentionPlace* place : {&linear, &time, &bands}) place->first_values = std::make_shared<FirstValues>();
+    }
+    ~AxisPlaces() {
+      for (const AttentionPlace* place : {&linear, &time, &bands}) {
+        if (place->first_values != nullptr) place->first_values->leave_graph();
+      }
+    }
+    AxisPlaces(const AxisPlaces&) = delete;
+    AxisPlaces& operator=(const AxisPlaces&) = delete;
+  };
 
   /// tokens [B,T,K,dim] -> same shape
   torch::Tensor run_layers(torch::Tensor x) {
     const StackPolicy& policy = shared_.gradient_checkpointing();
     require(policy.named_blocks() <= shared_.blocks(), "headroom.checkpoint.policy", "the checkpoint policy is \"",
             policy.text(), "\", which names ", policy.named_blocks(), " blocks; this model has ", shared_.blocks());
-    const torch::Tensor along_time = time_rotary_->table(x.size(1)), along_bands = band_rotary_->table(x.size(2));
+    const int64_t streams = std::max<int64_t>(shared_.num_residual_streams(), 1);
+    if (streams > 1) x = x.unsqueeze(1).expand({-1, streams, -1, -1, -1}).flatten(0, 1);
+    const AxisPlaces places(*this, x);
     std::vector<StackBlock> blocks;
-    const auto append = [&](const RoformerTransformer& transformer, int64_t axis, const torch::Tensor& rotation) {
-      for (StackBlock& block : transformer->blocks(axis, rotation)) blocks.push_back(std::move(block));
+    const auto append = [&](const RoformerTransformer& transformer, const AttentionPlace& place) {
+      for (StackBlock& block : transformer->blocks(place, x.sizes())) blocks.push_back(std::move(block));
     };
     torch::Tensor sum;  // of what the layers gave so far
     int64_t done = 0;
@@ -219,19 +287,19 @@ class RoformerImpl : public torch::nn::Module {
       blocks.clear();
     };
     for (const Layer& layer : layers_) {
-      if (!layer.linear.is_empty()) append(layer.linear, 1, {});
+      if (!layer.linear.is_empty()) append(layer.linear, places.linear);
       if (shared_.skip_connection() && sum.defined()) {
         if (!blocks.empty()) run();
         x = x + sum;
       }
-      append(layer.time, 1, along_time);
-      append(layer.bands, 2, along_bands);
+      append(layer.time, places.time);
+      append(layer.bands, places.bands);
       if (!shared_.skip_connection()) continue;
       run();
       sum = sum.defined() ? sum + x : x;
     }
     if (!blocks.empty()) run();
-    return x;
+    return streams == 1 ? x : x.unflatten(0, {-1, streams}).sum(1);
   }
 
   /// tokens [B,T,K,dim] -> complex masks [B,N,T,F,C]
@@ -260,7 +328,8 @@ class RoformerImpl : public torch::nn::Module {
 
   RoformerOptions shared_;
   detail::RoformerLayout layout_;
-  RotaryEmbedding time_rotary_{shared_.dim_head()}, band_rotary_{shared_.dim_head()};  // shared by all layers
+  PositionEmbedding time_positions_ = position_embedding(shared_),
+                    band_positions_ = position_embedding(shared_);  // each shared by all layers
   std::vector<Layer> layers_;
   std::vector<MaskEstimator> estimators_;
 };

@@ -62,7 +62,8 @@ def run(arguments, folder, config, *options):
 
 def lines(folder, kind):
     """Returns the lines of a kind in a run's metrics.jsonl."""
-    found = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    path = folder / "metrics.jsonl"
+    found = (json.loads(line) for line in path.read_text().splitlines()) if path.exists() else ()
     return [line for line in found if line["kind"] == kind]
 
 
@@ -131,6 +132,8 @@ def main():
     parser.add_argument("--points", type=int, default=3, help="validations, evenly spread (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the table there")
     arguments = parser.parse_args()
+    if not 1 <= arguments.points <= arguments.steps:
+        parser.error(f"{arguments.points} validations of {arguments.steps} steps; give at least one step to each")
     if arguments.what != "table" and arguments.data is None:
         parser.error("--data is missing: the folder that render_musdb.py made")
     {"train": train, "time": time, "table": table}[arguments.what](arguments)

@@ -4,7 +4,7 @@
 #   scripts/harden.sh [PART...]     default all of: failing fuzz
 #
 # failing   every call of separate, train and plan that changes a file fails once (full disk, error, write cut short), and
-#           every tensor that they ask for (tests/tools/failing.py)
+#           every one that gets memory for tensors (tests/tools/failing.py)
 # fuzz      scripts/fuzz.sh with HEADROOM_FUZZ_RUNS executions of each format (default 1000000)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parts=("$@")

@@ -23,7 +23,7 @@ class Headroom(ConanFile):
         self.version = re.search(r"project\(headroom VERSION (\S+)", text)[1]
 
     def export_sources(self):
-        for pattern in ("CMakeLists.txt", "LICENSE", "cmake/*", "include/*"):
+        for pattern in ("CMakeLists.txt", "LICENSE", "cmake/*", "include/*", "kernels/*"):
             copy(self, pattern, HERE.parent.parent, self.export_sources_folder)
 
     def requirements(self):

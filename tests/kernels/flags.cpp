@@ -128,6 +128,8 @@ TEST_CASE("the widest kernels that run here are chosen, or those that are named"
   const std::vector<KernelChoice> choices{{&sse2, true}, {&avx2, true}, {&avx512, false}};
   CHECK(core::detail::choose_kernels(choices, "").instruction_set == std::string("avx2"));
   CHECK(core::detail::choose_kernels(choices, "sse2").instruction_set == std::string("sse2"));
+  CHECK_THROWS_WITH(core::detail::choose_kernels(std::vector<KernelChoice>{{&avx512, false}}, ""),
+                    Catch::Contains("no instruction set that headroom::kernels was compiled for"));
   CHECK_THROWS_WITH(core::detail::choose_kernels(choices, "avx512"),
                     "[headroom.core.instruction_set] HEADROOM_ISA is avx512, which this processor does not have; leave "
                     "it out or name one of sse2, avx2");

@@ -207,10 +207,16 @@ TEST_CASE("HTDemucs: options, positions and signals that do not fit are refused"
   refused(Options().depth(5), "nfft is 4096, of which layer 4 gets 8 frequencies");
   refused(Options().nfft(2040), "the stride 4 divides");
   refused(Options().norm_starts(2).norm_groups(7), "norm_groups is 7");
+  refused(Options().channels(18).norm_starts(1), "norm_groups is 4 and norm_starts 1");  // a decoder layer has 18
+  refused(Options().audio_channels(1).stems(2).norm_starts(0), "norm_groups is 4 and norm_starts 0");
+  refused(Options().norm_starts(-1), "norm_groups is 4 and norm_starts -1");
+  refused(Options().growth(1).depth(100), "a depth of at most 16");
+  refused(Options().t_hidden_scale(0.001), "t_hidden_scale 0.001 of a transformer of width 384");
   refused(Options().dconv_comp(49), "dconv_comp is 49, expected at most channels, 48");
   refused(Options().t_heads(7), "width 384 and t_heads 7");
   models::HTDemucs model(htdemucs_cases()[2].options);
   CHECK(error_of([&] { model->forward(torch::randn({2, 3, 100})); }).id() == "headroom.models.mixture");
+  CHECK(model->forward(torch::ones({2, 2, 1})).isfinite().all().item<bool>());
   CHECK(error_of([] { nn::sine_embedding(3, 6, 1e4); }).id() == "headroom.nn.sine_embedding.dim");
   CHECK(error_of([] { nn::sine_embedding_2d(3, 3, 8, 1); }).id() == "headroom.nn.sine_embedding.dim");
   const auto transformer = [](int64_t dim, double dropout) {

@@ -1,5 +1,5 @@
-"""Every call of a tool that changes a file fails once, and every tensor that it asks for: on a full disk, on a dying one, with
-too little memory. A tool then says so and leaves whole files or none; writes that are cut short are continued.
+"""Every call of a tool that changes a file fails once, and every one that gets memory for tensors: on a full disk, on a dying
+one, with too little memory. A tool then says so and leaves whole files or none; writes that are cut short are continued.
 
 Usage: failing.py <folder with the tools> <failing_calls library> [<points>]      so many calls of each kind, default all
 """

@@ -1,11 +1,14 @@
 // Stands before libc in a tool (LD_PRELOAD) and lets one of its calls fail, as a full disk, a dying one or too little
 // memory do.
 //
-// HEADROOM_FAILING=disk counts calls that change regular files; =memory counts tensors.
-// HEADROOM_FAIL_FROM=N fails call N (from 1 on) and, with ENOSPC, all after it; with none, calls are only counted.
-// HEADROOM_FAIL_WITH=ENOSPC|EIO|short: the error, or a write of half the bytes. HEADROOM_CALLS=FILE gets their number.
+// HEADROOM_FAILING=disk counts calls that change regular files; =memory counts those that get memory for tensors: one
+// for each small tensor, and one for each range of the arena of large ones. HEADROOM_FAIL_FROM=N fails call N (from 1
+// on) and, with ENOSPC, all after it; of those for memory also the next two, since the arena asks for less and then
+// malloc. With none, calls are only counted. HEADROOM_FAIL_WITH=ENOSPC|EIO|short: the error, or a write of half the
+// bytes. HEADROOM_CALLS=FILE gets their number.
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -14,7 +17,6 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <string_view>
 
 namespace {
@@ -30,6 +32,7 @@ std::atomic<long> calls = 0;
 bool fails() {
   const std::string_view from = setting("HEADROOM_FAIL_FROM");
   const long call = ++calls, first = from.empty() ? 0 : std::atol(from.data());
+  if (setting("HEADROOM_FAILING") == "memory") return first > 0 && call >= first && call < first + 3;
   return first > 0 && (setting("HEADROOM_FAIL_WITH") == "ENOSPC" ? call >= first : call == first);
 }
 
@@ -40,11 +43,16 @@ bool is_file(int descriptor) {
   return descriptor > STDERR_FILENO && fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode);
 }
 
-/// Whether it is LibTorch's allocator that calls; the libraries below it do not check what they get.
-bool is_tensor(const void* caller) {
-  Dl_info library;
-  return dladdr(caller, &library) != 0 && std::strstr(library.dli_fname, "libc10.so") != nullptr;
+/// The file that calls, a library or the program.
+std::string_view file_of(const void* caller) {
+  Dl_info file;
+  return dladdr(caller, &file) != 0 ? file.dli_fname : "";
 }
+/// Whether LibTorch's allocator of tensors calls; the libraries below it do not check what they get.
+bool is_tensor(const void* caller) { return file_of(caller).find("libc10.so") != std::string_view::npos; }
+/// Whether the program calls itself: for its arena of tensors.
+bool is_program(const void* caller) { return file_of(caller).find(".so") == std::string_view::npos; }
+bool fails_in_memory() { return setting("HEADROOM_FAILING") == "memory" && fails(); }
 
 bool is_short() { return setting("HEADROOM_FAIL_WITH") == "short"; }
 std::size_t half(std::size_t size) { return (size + 1) / 2; }
@@ -116,7 +124,15 @@ int mkdir(const char* path, mode_t mode) noexcept {
 }
 
 int posix_memalign(void** memory, size_t alignment, size_t size) noexcept {
-  if (setting("HEADROOM_FAILING") == "memory" && is_tensor(__builtin_return_address(0)) && fails()) return ENOMEM;
+  if (is_tensor(__builtin_return_address(0)) && fails_in_memory()) return ENOMEM;
   return HEADROOM_REAL(posix_memalign)(memory, alignment, size);
+}
+
+void* mmap(void* address, size_t size, int protection, int flags, int file, off_t offset) noexcept {
+  if (file == -1 && is_program(__builtin_return_address(0)) && fails_in_memory()) {
+    errno = ENOMEM;
+    return MAP_FAILED;
+  }
+  return HEADROOM_REAL(mmap)(address, size, protection, flags, file, offset);
 }
 }

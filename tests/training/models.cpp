@@ -308,6 +308,8 @@ TEST_CASE("a checkpoint of demucs is a model with its configuration, and nothing
                  "t_sparse_self_attn true, expected false"));
   CHECK(contains(refused(klass, R"([["a"]])", R"({"t_emb": "cape"})"), "t_emb \"cape\", expected \"sin\""));
   CHECK(contains(refused(klass, R"([["a"]])", R"({"segment": "ten"})"), "the argument segment of \"ten\""));
+  CHECK(contains(refused(klass, R"([["a"]])", R"({"samplerate": 1e300})"), "a number above 0 and below 1e+09"));
+  CHECK(contains(refused(klass, R"([["a"]])", R"({"type": "bs_roformer"})"), "which HTDemucs does not have"));
   const Json newer = {{"klass", klass}, {"args", Json::parse(R"([["a", "b"]])")}, {"kwargs", {{"chanels", 4}}}};
   CHECK(contains(error_of([&] { parse_config(training::detail::demucs_config(newer, "a.th").dump(), "a.th"); }).what(),
                  "model.chanels: unknown key; did you mean `channels`?"));

@@ -181,6 +181,20 @@ TEST_CASE("weights that do not fit change nothing, and the error says what is wh
         "headroom.weights.mismatch");
 }
 
+TEST_CASE("of a buffer with other sizes nothing is loaded") {
+  const TemporaryFolder folder;
+  const auto path = folder / "a.safetensors";
+  weights::save_tensors(path, {{"weight", torch::full({5}, 2.0)}, {"running_mean", torch::full({5}, 2.0)}});
+  torch::nn::BatchNorm1d norm(4);
+  const weights::LoadReport report = weights::load_weights(*norm, path, {.allow_partial = true});
+  REQUIRE(report.parts.size() == 1);
+  CHECK(report.parts[0].name == "weight");
+  REQUIRE(report.misfits.size() == 1);
+  CHECK(report.misfits[0].name == "running_mean");
+  CHECK(same(norm->weight.detach(), torch::full({4}, 2.0)));
+  CHECK(same(norm->running_mean, torch::zeros({4})));
+}
+
 TEST_CASE("of a tensor with other sizes the part that both have is loaded, and the rest stays as it was") {
   const TemporaryFolder folder;
   const auto path = folder / "a.safetensors";

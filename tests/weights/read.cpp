@@ -275,9 +275,11 @@ TEST_CASE("what a checkpoint has beside its weights is read as JSON, fractions a
        {"infinite", "G\x7f\xf0" + std::string(6, '\0')},
        {"tensor", pickle_tensor({})}});
   CHECK(members(pickle_dict({{"kwargs", options}, {"state", "}"}}), {"kwargs"}) ==
-        R"({"kwargs":{"segment":7.8,"newer":7.8,"whole":-7.0,"broken":"<fractions.Fraction>",)"
-        R"("list":[null,true,-3,0.5,"a\"b"],"class":"demucs.htdemucs.HTDemucs","object":"<argparse.Namespace>",)"
-        R"("infinite":null,"tensor":"<tensor>"}})");
+        R"({"kwargs":{"broken":"<fractions.Fraction>","class":"demucs.htdemucs.HTDemucs","infinite":null,)"
+        R"("list":[null,true,-3,0.5,"a\"b"],"newer":7.8,"object":"<argparse.Namespace>","segment":7.8,)"
+        R"("tensor":"<tensor>","whole":-7.0}})");
+  const std::string keys = pickle_dict({{"a", pickle_integer(1)}, {"\xff", "N"}, {"a", pickle_text("\xff")}});
+  CHECK(members(pickle_dict({{"kwargs", keys}}), {"kwargs"}) == R"({"kwargs":{"a":null}})");
   CHECK(members(pickle_dict({{"kwargs", "}"}}), {"klass", "kwargs"}) == "none");
   CHECK(members("]", {"kwargs"}) == "none");
   CHECK_FALSE(weights::read_torch_members({bytes_of_text("text"), "weights.file"}, {"kwargs"}).has_value());
@@ -285,7 +287,10 @@ TEST_CASE("what a checkpoint has beside its weights is read as JSON, fractions a
     return error_of([&] { members(pickle_dict({{"kwargs", value}}), {"kwargs"}); });
   };
   CHECK(contains(refused("]q\1h\1a").what(), "more than 16 deep"));
-  CHECK(contains(refused("](" + std::string(100'000, 'N') + "e").what(), "more than 65536 items or bytes"));
+  CHECK(contains(refused("](" + std::string(100'000, 'N') + "e").what(), "more than 65536 items and bytes"));
+  std::string repeated = "](" + pickle_text(std::string(10'000, '\xff')) + "q\1";
+  for (int i = 0; i < 10; ++i) repeated += "h\1";
+  CHECK(contains(refused(repeated + "e").what(), "more than 65536 items and bytes"));
   CHECK(refused("]q\1h\1a").id() == "headroom.weights.pickle");
 }
 

@@ -8,9 +8,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
+#include <limits>
 #include <map>
 #include <mutex>
-#include <unordered_map>
+#include <utility>
 
 #if __has_include(<malloc.h>)
 #include <malloc.h>
@@ -76,8 +77,11 @@ class TensorArena final : public c10::Allocator {
     if (data != nullptr && !instance().give_back(data)) instance().below_->raw_deallocate(data);
   }
 
+  using Ranges = std::map<std::byte*, std::size_t>;  // by address
+
   /// nullptr when the system has no more.
   void* take(std::size_t bytes) {
+    if (bytes > std::numeric_limits<std::size_t>::max() / 2) return nullptr;
     const std::size_t size = (bytes + kPage - 1) / kPage * kPage;
     const std::scoped_lock lock(mutex_);
     auto range = highest_that_holds(size);
@@ -85,24 +89,24 @@ class TensorArena final : public c10::Allocator {
       if (!grow(std::max(size, kGrowth)) && !grow(size)) return nullptr;
       range = highest_that_holds(size);
     }
-    std::byte* const begin = range->first + (range->second -= size);
-    if (range->second == 0) free_.erase(range);
+    if (range->second == size) return taken_.insert(free_.extract(range)).position->first;
+    std::byte* const begin = range->first + (range->second - size);
     taken_.emplace(begin, size);
+    range->second -= size;
     return begin;
   }
 
-  /// False for what is not from here.
+  /// False for what is not from here. Allocates nothing: deleters must not throw.
   bool give_back(void* data) {
     const std::scoped_lock lock(mutex_);
-    const auto taken = taken_.find(data);
+    const auto taken = taken_.find(static_cast<std::byte*>(data));
     if (taken == taken_.end()) return false;
-    add_free(static_cast<std::byte*>(data), taken->second);
-    taken_.erase(taken);
+    add_free(taken_.extract(taken));
     return true;
   }
 
   /// What was there first lies highest.
-  std::map<std::byte*, std::size_t>::iterator highest_that_holds(std::size_t size) {
+  Ranges::iterator highest_that_holds(std::size_t size) {
     auto range = free_.end();
     while (range != free_.begin()) {
       if ((--range)->second >= size) return range;
@@ -111,35 +115,38 @@ class TensorArena final : public c10::Allocator {
   }
 
   bool grow(std::size_t bytes) {
+    Ranges fresh{{nullptr, bytes}};
     std::byte* const below = lowest_ == nullptr ? nullptr : lowest_ - bytes;  // where Linux grows to, if it is free
-    void* const fresh = ::mmap(below, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (fresh == MAP_FAILED) return false;
-    lowest_ = static_cast<std::byte*>(fresh);
+    void* const begin = ::mmap(below, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (begin == MAP_FAILED) return false;
+    lowest_ = static_cast<std::byte*>(begin);
     reserved_ += bytes;
-    add_free(lowest_, bytes);
+    auto range = fresh.extract(fresh.begin());
+    range.key() = lowest_;
+    add_free(std::move(range));
     return true;
   }
 
-  void add_free(std::byte* begin, std::size_t size) {
-    auto next = free_.lower_bound(begin);
-    if (next != free_.end() && begin + size == next->first) {
-      size += next->second;
+  void add_free(Ranges::node_type range) {
+    auto next = free_.lower_bound(range.key());
+    if (next != free_.end() && range.key() + range.mapped() == next->first) {
+      range.mapped() += next->second;
       next = free_.erase(next);
     }
     if (next != free_.begin()) {
       const auto before = std::prev(next);
-      if (before->first + before->second == begin) {
-        before->second += size;
+      if (before->first + before->second == range.key()) {
+        before->second += range.mapped();
         return;
       }
     }
-    free_.emplace_hint(next, begin, size);
+    free_.insert(next, std::move(range));
   }
 
   c10::Allocator* const below_;
   mutable std::mutex mutex_;
-  std::map<std::byte*, std::size_t> free_;  ///< ranges by address, none beside another
-  std::unordered_map<void*, std::size_t> taken_;
+  Ranges free_;  ///< none beside another
+  Ranges taken_;
   std::byte* lowest_ = nullptr;  ///< where the last growth begins
   std::size_t reserved_ = 0;
 };

@@ -31,7 +31,8 @@ struct SignalLevel {
   static SignalLevel of(const torch::Tensor& x) {  // [B,C,S] or [B,C,F,T]
     std::vector<int64_t> axes;
     for (int64_t d = 1; d < x.dim(); ++d) axes.push_back(d);
-    return {x.mean(axes, /*keepdim=*/true), x.std(axes, /*unbiased=*/true, /*keepdim=*/true)};
+    const bool unbiased = x.numel() > x.size(0);  // of a single number it would be NaN
+    return {x.mean(axes, /*keepdim=*/true), x.std(axes, unbiased, /*keepdim=*/true)};
   }
   torch::Tensor taken_from(const torch::Tensor& x) const { return (x - mean) / (1e-5 + deviation); }
   /// stems [B,N,…]

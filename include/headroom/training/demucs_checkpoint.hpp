@@ -34,6 +34,9 @@ inline constexpr std::array<std::string_view, 18> kIdleDemucsArguments = {
     "t_global_window",       "t_sparsity",
     "t_auto_sparsity",       "segment"};
 
+/// Keys of a model in a configuration that are no arguments.
+inline constexpr std::array<std::string_view, 3> kNoDemucsArguments = {"type", "attention", "gradient_checkpointing"};
+
 /// What an argument has to be, as JSON text, where it is there.
 struct FixedArgument {
   std::string_view name, value;
@@ -46,13 +49,15 @@ inline constexpr std::array<FixedArgument, 7> kFixedDemucsArguments{{{"cac", "tr
                                                                      {"t_sparse_self_attn", "false"},
                                                                      {"t_sparse_cross_attn", "false"}}};
 
-/// A number of an argument, or `otherwise`.
+/// A number of an argument, samples or seconds, or `otherwise`.
 inline double number_of(const Json& arguments, const char* name, double otherwise, const std::string& file) {
   const auto found = arguments.find(name);
   if (found == arguments.end()) return otherwise;
-  require(found->is_number(), kDemucs, file, " has the argument ", name, " of ", given_text(*found),
-          ", expected a number");
-  return found->get<double>();
+  constexpr double kMost = 1e9;
+  const double number = found->is_number() ? found->get<double>() : 0;
+  require(number > 0 && number < kMost, kDemucs, file, " has the argument ", name, " of ", given_text(*found),
+          ", expected a number above 0 and below ", kMost);
+  return number;
 }
 
 /// The configuration of the HTDemucs that `klass(*args, **kwargs)` would make in Python.
@@ -81,6 +86,8 @@ inline Json demucs_config(const Json& package, const std::string& file) {
       const bool is_empty = value.is_null() && fixed->value == "[]";
       require(is_empty || value == Json::parse(fixed->value), kDemucs, file, " is a model with ", name, " ",
               given_text(value), ", expected ", fixed->value, ": demucs publishes no other, and another is not here");
+    } else if (std::ranges::find(kNoDemucsArguments, std::string_view(name)) != kNoDemucsArguments.end()) {
+      fail(kDemucs, file, " has the argument ", name, ", which HTDemucs does not have");
     } else if (name == "audio_channels") {
       config["audio"]["channels"] = value;
     } else if (name != "sources" && name != "samplerate" &&
@@ -98,14 +105,15 @@ inline Json demucs_config(const Json& package, const std::string& file) {
 inline std::optional<std::string> read_demucs_config(const std::filesystem::path& path) {
   const weights::FileMap map(path);
   const weights::Source source{map.bytes(), path.string()};
-  std::optional<std::string> package;
+  std::optional<Json> package;
   try {
-    package = weights::read_torch_members(source, {"klass", "args", "kwargs"});
+    const auto text = weights::read_torch_members(source, {"klass", "args", "kwargs"});
+    if (text) package = parse_json(*text, path.string());
   } catch (const Error&) {  // damaged, or something else: who reads it next says what is wrong
     return std::nullopt;
   }
   if (!package) return std::nullopt;
-  return detail::demucs_config(parse_json(*package, path.string()), path.string()).dump();
+  return detail::demucs_config(*package, path.string()).dump();
 }
 
 }  // namespace headroom::inline v0::training

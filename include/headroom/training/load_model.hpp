@@ -90,13 +90,13 @@ inline std::optional<std::string> config_within(const std::filesystem::path& pat
 inline weights::LoadReport take_weights(const LoadedModel& loaded, const TensorMap& tensors,
                                         const std::filesystem::path& path, const weights::LoadOptions& options) {
   const TensorMap targets = tensors_of(*loaded.model);
-  weights::Matches matches =
-      weights::match_tensors(tensors, targets, {.prefixes = options.prefixes, .parts = options.allow_partial});
+  weights::Matches matches = weights::match_tensors(
+      tensors, targets, {.prefixes = options.prefixes, .in_part = weights::loaded_in_part(*loaded.model, options)});
   const weights::LoadReport& report = matches.report;
   require(report.is_enough(options), "headroom.training.weights", path.string(), " does not fit the ",
           loaded.config.model.type(), " of the configuration: ", weights::summary_of(report),
           "; give the configuration that belongs to the weights",
-          report.loaded.empty() ? "" : ", or --allow-partial to train with what fits",
+          report.fits_nothing() ? "" : ", or --allow-partial to train with what fits",
           other_facts(loaded.config, tensors, targets, options.prefixes), to_string(report));
   matches.copy();
   return std::move(matches.report);

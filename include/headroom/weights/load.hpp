@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <map>
 #include <ostream>
+#include <set>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -26,8 +27,9 @@ namespace headroom::inline v0::weights {
 
 /// How load_weights reads a file.
 struct LoadOptions {
-  /// Load what fits, of tensors with other sizes the part that both have, and leave the rest of the module as it is,
-  /// for fine-tuning. At least one tensor has to fit in part.
+  /// Load what fits, of parameters with other sizes the part that both have, and leave the rest of the module as it is,
+  /// for fine-tuning. At least one tensor has to fit in part. Buffers, which no training mends, are whole or not
+  /// loaded.
   bool allow_partial = false;
   /// The dict of a torch.save file that has the tensors, see open_weights.
   std::string key = {};
@@ -47,6 +49,7 @@ struct LoadReport {
   std::vector<Misfit> parts = {};    ///< of these the part that both have was loaded
   std::vector<Misfit> misfits = {};  ///< of these nothing was
 
+  bool fits_nothing() const { return loaded.empty() && parts.empty() && misfits.empty(); }
   bool complete() const { return missing.empty() && unexpected.empty() && parts.empty() && misfits.empty(); }
   bool is_enough(const LoadOptions& options) const {
     return complete() || (options.allow_partial && !(loaded.empty() && parts.empty()));
@@ -163,7 +166,7 @@ struct Matches {
 struct MatchRules {
   std::vector<std::string> prefixes = {};  ///< that a name may have besides
   bool same_types = false;                 ///< else floating types convert into each other
-  bool parts = false;                      ///< of tensors with other sizes the part that both have
+  std::set<std::string> in_part = {};      ///< which tensors, with other sizes, take the part that both have
 };
 
 /// Finds for each tensor of `target`, such as tensors_of(module), the one of its name, without prefixes where needed,
@@ -180,11 +183,19 @@ inline Matches match_tensors(const TensorMap& source, const TensorMap& target, c
       report.loaded.push_back(name);
       continue;
     }
-    const bool in_part = fits && rules.parts && from.dim() == to.dim();
+    const bool in_part = fits && rules.in_part.contains(name) && from.dim() == to.dim() && from.numel() > 0;
     (in_part ? report.parts : report.misfits).push_back({name, detail::type_text(from), detail::type_text(to)});
     if (in_part) matches.copies.push_back(detail::common_part(to, from));
   }
   return matches;
+}
+
+/// Which tensors of a module may be loaded in part: its parameters, where that is wanted.
+inline std::set<std::string> loaded_in_part(const torch::nn::Module& module, const LoadOptions& options) {
+  std::set<std::string> names;
+  if (!options.allow_partial) return names;
+  for (const auto& parameter : module.named_parameters()) names.insert(parameter.key());
+  return names;
 }
 
 /// "of its 7 tensors 4 fit, 1 are missing and 2 have another shape or type; 3 of the file are not in the module".
@@ -204,12 +215,12 @@ inline std::string summary_of(const LoadReport& report) {
 inline LoadReport load_weights(torch::nn::Module& module, const std::filesystem::path& path,
                                const LoadOptions& options = {}) {
   Matches matches = match_tensors(load_tensors(path, options.key), tensors_of(module),
-                                  {.prefixes = options.prefixes, .parts = options.allow_partial});
+                                  {.prefixes = options.prefixes, .in_part = loaded_in_part(module, options)});
   const LoadReport& report = matches.report;
   require(report.is_enough(options), "headroom.weights.mismatch", path.string(),
           " does not fit this module: ", summary_of(report),
           ". Build the module with the configuration that belongs to the file",
-          report.loaded.empty() ? "" : ", or allow a partial load to leave the rest as it is", to_string(report));
+          report.fits_nothing() ? "" : ", or allow a partial load to leave the rest as it is", to_string(report));
   matches.copy();
   return std::move(matches.report);
 }

@@ -3,8 +3,10 @@
 #include <array>
 #include <charconv>
 #include <cstddef>
+#include <map>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "headroom/core/finite.hpp"
 #include "headroom/core/json_string.hpp"
@@ -22,7 +24,7 @@ class PickleJson {
 
   std::string text(const PickleValue& value) {
     json_.clear();
-    items_ = 0;
+    looked_at_ = 0;
     write(value, 0);
     return json_;
   }
@@ -44,7 +46,7 @@ class PickleJson {
         write_real(value.real);
         break;
       case Kind::text:
-        json_ += is_utf8(pickle_.text(value)) ? core::detail::json_string(pickle_.text(value)) : "null";
+        write_text(pickle_.text(value));
         break;
       case Kind::tuple:
       case Kind::list:
@@ -52,14 +54,14 @@ class PickleJson {
         write_items(value, depth);
         break;
       case Kind::global:
-        write_name(pickle_.global(value));
+        write_text(pickle_.global(value));
         break;
       case Kind::opaque:
-        write_name('<' + pickle_.global(value) + '>');
+        write_text('<' + pickle_.global(value) + '>');
         break;
       case Kind::tensor:
       case Kind::storage:
-        write_name("<tensor>");
+        write_text("<tensor>");
         break;
       case Kind::none:
         json_ += "null";
@@ -71,7 +73,17 @@ class PickleJson {
     ByteReader(source_, "headroom.weights.pickle").check(fine, "has options ", what...);
   }
 
-  void write_name(const std::string& name) { json_ += is_utf8(name) ? core::detail::json_string(name) : "null"; }
+  /// Of values that a pickle repeats, each time counts.
+  void look_at(std::size_t bytes) {
+    constexpr std::size_t kMost = 64 << 10;
+    looked_at_ += bytes;
+    check(looked_at_ < kMost, "of more than ", kMost, " items and bytes");
+  }
+
+  void write_text(std::string_view text) {
+    look_at(text.size());
+    json_ += is_utf8(text) ? core::detail::json_string(text) : "null";
+  }
 
   void write_real(double value) {
     std::array<char, 32> digits;
@@ -85,31 +97,41 @@ class PickleJson {
     }
   }
 
-  /// Members of a dict whose keys are no texts are left out.
   void write_items(const PickleValue& value, int depth) {
-    const bool is_dict = value.kind == Kind::dict;
-    const std::size_t step = is_dict ? 2 : 1;
-    json_ += is_dict ? '{' : '[';
-    bool first = true;
-    for (std::size_t i = 0; i < pickle_.items(value).size(); i += step) {
-      constexpr std::size_t kMost = 64 << 10;
-      check(++items_ < kMost && json_.size() < kMost, "of more than ", kMost, " items or bytes");
-      const PickleValue& item = pickle_.items(value)[i];
-      if (is_dict && item.kind != Kind::text) continue;
-      if (!first) json_ += ',';
-      first = false;
-      write(item, depth + 1);
-      if (!is_dict) continue;
-      json_ += ':';
-      write(pickle_.items(value)[i + 1], depth + 1);
+    const std::vector<PickleValue>& items = pickle_.items(value);
+    if (value.kind == Kind::dict) return write_members(items, depth);
+    json_ += '[';
+    for (std::size_t i = 0; i < items.size(); ++i) {
+      look_at(1);
+      if (i > 0) json_ += ',';
+      write(items[i], depth + 1);
     }
-    json_ += is_dict ? '}' : ']';
+    json_ += ']';
+  }
+
+  /// Members whose keys are no texts are left out; of those with one key the last counts, as in Python.
+  void write_members(const std::vector<PickleValue>& items, int depth) {
+    std::map<std::string_view, const PickleValue*> members;
+    for (std::size_t i = 0; i + 1 < items.size(); i += 2) {
+      look_at(1);
+      if (items[i].kind != Kind::text) continue;
+      const std::string_view key = pickle_.text(items[i]);
+      look_at(key.size());
+      if (is_utf8(key)) members[key] = &items[i + 1];
+    }
+    json_ += '{';
+    for (const auto& [key, member] : members) {
+      if (json_.back() != '{') json_ += ',';
+      json_ += core::detail::json_string(key) + ':';
+      write(*member, depth + 1);
+    }
+    json_ += '}';
   }
 
   const Pickle& pickle_;
   const Source& source_;
   std::string json_;
-  std::size_t items_ = 0;  // that were looked at
+  std::size_t looked_at_ = 0;  // items, and bytes of texts
 };
 
 }  // namespace headroom::inline v0::weights::detail

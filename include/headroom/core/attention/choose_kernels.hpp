@@ -30,6 +30,10 @@ inline const AttentionKernels& choose_kernels(std::span<const KernelChoice> choi
     names.append(names.empty() ? "" : ", ").append(name);
     if (wanted.empty() || name == wanted) chosen = choice.kernels;
   }
+  require(
+      chosen != nullptr || !wanted.empty(), "headroom.core.instruction_set",
+      "this processor has no instruction set that headroom::kernels was compiled for; compile it for a narrower one "
+      "as well, HEADROOM_INSTRUCTION_SETS");
   require(chosen != nullptr, "headroom.core.instruction_set", "HEADROOM_ISA is ", wanted,
           ", for which no kernels were compiled; leave it out or name one of ", names);
   return *chosen;

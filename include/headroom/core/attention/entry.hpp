@@ -4,9 +4,12 @@
 #include "headroom/core/attention/kernels.hpp"
 #include "headroom/core/executor.hpp"
 
-// What calls the kernels of its own unit and what calls those of the program are different functions.
+// What calls the kernels of its own unit and what calls those of the program are different functions; so are those of
+// units with different flags.
 #ifdef HEADROOM_SEPARATE_KERNELS
-#define HEADROOM_CALLS program
+#define HEADROOM_JOINED_TEXT(a, b) a##b
+#define HEADROOM_JOINED(a, b) HEADROOM_JOINED_TEXT(a, b)
+#define HEADROOM_CALLS HEADROOM_JOINED(program_, HEADROOM_ISA)
 #else
 #define HEADROOM_CALLS HEADROOM_ISA
 #endif
@@ -98,3 +101,5 @@ void attention_backward(const AttentionBackwardTensors<T>& tensors, const Attent
 }  // namespace headroom::inline v0::core
 
 #undef HEADROOM_CALLS
+#undef HEADROOM_JOINED
+#undef HEADROOM_JOINED_TEXT

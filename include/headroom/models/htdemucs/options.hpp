@@ -92,9 +92,9 @@ struct HTDemucsOptions {
   /// Throws headroom.models.options.
   void check() const {
     static constexpr auto kId = "headroom.models.options";
-    require(channels_ > 0 && growth_ > 0 && depth_ > 0 && audio_channels_ > 0 && stems_ > 0, kId, "channels ",
-            channels_, ", growth ", growth_, ", depth ", depth_, ", audio channels ", audio_channels_, ", stems ",
-            stems_, "; expected positive numbers");
+    require(channels_ > 0 && growth_ > 0 && depth_ > 0 && depth_ <= kDeepest && audio_channels_ > 0 && stems_ > 0, kId,
+            "channels ", channels_, ", growth ", growth_, ", depth ", depth_, ", audio channels ", audio_channels_,
+            ", stems ", stems_, "; expected positive numbers, and a depth of at most ", kDeepest);
     const double widest = static_cast<double>(channels_) * std::pow(growth_, depth_ - 1);
     require(widest <= kWidest, kId, "the last of ", depth_, " layers has ", widest, " channels, expected at most ",
             kWidest, ": lower depth or growth");
@@ -105,16 +105,19 @@ struct HTDemucsOptions {
     require(divides && bins(depth_ - 1) > kernel_size_, kId, "nfft is ", nfft_, ", of which layer ", depth_ - 1,
             " gets ", bins(depth_ - 1), " frequencies; expected more than kernel_size, ", kernel_size_,
             ", and that the stride ", stride_, " divides those of each layer: a smaller depth, or another nfft");
-    const bool normed = norm_starts_ < depth_;
-    require(!normed || (norm_groups_ > 0 && width(norm_starts_) % norm_groups_ == 0 &&
-                        (norm_starts_ > 0 || 2 * audio_channels_ * stems_ % norm_groups_ == 0)),
-            kId, "norm_groups is ", norm_groups_,
-            ", expected a divisor of the channels of each layer from norm_starts ", norm_starts_, " on");
+    // The norms of a decoder layer have the channels of the layer around it, too
+    require(norm_starts_ >= depth_ ||
+                (norm_starts_ >= 0 && norm_groups_ > 0 && width(norm_starts_) % norm_groups_ == 0 &&
+                 (norm_starts_ > 0 ? width(norm_starts_ - 1) : audio_channels_ * stems_) % norm_groups_ == 0),
+            kId, "norm_groups is ", norm_groups_, " and norm_starts ", norm_starts_,
+            ", expected a divisor of the channels of each layer from norm_starts on, and of the one around it");
     require(dconv_mode_ == 0 || (dconv_comp_ > 0 && channels_ >= dconv_comp_), kId, "dconv_comp is ", dconv_comp_,
             ", expected at most channels, ", channels_);
     require(t_layers_ == 0 || (t_heads_ > 0 && bottom() % t_heads_ == 0 && bottom() % 4 == 0), kId,
             "a transformer of width ", bottom(), " and t_heads ", t_heads_,
             ", expected a width that both 4 and t_heads divide");
+    require(t_layers_ == 0 || static_cast<double>(bottom()) * t_hidden_scale_ >= 1, kId, "t_hidden_scale ",
+            t_hidden_scale_, " of a transformer of width ", bottom(), " leaves its feed-forward networks no features");
   }
 
   /// The options that say which model it is, as a configuration names them.
@@ -128,7 +131,7 @@ struct HTDemucsOptions {
     count("channels", self.channels(), 1, kWidest, "of the outermost layers");
     count("growth", self.growth(), 1, 16, "how many times more channels each layer has than the one around it");
     count("nfft", self.nfft(), 16, kWidest, "STFT size, samples; frames are a quarter of it apart");
-    count("depth", self.depth(), 1, 16, "layers of each encoder and decoder");
+    count("depth", self.depth(), 1, kDeepest, "layers of each encoder and decoder");
     choice("rewrite", self.rewrite(), "a further convolution in each layer, with a gated linear unit");
     count("freq_emb", self.freq_emb(), 0, kWidest, "weight of the learned vectors of frequencies; 0: none");
     field("emb_scale", self.emb_scale(), {.at_most = kWidest, .above = 0, .bound = true},
@@ -153,6 +156,7 @@ struct HTDemucsOptions {
 
  private:
   static constexpr double kWidest = 1 << 20;
+  static constexpr int64_t kDeepest = 16;
 
   static void describe_transformer(auto& self, auto&& field) {
     const auto choice = [&](const char* name, auto& value, const char* meaning) {

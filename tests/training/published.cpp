@@ -263,19 +263,18 @@ is_roformer: true
 }
 
 TEST_CASE("problems of a published file have its own names") {
-  CHECK(
-      complaints_about(bs_roformer({"audio.chunk_size: 0", "model.depht: 2", "model.heads: two", "model.stereo: false",
-                                    "training.lr: -1", "training.num_stpes: 3", "inference.num_overlap: 0",
-                                    "training.use_amp: 3", "model.num_residual_streams: 4"})) ==
-      Lines{"audio.num_channels: got 2, expected 1, as model.stereo is false, or missing",
-            "training.use_amp: got 3, expected true or false",
-            "inference.num_overlap: got 0, expected an integer >= 1 and <= 1000",
-            "model.depht: unknown key; did you mean `depth`?",
-            "model.num_residual_streams: unknown key; a model that has it is not here",
-            "training.num_stpes: unknown key; did you mean `num_steps`?",
-            "model.heads: got \"two\", expected an integer >= 1 and <= 1048576",
-            "audio.chunk_size: got 0, expected an integer >= 1 and <= 1000000000",
-            "training.lr: got -1, expected a number > 0 and <= 10"});
+  CHECK(complaints_about(bs_roformer({"audio.chunk_size: 0", "model.depht: 2", "model.heads: two",
+                                      "model.stereo: false", "training.lr: -1", "training.num_stpes: 3",
+                                      "inference.num_overlap: 0", "training.use_amp: 3", "model.freq_range: 4"})) ==
+        Lines{"audio.num_channels: got 2, expected 1, as model.stereo is false, or missing",
+              "training.use_amp: got 3, expected true or false",
+              "inference.num_overlap: got 0, expected an integer >= 1 and <= 1000",
+              "model.depht: unknown key; did you mean `depth`?",
+              "model.freq_range: unknown key; a model that has it is not here",
+              "training.num_stpes: unknown key; did you mean `num_steps`?",
+              "model.heads: got \"two\", expected an integer >= 1 and <= 1048576",
+              "audio.chunk_size: got 0, expected an integer >= 1 and <= 1000000000",
+              "training.lr: got -1, expected a number > 0 and <= 10"});
   const auto only = [](const std::vector<std::string>& changes) {
     const Lines lines = complaints_about(bs_roformer(changes));
     INFO(lines.front());

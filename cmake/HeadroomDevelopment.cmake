@@ -56,10 +56,8 @@ function(headroom_share_pch name pch)
   target_precompile_headers(${name} REUSE_FROM ${pch})
 endfunction()
 
-# So is what core/separate_kernels.hpp speaks of: more than a minute
-file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/kernels.cpp" CONTENT
-     "#define HEADROOM_KERNELS_HERE\n#include \"headroom/nn.hpp\"\n#include \"headroom/plan.hpp\"\n")
-add_library(headroom_kernels OBJECT "${CMAKE_CURRENT_BINARY_DIR}/kernels.cpp")
+# So is what core/separate_kernels.hpp speaks of: more than a minute. Here all of it for this machine
+add_library(headroom_kernels OBJECT kernels/torch.cpp)
 headroom_share_pch(headroom_kernels headroom_pch)
 
 # And models, trainer and planner, as long: once for all programs that call headroom_use_training(<name>)

@@ -49,6 +49,7 @@ target_compile_definitions(headroom_dispatch PRIVATE "HEADROOM_KERNEL_SETS=${hea
 if("headroom" IN_LIST HEADROOM_COMPONENTS)
   headroom_add_kernel_objects(headroom_kernels_torch kernels/torch.cpp)
   target_link_libraries(headroom_kernels_torch PRIVATE headroom_headroom)
+  target_compile_definitions(headroom_kernels_torch PRIVATE HEADROOM_SEPARATE_KERNELS HEADROOM_KERNELS_AT_RUN_TIME)
   list(APPEND headroom_kernel_objects headroom_kernels_torch)
 endif()
 

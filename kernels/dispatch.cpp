@@ -2,7 +2,6 @@
 // HEADROOM_SET(name) for each instruction set, from the narrowest to the widest.
 
 #include <cstdlib>
-#include <functional>
 #include <string_view>
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -10,6 +9,7 @@
 #endif
 
 #define HEADROOM_SEPARATE_KERNELS
+#include "headroom/core/amx_permission.hpp"
 #include "headroom/core/attention/choose_kernels.hpp"
 
 namespace headroom::core::detail {
@@ -27,7 +27,8 @@ namespace {
 bool has_amx() {
   constexpr unsigned kBfloat16 = 1U << 22, kTile = 1U << 24;
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBfloat16) != 0 && (d & kTile) != 0;
+  const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBfloat16) != 0 && (d & kTile) != 0;
+  return there && may_use_amx_tiles();
 }
 #endif
 
@@ -47,14 +48,14 @@ bool has(std::string_view instruction_set) {
 }  // namespace
 
 const AttentionKernels& attention_kernels() {
-  static const AttentionKernels& chosen = [] {
+  static const AttentionKernels& chosen = []() -> const AttentionKernels& {
     const KernelChoice choices[] = {
 #define HEADROOM_SET(name) {&name::compiled_kernels(), has(#name)},
         HEADROOM_KERNEL_SETS
 #undef HEADROOM_SET
     };
     const char* const wanted = std::getenv("HEADROOM_ISA");
-    return std::cref(choose_kernels(choices, wanted == nullptr ? "" : wanted));
+    return choose_kernels(choices, wanted == nullptr ? "" : wanted);
   }();
   return chosen;
 }

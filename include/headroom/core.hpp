@@ -1,5 +1,6 @@
 #pragma once
 
+#include "headroom/core/amx_permission.hpp"
 #include "headroom/core/attention.hpp"
 #include "headroom/core/attention/reference.hpp"
 #include "headroom/core/bfloat16_product.hpp"

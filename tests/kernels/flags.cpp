@@ -4,8 +4,10 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "core/attention_run.hpp"
 #include "headroom/core/attention/choose_kernels.hpp"
 #include "headroom/core/attention/reference.hpp"
 #include "kernels/unit.hpp"
@@ -89,23 +91,16 @@ TEST_CASE("units with different flags in one program compute what is right", "[k
                                              .grad_k = view(grad_k),
                                              .grad_v = view(grad_v)},
                                             {}, core::CausalMask{});
-  const auto difference = [](const auto& x, const auto& y) {
-    double largest = 0;
-    for (size_t i = 0; i < x.size(); ++i) {
-      largest = std::max(largest, std::abs(static_cast<double>(x[i]) - static_cast<double>(y[i])));
-    }
-    return largest;
-  };
   for (const Unit& unit : units()) {
     if (!unit.runs_here) continue;
     const Results result(unit.attend);
     CAPTURE(unit.name, result.instruction_set);
-    CHECK(difference(result.output, output) < 1e-5);
-    CHECK(difference(result.lse, lse) < 1e-5);
-    CHECK(difference(result.grad_q, grad_q) < 1e-5);
-    CHECK(difference(result.grad_k, grad_k) < 1e-5);
-    CHECK(difference(result.grad_v, grad_v) < 1e-5);
-    CHECK(difference(result.narrow_output, output) < 0.1);
+    CHECK(deviation(result.output, output).maximum < 1e-5);
+    CHECK(deviation(result.lse, lse).maximum < 1e-5);
+    CHECK(deviation(result.grad_q, grad_q).maximum < 1e-5);
+    CHECK(deviation(result.grad_k, grad_k).maximum < 1e-5);
+    CHECK(deviation(result.grad_v, grad_v).maximum < 1e-5);
+    CHECK(deviation(result.narrow_output, output).maximum < 0.1);
   }
 }
 

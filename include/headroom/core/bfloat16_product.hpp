@@ -3,13 +3,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "headroom/core/amx_permission.hpp"
 #include "headroom/core/lanes.hpp"
 #include "headroom/core/stored.hpp"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define HEADROOM_BFLOAT16_BY_AMX
-#include <sys/syscall.h>
-#include <unistd.h>
 #elif defined(__AVX512BF16__)
 #define HEADROOM_BFLOAT16_BY_AVX512
 #endif
@@ -50,12 +49,9 @@ inline constexpr bool kHasBfloat16Products = true;
 /// they keep the shapes that were configured, as oneDNN does: they are put back.
 class AmxTiles {
  public:
-  /// Whether this process may use them: Linux wants to be asked.
+  /// Whether this process may use them.
   static bool available() {
-    static const bool granted = [] {
-      constexpr long kRequestPermission = 0x1023, kTileData = 18;
-      return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-    }();
+    static const bool granted = may_use_amx_tiles();
     return granted;
   }
   AmxTiles() {

@@ -23,54 +23,46 @@ struct PolarPositions {
   torch::Tensor phase;   ///< [Hk, D]: added to the angles of keys; may have a gradient
 };
 
-/// Features x [..., D] as complex numbers, all real parts before all imaginary ones: [..., 2D] in x's dtype. Angles, in
-/// double, broadcast to x. Narrow types are computed in float.
-inline torch::Tensor polar_pairs(const torch::Tensor& x, const torch::Tensor& angles) {
+/// Cosine and sine of angles, to be broadcast.
+using Turns = std::array<torch::Tensor, 2>;
+
+/// Features x [..., D] as complex numbers, all real parts before all imaginary ones: [..., 2D] in x's dtype. Narrow
+/// types are computed in float, of which `turns` are.
+inline torch::Tensor polar_pairs(const torch::Tensor& x, const Turns& turns) {
   const torch::Tensor magnitude = torch::softplus(x.to(compute_type(x)));
-  const auto part = [&](const torch::Tensor& turn) { return magnitude * turn.to(magnitude.scalar_type()); };
-  return torch::cat({part(angles.cos()), part(angles.sin())}, -1).to(x.scalar_type());
+  return torch::cat({magnitude * turns[0], magnitude * turns[1]}, -1).to(x.scalar_type());
 }
 
 /// The gradients of x and of the angles, the latter of x's shape, where grad [..., 2D] is that of polar_pairs(x,
-/// angles).
+/// turns).
 inline std::array<torch::Tensor, 2> polar_gradients(const torch::Tensor& grad, const torch::Tensor& x,
-                                                    const torch::Tensor& angles) {
+                                                    const Turns& turns) {
   const torch::Tensor wide = x.to(compute_type(x)), given = grad.to(wide.scalar_type());
-  const torch::Tensor cosine = angles.cos().to(wide.scalar_type()), sine = angles.sin().to(wide.scalar_type());
+  const auto& [cosine, sine] = turns;
   const auto halves = given.chunk(2, -1);
   const torch::Tensor along = (halves[0] * cosine).addcmul_(halves[1], sine);
   const torch::Tensor across = (halves[1] * cosine).addcmul_(halves[0], sine, -1);
   return {(along * wide.sigmoid()).to(x.scalar_type()), across * torch::softplus(wide)};
 }
 
-/// q, k and v in one tensor packed [..., H+2Hk, D], attended along its dimension `axis`, with their positions.
-struct PolarProjection {
-  torch::Tensor packed;
+/// A packed projection with the positions of its tokens.
+struct PolarProjection : PackedProjection {
   PolarPositions positions;
-  int64_t heads, axis;
 
-  int64_t kv_heads() const { return (packed.size(-2) - heads) / 2; }
-  torch::Tensor qk() const { return packed.narrow(-2, 0, heads + kv_heads()); }
-
-  /// Of q and k, to be broadcast: [L, 1 …, H+Hk, D].
-  torch::Tensor angles() const {
+  /// Of the angles of q and k, computed in double: [L, 1 …, H+Hk, D].
+  Turns turns() const {
     const torch::Tensor of_q = positions.angles.unsqueeze(1);  // [L,1,D]
-    const torch::Tensor all =
-        torch::cat({of_q.expand({-1, heads, -1}), of_q + positions.phase.to(of_q.scalar_type())}, 1);
+    const torch::Tensor of_k = of_q + positions.phase.to(of_q.scalar_type());
     std::vector<int64_t> shape(packed.dim() - axis, 1);
-    shape.front() = all.size(0);
-    shape.end()[-2] = all.size(1);
-    shape.end()[-1] = all.size(2);
-    return all.view(shape);
-  }
-  /// q and k [..., L, 2D] of `qk` [..., H+Hk, 2D], and v [..., L, D] of `values`, which is like `packed`. No copy.
-  std::array<torch::Tensor, 3> views(const torch::Tensor& qk, const torch::Tensor& values) const {
-    const auto part = [&](const torch::Tensor& x, int64_t first, int64_t count) {
-      return x.narrow(-2, first, count).movedim(axis, -2);
+    shape.front() = of_q.size(0);
+    shape.end()[-2] = heads + kv_heads();
+    shape.end()[-1] = of_q.size(2);
+    const auto all = [&](const torch::Tensor& q, const torch::Tensor& k) {
+      return torch::cat({q.expand({-1, heads, -1}), k}, 1).to(compute_type(packed)).view(shape);
     };
-    return {part(qk, 0, heads), part(qk, heads, kv_heads()), part(values, heads + kv_heads(), kv_heads())};
+    return {all(of_q.cos(), of_k.cos()), all(of_q.sin(), of_k.sin())};
   }
-  /// Tensors of those shapes without memory of their own, for checks.
+  /// Tensors of the shapes that attention gets, without memory of their own, for checks.
   std::array<torch::Tensor, 3> stand_ins() const {
     std::vector<int64_t> sizes = qk().sizes().vec();
     sizes.back() *= 2;
@@ -85,7 +77,7 @@ struct PolarAttention : torch::autograd::Function<PolarAttention<Backend>> {
   static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& packed,
                                const torch::Tensor& phase, const torch::Tensor& angles, int64_t axis,
                                AttentionRequest request) {
-    const PolarProjection projection{packed, {angles, phase}, request.heads(), axis};
+    const PolarProjection projection{{packed, request.heads(), axis}, {angles, phase}};
     const AttentionForward result = attention_result([&] { return attended(projection, request); });
     torch::autograd::variable_list saved{packed, phase, angles, result.output, result.lse};
     saved.insert(saved.end(), result.extra.begin(), result.extra.end());
@@ -99,7 +91,8 @@ struct PolarAttention : torch::autograd::Function<PolarAttention<Backend>> {
                                                  torch::autograd::variable_list grad_output) {
     const auto saved = ctx->get_saved_variables();
     const AttentionRequest request = saved_request(ctx, {});
-    const PolarProjection projection{saved[0], {saved[2], saved[1]}, request.heads(), ctx->saved_data["axis"].toInt()};
+    const PolarProjection projection{{saved[0], request.heads(), ctx->saved_data["axis"].toInt()},
+                                     {saved[2], saved[1]}};
     const AttentionForward forward{saved[3], saved[4], {saved.begin() + 5, saved.end()}};
     const auto computed =
         first_derivatives({grad_output[0], saved[0], saved[1]}, [&]() -> torch::autograd::variable_list {
@@ -110,24 +103,25 @@ struct PolarAttention : torch::autograd::Function<PolarAttention<Backend>> {
 
  private:
   static AttentionForward attended(const PolarProjection& projection, const AttentionRequest& request) {
-    const auto [q, k, v] = projection.views(polar_pairs(projection.qk(), projection.angles()), projection.packed);
+    const auto [q, k, v] = projection.views(polar_pairs(projection.qk(), projection.turns()), projection.packed);
     return Backend::forward(AttentionInputs{q, k, v, request});
   }
 
   /// Of the packed projections and of the phase.
   static torch::autograd::variable_list gradients(const PolarProjection& projection, const AttentionRequest& request,
                                                   const AttentionForward& forward, const torch::Tensor& grad_output) {
-    const torch::Tensor qk = projection.qk(), angles = projection.angles(), &phase = projection.positions.phase;
+    const torch::Tensor qk = projection.qk(), &phase = projection.positions.phase;
+    const Turns turns = projection.turns();
     const torch::Tensor grad_packed = torch::empty_like(projection.packed);
     torch::Tensor grad_qk;
     {
-      const torch::Tensor both = polar_pairs(qk, angles);
+      const torch::Tensor both = polar_pairs(qk, turns);
       grad_qk = torch::empty_like(both);
       const auto [q, k, v] = projection.views(both, projection.packed);
       gradients_into<Backend>(AttentionInputs{q, k, v, request}, forward, grad_output, {true, true, true},
                               projection.views(grad_qk, grad_packed));
     }
-    const auto [of_features, of_angles] = polar_gradients(grad_qk, qk, angles);
+    const auto [of_features, of_angles] = polar_gradients(grad_qk, qk, turns);
     grad_packed.narrow(-2, 0, qk.size(-2)).copy_(of_features);
     const torch::Tensor of_keys = of_angles.narrow(-2, projection.heads, projection.kv_heads());
     return {grad_packed, of_keys.sum_to_size(phase.sizes()).to(phase.scalar_type())};
@@ -143,27 +137,15 @@ HEADROOM_KERNEL torch::Tensor polar_attention(const torch::Tensor& packed, int64
 HEADROOM_KERNEL torch::Tensor polar_attention(const torch::Tensor& packed, int64_t heads,
                                               const PolarPositions& positions, int64_t axis, AttentionOptions options) {
   if (!options.scale().has_value()) options.scale(1 / std::sqrt(static_cast<double>(packed.size(-1))));
-  const PolarProjection projection{packed, positions, heads, axis};
-  const auto run = [&](auto backend, const AttentionRequest& request) {
-    return PolarAttention<decltype(backend)>::apply(packed, positions.phase, positions.angles, axis,
-                                                    AttentionRequest(request))
-        .movedim(-2, axis);
-  };
-  {
-    const auto [q, k, v] = projection.stand_ins();
-    const auto request = AttentionRequest::check(q, k, v, options);
-    switch (resolve_backend(q, request, options.backend())) {
-      case AttentionBackend::tiled:
-        return run(TiledBackend(), request);
-      case AttentionBackend::fused:
-        return run(FusedBackend(), request);
-      case AttentionBackend::chunked:
-        return run(ChunkedBackend(), request);
-      default:
-        break;
-    }
-  }
-  const auto [q, k, v] = projection.views(polar_pairs(projection.qk(), projection.angles()), packed);
+  const PolarProjection projection{{packed, heads, axis}, positions};
+  const torch::Tensor result =
+      by_kernel(projection.stand_ins(), options, [&](auto backend, const AttentionRequest& request) {
+        return PolarAttention<decltype(backend)>::apply(packed, positions.phase, positions.angles, axis,
+                                                        AttentionRequest(request))
+            .movedim(-2, axis);
+      });
+  if (result.defined()) return result;
+  const auto [q, k, v] = projection.views(polar_pairs(projection.qk(), projection.turns()), packed);
   return run_attention(q, k, v, options, /*with_lse=*/false).output.movedim(-2, axis);
 }
 #endif

@@ -3,22 +3,22 @@
 #include <cmath>
 #include <cstdint>
 #include <set>
-#include <sstream>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "headroom/memory.hpp"
 #include "headroom/plan.hpp"
-#include "headroom/runtime/dry_run.hpp"
 #include "headroom/weights/tensors.hpp"
 #include "support/catch.hpp"
+#include "support/fingerprint.hpp"
 #include "support/hashed_noise.hpp"
 #include "support/one_thread.hpp"
 
 using namespace headroom;
 using headroom::testing::contains;
 using headroom::testing::error_of;
+using headroom::testing::fingerprint;
+using headroom::testing::Fingerprint;
 using headroom::testing::hashed_noise;
 using torch::Tensor;
 
@@ -108,23 +108,11 @@ TEST_CASE("HTDemucs: forward, loss and all gradients are as exact as those of th
 }
 
 TEST_CASE("HTDemucs: names, shapes and numbers of parameters are those of the published checkpoints") {
-  const auto fingerprint_of = [](int64_t stems) {
-    const DryRun shapes_only(torch::kCPU);
-    models::HTDemucsOptions options;
-    const models::HTDemucs model(options.bottom_channels(512).dconv_mode(3).stems(stems).rescale(0));
-    int64_t names = 0, elements = 0;
-    std::ostringstream lines;
-    for (const auto& [name, x] : weights::tensors_of(*model)) {  // sorted
-      ++names;
-      elements += x.numel();
-      lines << name << " " << x.sizes() << "\n";
-    }
-    uint64_t hash = 0xcbf29ce484222325;
-    for (const char byte : lines.str()) hash = (hash ^ static_cast<unsigned char>(byte)) * 0x100000001b3;
-    return std::tuple(names, elements, hash);
+  const auto of_stems = [](int64_t stems) {
+    return models::HTDemucsOptions().bottom_channels(512).dconv_mode(3).stems(stems).rescale(0);
   };
-  CHECK(fingerprint_of(4) == std::tuple(533, 41'984'456, 0x229581c9a0b3d883));
-  CHECK(fingerprint_of(6) == std::tuple(533, 41'989'076, 0x69f07ca9a83f62e5));
+  CHECK(fingerprint<models::HTDemucs>(of_stems(4)) == Fingerprint{533, 41'984'456, 0x229581c9a0b3d883});
+  CHECK(fingerprint<models::HTDemucs>(of_stems(6)) == Fingerprint{533, 41'989'076, 0x69f07ca9a83f62e5});
 }
 
 TEST_CASE("HTDemucs: policies change no gradient, and backends agree") {

@@ -4,8 +4,6 @@
 #include <cstdint>
 #include <map>
 #include <optional>
-#include <set>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -16,40 +14,16 @@
 #include "headroom/runtime/dry_run.hpp"
 #include "headroom/weights/load.hpp"
 #include "support/catch.hpp"
+#include "support/fingerprint.hpp"
 #include "support/one_thread.hpp"
 
 using namespace headroom;
 using testing::error_of;
+using testing::fingerprint;
+using testing::Fingerprint;
 using torch::Tensor;
 
 namespace {
-
-/// As roformer_reference.py prints it: names and shapes of the state, and the elements of parameters, among them the
-/// frequencies of rotary embedding, counted once for each axis.
-struct Fingerprint {
-  int64_t names = 0, elements = 0;
-  uint64_t hash = 0xcbf29ce484222325;
-  bool operator==(const Fingerprint&) const = default;
-};
-
-template <class Holder, class Options>
-Fingerprint fingerprint(const Options& options) {
-  const DryRun shapes_only(torch::kCPU);
-  const Holder model(options);
-  Fingerprint result;
-  std::set<const void*> seen;
-  std::ostringstream lines;
-  for (const auto& [name, x] : weights::tensors_of(*model)) {  // sorted
-    ++result.names;
-    const bool counts = seen.insert(x.unsafeGetTensorImpl()).second && !name.ends_with("inv_freqs");
-    if (counts) result.elements += x.numel();
-    lines << name << " " << x.sizes() << "\n";
-  }
-  for (const char byte : lines.str()) {
-    result.hash = (result.hash ^ static_cast<unsigned char>(byte)) * 0x100000001b3;
-  }
-  return result;
-}
 
 template <class Options>
 Options one_block(int64_t dim, int64_t depth) {

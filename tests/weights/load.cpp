@@ -179,6 +179,16 @@ TEST_CASE("weights that do not fit change nothing, and the error says what is wh
   torch::nn::Linear other(2, 2);
   CHECK(error_of([&] { weights::load_weights(*other, path, {.allow_partial = true}); }).id() ==
         "headroom.weights.mismatch");
+
+  // What is asked for already is not advised
+  torch::nn::BatchNorm1d norm(torch::nn::BatchNorm1dOptions(3).affine(false));
+  weights::save_tensors(path, {{"running_mean", torch::zeros({4})}});
+  const auto advised = [&](bool allowed) {
+    const Error misfit = error_of([&] { weights::load_weights(*norm, path, {.allow_partial = allowed}); });
+    return contains(misfit.what(), "allow a partial load");
+  };
+  CHECK(advised(false));
+  CHECK_FALSE(advised(true));
 }
 
 TEST_CASE("of a buffer with other sizes nothing is loaded") {

@@ -75,8 +75,8 @@ class CrossTransformerLayerImpl : public torch::nn::Module {
     gamma_2 = register_module("gamma_2", LayerScale(dim, kStart));
   }
 
-  /// x [B,L,dim], and for cross attention the other stream [B,K,dim] -> [B,L,dim]
-  torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& other = {}) {
+  /// x [B,L,dim] and the other stream [B,K,dim], which cross attention sees -> [B,L,dim]
+  torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& other) {
     const bool crosses = attends_ == Attends::another;
     if (!options.norm_first()) {
       const torch::Tensor y = norm1->forward(sum(x, attend(x, crosses ? other : x), gamma_1));

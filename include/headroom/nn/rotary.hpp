@@ -11,11 +11,16 @@ namespace headroom::inline v0::nn {
 
 namespace detail {
 
-/// Rotations by each position: complex double [length, pairs], element (l, i) is exp(j·l·frequencies[i]).
-inline torch::Tensor rotations(int64_t length, const torch::Tensor& frequencies) {
+/// Angles of each position: double [length, n], element (l, i) is l·frequencies[i].
+inline torch::Tensor angles(int64_t length, const torch::Tensor& frequencies) {
   const torch::Tensor wide = frequencies.to(torch::kDouble);
-  const torch::Tensor angles = torch::outer(torch::arange(length, wide.options()), wide);
-  return torch::polar(torch::ones_like(angles), angles);
+  return torch::outer(torch::arange(length, wide.options()), wide);
+}
+
+/// Rotations by these angles: complex double [length, pairs].
+inline torch::Tensor rotations(int64_t length, const torch::Tensor& frequencies) {
+  const torch::Tensor phase = angles(length, frequencies);
+  return torch::polar(torch::ones_like(phase), phase);
 }
 
 }  // namespace detail

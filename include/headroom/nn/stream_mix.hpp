@@ -36,14 +36,19 @@ struct StreamMix {
 /// Pointers to the rows of a position, of dense tensors [G,S,L,dim].
 template <class Scalar>
 struct StreamRows {
-  Scalar *x = nullptr, *one_more = nullptr;  // null: not there, or not wanted
-  int64_t streams, length, dim;              // of x
+  Scalar *x, *one_more;          // the latter is null where there is none
+  int64_t streams, length, dim;  // of x
 
   Scalar* operator()(int64_t group, int64_t stream, int64_t l) const {
-    if (stream == streams) return one_more == nullptr ? nullptr : one_more + (group * length + l) * dim;
-    return x == nullptr ? nullptr : x + ((group * streams + stream) * length + l) * dim;
+    if (stream == streams) return one_more + (group * length + l) * dim;
+    return x + ((group * streams + stream) * length + l) * dim;
   }
 };
+
+inline StreamRows<const float> rows_of(const StreamMix& mix) {
+  return {mix.x.const_data_ptr<float>(), mix.one_more.defined() ? mix.one_more.const_data_ptr<float>() : nullptr,
+          mix.x.size(1), mix.length(), mix.dim()};
+}
 
 inline constexpr int64_t kMixedPositions = 16;  ///< that are worth a thread
 
@@ -51,9 +56,7 @@ inline constexpr int64_t kMixedPositions = 16;  ///< that are worth a thread
 inline void mix_rows(const StreamMix& mix, const torch::Tensor& out) {
   if (is_dry(out)) return;
   const int64_t length = mix.length(), dim = mix.dim(), streams = mix.streams(), sums = mix.sums();
-  const StreamRows<const float> from{mix.x.const_data_ptr<float>(),
-                                     mix.one_more.defined() ? mix.one_more.const_data_ptr<float>() : nullptr,
-                                     mix.x.size(1), length, dim};
+  const StreamRows<const float> from = rows_of(mix);
   const StreamRows<float> to{out.mutable_data_ptr<float>(), nullptr, sums, length, dim};
   const float* const weights = mix.weights.const_data_ptr<float>();
   at::parallel_for(0, mix.groups() * length, kMixedPositions, [&](int64_t first, int64_t last) {
@@ -68,31 +71,26 @@ inline void mix_rows(const StreamMix& mix, const torch::Tensor& out) {
   });
 }
 
-/// Gradients of a StreamMix, in a StreamMix; undefined: not wanted.
+/// Gradients of a StreamMix, in a StreamMix.
 // forward did: out_t = sum over s of x_s·weight_st
 inline void mix_rows_backward(const StreamMix& mix, const torch::Tensor& grad, const StreamMix& gradients) {
   if (is_dry(grad)) return;
-  const auto pointer = [](const torch::Tensor& x) { return x.defined() ? x.mutable_data_ptr<float>() : nullptr; };
   const int64_t length = mix.length(), dim = mix.dim(), streams = mix.streams(), sums = mix.sums();
-  const StreamRows<const float> x{mix.x.const_data_ptr<float>(),
-                                  mix.one_more.defined() ? mix.one_more.const_data_ptr<float>() : nullptr,
-                                  mix.x.size(1), length, dim};
+  const StreamRows<const float> x = rows_of(mix);
   const StreamRows<const float> given{grad.const_data_ptr<float>(), nullptr, sums, length, dim};
-  const StreamRows<float> to{pointer(gradients.x), pointer(gradients.one_more), mix.x.size(1), length, dim};
+  const StreamRows<float> to{gradients.x.mutable_data_ptr<float>(),
+                             mix.one_more.defined() ? gradients.one_more.mutable_data_ptr<float>() : nullptr,
+                             mix.x.size(1), length, dim};
   const float* const weights = mix.weights.const_data_ptr<float>();
-  float* const of_weights = pointer(gradients.weights);
+  float* const of_weights = gradients.weights.mutable_data_ptr<float>();
   at::parallel_for(0, mix.groups() * length, kMixedPositions, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const auto g = [&](int64_t t) { return ConstRow(given(i / length, t, i % length), dim); };
       for (int64_t s = 0; s < streams; ++s) {
         const int64_t place = (i * streams + s) * sums;
         const ConstRow row(x(i / length, s, i % length), dim);
-        if (of_weights != nullptr) {
-          for (int64_t t = 0; t < sums; ++t) of_weights[place + t] = (row * g(t)).sum();
-        }
-        float* const out = to(i / length, s, i % length);
-        if (out == nullptr) continue;
-        Row sum(out, dim);
+        for (int64_t t = 0; t < sums; ++t) of_weights[place + t] = (row * g(t)).sum();
+        Row sum(to(i / length, s, i % length), dim);
         sum = g(0) * weights[place];
         for (int64_t t = 1; t < sums; ++t) sum += g(t) * weights[place + t];
       }

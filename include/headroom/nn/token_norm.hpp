@@ -19,7 +19,7 @@ enum class NormOver {
 /// torch::nn::GroupNorm have them.
 class TokenNormImpl : public torch::nn::Cloneable<TokenNormImpl> {
  public:
-  explicit TokenNormImpl(int64_t dim, NormOver over = NormOver::token) : dim_(dim), over_(over) { reset(); }
+  TokenNormImpl(int64_t dim, NormOver over) : dim_(dim), over_(over) { reset(); }
 
   void reset() override {
     weight = register_parameter("weight", torch::ones({dim_}));

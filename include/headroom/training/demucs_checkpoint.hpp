@@ -67,7 +67,7 @@ inline Json demucs_config(const Json& package, const std::string& file) {
               package["kwargs"].is_object() && args.is_array(),
           kDemucs, file, " has a model of the class ", given_text(klass),
           ", expected demucs.htdemucs.HTDemucs, the one of demucs' models that is here");
-  Json arguments = package["kwargs"];
+  const Json& arguments = package["kwargs"];
   require(args.size() + arguments.contains("sources") == 1, kDemucs, file, " has ", args.size(),
           " arguments without a name, expected the sources and nothing else");
   const double rate = number_of(arguments, "samplerate", 44100, file),

@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <string>
 
-#include "headroom/core/error.hpp"
 #include "headroom/models/htdemucs.hpp"
 #include "headroom/training/json.hpp"
 #include "headroom/training/model_rules.hpp"
@@ -15,24 +14,8 @@
 // What the registry has of HTDemucs.
 namespace headroom::inline v0::training::detail {
 
-/// A model's options with what other sections of a configuration say.
-inline models::HTDemucsOptions with_sections(models::HTDemucsOptions model, const Config& config) {
-  return model.audio_channels(config.audio.channels)
-      .stems(static_cast<int64_t>(config.audio.stems.size()))
-      .segment(config.training.segment_length)
-      .gradient_checkpointing(config.model.gradient_checkpointing)
-      .attention(attention_backend(config.model.attention));
-}
-
 inline void check_htdemucs(const models::HTDemucsOptions& model, const Config& config, Rules& rule) {
-  std::string reason;
-  try {
-    if (!rule.any_wrong_in("model")) with_sections(model, config).check();
-  } catch (const Error& error) {
-    reason = error.what();
-  }
-  rule(
-      {"model"}, [&] { return reason.empty(); }, reason);
+  check_options({"model"}, rule, [&] { with_sections(model, config).check(); });
 }
 
 /// Bytes of the attention scores of a forward pass, if attention stored them: by turns each stream with itself, and
@@ -47,31 +30,19 @@ inline int64_t htdemucs_scores_bytes(const models::HTDemucsOptions& model, int64
 
 /// What names and shapes of weights tell, see ModelEntry::facts. What they do not have is 0.
 inline Json htdemucs_facts(const weights::TensorMap& weights) {
-  const auto count = [&](const std::string& prefix) {
-    int64_t number = 0;
-    while (true) {
-      const std::string next = prefix + std::to_string(number) + ".";
-      const auto found = weights.lower_bound(next);
-      if (found == weights.end() || !found->first.starts_with(next)) return number;
-      ++number;
-    }
-  };
-  const auto size = [&](const std::string& name, int64_t axis) {
-    const auto found = weights.find(name);
-    return found != weights.end() && found->second.dim() > axis ? found->second.size(axis) : 0;
-  };
-  const int64_t depth = count("encoder."), channels = size("tencoder.0.conv.weight", 1);
+  const WeightShapes shapes{weights};
+  const int64_t depth = shapes.count("encoder."), channels = shapes.size("tencoder.0.conv.weight", 1);
   return {{"model.depth", depth},
-          {"model.channels", size("encoder.0.conv.weight", 0)},
-          {"model.kernel_size", size("encoder.0.conv.weight", 2)},
-          {"model.bottom_channels", size("channel_upsampler.weight", 0)},
-          {"model.t_layers", count("crosstransformer.layers.")},
+          {"model.channels", shapes.size("encoder.0.conv.weight", 0)},
+          {"model.kernel_size", shapes.size("encoder.0.conv.weight", 2)},
+          {"model.bottom_channels", shapes.size("channel_upsampler.weight", 0)},
+          {"model.t_layers", shapes.count("crosstransformer.layers.")},
           {"width of the feed-forward networks (model.t_hidden_scale)",
-           size("crosstransformer.layers.0.linear1.weight", 0)},
-          {"frequencies (model.nfft / 2 / model.stride)", size("freq_emb.embedding.weight", 0)},
+           shapes.size("crosstransformer.layers.0.linear1.weight", 0)},
+          {"frequencies (model.nfft / 2 / model.stride)", shapes.size("freq_emb.embedding.weight", 0)},
           {"audio.channels", channels},
           {"number of stems (audio.stems)",
-           channels > 0 ? size("tdecoder." + std::to_string(depth - 1) + ".conv_tr.bias", 0) / channels : 0}};
+           channels > 0 ? shapes.size("tdecoder." + std::to_string(depth - 1) + ".conv_tr.bias", 0) / channels : 0}};
 }
 
 inline ModelEntry<models::HTDemucsOptions> htdemucs() {

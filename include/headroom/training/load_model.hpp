@@ -90,13 +90,12 @@ inline std::optional<std::string> config_within(const std::filesystem::path& pat
 inline weights::LoadReport take_weights(const LoadedModel& loaded, const TensorMap& tensors,
                                         const std::filesystem::path& path, const weights::LoadOptions& options) {
   const TensorMap targets = tensors_of(*loaded.model);
-  weights::Matches matches = weights::match_tensors(
-      tensors, targets, {.prefixes = options.prefixes, .in_part = weights::loaded_in_part(*loaded.model, options)});
+  weights::Matches matches = weights::match_tensors(tensors, targets, weights::rules_of(*loaded.model, options));
   const weights::LoadReport& report = matches.report;
   require(report.is_enough(options), "headroom.training.weights", path.string(), " does not fit the ",
           loaded.config.model.type(), " of the configuration: ", weights::summary_of(report),
           "; give the configuration that belongs to the weights",
-          report.fits_nothing() ? "" : ", or --allow-partial to train with what fits",
+          report.may_fit_in_part(options) ? ", or --allow-partial to train with what fits" : "",
           other_facts(loaded.config, tensors, targets, options.prefixes), to_string(report));
   matches.copy();
   return std::move(matches.report);
@@ -114,9 +113,13 @@ HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files, std::vector<st
   const std::filesystem::path& path = files.weights;
   std::optional<std::string> within;
   std::optional<TrainingState> state;
-  if (files.config.empty()) within = detail::config_within(path);
-  if (files.config.empty() && !within) within = read_demucs_config(path);
-  if (!within && (files.config.empty() || is_saved_state(path))) state = load_state(path);
+  if (is_saved_state(path)) {
+    state = load_state(path);
+  } else if (files.config.empty()) {
+    within = detail::config_within(path);
+    if (!within) within = read_demucs_config(path);
+    if (!within) state = load_state(path);  // which says what is wrong
+  }
   require(files.averaged || state, "headroom.training.raw_weights", path.string(),
           " is no saved state: it has one set of weights, which are averaged where training.ema_decay says so; give "
           "last.pt or best.pt of the run, or do without --raw-weights");

@@ -35,14 +35,7 @@ void check_roformer(const Options& model, const Config& config, Rules& rule) {
               {"model.stft_hop_length", model.stft_hop_length()},
               {"model.stft_win_length", model.stft_win_length()}},
              config, rule);
-  std::string reason;
-  try {
-    if (!rule.any_wrong_in("model")) with_sections(model, config).bands();
-  } catch (const Error& error) {
-    reason = error.what();
-  }
-  rule(
-      {bands_key(model), "model.stft_n_fft"}, [&] { return reason.empty(); }, reason);
+  check_options({bands_key(model), "model.stft_n_fft"}, rule, [&] { with_sections(model, config).bands(); });
 }
 
 /// Bytes of the attention scores of a forward pass, if attention stored them.
@@ -56,50 +49,43 @@ int64_t roformer_scores_bytes(const Options& model, int64_t batch, int64_t sampl
 
 /// What names and shapes of a RoFormer's weights tell, see ModelEntry::facts. What they do not have is 0.
 inline Json roformer_facts(const weights::TensorMap& weights) {
-  const auto any = [&](const std::string& prefix) {
-    const auto next = weights.lower_bound(prefix);
-    return next != weights.end() && next->first.starts_with(prefix);
-  };
-  const auto count = [&](const std::string& prefix) {
-    int64_t number = 0;
-    while (any(prefix + std::to_string(number) + ".")) ++number;
-    return number;
-  };
-  const auto size = [&](const std::string& name, int64_t axis) {
-    const auto found = weights.find(name);
-    return found != weights.end() && found->second.dim() > axis ? found->second.size(axis) : 0;
-  };
-  const int64_t transformers = count("layers.0.");
+  const WeightShapes shapes{weights};
+  const int64_t transformers = shapes.count("layers.0.");
   const std::string time = "layers.0." + std::to_string(std::max<int64_t>(transformers - 2, 0)) + ".layers.";
   const std::string bands = "layers.0." + std::to_string(std::max<int64_t>(transformers - 1, 0)) + ".layers.";
   // Branches of the newer layout have their hyper-connections around them
-  const std::string connection = time + "0.0.", branch = any(connection + "branch.") ? "branch." : "";
+  const std::string connection = time + "0.0.", branch = shapes.any(connection + "branch.") ? "branch." : "";
   const std::string mask = "mask_estimators.0.to_freqs.0.0.", attention = connection + branch;
   const std::string later =
       "layers.1." + std::to_string(std::max<int64_t>(transformers - 1, 0)) + ".layers.0.0." + branch;
-  const bool mixes_values = any(later + "to_value_residual_mix.") || any(later + "learned_value_residual_mix.");
-  const int64_t dim = size(attention + "to_out.0.weight", 0), heads = size(attention + "to_gates.weight", 0);
+  const bool mixes_values =
+      shapes.any(later + "to_value_residual_mix.") || shapes.any(later + "learned_value_residual_mix.");
+  const int64_t dim = shapes.size(attention + "to_out.0.weight", 0),
+                heads = shapes.size(attention + "to_gates.weight", 0);
   int64_t linears = 0, input = 0;
-  while (any(mask + std::to_string(2 * linears) + ".")) ++linears;
-  const int64_t groups = count("band_split.to_features.");
-  for (int64_t i = 0; i < groups; ++i) input += size("band_split.to_features." + std::to_string(i) + ".0.gamma", 0);
+  while (shapes.any(mask + std::to_string(2 * linears) + ".")) ++linears;
+  const int64_t groups = shapes.count("band_split.to_features.");
+  for (int64_t i = 0; i < groups; ++i)
+    input += shapes.size("band_split.to_features." + std::to_string(i) + ".0.gamma", 0);
   return {
       {"model.type", weights.contains("final_norm.gamma") ? "bs_roformer" : "mel_band_roformer"},
       {"model.dim", dim},
-      {"model.depth", count("layers.")},
-      {"model.linear_transformer_depth", transformers > 2 ? count("layers.0.0.layers.") : 0},
-      {"model.time_transformer_depth", count(time)},
-      {"model.freq_transformer_depth", count(bands)},
-      {"model.num_residual_streams", branch.empty() ? 0 : std::max<int64_t>(size(connection + "static_beta", 0), 1)},
+      {"model.depth", shapes.count("layers.")},
+      {"model.linear_transformer_depth", transformers > 2 ? shapes.count("layers.0.0.layers.") : 0},
+      {"model.time_transformer_depth", shapes.count(time)},
+      {"model.freq_transformer_depth", shapes.count(bands)},
+      {"model.num_residual_streams",
+       branch.empty() ? 0 : std::max<int64_t>(shapes.size(connection + "static_beta", 0), 1)},
       {"model.add_value_residual", static_cast<int64_t>(mixes_values)},
-      {"model.use_pope", static_cast<int64_t>(any(attention + "pope_embed."))},
+      {"model.use_pope", static_cast<int64_t>(shapes.any(attention + "pope_embed."))},
       {"model.heads", heads},
-      {"model.dim_head", size(attention + "to_out.0.weight", 1) / std::max<int64_t>(heads, 1)},
+      {"model.dim_head", shapes.size(attention + "to_out.0.weight", 1) / std::max<int64_t>(heads, 1)},
       {"number of bands (model.freqs_per_bands or num_bands)", groups},
       {"numbers in all bands (those, and audio.channels or model.stereo)", input},
       {"linear layers of a mask (model.mask_estimator_depth)", linears},
-      {"model.mlp_expansion_factor", linears > 1 ? size(mask + "0.weight", 0) / std::max<int64_t>(dim, 1) : 0},
-      {"number of stems (audio.stems, or model.num_stems with training.instruments)", count("mask_estimators.")}};
+      {"model.mlp_expansion_factor", linears > 1 ? shapes.size(mask + "0.weight", 0) / std::max<int64_t>(dim, 1) : 0},
+      {"number of stems (audio.stems, or model.num_stems with training.instruments)",
+       shapes.count("mask_estimators.")}};
 }
 
 template <class Model, class Options>

@@ -49,10 +49,13 @@ struct LoadReport {
   std::vector<Misfit> parts = {};    ///< of these the part that both have was loaded
   std::vector<Misfit> misfits = {};  ///< of these nothing was
 
-  bool fits_nothing() const { return loaded.empty() && parts.empty() && misfits.empty(); }
   bool complete() const { return missing.empty() && unexpected.empty() && parts.empty() && misfits.empty(); }
   bool is_enough(const LoadOptions& options) const {
     return complete() || (options.allow_partial && !(loaded.empty() && parts.empty()));
+  }
+  /// Whether a partial load, which was not allowed, might take something.
+  bool may_fit_in_part(const LoadOptions& options) const {
+    return !options.allow_partial && !(loaded.empty() && misfits.empty());
   }
 };
 
@@ -190,12 +193,12 @@ inline Matches match_tensors(const TensorMap& source, const TensorMap& target, c
   return matches;
 }
 
-/// Which tensors of a module may be loaded in part: its parameters, where that is wanted.
-inline std::set<std::string> loaded_in_part(const torch::nn::Module& module, const LoadOptions& options) {
-  std::set<std::string> names;
-  if (!options.allow_partial) return names;
-  for (const auto& parameter : module.named_parameters()) names.insert(parameter.key());
-  return names;
+/// Which tensors of a file a module takes with these options: parameters also in part, where that is allowed.
+inline MatchRules rules_of(const torch::nn::Module& module, const LoadOptions& options) {
+  MatchRules rules{.prefixes = options.prefixes};
+  if (!options.allow_partial) return rules;
+  for (const auto& parameter : module.named_parameters()) rules.in_part.insert(parameter.key());
+  return rules;
 }
 
 /// "of its 7 tensors 4 fit, 1 are missing and 2 have another shape or type; 3 of the file are not in the module".
@@ -214,13 +217,13 @@ inline std::string summary_of(const LoadReport& report) {
 /// what open_weights throws.
 inline LoadReport load_weights(torch::nn::Module& module, const std::filesystem::path& path,
                                const LoadOptions& options = {}) {
-  Matches matches = match_tensors(load_tensors(path, options.key), tensors_of(module),
-                                  {.prefixes = options.prefixes, .in_part = loaded_in_part(module, options)});
+  Matches matches = match_tensors(load_tensors(path, options.key), tensors_of(module), rules_of(module, options));
   const LoadReport& report = matches.report;
   require(report.is_enough(options), "headroom.weights.mismatch", path.string(),
           " does not fit this module: ", summary_of(report),
           ". Build the module with the configuration that belongs to the file",
-          report.fits_nothing() ? "" : ", or allow a partial load to leave the rest as it is", to_string(report));
+          report.may_fit_in_part(options) ? ", or allow a partial load to leave the rest as it is" : "",
+          to_string(report));
   matches.copy();
   return std::move(matches.report);
 }

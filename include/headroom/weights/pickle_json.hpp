@@ -86,15 +86,15 @@ class PickleJson {
   }
 
   void write_real(double value) {
+    if (!core::detail::is_finite(value)) {
+      json_ += "null";
+      return;
+    }
     std::array<char, 32> digits;
     const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), value).ptr;
     const std::string_view written(digits.data(), static_cast<std::size_t>(end - digits.data()));
-    if (!core::detail::is_finite(value)) {
-      json_ += "null";
-    } else {
-      json_ += written;
-      if (written.find_first_of(".e") == written.npos) json_ += ".0";
-    }
+    json_ += written;
+    if (written.find_first_of(".e") == written.npos) json_ += ".0";
   }
 
   void write_items(const PickleValue& value, int depth) {

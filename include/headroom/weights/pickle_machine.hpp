@@ -3,17 +3,16 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <optional>
 #include <string_view>
-#include <system_error>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "headroom/io/number.hpp"
 #include "headroom/weights/bytes.hpp"
 #include "headroom/weights/dtype.hpp"
 #include "headroom/weights/pickle.hpp"
@@ -322,13 +321,13 @@ class PickleMachine {
     std::int64_t numerator = 0, denominator = 1;
     if (given.size() == 1 && given[0].kind == Kind::text) {
       const std::string_view text = made_.text(given[0]);
-      const char* const end = text.data() + text.size();
-      const auto above = std::from_chars(text.data(), end, numerator);
-      if (above.ec != std::errc() || (above.ptr != end && *above.ptr != '/')) return false;
-      if (above.ptr != end) {
-        const auto below = std::from_chars(above.ptr + 1, end, denominator);
-        if (below.ec != std::errc() || below.ptr != end) return false;
-      }
+      const std::size_t slash = text.find('/');
+      const auto above = io::parse_number<std::int64_t>(text.substr(0, slash));
+      const auto below =
+          slash == text.npos ? std::optional<std::int64_t>(1) : io::parse_number<std::int64_t>(text.substr(slash + 1));
+      if (!above || !below) return false;
+      numerator = *above;
+      denominator = *below;
     } else if (given.size() == 2 && given[0].kind == Kind::integer && given[1].kind == Kind::integer) {
       numerator = given[0].integer;
       denominator = given[1].integer;

@@ -5,7 +5,6 @@
 #include <torch/types.h>
 
 #include <cstdint>
-#include <memory>
 #include <numbers>
 #include <utility>
 
@@ -48,10 +47,7 @@ class PolarEmbeddingImpl : public torch::nn::Module {
   }
 
   /// The angle of each position: double [length, D].
-  torch::Tensor table(int64_t length) const {
-    const torch::Tensor wide = inv_freqs.to(torch::kDouble);
-    return torch::outer(torch::arange(length, wide.options()), wide);
-  }
+  torch::Tensor table(int64_t length) const { return nn::detail::angles(length, inv_freqs); }
   /// The bias within its bounds.
   torch::Tensor phase() const { return bias.clamp(-2 * std::numbers::pi, 0); }
 

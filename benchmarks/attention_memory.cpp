@@ -9,8 +9,7 @@
 #include "attention_capabilities.hpp"
 #include "benchmark.hpp"
 #include "headroom/memory/meter.hpp"
-#include "headroom/memory/resident.hpp"
-#include "headroom/memory/tensor_arena.hpp"
+#include "resident_growth.hpp"
 
 using namespace headroom;
 using namespace headroom::benchmarks;
@@ -32,11 +31,7 @@ Peak peak_of(const std::function<void()>& step) {
     const MemoryReport report = meter.measure(step);
     peak.counted = report.added_peak(), peak.largest = *report.largest;
   }
-  TensorArena::instance().release_free_pages();
-  reset_peak_resident_bytes();
-  const int64_t before = resident_bytes();
-  step();
-  peak.resident = peak_resident_bytes() - before;
+  peak.resident = benchmarks::resident_growth(step);
   return peak;
 }
 

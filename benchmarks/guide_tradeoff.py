@@ -100,7 +100,7 @@ def row(folder):
         "steps": max(scores),
         "heard_seconds": max(scores) * batch * training["segment_length"] / SAMPLE_RATE,
         "peak_bytes": max(use["peak_bytes"] for line in lines(folder, "step") for use in line["phases"].values()),
-        "seconds_per_step": min(line["seconds"] for line in lines(timed, "step")) if timed.exists() else None,
+        "seconds_per_step": min((line["seconds"] for line in lines(timed, "step")), default=None),
         "nsdr": scores[max(scores)],
         "curve": {step: score["mean"] for step, score in scores.items()},
     }

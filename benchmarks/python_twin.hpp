@@ -11,10 +11,10 @@
 #include <string>
 #include <vector>
 
+#include "accelerator.hpp"
 #include "benchmark.hpp"
 #include "headroom/core/error.hpp"
-#include "headroom/memory/resident.hpp"
-#include "headroom/memory/tensor_arena.hpp"
+#include "resident_growth.hpp"
 #include "timing.hpp"
 
 // The same steps here and in Python, which a process of its own runs: what it gets is written to a file, what it took
@@ -49,16 +49,17 @@ struct Way {
   }
 };
 
-/// Takes steps on the CPU, of which `step` takes one and returns its loss. Memory is what the resident size grew by.
-inline Measurement measured(const std::function<double()>& step, int64_t steps) {
+/// Takes steps, of which `step` takes one and returns its loss. Memory is what the device's allocator peaked at, on the
+/// CPU what the resident size grew by.
+inline Measurement measured(const std::function<double()>& step, int64_t steps, const Accelerator* gpu = nullptr) {
   std::vector<double> losses;
-  TensorArena::instance().release_free_pages();  // what others left behind is not ours to use
-  reset_peak_resident_bytes();
-  const int64_t before = resident_bytes();
   Measurement result;
-  result.seconds = shortest_of([&] { return seconds_of([&] { losses.push_back(step()); }); },
-                               {.warm_up = false, .least = static_cast<int>(steps)});
-  result.memory_bytes = peak_resident_bytes() - before;
+  const auto once = [&] { losses.push_back(step()); };
+  const auto all = [&] {
+    result.seconds =
+        shortest_of([&] { return seconds_on(gpu, once); }, {.warm_up = false, .least = static_cast<int>(steps)});
+  };
+  result.memory_bytes = gpu != nullptr ? gpu->peak_of(all).allocated : resident_growth(all);
   result.loss = losses.front(), result.last_loss = losses.back();
   return result;
 }

@@ -6,17 +6,15 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <functional>
 #include <string>
 #include <vector>
 
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/meter.hpp"
-#include "headroom/memory/resident.hpp"
 #include "headroom/memory/tensor_arena.hpp"
 #include "python_twin.hpp"
+#include "resident_growth.hpp"
 #include "steps.hpp"
-#include "timing.hpp"
 
 using namespace headroom;
 
@@ -88,12 +86,10 @@ void run_within_budget(benchmarks::Benchmark& benchmark, const training::Config&
   std::printf("policy %s, planned %s (%lld bytes)\n", policy.c_str(), format_bytes(planned).c_str(),
               static_cast<long long>(planned));
   std::fflush(stdout);
-  TensorArena::instance().release_free_pages();
-  reset_peak_resident_bytes();
-  const int64_t before = resident_bytes();
   double seconds = 0;
-  const int64_t counted = MemoryMeter().measure([&] { seconds = benchmarks::train(fitting, 1); }).added_peak();
-  const int64_t resident = peak_resident_bytes() - before;
+  int64_t counted = 0;
+  const int64_t resident = benchmarks::resident_growth(
+      [&] { counted = MemoryMeter().measure([&] { seconds = benchmarks::train(fitting, 1); }).added_peak(); });
   std::printf("counted %lld bytes, resident grew by %s, %.1f s\n", static_cast<long long>(counted),
               format_bytes(resident).c_str(), seconds);
   benchmark.add_row({{"policy", policy},

@@ -13,30 +13,11 @@
 #include "headroom/memory/tensor_arena.hpp"
 #include "python_twin.hpp"
 #include "steps.hpp"
-#include "timing.hpp"
 
 namespace fs = std::filesystem;
 using namespace headroom;
 
 namespace {
-
-/// The trainer's steps. Memory is what the device's allocator peaked at, on the CPU what the resident size grew by.
-benchmarks::Measurement run_ours(const training::Config& config, const benchmarks::PythonTwin& twin,
-                                 const benchmarks::Accelerator* gpu) {
-  const auto step = benchmarks::make_repeated_step(config, twin, gpu);
-  if (gpu == nullptr) return benchmarks::measured(step, twin.steps);
-  std::vector<double> losses;
-  benchmarks::Measurement result;
-  result.memory_bytes = gpu->peak_of([&] {
-                             const auto once = [&] { losses.push_back(step()); };
-                             result.seconds =
-                                 benchmarks::shortest_of([&] { return benchmarks::seconds_on(gpu, once); },
-                                                         {.warm_up = false, .least = static_cast<int>(twin.steps)});
-                           })
-                            .allocated;
-  result.loss = losses.front(), result.last_loss = losses.back();
-  return result;
-}
 
 /// Prints and keeps what each way took with a configuration; the first is ours.
 void report(benchmarks::Benchmark& benchmark, const std::string& configuration, int64_t segment_length,
@@ -100,7 +81,11 @@ int main(int argc, char** argv) {
       if (segment > 0) config.training.segment_length = segment;
       const benchmarks::TemporaryFolder folder;
       const benchmarks::PythonTwin twin{python.empty() ? "" : (folder.path / "step.pt").string(), steps};
-      std::vector<benchmarks::Way> ways = {{"headroom", [&] { return run_ours(config, twin, gpu ? &*gpu : nullptr); }}};
+      const benchmarks::Accelerator* const accelerator = gpu ? &*gpu : nullptr;
+      const auto ours = [&] {
+        return benchmarks::measured(benchmarks::make_repeated_step(config, twin, accelerator), steps, accelerator);
+      };
+      std::vector<benchmarks::Way> ways = {{"headroom", ours}};
       const auto theirs = [&](const char* mode) {
         if (gpu) gpu->allocator->emptyCache();  // the twin is another process
         return benchmarks::Python{python, script}.run(twin.file, mode);

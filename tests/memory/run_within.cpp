@@ -10,8 +10,10 @@
 #include "headroom/nn.hpp"
 #include "support/catch.hpp"
 #include "support/one_thread.hpp"
+#include "support/tensors.hpp"
 
 using namespace headroom;
+using testing::check_equal;
 using testing::contains;
 using torch::Tensor;
 
@@ -46,14 +48,6 @@ std::map<std::string, Tensor> state_of(const Net& net) {
   at::Generator generator = at::detail::getDefaultCPUGenerator();
   state["random"] = generator.get_state().clone();
   return state;
-}
-
-void check_equal(const std::map<std::string, Tensor>& a, const std::map<std::string, Tensor>& b) {
-  REQUIRE(a.size() == b.size());
-  for (const auto& [name, tensor] : a) {
-    INFO(name);
-    CHECK(tensor.equal(b.at(name)));
-  }
 }
 
 const auto backward = [](Net& net, const Tensor& x, int64_t size) {

@@ -6,7 +6,6 @@ Usage: failing.py <folder with the tools> <failing_calls library> [<points>]    
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -14,17 +13,11 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from sample_track import STEMS, write_samples
+from sample_track import CONFIG, write_noise_tracks
 
 POINTS = int(sys.argv.pop(3)) if len(sys.argv) > 3 else None
 LIBRARY = Path(sys.argv.pop(2)).resolve()
 TOOLS = Path(sys.argv.pop(1)).resolve()
-CONFIG = {
-    "model": {"n_fft": 256, "hop_length": 128, "n_layers": 1, "emb_dim": 8, "n_heads": 2, "ffn_hidden_dim": [8, 8]},
-    "training": {"segment_length": 4096, "batch_size": 1, "steps_per_epoch": 2, "epochs": 1, "learning_rate": 1e-3,
-                 "warmup_steps": 1},
-    "loss": {"windows": [256, 128], "hop": 64, "min_n_fft": 256},
-}
 REASONS = {"ENOSPC": "No space left on device", "EIO": "Input/output error"}
 
 
@@ -33,11 +26,7 @@ class Failing(unittest.TestCase):
     def setUpClass(cls):
         cls.temporary = tempfile.TemporaryDirectory()
         cls.root = Path(cls.temporary.name)
-        dice = random.Random(1)
-        for track in ["train/A", "valid/B"]:
-            for stem in STEMS:
-                write_samples(cls.root / "data" / track / f"{stem}.wav",
-                              [dice.randrange(-4000, 4000) for _ in range(2 * 20011)])
+        write_noise_tracks(cls.root / "data", ["train/A", "valid/B"])
         cls.song = cls.root / "data/valid/B/drums.wav"
         (cls.root / "config.json").write_text(json.dumps(CONFIG))
         cls.out = cls.root / "out"

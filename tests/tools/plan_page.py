@@ -11,13 +11,10 @@ import unittest
 from pathlib import Path
 
 import browser
+import sample_track
 
 TOOLS = Path(sys.argv.pop(1))
-CONFIG = {
-    "model": {"n_fft": 256, "hop_length": 128, "n_layers": 1, "emb_dim": 8, "n_heads": 2, "ffn_hidden_dim": [8, 8]},
-    "training": {"segment_length": 4096, "batch_size": 2},
-    "loss": {"windows": [256, 128], "hop": 64, "min_n_fft": 256},
-}
+CONFIG = sample_track.CONFIG | {"training": {"segment_length": 4096, "batch_size": 2}}
 # What the browser made of the page, as JSON in its title
 MEASURE = """
 const box = e => { const b = e.getBBox(); return {left: b.x, top: b.y, right: b.x + b.width, bottom: b.y + b.height}; };

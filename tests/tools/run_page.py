@@ -5,7 +5,6 @@ Usage: run_page.py <folder with the tools>
 
 import json
 import math
-import random
 import subprocess
 import sys
 import tempfile
@@ -13,16 +12,14 @@ import unittest
 from pathlib import Path
 
 import browser
-from sample_track import STEMS, write_samples
+import sample_track
+from sample_track import STEMS, write_noise_tracks
 
 TOOLS = Path(sys.argv.pop(1))
 CONVERTER = Path(__file__).parents[2] / "scripts/metrics_to_tensorboard.py"
-CONFIG = {
-    "model": {"n_fft": 256, "hop_length": 128, "n_layers": 1, "emb_dim": 8, "n_heads": 2, "ffn_hidden_dim": [8, 8]},
-    "training": {"segment_length": 4096, "batch_size": 2, "steps_per_epoch": 3, "epochs": 3, "learning_rate": 1e-3,
-                 "warmup_steps": 1, "validation": "tracks", "validation_metrics": ["nsdr", "si_sdr", "bleedless"]},
-    "loss": {"windows": [256, 128], "hop": 64, "min_n_fft": 256},
-}
+CONFIG = sample_track.CONFIG | {"training": sample_track.CONFIG["training"] | {
+    "batch_size": 2, "steps_per_epoch": 3, "epochs": 3, "validation": "tracks",
+    "validation_metrics": ["nsdr", "si_sdr", "bleedless"]}}
 MEASURE = """
 const box = e => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; };
 const inside = (a, b) => a[0] >= b[0] - 1 && a[1] >= b[1] - 1 && a[2] <= b[2] + 1 && a[3] <= b[3] + 1;
@@ -57,11 +54,7 @@ class Run(unittest.TestCase):
     def setUpClass(cls):
         cls.temporary = tempfile.TemporaryDirectory()
         cls.root = Path(cls.temporary.name)
-        dice = random.Random(1)
-        for track in ["train/A", "valid/B", "valid/C"]:
-            for stem in STEMS:
-                write_samples(cls.root / "data" / track / f"{stem}.wav",
-                              [dice.randrange(-4000, 4000) for _ in range(2 * 20011)])
+        write_noise_tracks(cls.root / "data", ["train/A", "valid/B", "valid/C"])
         (cls.root / "config.json").write_text(json.dumps(CONFIG))
         cls.first = train(cls.root, "--steps", 5)
         cls.second = train(cls.root, "--resume", cls.root / "run/last.pt")

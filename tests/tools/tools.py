@@ -23,17 +23,11 @@ from pathlib import Path
 
 import demucs_reference
 import published_reference
-from sample_track import RATE, STEMS, find_sample_track, samples_of, write_sample_estimates, write_samples
+from sample_track import CONFIG, RATE, STEMS, find_sample_track, samples_of, write_sample_estimates, write_samples
 
 TOOLS = Path(sys.argv.pop(1))
 PUBLISHED = Path(__file__).parent / "published"
 CONFIGS = Path(__file__).parents[2] / "examples/configs"
-CONFIG = {
-    "model": {"n_fft": 256, "hop_length": 128, "n_layers": 1, "emb_dim": 8, "n_heads": 2, "ffn_hidden_dim": [8, 8]},
-    "training": {"segment_length": 4096, "batch_size": 1, "steps_per_epoch": 2, "epochs": 1, "learning_rate": 1e-3,
-                 "warmup_steps": 1},
-    "loss": {"windows": [256, 128], "hop": 64, "min_n_fft": 256},
-}
 
 
 def run(tool, *arguments, **options):

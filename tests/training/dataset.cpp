@@ -234,6 +234,22 @@ TEST_CASE("an aligned example is changed where that is wanted: each stem by itse
   CHECK(changes.size() > 10);
 }
 
+TEST_CASE("a stem that a track does not have is silent in an aligned example that is changed") {
+  const TemporaryFolder folder;
+  make_tracks(folder, {50});
+  std::filesystem::remove(folder / "0" / "drums.wav");
+  DatasetOptions options{.segment_length = 5,
+                         .stems = {"vocals", "drums"},
+                         .missing = training::MissingStem::silence,
+                         .augmentation = kPlain,
+                         .augment_aligned = true};
+  options.augmentation.noise = options.augmentation.equalizer = 1;
+  const Example example = Dataset(folder.path(), options).example(1, 0);
+  CHECK(example.stems[1].equal(torch::zeros({2, 5})));
+  options.augment_aligned = false;
+  CHECK_FALSE(example.stems[0].equal(Dataset(folder.path(), options).example(1, 0).stems[0]));
+}
+
 TEST_CASE("tempo and pitch of an aligned example are the same in all of its files") {
   if (!training::kHasRubberband) return;
   const TemporaryFolder folder;
@@ -244,7 +260,7 @@ TEST_CASE("tempo and pitch of an aligned example are the same in all of its file
   }
   audio::write_audio(folder / "song/mixture.wav", 3 * sound, 44100);
   DatasetOptions options{.segment_length = 8000, .stems = {"vocals", "drums"}, .augment_aligned = true};
-  options.augmentation = {.gain = {1, 1}, .swap_channels = false, .flip_polarity = false};
+  options.augmentation = kPlain;
   options.augmentation.tempo = options.augmentation.pitch = 1;
   const Dataset dataset(folder.path(), options);
   for (int i = 0; i < 3; ++i) {

@@ -22,7 +22,7 @@ namespace headroom::inline v0 {
 /// The main memory of large tensors, kept from one step or segment to the next. What malloc does with them is one of
 /// two: give their pages back at once, so that each tensor is made of fresh ones, whose clearing takes a tenth to a
 /// fifth of a step on the CPU; or keep them in a heap with everything else, where holes let a long run grow. Here a
-/// large tensor takes the first free range, from the lowest address on, that holds it; ranges that are freed side by
+/// large tensor takes the first free range, from the highest address down, that holds it; ranges that are freed side by
 /// side become one. A step that needs what the one before it needed so finds the same pages.
 ///
 /// Tensors below kLeast bytes stay with the allocator that was there before. Pages go back to the system when
@@ -98,6 +98,7 @@ class TensorArena final : public c10::Allocator {
 
   /// False for what is not from here. Allocates nothing: deleters must not throw.
   bool give_back(void* data) {
+    if (reinterpret_cast<std::uintptr_t>(data) % kPage != 0) return false;  // ranges begin at a page
     const std::scoped_lock lock(mutex_);
     const auto taken = taken_.find(static_cast<std::byte*>(data));
     if (taken == taken_.end()) return false;

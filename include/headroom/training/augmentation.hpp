@@ -6,7 +6,6 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "headroom/core/error.hpp"
 #include "headroom/training/augmentation_options.hpp"

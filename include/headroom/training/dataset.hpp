@@ -243,6 +243,10 @@ class Dataset {
       if (stretch.changes()) rest = stretched(rest, stretch, length, options_.sample_rate);
     }
     for (std::size_t k = 0; k < stems.size(); ++k) {
+      if (!file_of(tracks()[position.track], k)) {  // what is not there changes in its length alone
+        stems[k] = silence(length);
+        continue;
+      }
       changes[k].stretch_like(changes.front());
       stems[k] = changes[k].apply(stems[k], length, options_.sample_rate);
       if (rest.defined()) rest = rest + stems[k];

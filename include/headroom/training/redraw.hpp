@@ -10,7 +10,6 @@
 #include <set>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "headroom/audio/reader.hpp"
 #include "headroom/core/error.hpp"

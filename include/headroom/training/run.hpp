@@ -23,8 +23,8 @@ struct StepReport {
   double loss = 0;                 ///< mean over the epoch so far, without steps that were skipped
   double step_loss = 0;            ///< of this step alone; not finite when it was skipped
   double learning_rate = 0;
-  std::optional<double> gradient_norm =
-      {};  ///< before it is clipped; none with the optimizer in the backward pass or a loss that is not finite
+  /// Before it is clipped; none with the optimizer in the backward pass, or of a loss that is not finite.
+  std::optional<double> gradient_norm = {};
   double seconds = 0;                 ///< that this step took
   std::vector<PhaseUse> phases = {};  ///< of it: data, forward, loss, backward, optimizer
   int64_t live_bytes = 0;             ///< held by tensors

@@ -72,7 +72,7 @@ inline torch::Tensor read_piece(const StemFile& file, std::int64_t first, std::i
   } else {
     samples = detail::read_resampled(reader, first, count, static_cast<int>(format.sample_rate));
   }
-  return audio::with_channels(samples, format.channels);
+  return audio::with_channels(samples, format.channels).contiguous();
 }
 
 }  // namespace headroom::inline v0::training

@@ -126,8 +126,8 @@ class Trainer {
   /// Whether as many validations in a row as training.patience were no better than the best.
   bool out_of_patience(const RunOptions& options) const {
     const int64_t patience = config_.training.patience;
-    const bool counted = state_.best_metric.empty() || state_.best_metric == validation_metric();  // and no other score
-    return options.validate && patience > 0 && counted && state_.validations_since_best >= patience;
+    if (!options.validate || patience == 0 || state_.validations_since_best < patience) return false;
+    return state_.best_metric.empty() || state_.best_metric == validation_metric();  // and no other score
   }
 
   /// Mean loss of the epoch that is under way; not finite while all of its steps were skipped.

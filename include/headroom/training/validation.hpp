@@ -1,7 +1,6 @@
 #pragma once
 
 #include <torch/types.h>
-#include <unistd.h>
 
 #include <Eigen/Core>
 #include <algorithm>

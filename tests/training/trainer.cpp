@@ -125,11 +125,12 @@ TEST_CASE("a run that is stopped and resumed in new objects ends bit-equal to on
 
 TEST_CASE("accumulated passes give the gradients and the loss of the whole batch") {
   Config config = tiny_config();
+  config.training.batch_size = 8;
   auto [whole, one] = make_trainer(config, 0.0);
   config.training.batch_size = 1;
-  config.training.gradient_accumulation_steps = 2;
-  auto [parts, two] = make_trainer(config, 0.0);
-  CHECK(one.step(0.0) == Approx(two.step(0.0)).epsilon(1e-6));
+  config.training.gradient_accumulation_steps = 8;
+  auto [parts, eight] = make_trainer(config, 0.0);
+  CHECK(one.step(0.0) == Approx(eight.step(0.0)).epsilon(1e-6));
   const auto expected = whole->named_parameters();
   for (const auto& parameter : parts->named_parameters()) {
     INFO(parameter.key());
@@ -137,9 +138,9 @@ TEST_CASE("accumulated passes give the gradients and the loss of the whole batch
     CHECK((parameter.value().grad() - reference).norm().item<double>() < 1e-6 * reference.norm().item<double>() + 1e-9);
     CHECK(reference.norm().item<double>() > 1e-4);
   }
-  // The second step takes the next two examples, not the same ones
-  CHECK(one.step(0.0) == Approx(two.step(0.0)).epsilon(1e-6));
-  const NoiseExample next = noise_source(4, 2);
+  // The second step takes the next eight examples, not the same ones
+  CHECK(one.step(0.0) == Approx(eight.step(0.0)).epsilon(1e-6));
+  const NoiseExample next = noise_source(16, 8);
   const double expected_loss = make_loss(config)->forward(whole->forward(next.mixture), next.stems).item<double>();
   CHECK(one.step(0.0) == Approx(expected_loss).epsilon(1e-6));
 }

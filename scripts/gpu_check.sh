@@ -45,7 +45,7 @@ done
 # Builds the programs against the LibTorch in $1 into the folder $2, with headers below $3 where that is given.
 build_programs() {
   cmake -S . -B "$2" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS=-march=x86-64-v3 \
-    -DCMAKE_PREFIX_PATH="$1${3:+;$3/usr}" \
+    -DCMAKE_PREFIX_PATH="$1${3:+;$3/usr}" ${3:+"-DCMAKE_LIBRARY_PATH=$3/usr/lib/x86_64-linux-gnu"} \
     -DCMAKE_EXE_LINKER_FLAGS=-Wl,--unresolved-symbols=ignore-in-shared-libs -DHEADROOM_INSTALL=OFF
   cmake --build "$2" --parallel "${HEADROOM_JOBS:-$(nproc)}" --target "${targets[@]}"
 }
@@ -63,7 +63,7 @@ make_bundle() {
   mkdir -p "$bundle"
   for package in libeigen3-dev nlohmann-json3-dev catch2 libcli11-dev libsndfile1-dev libsoxr-dev libyaml-cpp-dev \
     librubberband-dev; do
-    dpkg -L "$package" | grep -E '^/usr/(include|lib|share)/' | grep -vE '/(doc|man)/' |
+    dpkg -L "$package" | grep -E '^/usr/(include|lib|share)/' | grep -vE '/(doc|man|pkgconfig)/' |
       while read -r file; do
         if [ -f "$file" ]; then cp -P --parents "$file" "$bundle"; fi
       done

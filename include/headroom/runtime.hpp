@@ -6,3 +6,4 @@
 #include "headroom/runtime/phase.hpp"
 #include "headroom/runtime/random_state.hpp"
 #include "headroom/runtime/repetition.hpp"
+#include "headroom/runtime/torch_version.hpp"

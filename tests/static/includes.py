@@ -1,5 +1,6 @@
-"""Includes point one way: each folder of include/headroom uses only the folders and libraries below it. And no header
-asks the standard library whether a number is finite, which a project that compiles it with -ffast-math asks in vain.
+"""Includes point one way: each folder of include/headroom uses only the folders and libraries below it. What includes
+internals of LibTorch includes the check of its version. And no header asks the standard library whether a number is
+finite, which a project that compiles it with -ffast-math asks in vain.
 
 Usage: includes.py <project folder>
 """
@@ -29,6 +30,11 @@ FOLDERS = {
 STANDARD = re.compile(r"[a-z_0-9]+|immintrin\.h|omp\.h|(sys/[a-z]+|unistd|fcntl|malloc|poll)\.h")
 EIGEN = re.compile(r"(unsupported/)?Eigen/.+")
 TORCH = re.compile(r"(torch|ATen|c10)/.+")
+TORCH_INTERNALS = re.compile(
+    r"torch/csrc/autograd/(graph_task|engine|function_hook|functions/accumulate_grad|saved_variable_hooks)\.h|"
+    r"c10/core/(CachingDeviceAllocator|AllocatorConfig)\.h|c10/core/impl/LocalDispatchKeySet\.h|"
+    r"ATen/core/dispatch/Dispatcher\.h|ATen/ops/\w+_native\.h")
+TORCH_VERSION = '#include "headroom/runtime/torch_version.hpp"\n'
 TRAINING = re.compile(r"nlohmann/.+|s(ndfile|oxr)\.h|yaml-cpp/.+|rubberband/.+")
 # Headers of the target headroom::training that live in another folder.
 TRAINING_HEADERS = {
@@ -62,6 +68,8 @@ def problems(include):
                 allowed = below and (include.parent / quoted).exists()
             if not allowed:
                 yield f"headroom/{name}: must not include {quoted or angled}"
+            if TORCH_INTERNALS.fullmatch(angled) and TORCH_VERSION not in text:
+                yield f"headroom/{name}: {angled} asks for headroom/runtime/torch_version.hpp"
 
 
 found = list(problems(Path(sys.argv[1]) / "include" / "headroom"))

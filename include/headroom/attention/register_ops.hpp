@@ -7,6 +7,7 @@
 #include <string>
 
 #include "headroom/attention/attention.hpp"
+#include "headroom/runtime/torch_version.hpp"
 
 // Registers headroom::attention with PyTorch's dispatcher, where Python finds it as torch.ops.headroom.attention. To be
 // included in exactly one unit of a program or shared library: a second registration in one process fails.

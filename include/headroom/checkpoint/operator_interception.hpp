@@ -8,6 +8,8 @@
 
 #include <utility>
 
+#include "headroom/runtime/torch_version.hpp"
+
 namespace headroom::inline v0::detail {
 
 /// While it lives, this thread's calls of LibTorch's operators go through call(), below autograd; what these call in

@@ -16,6 +16,7 @@
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/runtime/phase.hpp"
+#include "headroom/runtime/torch_version.hpp"
 
 namespace headroom::inline v0::detail {
 

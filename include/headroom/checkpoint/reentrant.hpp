@@ -21,6 +21,7 @@
 #include "headroom/checkpoint/piece_gradients.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/runtime/torch_version.hpp"
 
 namespace headroom::inline v0 {
 

@@ -17,6 +17,7 @@
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/runtime/operator.hpp"
+#include "headroom/runtime/torch_version.hpp"
 
 namespace headroom::inline v0 {
 

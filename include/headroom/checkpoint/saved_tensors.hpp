@@ -16,6 +16,7 @@
 
 #include "headroom/checkpoint/operator_interception.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/runtime/torch_version.hpp"
 
 namespace headroom::inline v0 {
 

@@ -16,6 +16,7 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/memory/ledger.hpp"
+#include "headroom/runtime/torch_version.hpp"
 
 namespace headroom::inline v0::detail {
 

@@ -5,6 +5,8 @@
 
 #include <cstdlib>
 
+#include "headroom/runtime/torch_version.hpp"
+
 namespace headroom::inline v0 {
 
 /// Lets an accelerator's caching allocator grow its segments in the place of making new ones, so that blocks of

@@ -7,6 +7,8 @@
 #include <mutex>
 #include <vector>
 
+#include "headroom/runtime/torch_version.hpp"
+
 namespace headroom::inline v0::detail {
 
 /// Hears of every allocation and release, with the ledger locked: it must not allocate tensors. `block` is the context

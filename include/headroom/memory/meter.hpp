@@ -16,6 +16,7 @@
 #include "headroom/memory/format.hpp"
 #include "headroom/memory/ledger.hpp"
 #include "headroom/memory/meta_allocator.hpp"
+#include "headroom/runtime/torch_version.hpp"
 
 namespace headroom::inline v0 {
 

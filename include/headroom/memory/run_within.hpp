@@ -25,6 +25,7 @@
 #include "headroom/core/error.hpp"
 #include "headroom/memory/meter.hpp"
 #include "headroom/runtime/random_state.hpp"
+#include "headroom/runtime/torch_version.hpp"
 
 namespace headroom::inline v0 {
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "headroom/memory/meter.hpp"
+#include "headroom/runtime/torch_version.hpp"
 
 namespace headroom::inline v0 {
 

@@ -12,6 +12,7 @@
 #include "headroom/core/error.hpp"
 #include "headroom/optim/optimizer.hpp"
 #include "headroom/runtime/phase.hpp"
+#include "headroom/runtime/torch_version.hpp"
 
 namespace headroom::inline v0::optim {
 

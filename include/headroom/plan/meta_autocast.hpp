@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "headroom/runtime/dry_run.hpp"
+#include "headroom/runtime/torch_version.hpp"
 
 namespace headroom::inline v0::detail {
 

@@ -31,6 +31,7 @@
 #include "headroom/runtime/dry_run.hpp"
 #include "headroom/runtime/phase.hpp"
 #include "headroom/runtime/repetition.hpp"
+#include "headroom/runtime/torch_version.hpp"
 
 namespace headroom::inline v0 {
 

@@ -7,6 +7,8 @@
 #include <optional>
 #include <utility>
 
+#include "headroom/runtime/torch_version.hpp"
+
 namespace headroom::inline v0 {
 
 /// While it lives, this thread computes shapes only. Tensors that are made without naming a device, modules built with

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "headroom/runtime/phase.hpp"
+#include "headroom/runtime/torch_version.hpp"
 #include "headroom/training/parameter_names.hpp"
 #include "headroom/training/sections.hpp"
 #include "headroom/training/state.hpp"

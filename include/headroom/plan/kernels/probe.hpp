@@ -19,6 +19,7 @@
 #include "headroom/memory/counting_allocator.hpp"
 #include "headroom/memory/ledger.hpp"
 #include "headroom/plan/kernels/allocation_script.hpp"
+#include "headroom/runtime/torch_version.hpp"
 
 namespace headroom::inline v0::detail {
 

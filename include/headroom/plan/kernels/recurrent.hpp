@@ -17,6 +17,7 @@
 
 #include "headroom/plan/kernels/probe.hpp"
 #include "headroom/runtime/dry_run.hpp"
+#include "headroom/runtime/torch_version.hpp"
 
 namespace headroom::inline v0::detail::meta {
 

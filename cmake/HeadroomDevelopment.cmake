@@ -10,8 +10,8 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LES
 endif()
 
 add_library(headroom_development INTERFACE)
-# -fPIC: programs and the shared library for Python have the precompiled header and the kernels in common. CMake's own
-# property would compile programs with -fPIE, and the compiler would pass the header over.
+# -fPIC: shared libraries may have the precompiled header and the kernels in common with programs. CMake's own property
+# would compile programs with -fPIE, and the compiler would pass the header over.
 target_compile_options(headroom_development INTERFACE ${HEADROOM_WARNINGS} -fPIC)
 target_compile_definitions(headroom_development INTERFACE HEADROOM_SEPARATE_KERNELS HEADROOM_SEPARATE_TRAINING)
 if(HEADROOM_NATIVE)
@@ -78,10 +78,6 @@ endfunction()
 function(headroom_add_torch_tests name)
   add_executable(${name} ${ARGN})
   headroom_use_torch(${name} headroom_test_pch)
-endfunction()
-function(headroom_add_torch_library name)
-  add_library(${name} SHARED ${ARGN})
-  headroom_use_torch(${name} headroom_pch)
 endfunction()
 function(headroom_use_torch name pch)
   headroom_share_pch(${name} ${pch})

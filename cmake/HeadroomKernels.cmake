@@ -44,6 +44,7 @@ foreach(set IN LISTS HEADROOM_INSTRUCTION_SETS)
   endif()
 endforeach()
 target_compile_definitions(headroom_dispatch PRIVATE "HEADROOM_KERNEL_SETS=${headroom_compiled_sets}")
+set(headroom_core_kernel_objects ${headroom_kernel_objects})
 
 # What is compiled of the LibTorch tier is for every processor. A program that does not use that tier links none of it
 if("headroom" IN_LIST HEADROOM_COMPONENTS)

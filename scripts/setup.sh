@@ -15,7 +15,7 @@ debian_packages=(
   librubberband-dev
   chromium # a test opens the page that plan --html writes
 )
-python_packages=(numpy mido soundfile safetensors)
+python_packages=(numpy mido soundfile safetensors scikit-build-core)
 for group in "$@"; do
   case "$group" in
     demo) debian_packages+=(freedoom fluidsynth fluid-soundfont-gm) ;;

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Tries core with each compiler: its warnings (tests/static/core_warnings.py), then its tests with plain flags; those for ARM
+# Tries core with each compiler: its warnings (tests/static/core_warnings.py), then its tests, with its own kernels and the flags given; those for ARM
 # are run by qemu. Prints a table.
 #
-#   scripts/toolchains.sh                 all that are installed of those that Debian 12 has
+#   scripts/toolchains.sh                 all that are installed of those that Debian 12 and 13 have
 #   scripts/toolchains.sh COMPILER...     only these, as g++-12 clang++-16 aarch64-linux-gnu-g++
 #   scripts/toolchains.sh --install       installs them first
 #
 # HEADROOM_FLAGS in the environment is what they are given beyond -O3: HEADROOM_FLAGS="-mavx2 -mfma".
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 packages=(g++-12 clang-14 clang-15 clang-16 g++-aarch64-linux-gnu qemu-user cmake ninja-build libeigen3-dev catch2)
-compilers=(g++-11 g++-12 g++-13 g++-14 clang++-14 clang++-15 clang++-16 aarch64-linux-gnu-g++)
+compilers=(g++-11 g++-12 g++-13 g++-14 clang++-14 clang++-15 clang++-16 clang++-19 aarch64-linux-gnu-g++)
 if [ "${1:-}" = --install ]; then
   shift
   install_debian_packages "${packages[@]}"
@@ -40,9 +40,9 @@ try_compiler() {
   build="not built"
   if cmake -S . -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_COMPILER="$compiler" \
     -DCMAKE_CXX_FLAGS="$flags" -DHEADROOM_COMPONENTS=core -DHEADROOM_UNITY=ON -DHEADROOM_INSTALL=OFF "${cross[@]}" \
-    > "$folder/build.log" 2>&1 && cmake --build "$folder" --parallel "${HEADROOM_JOBS:-$(nproc)}" --target core_tests_plain \
+    > "$folder/build.log" 2>&1 && cmake --build "$folder" --parallel "${HEADROOM_JOBS:-$(nproc)}" --target core_tests \
     >> "$folder/build.log" 2>&1; then
-    "${run[@]}" "$folder/tests/core_tests_plain" > "$folder/tests.log" 2>&1 || true
+    "${run[@]}" "$folder/tests/core_tests" > "$folder/tests.log" 2>&1 || true
     build=$(tail -n 3 "$folder/tests.log" | grep -E 'passed|failed' | tr -s ' \n' ' ') || true
   fi
   tests=${build:-"stopped: $(tail -n 1 "$folder/tests.log")"}
@@ -50,7 +50,7 @@ try_compiler() {
     "${flags:-plain}" "${warnings:-?}" "$tests" $((SECONDS - seconds))
 }
 
-echo '| compiler | flags | warnings in headers | core_tests_plain | took |'
+echo '| compiler | flags | warnings in headers | core_tests | took |'
 echo '|---|---|---|---|---|'
 for compiler in "${compilers[@]}"; do
   if command -v "$compiler" > /dev/null; then

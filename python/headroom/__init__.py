@@ -13,10 +13,15 @@ from pathlib import Path
 
 import torch
 
+from headroom._built_for import TORCH
 from headroom.memory import MemoryReport, measure
 
-__all__ = ["MemoryReport", "attention", "measure", "replace_sdpa", "scaled_dot_product_attention"]
+__all__ = ["MemoryReport", "attention", "instruction_set", "measure", "replace_sdpa", "scaled_dot_product_attention"]
 
+# PyTorch's C++ interface is another in each minor version: with another one the library may load, and read the wrong bytes
+if torch.__version__.split(".")[:2] != TORCH.split("."):
+    raise ImportError(f"[headroom.python.torch] this headroom was built for PyTorch {TORCH}.*, and here is PyTorch "
+                      f"{torch.__version__}; build it beside this one, or install torch=={TORCH}.*")
 torch.ops.load_library(Path(__file__).with_name("libheadroom_ops.so"))
 
 
@@ -65,6 +70,14 @@ def attention(q, k, v, *, scale=None, alignment="top_left", query_offset=0, caus
         hidden=hidden, block_mask=block_mask, block_size=block_size, bias=bias, relative_bias=relative_bias,
         alibi_slopes=alibi_slopes, sink=sink, softcap=softcap, rotary=rotary, dropout=dropout, seed=seed,
         backend=backend)
+
+
+def instruction_set():
+    """The instruction set of the kernels in use, such as "avx2": the widest that the processor has.
+
+    The environment's HEADROOM_ISA, when attention is first called, takes a narrower one.
+    """
+    return torch.ops.headroom.instruction_set()
 
 
 def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,

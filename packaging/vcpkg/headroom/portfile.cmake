@@ -1,5 +1,5 @@
 # An overlay port: vcpkg install headroom --overlay-ports=packaging/vcpkg. It takes the sources that it lies in.
-# Untested: vcpkg was not at hand.
+# Tried with vcpkg's own scripts of August 2026, features core, torch and training, and not with its program.
 get_filename_component(SOURCE_PATH "${CMAKE_CURRENT_LIST_DIR}/../../.." ABSOLUTE)
 set(components core)
 if("torch" IN_LIST FEATURES)

@@ -137,6 +137,60 @@ TEST_CASE("results are bit-equal over reruns and for any number of workers") {
 }
 #endif
 
+/// Runs all tasks in turn, for as many workers as would have no two short heads in a run.
+struct CrowdedExecutor : SerialExecutor {
+  int workers() const { return 64; }
+};
+
+TEMPLATE_TEST_CASE("short heads have the same bits in runs of any length, in any layout", "", float, Eigen::bfloat16) {
+  constexpr Index kBatch = 3, kHeads = 23, kDim = 20;
+  using Values = std::vector<TestType>;
+  std::mt19937 generator(3);
+  std::normal_distribution<float> normal;
+  for (const Index length : {1, 5, 33, 62}) {
+    Values inputs[4];
+    for (Values& x : inputs) {
+      x.resize(kBatch * kHeads * length * kDim);
+      for (TestType& e : x) e = static_cast<TestType>(normal(generator));
+    }
+    for (const bool interleaved : {false, true}) {  // [B,L,H,D] instead of [B,H,L,D]
+      const auto run = [&](const auto& executor) {
+        std::array<Values, 4> results;
+        std::vector<double> lse(kBatch * kHeads * length);
+        for (Values& x : results) x.assign(inputs[0].size(), static_cast<TestType>(1e6F));
+        const auto view = [&](auto& x) {
+          auto dense = dense_view(x.data(), kBatch, kHeads, length, kDim);
+          if (interleaved) dense.strides[1] = kDim, dense.strides[2] = kHeads * kDim;
+          return dense;
+        };
+        auto& [q, k, v, grad] = inputs;
+        auto& [output, grad_q, grad_k, grad_v] = results;
+        const auto lse_view = dense_view(lse.data(), kBatch, kHeads, length, 1);
+        attention_forward<TestType>({.q = view(q), .k = view(k), .v = view(v), .output = view(output), .lse = lse_view},
+                                    {}, NoMask{}, executor);
+        attention_backward<TestType>({.q = view(q),
+                                      .k = view(k),
+                                      .v = view(v),
+                                      .output = view(output),
+                                      .lse = lse_view,
+                                      .grad_output = view(grad),
+                                      .grad_q = view(grad_q),
+                                      .grad_k = view(grad_k),
+                                      .grad_v = view(grad_v)},
+                                     {}, NoMask{}, executor);
+        return std::pair(results, lse);
+      };
+      CAPTURE(length, interleaved);
+      const auto apart = run(CrowdedExecutor{});
+      CHECK((run(SerialExecutor{}) == apart));
+#ifdef _OPENMP
+      CHECK((run(OpenMpExecutor{2}) == apart));
+      CHECK((run(OpenMpExecutor{3}) == apart));
+#endif
+    }
+  }
+}
+
 TEST_CASE("any strides give the bits of dense tensors") {
   const Problem p{.batch = 2, .heads = 3, .queries = 100, .keys = 70, .dim = 20, .value_dim = 12};
   Run<float> dense(p);
@@ -214,8 +268,7 @@ TEST_CASE("the workspace of a worker stays below 1 MiB") {
   const auto own = [](auto score, auto, auto table) { return score + table(0); };
   const std::array<ScoreTable, 1> tables{};
   const AttentionParams all{.softcap = 1, .score_function = ScoreFunctionRef(own, tables)};
-  CHECK(Worker::workspace_bytes(224, 224, all) < (1 << 20));
-  CHECK(Worker::workspace_bytes(256, 256, all) < (1 << 20) + (1 << 15));
+  CHECK(Worker::workspace_bytes(256, 256, all) < (1 << 20));
 }
 
 TEST_CASE("shapes that do not fit are named") {

@@ -272,16 +272,17 @@ TEST_CASE("tiles and strips cover a sequence in order, of full registers but the
 }
 
 TEST_CASE("the backward pass takes each strip of each family once, for any number of workers") {
-  for (const Index families : {0, 1, 3, 8}) {
+  for (const auto& [families, run] : {std::pair<Index, Index>{0, 1}, {1, 1}, {3, 1}, {8, 1}, {8, 3}, {100, 16}}) {
     for (const Index workers : {1, 2, 3, 5}) {
       constexpr Index kStrips = 4;
-      CAPTURE(families, workers);
-      const BackwardTasks tasks(families, kStrips, workers);
+      CAPTURE(families, run, workers);
+      const BackwardTasks tasks(families, run, kStrips, workers);
       std::vector<Index> taken(families * kStrips);
       for (Index task = 0; task < tasks.count(); ++task) {
         const Index family = tasks.family(task);
         if (tasks.is_whole(task)) {
-          for (Index s = 0; s < kStrips; ++s) ++taken[family * kStrips + s];
+          CHECK(tasks.end_of_run(task) - family <= run);
+          for (Index i = family * kStrips; i < tasks.end_of_run(task) * kStrips; ++i) ++taken[i];
         } else {  // a task waits for those of earlier strips, which have to start before
           const Index strip = tasks.strip(task);
           ++taken[family * kStrips + strip];
@@ -289,7 +290,7 @@ TEST_CASE("the backward pass takes each strip of each family once, for any numbe
         }
       }
       CHECK(std::all_of(taken.begin(), taken.end(), [](Index times) { return times == 1; }));
-      CHECK((tasks.whole % workers == 0 && tasks.split < workers));
+      CHECK((tasks.whole_families % workers == 0 && tasks.split < workers));
     }
   }
 }

@@ -240,6 +240,46 @@ TEST_CASE("functions of one's own: the same bits for any number of workers, and 
   CHECK(equal == p.batch * p.heads * (p.queries - 61) * p.dim);
 }
 
+/// Sees every seventh strip of 32 keys, and counts the pairs that it is asked for.
+struct Stripes {
+  Index* pairs;
+
+  static bool sees(Index key) { return key / 32 % 7 == 3; }
+  template <class Scalar>
+  LaneMask<Scalar> operator()(const ScorePlace<Scalar>& at) const {
+    *pairs += simd::kLanes<Scalar>;
+    const auto strip = floor(Lanes<Scalar>(at.key) / 32);
+    return strip - 7 * floor(strip / 7) == 3;
+  }
+  Seen block(Index, Index, KeyRange, KeyRange keys) const {
+    Index seen = 0;
+    for (Index key = keys.begin; key < keys.end; ++key) seen += sees(key);
+    return seen == 0 ? Seen::none : seen == keys.end - keys.begin ? Seen::all : Seen::some;
+  }
+};
+
+TEST_CASE("a mask function with block is asked for no more than the pairs along its borders") {
+  Problem p = kOwnProblem;
+  p.queries = 200, p.keys = 640;
+  Run<float> own(p), built_in(p);
+  Index pairs = 0;
+  const Stripes stripes{&pairs};
+  own.tiled({.mask_function = MaskFunctionRef(stripes)});
+  // A strip begins and ends where the kernel's strips of 16 do: nothing is left to be asked but tiles of keys in lanes
+  CHECK(pairs < p.batch * p.heads * p.queries * p.keys / 2);
+  const auto mask = std::make_unique<bool[]>(p.keys);
+  for (Index key = 0; key < p.keys; ++key) mask[key] = Stripes::sees(key);
+  AttentionParams params;
+  params.mask = {mask.get(), {p.batch, p.heads, p.queries, p.keys}, {0, 0, 0, 1}};
+  built_in.tiled(params);
+  for_each_result(
+      [](const std::string& name, const auto& x, const auto& y) {
+        CAPTURE(name);
+        CHECK(deviation(x, y).maximum < 2e-6);
+      },
+      own, built_in);
+}
+
 TEST_CASE("a function of one's own takes what all other options make of a score") {
   const BothMasks mask{CausalMask{39}, GlobalWindowMask{{60, -1, 39}, 3}};
   const auto half = [](auto score, auto) { return 0.5 * score + 1; };

@@ -43,9 +43,11 @@ struct LaneMatrix {
   Index width;
 };
 
-/// Ways to bring values into lanes: what becomes of the value before and the value that comes.
+/// Ways to bring values into lanes: what becomes of the value before and the value that comes. Whether it overwrites
+/// the former.
 template <class Scalar>
 struct Times {  // factor·x
+  static constexpr bool kOverwrites = true;
   Scalar factor;
   template <class T>
   EIGEN_ALWAYS_INLINE T operator()(T, T x) const {
@@ -58,6 +60,7 @@ struct Times {  // factor·x
 };
 template <class Scalar>
 struct TimesPlus {  // factor·before + x
+  static constexpr bool kOverwrites = false;
   Scalar factor;
   template <class T>
   EIGEN_ALWAYS_INLINE T operator()(T before, T x) const {
@@ -69,6 +72,12 @@ struct TimesPlus {  // factor·before + x
   }
 };
 
+/// Where `size` of `count` positions begin that hold `next` and those behind it: a vector of the last ones is filled up
+/// with some that have been before.
+inline Index whole_vector(Index next, Index count, Index size) {
+  return std::max<Index>(std::min(next, count - size), 0);
+}
+
 /// to[d][i] = op(to[d][i], x(i,d)): the rows of x fill the lanes. Other lanes are left alone.
 // Flattened, as its counterpart: a transposition of Eigen's that stays a function has the same name in every unit
 template <class Scalar, class Op>
@@ -77,8 +86,9 @@ __attribute__((flatten)) void pack_lanes(Scalar* to, Index width, MatrixView<con
   const auto put = [&](Scalar * at, simd::Packet<Scalar> y) __attribute__((always_inline)) {
     simd::store(at, op(simd::load(at), y));
   };
-  Index i = 0;
-  for (; i + N <= x.rows; i += N) {
+  const Index whole = Op::kOverwrites && x.rows >= N ? x.rows : x.rows / N * N;
+  for (Index next = 0; next < whole; next += N) {
+    const Index i = whole_vector(next, x.rows, N);
     Index d = 0;
     if (x.row_stride == 1 || x.row_stride == 0) {
       for (; d < x.cols; ++d) {
@@ -96,7 +106,7 @@ __attribute__((flatten)) void pack_lanes(Scalar* to, Index width, MatrixView<con
       for (Index r = i; r < i + N; ++r) to[d * width + r] = op(to[d * width + r], x(r, d));
     }
   }
-  for (; i < x.rows; ++i) {
+  for (Index i = whole; i < x.rows; ++i) {
     for (Index d = 0; d < x.cols; ++d) to[d * width + i] = op(to[d * width + i], x(i, d));
   }
 }
@@ -106,8 +116,9 @@ template <class Scalar>
 __attribute__((flatten)) void unpack_lanes(MatrixView<Scalar> y, const Scalar* from, Index width,
                                            const Scalar* factor) {
   constexpr Index N = simd::kLanes<Scalar>;
-  Index i = 0;
-  for (; i + N <= y.rows; i += N) {
+  const Index whole = y.rows >= N ? y.rows : 0;
+  for (Index next = 0; next < whole; next += N) {
+    const Index i = whole_vector(next, y.rows, N);
     const simd::Packet<Scalar> factors = simd::load(factor + i);
     Index d = 0;
     if (y.row_stride == 1) {
@@ -124,7 +135,7 @@ __attribute__((flatten)) void unpack_lanes(MatrixView<Scalar> y, const Scalar* f
       for (Index r = i; r < i + N; ++r) y(r, d) = from[d * width + r] * factor[r];
     }
   }
-  for (; i < y.rows; ++i) {
+  for (Index i = whole; i < y.rows; ++i) {
     for (Index d = 0; d < y.cols; ++d) y(i, d) = from[d * width + i] * factor[i];
   }
 }

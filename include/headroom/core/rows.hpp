@@ -166,7 +166,8 @@ class RowReader {
     const Index first = range.begin, count = range.end - range.begin;
     if (plain_) return pack_lanes<Scalar>(to.data, to.width, x_.as<Scalar>().middle_rows(first, count), op);
     constexpr Index N = simd::kLanes<Scalar>;
-    for (Index i = 0; i < count; i += N) {
+    for (Index next = 0; next < count; next += N) {
+      const Index i = Op::kOverwrites ? whole_vector(next, count, N) : next;
       pack_lanes(to.data + i, to.width, rows(first + i, std::min(N, count - i), buffer), op);
     }
   }
@@ -202,8 +203,8 @@ class RowWriter {
     const Index first = range.begin, count = range.end - range.begin;
     if (plain_) return unpack_lanes(y_.as<Scalar>().middle_rows(first, count), from.data, from.width, factor);
     constexpr Index N = simd::kLanes<Scalar>;
-    for (Index i = 0; i < count; i += N) {
-      const Index rows = std::min(N, count - i);
+    for (Index next = 0; next < count; next += N) {
+      const Index i = whole_vector(next, count, N), rows = std::min(N, count - i);
       unpack_lanes(MatrixView<Scalar>{buffer, rows, y_.cols, y_.cols, 1}, from.data + i, from.width, factor + i);
       write(first + i, rows, buffer);
     }
@@ -238,6 +239,12 @@ class RowSums {
     for (Index i = 0; i < count; ++i) {
       each_sum(first + i, [&](Index d, Scalar sum) { return sum + rows[i * stride + d]; });
     }
+  }
+  /// Writes rows [count][stride] that are whole sums, instead of all of the others; they are spoiled.
+  void put(Index first, Index count, Scalar* rows, Index stride) const {
+    const RowWriter<Scalar> writer(y_, rotation_);
+    if (stride == y_.cols) return writer.write(first, count, rows);
+    for (Index i = 0; i < count; ++i) writer.write(first + i, 1, rows + i * stride);
   }
   /// Turns the sums back and rounds them. `buffer` holds [cols].
   void finish(Index first, Index count, Scalar* buffer) const {

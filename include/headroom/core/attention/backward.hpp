@@ -45,6 +45,12 @@ class BackwardWorker {
   /// One even without keys: it clears grad_q.
   static Index strip_count(const BackwardProblem& x) { return std::max<Index>(strips(x).count(), 1); }
 
+  /// Fetches a head while the one before is computed.
+  void read_ahead(HeadIndex next) {
+    const auto of = [&](const StoredTensor& tensor) { return tensor.head(next.b, next.h, x_.heads()); };
+    ahead_.begin(of(x_.k), of(x_.v), of(x_.q), of(x_.grad_output), of(x_.output), of(x_.grad_q), of(x_.grad_k),
+                 of(x_.grad_v));
+  }
   /// Strip `strip` of the keys that the heads of a family use; `state(HeadIndex)` gives their BackwardHead.
   template <class StateOf>
   void run(const HeadFamily& family, Index strip, StateOf&& state) {
@@ -53,7 +59,7 @@ class BackwardWorker {
     for (Index b = 0; b < family.batches; b += key_batches) {
       for (Index h = 0; h < family.heads; h += share) {
         const HeadFamily sharers{family.first_batch + b, key_batches, family.first_head + h, share};
-        const Head<Scalar> of_keys{x_, score_, sharers.first()};
+        const Head<Scalar> of_keys{x_, score_, sharers.first(), ahead_};
         if constexpr (kMayUseBfloat16<Scalar>) {
           if (uses_bfloat16(x_, score_.params())) {
             const AmxTiles amx;
@@ -103,27 +109,36 @@ class BackwardWorker {
   /// All queries of one head against the tiles that are loaded.
   template <class Products>
   void add_head(Products& products, const HeadState& state, Index strip) {
-    const Head<Scalar> head{x_, score_, state.index};
+    const Head<Scalar> head{x_, score_, state.index, ahead_};
     products.use_head(head.of(x_.q), head.of(x_.grad_output));
     const RowSums<Scalar> grad_q(head.of(x_.grad_q), Rotation<Scalar>::of_queries(score_.params()), state.grad_q);
     const KeyRange keys = strips_.positions(strip);
+    const bool at_once = strip_count(x_) == 1 && score_.mask().passes() == 1;  // grad_q gets no more than one sum
     for (Index block = 0; block < blocks_in(x_.q.length()); ++block) {
       const KeyRange queries = block_at(block, x_.q.length());
       const Index rows = queries.end - queries.begin;
       if (state.turns != nullptr) state.turns[block].wait_for(static_cast<int>(strip));
       softmax_.find_apart(x_.lse, state.index, queries);
       if (strip == 0) {
-        grad_q.clear(queries.begin, rows);
+        if (!at_once) grad_q.clear(queries.begin, rows);
         preprocess(products, head, state, queries);
       }
       for (int pass = 0; pass < score_.mask().passes(); ++pass) {
         const bool seen = !(state.seen[pass * blocks_in(x_.q.length()) + block] & keys).empty() &&
                           (!score_.hides_elements() || score_.sees_any(state.index, queries, keys));
-        if (!seen) continue;
+        if (!seen) {
+          if (at_once) grad_q.clear(queries.begin, rows);
+          continue;
+        }
         add_block(products, state, run_of(pass, state.index, queries), strip);
-        grad_q.add(queries.begin, rows, memory_.grad_queries.template as<Scalar>(), memory_.vector_dim);
+        Scalar* const sums = memory_.grad_queries.template as<Scalar>();
+        if (at_once) {
+          grad_q.put(queries.begin, rows, sums, memory_.vector_dim);
+        } else {
+          grad_q.add(queries.begin, rows, sums, memory_.vector_dim);
+        }
       }
-      if (strip + 1 == strip_count(x_)) grad_q.finish(queries.begin, rows, memory_.scores.buffer);
+      if (strip + 1 == strip_count(x_) && !at_once) grad_q.finish(queries.begin, rows, memory_.scores.buffer);
       if (state.turns != nullptr) state.turns[block].end(static_cast<int>(strip));
     }
   }
@@ -199,7 +214,7 @@ class BackwardWorker {
     for (Index t = 0; t < strips_.tiles(strip); ++t) {
       const Tile& tile = memory_.tiles[t];
       if (!run.touches(tile.keys)) continue;
-      const KeyRange seeing = run.that_see(tile.keys);
+      const KeyRange seeing = score_.seeing_queries(state.index, run.that_see(tile.keys), tile.keys);
       if (seeing.empty()) continue;
       if (Products::kWholeBlocks || seeing == queries) {
         add_tile(products, tile, state, {nullptr, tile.width(), state.index, tile.keys, run});
@@ -290,6 +305,7 @@ class BackwardWorker {
   Strips<Scalar> strips_;
   BackwardMemory<Scalar> memory_;
   BlockSoftmax<Scalar> softmax_;
+  ReadAhead ahead_;
   Run part_;  // of a block's queries, where some see no key of a tile
 };
 

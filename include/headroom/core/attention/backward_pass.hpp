@@ -16,12 +16,12 @@ class BackwardPass final : public Pass {
       : x_(x),
         score_(params, mask, x),
         families_(x),
-        tasks_(families_.count(), Worker::strip_count(x), workers),
+        sum_bytes_(HeadSums(nullptr, x).bytes()),
+        tasks_(families_.count(), families_in_run(workers), Worker::strip_count(x), workers),
         strips_(Worker::strips(x)),
         workers_(workers) {
     worker_bytes_ = Worker::workspace_bytes(x.q.dim(), x.v.dim(), params);
     bias_bytes_ = SharedBiasSums<Scalar>(nullptr, x, families_).bytes();
-    sum_bytes_ = HeadSums(nullptr, x).bytes();
     head_bytes_ = HeadMemory(nullptr, x, mask.passes()).bytes();
     owners_ = (tasks_.whole > 0 ? workers : 0) + tasks_.split;
   }
@@ -41,24 +41,26 @@ class BackwardPass final : public Pass {
   }
 
   Index preparations() const override { return tasks_.split; }
-  void prepare(Index split) override { find_seen(families_[tasks_.whole + split], first_split_owner() + split); }
+  void prepare(Index split) override {
+    find_seen(families_[tasks_.whole_families + split], first_split_owner() + split);
+  }
 
   Index tasks() const override { return tasks_.count(); }
   void run(Index task, int worker) override {
     Worker strip_worker(workspace_ + worker * worker_bytes_, x_, score_);
-    const HeadFamily family = families_[tasks_.family(task)];
+    const Index first = tasks_.family(task);
     if (!tasks_.is_whole(task)) {
-      const Place place{task, worker, first_split_owner() + tasks_.family(task) - tasks_.whole, &family};
+      const HeadFamily family = families_[first];
+      const Place place{task, worker, first_split_owner() + first - tasks_.whole_families, &family};
       run_strip(strip_worker, place, tasks_.strip(task));
       return in_order(task, [&] { add_strip(place, tasks_.strip(task)); });
     }
-    const Place place{task, worker, worker, &family};
-    find_seen(family, worker);
-    for (Index strip = 0; strip < tasks_.strips; ++strip) {
-      run_strip(strip_worker, place, strip);
-      if (strip + 1 < tasks_.strips) add_strip(place, strip);
+    const Index end = tasks_.end_of_run(task);
+    for (Index index = first; index < end; ++index) {
+      const HeadFamily family = families_[index];
+      if (index + 1 < end) strip_worker.read_ahead(families_[index + 1].first());
+      run_family(strip_worker, {task, worker, worker, &family});
     }
-    in_order(task, [&] { add_strip(place, tasks_.strips - 1); });
   }
 
  private:
@@ -90,6 +92,22 @@ class BackwardPass final : public Pass {
     }
     Index bytes() const { return scratch.bytes(); }
   };
+
+  /// Runs are for short heads of their own, of which nothing is summed up that has to be added in order.
+  Index families_in_run(Index workers) const {
+    const bool serves = ReadAhead::serves(x_.q, x_.k, x_.v, x_.output, x_.grad_output, x_.grad_q, x_.grad_k, x_.grad_v);
+    const bool alone = families_.members() == 1 && sum_bytes_ == 0 && Worker::strip_count(x_) == 1;
+    return serves && alone ? heads_in_run(families_.count(), workers) : 1;
+  }
+  /// All strips of a family.
+  void run_family(Worker& strip_worker, const Place& place) {
+    find_seen(*place.family, place.owner);
+    for (Index strip = 0; strip < tasks_.strips; ++strip) {
+      run_strip(strip_worker, place, strip);
+      if (strip + 1 < tasks_.strips) add_strip(place, strip);
+    }
+    in_order(place.task, [&] { add_strip(place, tasks_.strips - 1); });
+  }
 
   Index first_split_owner() const { return owners_ - tasks_.split; }
   std::byte* bias_start() const { return workspace_ + workers_ * worker_bytes_; }
@@ -165,10 +183,11 @@ class BackwardPass final : public Pass {
   const BackwardProblem& x_;
   ScoreFunction<Scalar> score_;
   HeadFamilies families_;
+  Index sum_bytes_;
   BackwardTasks tasks_;
   Strips<Scalar> strips_;
   Index workers_, owners_;
-  Index worker_bytes_, bias_bytes_, sum_bytes_, head_bytes_;
+  Index worker_bytes_, bias_bytes_, head_bytes_;
   std::byte* workspace_ = nullptr;
   std::vector<Normalisers<Scalar>> normalisers_;  // of each head in memory
   Turn<Index> committed_;

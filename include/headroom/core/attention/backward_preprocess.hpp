@@ -20,7 +20,8 @@ void write_delta(Scalar* delta, const RowReader<Scalar>& g, const RowReader<Scal
   constexpr Index N = simd::kLanes<Scalar>;
   const Index dim = g.cols();
   Scalar *const g_lanes = buffer, *const o_lanes = g_lanes + N * dim, *const spare = o_lanes + N * dim;
-  for (Index first = queries.begin; first < queries.end; first += N) {
+  for (Index next = 0; next < queries.end - queries.begin; next += N) {
+    const Index first = queries.begin + whole_vector(next, queries.end - queries.begin, N);
     const KeyRange rows{first, std::min(first + N, queries.end)};
     g.pack({g_lanes, N}, rows, Times<Scalar>{1}, spare);
     o.pack({o_lanes, N}, rows, Times<Scalar>{1}, spare);

@@ -18,6 +18,7 @@ class Bfloat16Backward {
       : memory_(memory),
         k_(head.of(head.x.k)),
         v_(head.of(head.x.v)),
+        ahead_(head.ahead),
         sign_(head.score.sign()),
         scale_(static_cast<float>(head.score.scale())),
         dim_(padded(memory.dim, kVnniDepth)),
@@ -65,6 +66,7 @@ class Bfloat16Backward {
     multiply<Vectors, false>({grad_rows(), value_dim_, tile.value.as<VnniPair>(), width, padded(part.rows, kVnniRows),
                               value_dim_ / 2, to, width});
     for (Index row = 0; row < part.rows; ++row) {
+      ahead_.step();
       for (int v = 0; v < Vectors; ++v) {
         float* const at = to + row * width + v * N;
         simd::store(at, finish(row, v, simd::load(at)));
@@ -79,7 +81,7 @@ class Bfloat16Backward {
     const float *const weights = memory_.weights.as<float>(), *const grad_scores = memory_.grad_scores.as<float>();
     VnniPair *const weight_pairs = memory_.weights.as<VnniPair>(), *const grad_score_pairs =
                                                                        memory_.grad_scores.as<VnniPair>();
-    round_rows<Vectors>(memory_.grad_score_rows, depth, grad_scores, part.rows);
+    round_rows<Vectors>(memory_.grad_score_rows(), depth, grad_scores, part.rows);
     pack_vnni_rows<Vectors>(weight_pairs, weights, 0, part.rows, row_depth);
     pack_vnni_rows<Vectors>(grad_score_pairs, grad_scores, 0, part.rows, row_depth);
     multiply<Vectors, true>({grad_columns(), kBlockSize, weight_pairs, width, padded(memory_.value_dim, kVnniRows),
@@ -87,7 +89,7 @@ class Bfloat16Backward {
     multiply<Vectors, true>({query_columns(), kBlockSize, grad_score_pairs, width, padded(memory_.dim, kVnniRows),
                              row_depth / 2, tile.grad_key, width});
     for_row_tiles<kTileVectors>(vector_dim / N, [&]<int V>(Index vector) {
-      multiply<V, true>({memory_.grad_score_rows, depth, tile.key_rows.as<VnniPair>() + vector * N, vector_dim,
+      multiply<V, true>({memory_.grad_score_rows(), depth, tile.key_rows.as<VnniPair>() + vector * N, vector_dim,
                          padded(part.rows, kVnniRows), depth / 2, memory_.grad_queries.as<float>() + vector * N,
                          vector_dim});
     });
@@ -145,6 +147,7 @@ class Bfloat16Backward {
 
   const BackwardMemory<float>& memory_;
   StoredMatrix k_, v_, q_, g_;
+  ReadAhead& ahead_;
   float sign_, scale_;
   Index dim_, value_dim_;  // padded
   bool spoiled_ = false;

@@ -31,6 +31,7 @@ class Bfloat16Forward {
   Bfloat16Forward(const Memory& memory, const FloatForward<float>& in_float, const Head<float>& head)
       : memory_(memory),
         in_float_(in_float),
+        ahead_(head.ahead),
         q_(head.of(head.x.q)),
         k_(head.of(head.x.k)),
         v_(head.of(head.x.v)),
@@ -70,6 +71,7 @@ class Bfloat16Forward {
     float* const to = scores.data;  // a copy: stores might change what a reference refers to
     const auto finish_keys = [&]<bool Borders>(KeyRange part) __attribute__((always_inline)) {
       for (Index key = part.begin; key < part.end; ++key) {
+        ahead_.step();
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) {
           float* const at = to + key * width + v * N;
@@ -120,6 +122,7 @@ class Bfloat16Forward {
  private:
   Memory memory_;
   FloatForward<float> in_float_;
+  ReadAhead& ahead_;
   StoredMatrix q_, k_, v_;
   float sign_;
   Index dim_, value_dim_;  // padded

@@ -31,11 +31,10 @@ struct BackwardMemory {
 
   Index dim, value_dim, vector_dim;  // vector_dim: D in whole vectors
   Scratch scratch;
-  Piece weights, grad_scores;                  // P and dS: [queries][width], in the end in VNNI layout
-  ScoreMemory<Scalar> scores;                  // its buffer also holds [3][kLanes][features]
-  Eigen::bfloat16* grad_score_rows = nullptr;  // [queries][padded width]
-  Piece grad_queries;                          // sums for grad_q: [queries][vector D]
-  Piece queries, grads;                        // of a block
+  Piece weights, grad_scores;  // P and dS: [queries][width], in the end in VNNI layout
+  ScoreMemory<Scalar> scores;  // its buffer and what is behind also hold [3][kLanes][features]
+  Piece grad_queries;          // sums for grad_q: [queries][vector D]
+  Piece queries, grads;        // of a block
   BackwardTile<Scalar> tiles[Strips<Scalar>::kMostTiles];
 
   BackwardMemory(std::byte* workspace, Index d, Index dv, const AttentionParams& params)
@@ -44,11 +43,11 @@ struct BackwardMemory {
         vector_dim(padded(d, N)),
         scratch(workspace),
         scores(scratch, params, kBlockSize * kWidth,
-               std::max(ScoreFunction<Scalar>::buffer_size(kBlockSize, kWidth), 3 * N * std::max(d, dv))) {
+               std::max(ScoreFunction<Scalar>::buffer_size(kBlockSize, kWidth), N * std::max(d, dv)),
+               std::max(2 * N * std::max(d, dv), kMayUseBfloat16<Scalar> ? kBlockSize * kPaddedWidth / 2 : 0)) {
     const Index of_key = padded_dim<Scalar>(d), of_value = padded_dim<Scalar>(dv);
     weights = scratch.take_piece<Scalar>(kBlockSize * kWidth);
     grad_scores = scratch.take_piece<Scalar>(kBlockSize * kWidth);
-    if (kMayUseBfloat16<Scalar>) grad_score_rows = scratch.take<Eigen::bfloat16>(kBlockSize * kPaddedWidth);
     grad_queries = scratch.take_piece<Scalar>(kBlockSize * std::max(vector_dim, std::max(of_key, of_value) / 2));
     queries = scratch.take_piece<Scalar>(kBlockSize * of_key);
     grads = scratch.take_piece<Scalar>(kBlockSize * of_value);
@@ -60,6 +59,8 @@ struct BackwardMemory {
       tiles[t].key_rows = scratch.take_piece<Scalar>(kWidth * vector_dim);
     }
   }
+  /// dS rounded to bfloat16 [queries][padded width], once a tile was differentiated.
+  Eigen::bfloat16* grad_score_rows() const { return scores.behind.template as<Eigen::bfloat16>(); }
   static Index bytes(Index dim, Index value_dim, const AttentionParams& params) {
     return BackwardMemory(nullptr, dim, value_dim, params).scratch.bytes();
   }
@@ -79,6 +80,7 @@ class FloatBackward {
   FloatBackward(const BackwardMemory<Scalar>& memory, const Head<Scalar>& head)
       : memory_(memory),
         score_(head.score),
+        ahead_(head.ahead),
         keys_(head.of(head.x.k), Rotation<Scalar>::of_keys(score_.params())),
         values_(head.of(head.x.v)) {}
 
@@ -148,6 +150,7 @@ class FloatBackward {
         dim / N, [&]<int V>(Index vector) __attribute__((always_inline)) {
           for_row_tiles<kTileRows>(
               part.rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
+                ahead_.step();
                 RegisterTile<Scalar, Rows, V> grad({grad_scores + row * width, width, 1}, {key_rows + vector * N, dim},
                                                    width);
                 grad.for_each([&](int r, int v, Packet x) __attribute__((always_inline)) {
@@ -175,10 +178,11 @@ class FloatBackward {
   }
   /// to [rows][lanes] = a·lanes
   template <int Vectors, class Finish>
-  EIGEN_ALWAYS_INLINE static void multiply_by_lanes(MatrixView<const Scalar> a, const Piece& lanes, Scalar* to,
-                                                    Finish&& finish) {
+  EIGEN_ALWAYS_INLINE void multiply_by_lanes(MatrixView<const Scalar> a, const Piece& lanes, Scalar* to,
+                                             Finish&& finish) const {
     for_row_tiles<kTileRows>(
         a.rows, [&]<int Rows>(Index row) __attribute__((always_inline)) {
+          ahead_.step();
           RegisterTile<Scalar, Rows, Vectors> product({&a(row, 0), a.row_stride, 1},
                                                       {lanes.template as<Scalar>(), Vectors * N}, a.cols);
           product.for_each([&](int r, int v, Packet x) __attribute__((always_inline)) {
@@ -188,10 +192,11 @@ class FloatBackward {
   }
   /// to[d][lane] += sum_i x(i,d)·s[i][lane]
   template <int Vectors>
-  EIGEN_ALWAYS_INLINE static void add_transposed(Scalar* to, MatrixView<const Scalar> x, const Scalar* s) {
+  EIGEN_ALWAYS_INLINE void add_transposed(Scalar* to, MatrixView<const Scalar> x, const Scalar* s) const {
     constexpr Index width = Vectors * N;
     for_row_tiles<kTileRows>(
         x.cols, [&]<int Rows>(Index d) __attribute__((always_inline)) {
+          ahead_.step();
           RegisterTile<Scalar, Rows, Vectors> sum({&x(0, d), 1, x.row_stride}, {s, width}, x.rows);
           sum.for_each([&](int r, int v, Packet y) __attribute__((always_inline)) {
             Scalar* const at = to + (d + r) * width + v * N;
@@ -213,6 +218,7 @@ class FloatBackward {
 
   const BackwardMemory<Scalar>& memory_;
   const ScoreFunction<Scalar>& score_;
+  ReadAhead& ahead_;
   RowReader<Scalar> keys_, values_, queries_{StoredMatrix{}}, grads_{StoredMatrix{}};
   MatrixView<const Scalar> q_, g_;                // of the block
   MatrixView<const Scalar> finite_q_, finite_g_;  // what the sums over queries take

@@ -44,6 +44,7 @@ class FloatForward {
   FloatForward(const Memory& memory, const Head<Scalar>& head)
       : memory_(memory),
         score_(head.score),
+        ahead_(head.ahead),
         queries_(head.of(head.x.q), Rotation<Scalar>::of_queries(score_.params())),
         keys_(head.of(head.x.k), Rotation<Scalar>::of_keys(score_.params())),
         values_(head.of(head.x.v)) {}
@@ -72,6 +73,7 @@ class FloatForward {
   void load_values(KeyRange block) {
     block_ = block;
     value_block_ = values_.rows(block.begin, block.end - block.begin, memory_.values);
+    finite_block_.reset();
   }
 
   /// S = K·Qᵀ [keys][queries] of a tile and some keys of the block. finish<Borders>(key, v, s) returns what becomes of
@@ -85,6 +87,7 @@ class FloatForward {
       for_row_tiles<kTileRows>(
           part.end - part.begin, [&]<int Rows>(Index row) __attribute__((always_inline)) {
             const Index key = part.begin + row;
+            ahead_.step();
             RegisterTile<Scalar, Rows, Vectors> score({&keys(key, 0), keys.row_stride, 1},
                                                       {tile.query.template as<Scalar>(), Vectors * N}, dim);
             score.for_each([&](int r, int v, Packet s) __attribute__((always_inline)) {
@@ -114,6 +117,7 @@ class FloatForward {
     const MatrixView<const Scalar> values = seen_by_all(weights) ? all : only_finite(all, weights);
     for_row_tiles<kTileRows>(
         value_dim, [&]<int Rows>(Index d) __attribute__((always_inline)) {
+          ahead_.step();
           RegisterTile<Scalar, Rows, Vectors> weighted({&values(0, d), 1, values.row_stride}, {weights.data, width},
                                                        weights.key_count());
           weighted.for_each([&](int r, int v, Packet x) __attribute__((always_inline)) {
@@ -128,6 +132,8 @@ class FloatForward {
   bool seen_by_all(const Scores& scores) const { return !score_.hides_elements() && scores.run.covers(scores.keys); }
   /// Values without what is not finite, if there is any that some query must not see.
   MatrixView<const Scalar> only_finite(MatrixView<const Scalar> values, const Scores& weights) const {
+    if (!finite_block_) finite_block_ = rows_are_finite(value_block_);
+    if (*finite_block_) return values;
     const KeyRange seen_by_all = score_.hides_elements() ? KeyRange{} : weights.run.inside(weights.keys);
     bool finite = true;
     for (Index j = 0; j < values.rows && finite; ++j) {
@@ -155,9 +161,11 @@ class FloatForward {
 
   Memory memory_;
   const ScoreFunction<Scalar>& score_;
+  ReadAhead& ahead_;
   RowReader<Scalar> queries_, keys_, values_;
   KeyRange block_;
   MatrixView<const Scalar> key_block_, value_block_;
+  mutable std::optional<bool> finite_block_;  // whether all values of the block are, once somebody asked
 };
 
 }  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

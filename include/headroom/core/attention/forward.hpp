@@ -45,8 +45,15 @@ class ForwardWorker {
     return ForwardWorker(nullptr, dim, value_dim).scratch_.bytes();
   }
 
+  /// Fetches a head while the one before is computed.
+  void read_ahead(const ForwardProblem& x, HeadIndex next) {
+    const auto of = [&](const StoredTensor& tensor) { return tensor.head(next.b, next.h, x.heads()); };
+    ahead_.begin(of(x.q), of(x.k), of(x.v), of(x.output));
+  }
   /// Computes the rows of one head that a strip holds.
-  void run(const Head<Scalar>& head, const Strips<Scalar>& strips, Index strip) {
+  void run(const ForwardProblem& x, const ScoreFunction<Scalar>& score, HeadIndex index, const Strips<Scalar>& strips,
+           Index strip) {
+    const Head<Scalar> head{x, score, index, ahead_};
     FloatForward<Scalar> in_float(float_memory_, head);
     if constexpr (kMayUseBfloat16<Scalar>) {
       if (uses_bfloat16(head.x, head.score.params())) {
@@ -72,7 +79,7 @@ class ForwardWorker {
       for (Index t = 0; t < tiles; ++t) {
         const KeyRange queries = strips.positions(strips.tile(strip, t));
         tiles_[t].run = {mask, head.score.params(), head.index, queries, head.x.k.length()};
-        needed = hull(needed, tiles_[t].run.any);
+        needed = hull(needed, head.score.seen_keys(head.index, queries, tiles_[t].run.any));
       }
       for (Index key = needed.begin; key < needed.end; key += kBlockSize) {
         add_block(products, head, {key, std::min(key + kBlockSize, needed.end)}, tiles);
@@ -96,7 +103,7 @@ class ForwardWorker {
     bool loaded = false;
     for (Index t = 0; t < tiles; ++t) {
       const Tile& tile = tiles_[t];
-      const KeyRange part = tile.run.any & block;
+      const KeyRange part = score.seen_keys(head.index, tile.run.queries, tile.run.any & block);
       if (part.empty()) continue;
       if (score.hides_elements() && !score.sees_any(head.index, tile.run.queries, part)) continue;
       if (!loaded) products.load_keys(block);  // the first tile that needs them
@@ -149,9 +156,10 @@ class ForwardWorker {
   typename FloatForward<Scalar>::Memory float_memory_;
   std::optional<Bfloat16Forward::Memory> bfloat16_memory_;
   Tile tiles_[Strips<Scalar>::kMostTiles];
+  ReadAhead ahead_;
 };
 
-/// The forward pass of all heads: one task for each strip of queries.
+/// The forward pass of all heads: one task for each strip of queries, or for a run of short heads.
 template <class Scalar>
 class ForwardPass final : public Pass {
   using Worker = ForwardWorker<Scalar>;
@@ -162,25 +170,33 @@ class ForwardPass final : public Pass {
         score_(params, mask, x),
         strips_(x.q.length(), x.batch() * x.heads(), x.q.dim() + x.v.dim()),
         workers_(workers),
+        heads_a_task_(
+            strips_.count() == 1 && ReadAhead::serves(x.q, x.k, x.v, x.output) ? heads_in_run(heads(), workers) : 1),
         worker_bytes_(Worker::workspace_bytes(x.q.dim(), x.v.dim())) {}
 
   Index workspace_bytes() const override { return worker_bytes_ * workers_; }
   void use(std::byte* workspace) override { workspace_ = workspace; }
   Index preparations() const override { return 0; }
   void prepare(Index) override {}
-  Index tasks() const override { return x_.batch() * x_.heads() * strips_.count(); }
+  Index tasks() const override { return (heads() + heads_a_task_ - 1) / heads_a_task_ * strips_.count(); }
   void run(Index task, int worker) override {
-    const Index head = task / strips_.count();
+    const Index first = task / strips_.count() * heads_a_task_, end = std::min(first + heads_a_task_, heads());
     const Index strip = strips_.count() - 1 - task % strips_.count();  // under a causal mask the longest first
-    Worker(workspace_ + worker * worker_bytes_, x_.q.dim(), x_.v.dim())
-        .run({x_, score_, {head / x_.heads(), head % x_.heads()}}, strips_, strip);
+    Worker strip_worker(workspace_ + worker * worker_bytes_, x_.q.dim(), x_.v.dim());
+    for (Index head = first; head < end; ++head) {
+      if (head + 1 < end) strip_worker.read_ahead(x_, index_of(head + 1));
+      strip_worker.run(x_, score_, index_of(head), strips_, strip);
+    }
   }
 
  private:
+  Index heads() const { return x_.batch() * x_.heads(); }
+  HeadIndex index_of(Index head) const { return {head / x_.heads(), head % x_.heads()}; }
+
   const ForwardProblem& x_;
   ScoreFunction<Scalar> score_;
   Strips<Scalar> strips_;
-  Index workers_, worker_bytes_;
+  Index workers_, heads_a_task_, worker_bytes_;
   std::byte* workspace_ = nullptr;
 };
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "headroom/core/attention/online_softmax.hpp"
+#include "headroom/core/attention/read_ahead.hpp"
 #include "headroom/core/attention/schedule.hpp"
 #include "headroom/core/bfloat16_product.hpp"
 #include "headroom/core/scratch.hpp"
@@ -21,6 +22,7 @@ struct Head {
   const ForwardProblem& x;
   const ScoreFunction<Scalar>& score;
   HeadIndex index;
+  ReadAhead& ahead;  // of the head after it
 
   StoredMatrix of(const StoredTensor& tensor) const { return tensor.head(index.b, index.h, x.heads()); }
 };
@@ -32,7 +34,7 @@ inline constexpr bool kMayUseBfloat16 = kHasBfloat16Products&& std::is_same_v<Sc
 /// Whether a problem is multiplied in bfloat16. For a few keys that would take longer than to widen them.
 inline bool uses_bfloat16(const ForwardProblem& x, const AttentionParams& params) {
   return kHasBfloat16Products && AmxTiles::available() && !params.rotary && x.q.type == kStoredType<Eigen::bfloat16> &&
-         x.k.length() >= 48;
+         x.k.length() >= kFewestBfloat16Keys;
 }
 
 /// Features in memory: bfloat16 products take them in multiples.

@@ -58,6 +58,9 @@ class Strips {
   Index size_, count_;
 };
 
+/// Short heads that one task takes one after the other, so that each can be fetched while the one before is computed.
+inline Index heads_in_run(Index heads, Index workers) { return std::clamp<Index>(heads / (8 * workers), 1, 16); }
+
 /// Lets tasks through one after the other: task i waits for turn i.
 template <class Count>
 class Turn {
@@ -116,17 +119,23 @@ class HeadFamilies {
   Index heads_, family_batches_, family_heads_, count_;
 };
 
-/// Tasks of a backward pass: whole families go to one worker each for as long as every worker gets one; the strips of
-/// keys of the last few are tasks of their own.
+/// Tasks of a backward pass: whole families go to one worker each for as long as every worker gets one, in runs; the
+/// strips of keys of the last few are tasks of their own.
 struct BackwardTasks {
-  Index whole, split, strips;
+  Index run, whole_families, whole, split, strips;
 
-  BackwardTasks(Index families, Index strips_of_keys, Index workers)
-      : whole(families / workers * workers), split(families - whole), strips(strips_of_keys) {}
+  BackwardTasks(Index families, Index families_in_run, Index strips_of_keys, Index workers)
+      : run(families_in_run),
+        whole_families(families / workers * workers),
+        whole((whole_families + run - 1) / run),
+        split(families - whole_families),
+        strips(strips_of_keys) {}
 
   Index count() const { return whole + split * strips; }
   bool is_whole(Index task) const { return task < whole; }
-  Index family(Index task) const { return is_whole(task) ? task : whole + (task - whole) % split; }
+  /// Of a run of whole ones the first and one past the last.
+  Index family(Index task) const { return is_whole(task) ? task * run : whole_families + (task - whole) % split; }
+  Index end_of_run(Index task) const { return std::min((task + 1) * run, whole_families); }
   Index strip(Index task) const { return (task - whole) / split; }
 };
 

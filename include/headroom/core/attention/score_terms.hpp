@@ -193,35 +193,6 @@ struct Slopes {
   }
 };
 
-/// A tile as functions of one's own see it.
-template <class Scalar, Index Capacity, bool QueriesInLanes>
-OwnTile<Scalar> own_tile(const TileScores<Scalar, Capacity, QueriesInLanes>& tile, Index first_batch) {
-  return {tile.data,       tile.rows(),      tile.width, first_batch + tile.head.b, tile.head.h, tile.run.queries.begin,
-          tile.keys.begin, tile.run.position};
-}
-
-/// s becomes f(factor·s), f a score function of one's own.
-template <class Scalar>
-struct OwnScores {
-  const ScoreFunctionRef& f;
-  Index first_batch;
-
-  explicit operator bool() const { return static_cast<bool>(f); }
-  /// In the backward pass `slope` receives the derivative of f and `input`, where given, factor·s.
-  template <class Tile>
-  void apply(const Tile& tile, Scalar factor, Scalar* slope, Scalar* input) const {
-    if constexpr (Tile::kQueriesInLanes) {
-      f.forward(own_tile(tile, first_batch), factor);
-    } else {
-      f.backward(own_tile(tile, first_batch), factor, {slope, input});
-    }
-  }
-  template <class Tile>
-  void add_gradients(const Tile& grad, const Scalar* input, const ParamSums& sums) const {
-    if (sums.score_tables != nullptr) f.add_gradients(own_tile(grad, first_batch), input, sums.score_tables);
-  }
-};
-
 /// A score beside those of the keys, without a value.
 struct Sink {
   const StoredTensor& sink;
@@ -298,34 +269,6 @@ struct BlockMask {
         if (!params.block_mask(tile.head.b, tile.head.h, query, key)) tile.row(r)[l] = kHidden<Scalar>;
       }
     }
-  }
-};
-
-/// Hides the pairs that a mask function of one's own does not see.
-template <class Scalar>
-struct OwnMask {
-  const AttentionParams& params;
-  Index first_batch;
-
-  explicit operator bool() const { return static_cast<bool>(params.mask_function); }
-  bool sees_any(HeadIndex head, KeyRange queries, KeyRange keys) const {
-    if (!*this) return true;
-    const Seen seen = params.mask_function.block(first_batch + head.b, head.h, queries, keys);
-    if (seen != Seen::some) return seen == Seen::all;
-    const Index count = keys.end - keys.begin, N = simd::kLanes<Scalar>;
-    for (Index query = queries.begin; query < queries.end; ++query) {
-      const Index position = params.position(query);
-      const OwnTile<Scalar> row{nullptr,    1,        (count + N - 1) / N * N, first_batch + head.b, head.h, query,
-                                keys.begin, &position};
-      if (params.mask_function.sees_any(row, count)) return true;
-    }
-    return false;
-  }
-  template <class Tile>
-  void hide(const Tile& tile) const {
-    const OwnTile<Scalar> own = own_tile(tile, first_batch);
-    if (params.mask_function.block(own.batch, own.head, tile.run.queries, tile.keys) == Seen::all) return;
-    params.mask_function.hide<Scalar, Tile::kQueriesInLanes>(own);
   }
 };
 

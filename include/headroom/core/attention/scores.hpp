@@ -1,6 +1,6 @@
 #pragma once
 
-#include "headroom/core/attention/score_terms.hpp"
+#include "headroom/core/attention/own_terms.hpp"
 #include "headroom/core/scratch.hpp"
 
 namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
@@ -12,14 +12,18 @@ struct ScoreMemory {
   Scalar* cap_slope = nullptr;  // derivative of the softcap
   Scalar* own_slope = nullptr;  // of a score function of one's own
   Scalar* own_input = nullptr;  // what that was given
+  Piece behind;                 // the buffer, in the place of own_input
 
-  /// Of the backward pass, whose tiles have up to `size` scores.
-  ScoreMemory(Scratch& scratch, const AttentionParams& params, Index size, Index buffer_size) {
+  /// Of the backward pass, whose tiles have up to `size` scores. There is room for `spare` numbers behind the buffer:
+  /// for others, before a tile is scored and after it was differentiated.
+  ScoreMemory(Scratch& scratch, const AttentionParams& params, Index size, Index buffer_size, Index spare) {
+    const bool keeps_input = params.score_function.tables() > 0;
     const auto take = [&](bool is_needed) { return is_needed ? scratch.take<Scalar>(size) : nullptr; };
     buffer = scratch.take<Scalar>(buffer_size);
+    behind = scratch.take_piece<Scalar>(std::max(spare, keeps_input ? size : 0));
     cap_slope = take(params.softcap > 0);
     own_slope = take(static_cast<bool>(params.score_function));
-    own_input = take(params.score_function.tables() > 0);
+    own_input = keeps_input ? behind.as<Scalar>() : nullptr;
   }
   /// Of the forward pass.
   explicit ScoreMemory(Scalar* score_buffer) : buffer(score_buffer) {}
@@ -76,6 +80,14 @@ class ScoreFunction {
   bool sees_any(HeadIndex head, KeyRange queries, KeyRange keys) const {
     return block_mask_.sees_any(head, queries, keys) && element_mask_.sees_any(head, queries, keys) &&
            own_mask_.sees_any(head, queries, keys);
+  }
+  /// The run of keys of which these queries may see some, as far as a function says; and that of queries which may see
+  /// some of these keys.
+  KeyRange seen_keys(HeadIndex head, KeyRange queries, KeyRange keys) const {
+    return own_mask_.seen_keys(head, queries, keys);
+  }
+  KeyRange seeing_queries(HeadIndex head, KeyRange queries, KeyRange keys) const {
+    return own_mask_.seeing_queries(head, queries, keys);
   }
 
   static Index buffer_size(Index rows, Index width) {

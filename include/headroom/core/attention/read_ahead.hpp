@@ -1,0 +1,63 @@
+#pragma once
+
+#include <algorithm>
+
+#include "headroom/core/stored.hpp"
+
+namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
+
+/// Fetches what the next head reads and writes into the cache while this one is computed. A short head takes a few
+/// microseconds, and the processor, which sees no long run of memory in it, as many again to wait for its operands.
+/// Fetched at once they would have to be waited for too, so that products call step() between their register tiles.
+class ReadAhead {
+ public:
+  /// Heads larger than this would push each other out of the cache; within a long head memory is read in long runs.
+  static constexpr Index kMostBytes = 512 * 1024;
+
+  /// Whether heads of these tensors are fetched: of forward's or of backward's.
+  template <class... Tensors>
+  static bool serves(const Tensors&... tensors) {
+    return ((tensors.length() * tensors.dim() * size_of(tensors.type)) + ...) <= kMostBytes;
+  }
+  /// Fetches these matrices in as many steps as there were since it began before; forgets what is left of those.
+  template <class... Matrices>
+  void begin(const Matrices&... matrices) {
+    static_assert(sizeof...(matrices) <= kMost);
+    count_ = at_ = 0, row_ = 0;
+    Index rows = 0;
+    const auto add = [&](const StoredMatrix& x) {
+      const StoredMatrix lines = x.row_stride == 1 ? x.transposed() : x;
+      if (lines.col_stride != 1 || lines.rows == 0) return;  // elements that lie alone are left alone
+      matrices_[count_++] = lines;
+      rows += lines.rows;
+    };
+    (add(matrices), ...);
+    rows_a_step_ = rows / std::max<Index>(steps_, 1) + 1;
+    steps_ = 0;
+  }
+  /// Fetches a few rows more.
+  EIGEN_ALWAYS_INLINE void step() {
+    ++steps_;
+    if (at_ < count_) [[unlikely]]
+      fetch();
+  }
+
+ private:
+  static constexpr int kMost = 8;
+
+  EIGEN_DONT_INLINE void fetch() {
+    for (Index i = 0; i < rows_a_step_ && at_ < count_; ++i) {
+      const StoredMatrix& x = matrices_[at_];
+      const Index bytes = x.cols * size_of(x.type);
+      const char* const row = static_cast<const char*>(x.data) + row_ * x.row_stride * size_of(x.type);
+      for (Index byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
+      if (++row_ == x.rows) ++at_, row_ = 0;
+    }
+  }
+
+  StoredMatrix matrices_[kMost];
+  int count_ = 0, at_ = 0;
+  Index row_ = 0, rows_a_step_ = 0, steps_ = 0;
+};
+
+}  // namespace headroom::inline v0::core::detail::inline HEADROOM_ISA

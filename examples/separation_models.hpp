@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "headroom/audio/ensemble.hpp"
-#include "headroom/audio/level.hpp"
 #include "headroom/audio/reader.hpp"
+#include "headroom/audio/recording_level.hpp"
 #include "headroom/audio/segment_model.hpp"
 #include "headroom/core/combine.hpp"
 #include "headroom/core/error.hpp"
@@ -35,8 +35,7 @@ inline headroom::audio::Ensemble ensemble_for(headroom::audio::AudioReader& reco
   for (std::size_t i = 0; i < models.normalized.size(); ++i) {
     if (!models.normalized[i]) continue;
     if (!level) level = headroom::audio::level_of(recording);
-    headroom::audio::SegmentModel& model = ensemble.members[i].model;
-    model = headroom::audio::at_level(std::move(model), *level);
+    ensemble.members[i].options.level = level;
   }
   return ensemble;
 }

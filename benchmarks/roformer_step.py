@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""A training step, or a separation, by the BSRoformer of the PyPI package bs-roformer-infer, with PyTorch's fused
-attention. The twin of `roformer_step`, which writes configuration, weights and inputs to a file and runs it.
+"""A training step, or a separation, by the BSRoformer of the PyPI package bs-roformer-infer, or of bs-roformer where
+that is installed, with PyTorch's fused attention. The twin of `roformer_step`, which writes configuration, weights and
+inputs to a file and runs it.
 
 roformer_step.py FILE train|checkpointed|separate      prints one line of JSON
 
 `checkpointed` wraps what Music-Source-Separation-Training wraps with use_torch_checkpoint: the band split, each
 transformer, each mask estimator.
 """
+import inspect
 import json
 import sys
 import time
@@ -24,9 +26,14 @@ SHARED = ("dim", "depth", "heads", "dim_head", "time_transformer_depth", "freq_t
           "stft_hop_length", "stft_win_length", "mask_estimator_depth", "zero_dc", "attn_dropout", "ff_dropout")
 
 
+NEWER = ("num_residual_streams", "use_pope")  # of bs-roformer 1.2
+
+
 def make_model(config):
     model, audio = config["model"], config["audio"]
-    return BSRoformer(**{key: model[key] for key in SHARED}, freqs_per_bands=tuple(model["freqs_per_bands"]),
+    known = inspect.signature(BSRoformer).parameters
+    shared = SHARED + tuple(key for key in NEWER if key in known)
+    return BSRoformer(**{key: model[key] for key in shared}, freqs_per_bands=tuple(model["freqs_per_bands"]),
                       stereo=audio["channels"] == 2, num_stems=len(audio["stems"]), flash_attn=True)
 
 

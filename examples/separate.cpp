@@ -128,9 +128,9 @@ int run(Arguments arguments) {
   models.ensemble.combination = combinations().at(arguments.ensemble);
   const torch::Device device = find_device(arguments.device);
   headroom::TensorArena::install();  // an hour of segments takes the memory of a minute of them
-  for (auto files : model_files(arguments.models, arguments.configs)) {
-    files.averaged = !arguments.raw_weights;
-    for (const std::string& text : add_model(files, arguments.blend, device, models)) notice(text);
+  for (auto& source : model_sources(arguments.models, arguments.configs, needed_stems(arguments.choice))) {
+    source.files.averaged = !arguments.raw_weights;
+    for (const std::string& text : add_model(source, arguments.blend, device, models)) notice(text);
   }
   models.ensemble.check();
   const std::vector<NamedSum> sums = chosen_sums(models.ensemble.stems(), arguments.choice);
@@ -142,7 +142,7 @@ int run(Arguments arguments) {
                           !arguments.name.empty() ? arguments.name
                           : one                   ? "{stem}"
                                                   : "{track}/{stem}",
-                          models.name, audio::extension_of(kFormats.at(arguments.format))};
+                          joint_name(arguments.models), audio::extension_of(kFormats.at(arguments.format))};
   const auto files = output_files(found.tracks, sums, names);
   if (!arguments.overwrite) require_new(files);
   for (const audio::EnsembleMember& member : models.ensemble.members) warn_of_borders(member.options.segments);
@@ -162,8 +162,8 @@ int main(int argc, char** argv) {
   CommandLine line("Separates recordings into stems: OUTDIR/<stem>.wav for each stem of the model.");
   Arguments arguments;
   line.paths("--model,--weights", arguments.models,
-             "saved state or .safetensors written by train, or demucs' .th; with --config any .ckpt, .pth or "
-             ".safetensors; given several times, an ensemble")
+             "saved state or .safetensors written by train, or demucs' .th or .yaml with the .th beside it; with "
+             "--config any .ckpt, .pth or .safetensors; given several times, an ensemble")
       .required()
       .one_each_time();
   line.paths("--config", arguments.configs,

@@ -54,11 +54,11 @@ inline headroom::core::Segments chosen_segments(const BlendChoice& choice, std::
                     choice.num_overlap.value_or(1), " is more than the ", length,
                     " samples of a segment; give fewer, or a longer --segment");
   core::Segments segments = choice.like == "msst"     ? core::like_msst(length, choice.num_overlap.value_or(4))
-                            : choice.like == "demucs" ? core::like_demucs(length)
+                            : choice.like == "demucs" ? core::like_demucs(length, choice.overlap.value_or(0.25))
                             : choice.like == "audio-separator"
                                 ? core::like_audio_separator(length, choice.num_overlap.value_or(8))
                                 : core::Segments{.length = length, .overlap = overlap};
-  if (choice.overlap) {
+  if (choice.overlap && choice.like != "demucs") {  // demucs rounds a step down
     segments.overlap = *choice.overlap;
     segments.step.reset();
   }

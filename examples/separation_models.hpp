@@ -1,7 +1,9 @@
 #pragma once
 
 #include <c10/core/Device.h>
+#include <torch/types.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -12,11 +14,12 @@
 #include <vector>
 
 #include "headroom/audio/ensemble.hpp"
-#include "headroom/audio/level.hpp"
 #include "headroom/audio/reader.hpp"
+#include "headroom/audio/recording_level.hpp"
 #include "headroom/audio/segment_model.hpp"
 #include "headroom/core/combine.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/training/demucs_bag.hpp"
 #include "headroom/training/load_model.hpp"
 #include "separation_blend.hpp"
 
@@ -24,7 +27,6 @@
 struct SeparationModels {
   headroom::audio::Ensemble ensemble;
   int sample_rate = 0;           ///< Hz
-  std::string name;              ///< of the models' files, a + between them
   std::vector<bool> normalized;  ///< for each model, whether it gets recordings at audio::Level's mean and deviation
 };
 
@@ -35,10 +37,16 @@ inline headroom::audio::Ensemble ensemble_for(headroom::audio::AudioReader& reco
   for (std::size_t i = 0; i < models.normalized.size(); ++i) {
     if (!models.normalized[i]) continue;
     if (!level) level = headroom::audio::level_of(recording);
-    headroom::audio::SegmentModel& model = ensemble.members[i].model;
-    model = headroom::audio::at_level(std::move(model), *level);
+    ensemble.members[i].options.level = level;
   }
   return ensemble;
+}
+
+/// The names of models' files, a + between them.
+inline std::string joint_name(const std::vector<std::filesystem::path>& files) {
+  std::string name;
+  for (const std::filesystem::path& file : files) name.append(name.empty() ? "" : "+").append(file.stem().string());
+  return name;
 }
 
 /// What --ensemble takes: mean, median, min or max of the waveforms, and with :spectrum of the spectra.
@@ -55,41 +63,99 @@ inline std::map<std::string, headroom::core::Combination> combinations() {
   return named;
 }
 
-/// Weights and their configurations: none, one for all, or one each. Throws headroom.separate.configs.
-inline std::vector<headroom::training::ModelFiles> model_files(const std::vector<std::filesystem::path>& weights,
-                                                               const std::vector<std::filesystem::path>& configs) {
+/// A model that is asked for.
+struct ModelSource {
+  headroom::training::ModelFiles files;
+  std::vector<double> weights =
+      {};  ///< of a bag's model: how much each of its stems counts, 0 not at all; none: 1 each
+};
+
+/// Whether a model of a bag counts for one of `wanted`. Of a bag without any of these each model does: a name may be
+/// misspelt.
+inline bool counts_for(const std::vector<double>& weights, const std::vector<std::string>& stems,
+                       const std::vector<std::string>& wanted) {
+  bool counts = false, known = false;
+  for (std::size_t n = 0; n < stems.size(); ++n) {
+    if (std::ranges::find(wanted, stems[n]) == wanted.end()) continue;
+    known = true;
+    counts = counts || weights[n] > 0;
+  }
+  return counts || !known;
+}
+
+/// Weights and their configurations: none, one for all, or one each. A bag of demucs becomes its models, those that
+/// count for one of `stems` (none: for any). Throws headroom.separate.configs and like read_demucs_bag.
+inline std::vector<ModelSource> model_sources(const std::vector<std::filesystem::path>& weights,
+                                              const std::vector<std::filesystem::path>& configs,
+                                              const std::vector<std::string>& stems) {
+  namespace training = headroom::training;
   headroom::require(configs.size() <= 1 || configs.size() == weights.size(), "headroom.separate.configs", "got ",
                     configs.size(), " configurations for ", weights.size(),
                     " models; give one --config for all of them, or one each in the same order");
-  std::vector<headroom::training::ModelFiles> files;
+  std::vector<ModelSource> sources;
   for (std::size_t i = 0; i < weights.size(); ++i) {
-    files.push_back({weights[i], configs.empty() ? std::filesystem::path() : configs[configs.size() > 1 ? i : 0]});
+    if (!training::is_demucs_bag(weights[i])) {
+      sources.push_back({{weights[i], configs.empty() ? "" : configs[configs.size() > 1 ? i : 0]}});
+      continue;
+    }
+    const training::DemucsBag bag = training::read_demucs_bag(weights[i]);
+    for (std::size_t m = 0; m < bag.models.size(); ++m) {
+      if (counts_for(bag.weights[m], bag.stems, stems)) sources.push_back({{bag.models[m]}, bag.weights[m]});
+    }
   }
-  return files;
+  return sources;
+}
+
+/// A model of the stems with these places among those that `model` makes.
+inline headroom::audio::SegmentModel with_stems(headroom::audio::SegmentModel model, std::vector<std::int64_t> places) {
+  return [model = std::move(model), places = std::move(places)](const torch::Tensor& segments) {
+    const torch::Tensor stems = model(segments);  // [B,N,C,S]
+    return stems.index_select(1, torch::tensor(places, stems.options().dtype(torch::kLong)));
+  };
+}
+
+/// Leaves out the stems for which a model does not count, and weighs the others.
+inline void weigh(headroom::audio::EnsembleMember& member, const std::vector<double>& weights) {
+  std::vector<std::int64_t> places;
+  std::vector<std::string> stems;
+  for (std::size_t n = 0; n < weights.size(); ++n) {
+    if (weights[n] == 0) continue;
+    places.push_back(static_cast<std::int64_t>(n));
+    stems.push_back(member.stems[n]);
+    member.weights.push_back(weights[n]);
+  }
+  if (std::ranges::all_of(member.weights, [](double weight) { return weight == 1; })) member.weights.clear();
+  if (stems.size() < member.stems.size()) member.model = with_stems(std::move(member.model), std::move(places));
+  member.options.stems = static_cast<std::int64_t>(stems.size());
+  member.stems = std::move(stems);
 }
 
 /// Adds a model to those that are there, and returns what its configuration asks for and does not get. Throws
 /// headroom.separate.models where it does not fit to them.
-inline std::vector<std::string> add_model(const headroom::training::ModelFiles& files, const BlendChoice& blend,
-                                          c10::Device device, SeparationModels& models) {
+inline std::vector<std::string> add_model(const ModelSource& source, const BlendChoice& blend, c10::Device device,
+                                          SeparationModels& models) {
   std::vector<std::string> notices;
-  auto [config, model] = headroom::training::load_model(files, &notices);
+  auto [config, model] = headroom::training::load_model(source.files, &notices);
   model->to(device);
   const auto rate = static_cast<int>(config.audio.sample_rate);
-  headroom::require(models.sample_rate == 0 || models.sample_rate == rate, "headroom.separate.models", files.weights,
-                    " is a model for ", rate, " Hz, the one before it for ", models.sample_rate,
+  headroom::require(models.sample_rate == 0 || models.sample_rate == rate, "headroom.separate.models",
+                    source.files.weights, " is a model for ", rate, " Hz, the one before it for ", models.sample_rate,
                     "; separate with each and combine the results");
   models.sample_rate = rate;
-  models.name.append(models.name.empty() ? "" : "+").append(files.weights.stem().string());
   const headroom::audio::SeparatorOptions options{
       .segments = chosen_segments(blend, config.inference_segment(), config.inference.overlap),
       .batch = blend.batch.value_or(config.inference.batch),
       .channels = config.audio.channels,
       .stems = static_cast<std::int64_t>(config.audio.stems.size()),
-      .test_time = {.shifts = blend.shifts, .max_shift = rate / 2, .augment = blend.augment},
+      .test_time = {.shifts = blend.shifts,
+                    .max_shift = rate / 2,
+                    .seed = models.ensemble.members.size(),  // other silences for each model
+                    .augment = blend.augment},
       .bf16 = blend.bf16,
       .device = device};
-  models.ensemble.members.push_back({headroom::audio::segment_model(model), options, config.audio.stems});
+  headroom::audio::EnsembleMember member{headroom::audio::segment_model(model), options, config.audio.stems};
+  if (!source.weights.empty()) weigh(member, source.weights);
+  models.ensemble.members.push_back(std::move(member));
   models.normalized.push_back(config.inference.normalize);
   return notices;
 }

@@ -23,6 +23,11 @@ struct OutputChoice {
   std::string residual;            ///< what the model's stems leave of the recording, under this name
 };
 
+/// The stems that are made of a recording; none for all of the model's.
+inline std::vector<std::string> needed_stems(const OutputChoice& choice) {
+  return choice.two_stems.empty() && choice.residual.empty() ? choice.stems : std::vector<std::string>{};
+}
+
 /// A name, and of what a file with that name is the sum.
 struct NamedSum {
   std::string name;

@@ -10,6 +10,7 @@
 #include "headroom/training/course.hpp"
 #include "headroom/training/data_section.hpp"
 #include "headroom/training/dataset.hpp"
+#include "headroom/training/demucs_bag.hpp"
 #include "headroom/training/demucs_checkpoint.hpp"
 #include "headroom/training/described.hpp"
 #include "headroom/training/equalizer.hpp"

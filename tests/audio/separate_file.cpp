@@ -7,7 +7,7 @@
 #include <array>
 
 #include "headroom/audio/file.hpp"
-#include "headroom/audio/level.hpp"
+#include "headroom/audio/recording_level.hpp"
 #include "support/catch.hpp"
 #include "support/files.hpp"
 #include "support/tensors.hpp"
@@ -84,8 +84,8 @@ TEST_CASE("a model at a recording's level gets it with mean 0 and deviation 1, a
   CHECK(level.mean == Approx(mono.mean().item<double>()));
   CHECK(level.deviation == Approx(mono.std(/*unbiased=*/false).item<double>()));
   const auto squares = [](const torch::Tensor& x) { return x.square().unsqueeze(1); };
-  audio::separate_file(std::move(recording), {audio::one_file_a_stem({folder / "out.wav"})},
-                       audio::at_level(squares, level), {.segments = {.length = 40000}, .stems = 1});
+  audio::separate_file(std::move(recording), {audio::one_file_a_stem({folder / "out.wav"})}, squares,
+                       {.segments = {.length = 40000}, .stems = 1, .level = level});
   const torch::Tensor expected = ((mixture - level.mean) / level.deviation).square() * level.deviation + level.mean;
   CHECK(torch::allclose(audio::read_audio(folder / "out.wav").samples, expected, 1e-5, 1e-6));
   audio::write_audio(folder / "in.wav", torch::zeros({2, 100}), 44100);

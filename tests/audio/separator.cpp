@@ -129,6 +129,17 @@ TEST_CASE("shifts are the mean over silences of random length in front, the same
   CHECK(torch::allclose(shifted, sum / 3, 1e-6, 1e-6));
 }
 
+TEST_CASE("silence around a recording is 0 for a model that is told the recording's level, in front and behind it") {
+  const torch::Tensor mixture = torch::randn({2, 700}) + 5;
+  SeparatorOptions options{.segments = core::like_demucs(64), .stems = 2, .test_time = {.max_shift = 100}};
+  options.test_time.shifts = GENERATE(0, 1, 3);
+  // What a model makes of a segment depends on the silence in it
+  const auto model = [](const torch::Tensor& x) { return torch::stack({x + x.mean(2, true), x.square()}, 1); };
+  const torch::Tensor expected = audio::separate((mixture - 5) / 3, model, options) * 3 + 5;
+  options.level = audio::Level{.mean = 5, .deviation = 3};
+  CHECK(torch::allclose(audio::separate(mixture, model, options), expected, 1e-6, 1e-6));
+}
+
 TEST_CASE("augmentation is the mean over the mixture, its polarity flipped and its channels reversed, each undone") {
   for (const std::int64_t channels : {1, 2, 3}) {
     const torch::Tensor mixture = torch::randn({channels, 300});

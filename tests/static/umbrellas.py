@@ -11,7 +11,7 @@ from pathlib import Path
 OPT_IN = {
     "attention/register_ops.hpp": "registers operators when it is included: for one unit of a program",
     **dict.fromkeys((f"audio/{name}.hpp" for name in (
-        "file", "format", "level", "reader", "resampler", "separate_file", "sound_file", "stem_files", "writer")),
+        "file", "format", "reader", "recording_level", "resampler", "separate_file", "sound_file", "stem_files", "writer")),
         "needs libsndfile or libsoxr, which headroom::headroom does not link"),
 }
 

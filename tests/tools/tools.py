@@ -27,6 +27,7 @@ from sample_track import CONFIG, RATE, STEMS, find_sample_track, samples_of, wri
 
 TOOLS = Path(sys.argv.pop(1))
 PUBLISHED = Path(__file__).parent / "published"
+DEMUCS = Path(__file__).parent / "demucs"
 CONFIGS = Path(__file__).parents[2] / "examples/configs"
 
 
@@ -694,14 +695,29 @@ class Tools(unittest.TestCase):
 
     def test_a_checkpoint_of_demucs_gives_the_stems_of_demucs(self):
         song, out = self.write_mixture(demucs_reference.mixture()), self.root / "stems of demucs"
-        weights = Path(__file__).parent / "demucs/tiny.th"
-        result = run("separate", "--model", weights, "--like", "demucs", song, out, "--format", "wav32f")
-        self.assertEqual(result.returncode, 0, result.stderr)
-        expected = array.array("f", weights.with_suffix(".f32").read_bytes())
-        found = read_floats(out / "drums.wav") + read_floats(out / "vocals.wav")
-        self.assertEqual(len(found), len(expected))
-        self.assertLess(max(abs(a - b) for a, b in zip(found, expected)), 1e-6)
-        self.assertGreater(max(map(abs, expected)), 1e-2)
+        for model, stems, options in [("tiny.th", "tiny.f32", []), ("tiny.th", "shifts.f32", ["--shifts", 2]),
+                                      ("bag.yaml", "bag.f32", ["--overlap", 0.25])]:
+            arguments = ["--like", "demucs", song, out, "--format", "wav32f", "--overwrite", *options]
+            result = run("separate", "--model", DEMUCS / model, *arguments)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            expected = array.array("f", (DEMUCS / stems).read_bytes())
+            found = read_floats(out / "drums.wav") + read_floats(out / "vocals.wav")
+            self.assertEqual(len(found), len(expected))
+            self.assertLess(max(abs(a - b) for a, b in zip(found, expected)), 1e-6)
+            self.assertGreater(max(map(abs, expected)), 1e-2)
+
+    def test_of_a_bag_of_demucs_only_the_models_of_wanted_stems_are_read(self):
+        song, bag = self.write_mixture(demucs_reference.mixture()), self.root / "bag"
+        shutil.copytree(DEMUCS, bag)
+        arguments = ["--like", "demucs", song, self.root / "stems of a bag", "--overwrite", "--stems"]
+        (bag / "tiny.th").write_bytes((DEMUCS / "tiny.th").read_bytes().replace(b"data/1", b"data/x"))
+        self.assertEqual(run("separate", "--model", bag / "bag.yaml", *arguments, "vocals").returncode, 0)
+        damaged = run("separate", "--model", bag / "bag.yaml", *arguments, "drums")
+        self.fails(damaged, "tiny.th")
+        named = run("separate", "--model", DEMUCS / "bag.yaml", *arguments, "vocals", "--name", "{model} {stem}")
+        self.assertEqual(named.returncode, 0, named.stderr)
+        self.assertTrue((self.root / "stems of a bag/bag vocals.wav").exists())
+        self.fails(run("separate", "--model", DEMUCS / "bag.yaml", *arguments, "vocal"), "did you mean \"vocals\"?")
 
     def test_a_published_file_may_ask_for_a_level_and_a_batch(self):
         song, config, leveled = self.write_mixture(), self.root / "leveled.yaml", self.root / "leveled.wav"

@@ -5,6 +5,7 @@
 #include "headroom/audio/separator.hpp"
 #include "headroom/checkpoint/stack.hpp"
 #include "headroom/memory/meter.hpp"
+#include "headroom/training/demucs_bag.hpp"
 #include "headroom/training/load_model.hpp"
 #include "headroom/training/plan.hpp"
 #include "headroom/training/recommend.hpp"
@@ -19,8 +20,10 @@ using namespace headroom;
 using namespace headroom::training;
 using headroom::testing::contains;
 using headroom::testing::error_of;
+using headroom::testing::read_bytes;
 using headroom::testing::TemporaryFolder;
 using headroom::testing::transformer;
+using headroom::testing::write_bytes;
 
 namespace {
 
@@ -313,6 +316,55 @@ TEST_CASE("a checkpoint of demucs is a model with its configuration, and nothing
   const Json newer = {{"klass", klass}, {"args", Json::parse(R"([["a", "b"]])")}, {"kwargs", {{"chanels", 4}}}};
   CHECK(contains(error_of([&] { parse_config(training::detail::demucs_config(newer, "a.th").dump(), "a.th"); }).what(),
                  "model.chanels: unknown key; did you mean `channels`?"));
+}
+
+TEST_CASE("a bag of demucs names its checkpoints and how much each counts") {
+  const std::filesystem::path folder = HEADROOM_SOURCE_DIR "/tests/tools/demucs";
+  const DemucsBag bag = read_demucs_bag(folder / "bag.yaml");
+  CHECK(bag.models == std::vector{folder / "tiny.th", folder / "other-9db1945b.th"});
+  CHECK(bag.stems == std::vector<std::string>{"drums", "vocals"});
+  CHECK(bag.weights == std::vector<std::vector<double>>{{1, 0}, {0.5, 3}});
+
+  const TemporaryFolder copies;
+  const auto read = [&](const std::string& text) {
+    write_bytes(copies / "a.yaml", text);
+    return read_demucs_bag(copies / "a.yaml");
+  };
+  const auto replaced = [&](const std::string& word, const std::string& by) {  // in tiny.th, by a word of its length
+    std::string bytes = read_bytes(folder / "tiny.th");
+    for (std::size_t at = 0; (at = bytes.find(word, at)) != bytes.npos;) bytes.replace(at, word.size(), by);
+    return bytes;
+  };
+  const auto refused = [&](const std::string& text, const char* id = "headroom.training.demucs_bag") {
+    const Error error = error_of([&] { read(text); });
+    CHECK(error.id() == id);
+    return std::string(error.what());
+  };
+  CHECK(contains(refused("models: [tiny]"), "there is no tiny.th or tiny-….th in"));
+  std::filesystem::copy_file(folder / "tiny.th", copies / "tiny.th");
+  std::filesystem::copy_file(folder / "other-9db1945b.th", copies / "other-9db1945b.th");
+  CHECK(read("models: [tiny, other]\nweights: null\nsegment: null").weights ==
+        std::vector<std::vector<double>>{{1, 1}, {1, 1}});
+  CHECK(contains(refused("model: [tiny]"), "models: missing"));
+  CHECK(contains(refused("model: [tiny]"), "model: unknown key; did you mean `models`?"));
+  CHECK(contains(refused("models: [12345678]"), "models[0]: got 12345678, expected the plain name of a file"));
+  CHECK(contains(refused("models: [../tiny]"), "models[0]: got \"../tiny\", expected the plain name of a file"));
+  CHECK(contains(refused("- tiny"), "expected an object"));
+  CHECK(contains(refused("models: [tiny]\nsegment: 0"), "segment: got 0, expected a number > 0"));
+  CHECK(contains(refused("models: [tiny, other]\nweights: [[1, 1]]"), "expected a list for each of the 2 models"));
+  CHECK(contains(refused("models: [tiny]\nweights: [[1, -1]]"), "weights[0][1]: got -1, expected a number >= 0"));
+  CHECK(contains(refused("models: [tiny]\nweights: [[1, 1, 1]]"), "has 3 weights for a model, expected one for each"));
+  CHECK(contains(refused("models: [tiny, other]\nweights: [[1, 0], [2, 0]]"), "for vocals are 0"));
+  refused("models: [tiny\n", "headroom.training.yaml");
+  write_bytes(copies / "damaged.th", "PK");
+  CHECK(contains(refused("models: [damaged]"), "damaged.th is no checkpoint of demucs"));
+  std::filesystem::copy_file(folder / "tiny.th", copies / "tiny-01234567.th");
+  CHECK(contains(refused("models: [tiny]"), "any of tiny-01234567.th, tiny.th in"));
+  write_bytes(copies / "stems.th", replaced("vocals", "others"));
+  CHECK(contains(refused("models: [other, stems]"),
+                 R"(stems ["drums","others"], the models before it ["drums","vocals"])"));
+  write_bytes(copies / "class.th", replaced("HTDemucs", "HTDemucz"));
+  CHECK(contains(refused("models: [class]", "headroom.training.demucs"), "htdemucs.HTDemucz\", expected demucs"));
 }
 
 TEST_CASE("what does not fit together in a RoFormer is told") {

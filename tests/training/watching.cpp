@@ -255,12 +255,13 @@ TEST_CASE("a whole track is scored by what its separation is, in pieces") {
     for (int64_t track = 0; track < 2; ++track) {
       const Example whole = tracks.read(track, 0, tracks.tracks[static_cast<std::size_t>(track)].frames);
       const torch::Tensor mono = whole.mixture.to(torch::kDouble).mean(0);
-      const audio::Level level = config.inference.normalize
-                                     ? audio::Level{mono.mean().item<double>(), mono.std(false).item<double>()}
-                                     : audio::Level{};
+      const double mean = config.inference.normalize ? mono.mean().item<double>() : 0;
+      const double deviation = config.inference.normalize ? mono.std(false).item<double>() : 1;
       const torch::Tensor made =
-          audio::separate(whole.mixture, audio::at_level(audio::segment_model(models::Separator(model)), level),
-                          {.segments = {.length = 4000, .overlap = 0.25}, .channels = 2, .stems = 4});
+          audio::separate((whole.mixture - mean) / deviation, models::Separator(model),
+                          {.segments = {.length = 4000, .overlap = 0.25}, .channels = 2, .stems = 4}) *
+              deviation +
+          mean;
       const auto rows = [&](const torch::Tensor& samples) {
         return training::detail::rows_of(samples[static_cast<int64_t>(stem)]);
       };

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/audio/level.hpp"
 #include "headroom/audio/segment_model.hpp"
 #include "headroom/audio/test_time.hpp"
 #include "headroom/core/error.hpp"
@@ -31,6 +32,10 @@ struct SeparatorOptions {
   TestTime test_time = {};                       ///< shifts and augmentation
   bool bf16 = false;                             ///< the model runs under bfloat16 autocast; its results become float
   torch::Device device = torch::kCPU;            ///< where the model is
+  /// Of the recording, for a model of recordings with mean 0 and deviation 1: it gets (x - mean) / deviation, and each
+  /// of its stems becomes deviation·stem + mean, as in demucs' programs and with `inference.normalize` in
+  /// Music-Source-Separation-Training. Silence around the recording is 0 for the model. None: x as it is.
+  std::optional<Level> level = {};
 };
 
 /// Samples of one recording or of all its stems, a channel a row.
@@ -78,7 +83,7 @@ class SeparatorStream {
 
   /// Throws `headroom.audio.separator.options`, `headroom.core.segments.options`, `headroom.core.overlap_add.options`.
   SeparatorStream(SegmentModel model, const SeparatorOptions& options, Sink sink)
-      : options_(options), model_(std::move(model)), sink_(std::move(sink)) {
+      : options_(options), model_(std::move(model)), sink_(at_level(std::move(sink), options.level)) {
     const std::vector<std::int64_t> shifts = detail::shift_lengths(options.test_time);
     const auto run = [this](const SamplesRef& input, core::OverlapAdd<float>::BlockRef output) {
       detail::run_model(model_, options_, input, output);
@@ -113,7 +118,12 @@ class SeparatorStream {
   void push(const SamplesRef& samples) {
     for (Eigen::Index done = 0; done < samples.cols(); done += piece_of(options_)) {
       const Eigen::Index n = std::min(piece_of(options_), samples.cols() - done);
-      for (auto& blend : blends_) blend.push(samples.middleCols(done, n));
+      const auto piece = samples.middleCols(done, n);
+      if (const std::optional<Level>& level = options_.level) {
+        push_piece((piece - static_cast<float>(level->mean)) / static_cast<float>(level->deviation));
+      } else {
+        push_piece(piece);
+      }
     }
   }
 
@@ -141,6 +151,19 @@ class SeparatorStream {
     return std::min<Eigen::Index>(options.segments.length, 1 << 16);
   }
   static Eigen::Index capacity_of(const SeparatorOptions& options) { return latency(options) + piece_of(options); }
+
+  void push_piece(const SamplesRef& piece) {
+    for (auto& blend : blends_) blend.push(piece);
+  }
+
+  /// A sink of stems with mean 0 and deviation 1 that hands them on at `level`.
+  static Sink at_level(Sink sink, const std::optional<Level>& level) {
+    if (!level) return sink;
+    return [sink = std::move(sink), mean = static_cast<float>(level->mean),
+            deviation = static_cast<float>(level->deviation)](const SamplesRef& finished) {
+      sink(finished * deviation + mean);
+    };
+  }
 
   void average(std::vector<Samples>& streams, Eigen::Index n) {
     auto mean = streams.front().leftCols(n);

@@ -185,11 +185,11 @@ inline Played play_track(const models::Separator& model, const Tracks& tracks, i
     }
   };
   const auto separate = [=, &tracks, &config](const OnPiece& on_piece) {
-    audio::SegmentModel run = audio::segment_model(model);
+    audio::SeparatorOptions options = separator_options(model, config);
     if (config.inference.normalize) {
-      audio::LevelSum level;
-      repeat([&](const Example& piece) { level.add(piece.mixture); });
-      run = audio::at_level(std::move(run), level.level());
+      audio::LevelSum sum;
+      repeat([&](const Example& piece) { sum.add(piece.mixture); });
+      options.level = sum.level();
     }
     WaitingSamples waiting;
     int64_t read = 0;
@@ -200,7 +200,7 @@ inline Played play_track(const models::Separator& model, const Tracks& tracks, i
       waiting.push(piece);
       return piece.mixture;
     };
-    audio::separate(source, run, separator_options(model, config), [&](const torch::Tensor& finished) {
+    audio::separate(source, model, options, [&](const torch::Tensor& finished) {
       if (finished.size(-1) > 0) on_piece(waiting.take(finished.size(-1)), finished);
     });
   };

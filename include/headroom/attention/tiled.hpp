@@ -92,8 +92,8 @@ class TiledRequest {
                                  .first_head = batch_index * request_.heads()};
     if (packed()) params.query_positions = pointer(positions_->query);
     if (rows_.has_value()) {
-      params.rotary_query_rows = pointer(rows_->query);
-      params.rotary_key_rows = pointer(rows_->key);
+      params.query_table_rows = pointer(rows_->query);
+      params.key_table_rows = pointer(rows_->key);
     }
     if (request_.relative_bias.defined()) {
       params.relative_bias = stored(request_.expanded_relative_bias().unsqueeze(0).unsqueeze(2));

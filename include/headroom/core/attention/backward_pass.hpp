@@ -19,7 +19,7 @@ class BackwardPass final : public Pass {
         tasks_(families_.count(), Worker::strip_count(x), workers),
         strips_(Worker::strips(x)),
         workers_(workers) {
-    worker_bytes_ = Worker::workspace_bytes(x.q.dim(), x.v.dim(), params);
+    worker_bytes_ = Worker::workspace_bytes(x.features, x.v.dim(), params);
     bias_bytes_ = SharedBiasSums<Scalar>(nullptr, x, families_).bytes();
     sum_bytes_ = HeadSums(nullptr, x).bytes();
     head_bytes_ = HeadMemory(nullptr, x, mask.passes()).bytes();

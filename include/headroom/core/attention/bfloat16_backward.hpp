@@ -37,7 +37,7 @@ class Bfloat16Backward {
     pack_lanes(tile.value, tile, grad_rows(), value_dim_, 1);
   }
 
-  void use_head(const StoredMatrix& q, const StoredMatrix& grad_output) { q_ = q, g_ = grad_output; }
+  void use_head(const Head<float>& head, const StoredMatrix& grad_output) { q_ = head.of(head.x.q), g_ = grad_output; }
   void load_queries(KeyRange block) { load_rows(query_rows(), dim_, q_, block); }
   void load_block(KeyRange block, bool hides) {
     const Index rows = block.end - block.begin, depth = padded(rows, kVnniDepth);

@@ -79,7 +79,7 @@ class FloatBackward {
   FloatBackward(const BackwardMemory<Scalar>& memory, const Head<Scalar>& head)
       : memory_(memory),
         score_(head.score),
-        keys_(head.of(head.x.k), Rotation<Scalar>::of_keys(score_.params())),
+        keys_(head.of(head.x.k), head.key_positions()),
         values_(head.of(head.x.v)) {}
 
   /// Key lanes of a tile, of those keys that are `read`: others may hold anything.
@@ -102,8 +102,8 @@ class FloatBackward {
     }
   }
 
-  void use_head(const StoredMatrix& q, const StoredMatrix& grad_output) {
-    queries_ = RowReader<Scalar>(q, Rotation<Scalar>::of_queries(score_.params()));
+  void use_head(const Head<Scalar>& head, const StoredMatrix& grad_output) {
+    queries_ = RowReader<Scalar>(head.of(head.x.q), head.query_positions());
     grads_ = RowReader<Scalar>(grad_output);
   }
   void load_queries(KeyRange block) {

@@ -44,8 +44,8 @@ class FloatForward {
   FloatForward(const Memory& memory, const Head<Scalar>& head)
       : memory_(memory),
         score_(head.score),
-        queries_(head.of(head.x.q), Rotation<Scalar>::of_queries(score_.params())),
-        keys_(head.of(head.x.k), Rotation<Scalar>::of_keys(score_.params())),
+        queries_(head.of(head.x.q), head.query_positions()),
+        keys_(head.of(head.x.k), head.key_positions()),
         values_(head.of(head.x.v)) {}
 
   /// Calls f<HeadDim>().

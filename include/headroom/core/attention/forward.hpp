@@ -160,9 +160,9 @@ class ForwardPass final : public Pass {
   ForwardPass(const ForwardProblem& x, const AttentionParams& params, const MaskRef& mask, Index workers)
       : x_(x),
         score_(params, mask, x),
-        strips_(x.q.length(), x.batch() * x.heads(), x.q.dim() + x.v.dim()),
+        strips_(x.q.length(), x.batch() * x.heads(), x.features + x.v.dim()),
         workers_(workers),
-        worker_bytes_(Worker::workspace_bytes(x.q.dim(), x.v.dim())) {}
+        worker_bytes_(Worker::workspace_bytes(x.features, x.v.dim())) {}
 
   Index workspace_bytes() const override { return worker_bytes_ * workers_; }
   void use(std::byte* workspace) override { workspace_ = workspace; }
@@ -172,7 +172,7 @@ class ForwardPass final : public Pass {
   void run(Index task, int worker) override {
     const Index head = task / strips_.count();
     const Index strip = strips_.count() - 1 - task % strips_.count();  // under a causal mask the longest first
-    Worker(workspace_ + worker * worker_bytes_, x_.q.dim(), x_.v.dim())
+    Worker(workspace_ + worker * worker_bytes_, x_.features, x_.v.dim())
         .run({x_, score_, {head / x_.heads(), head % x_.heads()}}, strips_, strip);
   }
 

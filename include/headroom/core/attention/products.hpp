@@ -23,6 +23,15 @@ struct Head {
   HeadIndex index;
 
   StoredMatrix of(const StoredTensor& tensor) const { return tensor.head(index.b, index.h, x.heads()); }
+  /// What positions make of rows of q and of k.
+  RowPositions<Scalar> query_positions() const {
+    const AttentionParams& params = score.params();
+    return {Rotation<Scalar>::of_queries(params), PolarForm<Scalar>::of_queries(params, of(x.q))};
+  }
+  RowPositions<Scalar> key_positions() const {
+    const AttentionParams& params = score.params();
+    return {Rotation<Scalar>::of_keys(params), PolarForm<Scalar>::of_keys(params, of(x.k), index.h, x.heads())};
+  }
 };
 
 /// Whether memory has to serve bfloat16 products too.
@@ -31,8 +40,8 @@ inline constexpr bool kMayUseBfloat16 = kHasBfloat16Products&& std::is_same_v<Sc
 
 /// Whether a problem is multiplied in bfloat16. For a few keys that would take longer than to widen them.
 inline bool uses_bfloat16(const ForwardProblem& x, const AttentionParams& params) {
-  return kHasBfloat16Products && AmxTiles::available() && !params.rotary && x.q.type == kStoredType<Eigen::bfloat16> &&
-         x.k.length() >= 48;
+  return kHasBfloat16Products && AmxTiles::available() && !params.rotary && !params.polar &&
+         x.q.type == kStoredType<Eigen::bfloat16> && x.k.length() >= 48;
 }
 
 /// Features in memory: bfloat16 products take them in multiples.

@@ -2,6 +2,7 @@
 
 #include <torch/types.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "headroom/attention/rotation.hpp"
@@ -34,6 +35,16 @@ inline torch::Tensor rotary_table(int64_t length, int64_t dim, double theta = 10
   const auto real = torch::TensorOptions(torch::kDouble).device(device);
   const torch::Tensor frequencies =
       torch::exp(torch::arange(0, dim, 2, real) * (-std::log(theta) / static_cast<double>(dim)));
+  return detail::rotations(length, frequencies).to(torch::kComplexFloat);
+}
+
+/// Turns of polar position embedding (PoPE; Gopalakrishnan et al. 2025): complex [length, dim], element (l, i) is
+/// exp(j·l·theta^(-i/dim)).
+inline torch::Tensor polar_table(int64_t length, int64_t dim, double theta = 10000.0,
+                                 torch::Device device = torch::kCPU) {
+  const auto real = torch::TensorOptions(torch::kDouble).device(device);
+  const torch::Tensor frequencies =
+      torch::exp(torch::arange(0, dim, real) * (-std::log(theta) / static_cast<double>(std::max<int64_t>(dim, 1))));
   return detail::rotations(length, frequencies).to(torch::kComplexFloat);
 }
 

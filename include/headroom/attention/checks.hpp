@@ -284,13 +284,14 @@ class AttentionChecks {
       return expect(!phase.has_value(), "polar_phase is given without polar; give both, or leave both out");
     }
     const torch::Tensor& table = *options_.polar();
-    const bool fits = is_dense(table) && table.is_complex() && table.scalar_type() != torch::kComplexHalf &&
+    const bool fits = is_dense(table) &&
+                      (table.scalar_type() == torch::kFloat || table.scalar_type() == torch::kDouble) &&
                       table.device() == q_.device() && table.dim() == 2;
-    expect(fits && table.size(1) == q_.size(-1), "polar ", described(table),
-           "; expected complex numbers [positions, D] on ", q_.device(), ", D = ", q_.size(-1),
-           ", as nn::polar_table makes them");
+    expect(fits && table.size(1) == 2 * q_.size(-1), "polar ", described(table),
+           "; expected float or double [positions, ", 2 * q_.size(-1), "] on ", q_.device(),
+           ", cosines and sines as nn::polar_table makes them");
     expect(!options_.rotary().has_value(), "rotary and polar are both given; leave one of them out");
-    request_.polar = table;
+    request_.polar = table.resolve_neg();
     table_rows("headroom.attention.polar", "polar", table);
     if (!phase.has_value()) return;
     const int64_t heads = request_.kv_heads, dim = q_.size(-1);

@@ -123,9 +123,9 @@ struct AttentionOptions {
   /// Complex [positions, R/2], as nn::rotary_table makes it: rotates the first R features of q and k, in neighbouring
   /// pairs, by row p for a query and row j for a key.
   TORCH_ARG(std::optional<torch::Tensor>, rotary) = std::nullopt;
-  /// Polar position embedding (PoPE; Gopalakrishnan et al. 2025): complex [positions, D], as nn::polar_table makes it.
-  /// q·kᵀ becomes the sum over features d of softplus(q_d)·softplus(k_d)·cos(angle of element d of row j - that of row
-  /// p + phase). Not with rotary.
+  /// Polar position embedding (PoPE; Gopalakrishnan et al. 2025): [positions, 2D], a row of D cosines and D sines of
+  /// angles for each position, as nn::polar_table makes it. q·kᵀ becomes the sum over features d of
+  /// softplus(q_d)·softplus(k_d)·cos(angle d of row j - angle d of row p + phase). Not with rotary.
   TORCH_ARG(std::optional<torch::Tensor>, polar) = std::nullopt;
   /// The phase of polar, [Hk, D], differentiable; 0 unless given.
   TORCH_ARG(std::optional<torch::Tensor>, polar_phase) = std::nullopt;

@@ -18,12 +18,12 @@ namespace headroom::inline v0::detail {
 /// Cosine and sine of angles, broadcastable to [..., L, D].
 using Turns = std::array<torch::Tensor, 2>;
 
-/// By `rows` of a complex table [P, D], in `dtype`; for keys with a phase more, [..., Hk, D] or undefined, which may
+/// By `rows` of a table [P, 2D], in `dtype`; for keys with a phase more, [..., Hk, D] or undefined, which may
 /// have a gradient.
 inline Turns polar_turns(const torch::Tensor& table, const torch::Tensor& rows, const torch::Tensor& phase,
                          torch::ScalarType dtype) {
-  const torch::Tensor turns = torch::view_as_real(table.index_select(0, rows).resolve_conj()).to(dtype);
-  const torch::Tensor cosine = turns.select(-1, 0), sine = turns.select(-1, 1);
+  const auto turns = table.index_select(0, rows).to(dtype).chunk(2, -1);
+  const torch::Tensor &cosine = turns[0], &sine = turns[1];
   if (!phase.defined()) return {cosine, sine};
   const torch::Tensor wide = phase.to(torch::kDouble).unsqueeze(-2);
   const torch::Tensor of_phase = wide.cos().to(dtype), across = wide.sin().to(dtype);

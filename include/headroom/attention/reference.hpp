@@ -57,7 +57,7 @@ inline AttentionForward reference_attention(const AttentionInputs& in, bool with
   const torch::Tensor hidden = terms.hidden(all);
   // Zero times NaN is NaN: rows that are not finite are taken out, and put back where they may be seen
   torch::Tensor bad_queries, bad_keys;
-  if (hidden.defined()) {
+  if (hidden.defined() || c10::multiply_integers(request.score_sizes) == 0) {
     bad_queries = rows_not_finite(q);
     bad_keys = either(rows_not_finite(k), rows_not_finite(v));
     q = without_rows(q, bad_queries);

@@ -45,7 +45,7 @@ struct AttentionRequest {
 
   torch::Tensor bias, relative_bias, alibi_slopes, sink;  // as given: their gradients have these shapes
   torch::Tensor rotary;                                   // complex [P, R/2]
-  torch::Tensor polar;                                    // complex [P, D]
+  torch::Tensor polar;                                    // [P, 2D]
   torch::Tensor polar_phase;                              // [Hk, D]
   core::Dropout dropout;
 

@@ -59,17 +59,18 @@ class TiledRequest {
       score_tables_.push_back({table.data, table.type, rows, columns});
       first += rows * columns;
     }
-    const auto as_real = [&](const torch::Tensor& table) {
-      const auto complex = compute_type(q) == torch::kDouble ? torch::kComplexDouble : torch::kComplexFloat;
-      return torch::view_as_real(table.resolve_conj().resolve_neg().to(complex).contiguous());
-    };
-    if (request.rotary.defined()) rotary_ = as_real(request.rotary).flatten(-2).unsqueeze(0).unsqueeze(0);
-    if (request.polar.defined()) {
-      polar_ = as_real(request.polar).transpose(-2, -1).flatten(-2).unsqueeze(0).unsqueeze(0);
+    const auto wide = compute_type(q);
+    if (request.rotary.defined()) {
+      const auto complex = wide == torch::kDouble ? torch::kComplexDouble : torch::kComplexFloat;
+      rotary_ = torch::view_as_real(request.rotary.resolve_conj().resolve_neg().to(complex).contiguous())
+                    .flatten(-2)
+                    .unsqueeze(0)
+                    .unsqueeze(0);
     }
+    if (request.polar.defined()) polar_ = request.polar.to(wide).contiguous().unsqueeze(0).unsqueeze(0);
     if (request.polar_phase.defined()) {
       const torch::Tensor phase = request.polar_phase.detach().to(torch::kDouble);
-      phase_ = torch::cat({phase.cos(), phase.sin()}, -1).to(compute_type(q)).unsqueeze(1).unsqueeze(0);
+      phase_ = torch::cat({phase.cos(), phase.sin()}, -1).to(wide).unsqueeze(1).unsqueeze(0);
     }
     if (packed() && (rotary_.defined() || polar_.defined())) rows_.emplace(request);
   }

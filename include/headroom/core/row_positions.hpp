@@ -1,5 +1,7 @@
 #pragma once
 
+#include <utility>
+
 #include "headroom/core/attention/hidden_scores.hpp"
 #include "headroom/core/attention/problem.hpp"
 #include "headroom/core/softplus.hpp"
@@ -71,65 +73,93 @@ class PolarForm {
 
   /// to [2D] = row `index`, of which `from` are the features; both may begin at the same place.
   void apply(Scalar* to, const Scalar* from, Index index) const {
-    each_packet(
-        index, [&](Index d, Index count, const Turn& turn) __attribute__((always_inline)) {
-          const Packet magnitude = softplus<Scalar>(load(from + d, count));
-          store(to + d, simd::pmul(magnitude, turn.cosine), count);
-          store(to + x_.cols + d, simd::pmul(magnitude, turn.sine), count);
-        });
-  }
-  /// to [D]: gradient of the magnitudes where `grad` [2D] is that of row `index` in polar form; may be in place.
-  void magnitude_gradient(Scalar* to, const Scalar* grad, Index index) const {
-    each_packet(
-        index, [&](Index d, Index count, const Turn& turn) __attribute__((always_inline)) {
-          const Packet real = load(grad + d, count), imaginary = load(grad + x_.cols + d, count);
-          store(to + d, simd::pmadd(real, turn.cosine, simd::pmul(imaginary, turn.sine)), count);
-        });
-  }
-  /// grad [D] of the magnitudes of row `index` becomes that of its features; 0 stays, whatever the features are.
-  void feature_gradient(Scalar* grad, Index index) const {
-    for (Index d = 0; d < x_.cols; d += N) {
-      const Index count = std::min(N, x_.cols - d);
-      const Packet g = load(grad + d, count);
-      store(grad + d, unless_zero(g, simd::pmul(g, sigmoid<Scalar>(features(index, d, count)))), count);
+    const Turns turns(*this, index);
+    for (Index first = 0; first < x_.cols; first += kGroup * N) {
+      const Index end = std::min(first + kGroup * N, x_.cols);
+      Packet x[kGroup], power[kGroup];
+      each_packet(
+          first, end, [&](Index place, Index d, Index count) __attribute__((always_inline)) {
+            x[place] = load(from + d, count), power[place] = exp_of_minus_size<Scalar>(x[place]);
+          });
+      each_packet(
+          first, end, [&](Index place, Index d, Index count) __attribute__((always_inline)) {
+            const Packet magnitude = softplus<Scalar>(x[place], power[place]);
+            const auto [cosine, sine] = turns.at(d, count);
+            store(to + d, simd::pmul(magnitude, cosine), count);
+            store(to + x_.cols + d, simd::pmul(magnitude, sine), count);
+          });
     }
   }
-  /// Adds the gradient of the angles of row `index` to sums [D].
-  void add_angle_gradient(double* sums, const Scalar* grad, Index index) const {
+  /// to [D]: gradient of row `index` by that in polar form, `grad` [2D]; both may begin at the same place. What has no
+  /// gradient stays without, whatever the features are. That of the angles is added to `angles` [D], unless it is null.
+  void back(Scalar* to, const Scalar* grad, Index index, double* angles) const {
+    const Turns turns(*this, index);
     each_packet(
-        index, [&](Index d, Index count, const Turn& turn) __attribute__((always_inline)) {
+        0, x_.cols, [&](Index, Index d, Index count) __attribute__((always_inline)) {
           const Packet real = load(grad + d, count), imaginary = load(grad + x_.cols + d, count);
-          const Packet across = simd::psub(simd::pmul(imaginary, turn.cosine), simd::pmul(real, turn.sine));
-          const Packet magnitude = softplus<Scalar>(features(index, d, count));
+          const auto [cosine, sine] = turns.at(d, count);
+          const Packet x = features(index, d, count), power = exp_of_minus_size<Scalar>(x);
+          const Packet along = simd::pmadd(real, cosine, simd::pmul(imaginary, sine));
+          store(to + d, unless_zero(along, simd::pmul(along, sigmoid<Scalar>(x, power))), count);
+          if (angles == nullptr) return;
+          const Packet across = simd::psub(simd::pmul(imaginary, cosine), simd::pmul(real, sine));
           alignas(64) Scalar lanes[N];
-          simd::store(lanes, unless_zero(across, simd::pmul(magnitude, across)));
-          for (Index l = 0; l < count; ++l) sums[d + l] += static_cast<double>(lanes[l]);
+          simd::store(lanes, unless_zero(across, simd::pmul(across, softplus<Scalar>(x, power))));
+          for (Index l = 0; l < count; ++l) angles[d + l] += static_cast<double>(lanes[l]);
+        });
+  }
+
+  // back() in two steps around a sum of gradients: the first for each that is added, the second for the sum.
+  void magnitude_gradient(Scalar* to, const Scalar* grad, Index index) const {
+    const Turns turns(*this, index);
+    each_packet(
+        0, x_.cols, [&](Index, Index d, Index count) __attribute__((always_inline)) {
+          const auto [cosine, sine] = turns.at(d, count);
+          const Packet imaginary = load(grad + x_.cols + d, count);
+          store(to + d, simd::pmadd(load(grad + d, count), cosine, simd::pmul(imaginary, sine)), count);
+        });
+  }
+  void feature_gradient(Scalar* grad, Index index) const {
+    each_packet(
+        0, x_.cols, [&](Index, Index d, Index count) __attribute__((always_inline)) {
+          const Packet g = load(grad + d, count), x = features(index, d, count);
+          store(grad + d, unless_zero(g, simd::pmul(g, sigmoid<Scalar>(x, exp_of_minus_size<Scalar>(x)))), count);
         });
   }
 
  private:
-  struct Turn {
-    Packet cosine, sine;
+  /// Packets whose exponentials are computed before their logarithms: chains of operations that overlap.
+  static constexpr Index kGroup = 4;
+
+  /// Cosines and sines of the angles of a row.
+  class Turns {
+   public:
+    EIGEN_ALWAYS_INLINE Turns(const PolarForm& form, Index index) : dim_(form.x_.cols), phase_(form.phase_) {
+      const AttentionParams& params = *form.params_;
+      const Index row = form.is_key_ ? params.table_row_of_key(index) : params.table_row_of_query(index);
+      table_ = static_cast<const Scalar*>(params.polar.data) + row * params.polar.strides[2];
+    }
+    EIGEN_ALWAYS_INLINE std::pair<Packet, Packet> at(Index d, Index count) const {
+      const Packet c = load(table_ + d, count), s = load(table_ + dim_ + d, count);
+      if (phase_ == nullptr) return {c, s};
+      const Packet pc = load(phase_ + d, count), ps = load(phase_ + dim_ + d, count);
+      return {simd::psub(simd::pmul(c, pc), simd::pmul(s, ps)), simd::pmadd(s, pc, simd::pmul(c, ps))};
+    }
+
+   private:
+    Index dim_;
+    const Scalar *table_, *phase_;
   };
 
   PolarForm(const AttentionParams& params, const StoredMatrix& x, const Scalar* phase, bool is_key = false)
       : params_(params.polar ? &params : nullptr), x_(x), phase_(phase), is_key_(is_key) {}
 
-  /// f(d, count, turn) for up to N features at a time.
+  /// f(place, d, count) for features [first, end), up to N at a time.
   template <class F>
-  EIGEN_ALWAYS_INLINE void each_packet(Index index, F&& f) const {
-    const Index row = is_key_ ? params_->table_row_of_key(index) : params_->table_row_of_query(index);
-    const Scalar* const cosines = static_cast<const Scalar*>(params_->polar.data) + row * params_->polar.strides[2];
-    const Scalar *const sines = cosines + x_.cols, *const phase = phase_;
-    const Index whole = x_.cols / N * N;
-    const auto at = [&](Index d, Index count) __attribute__((always_inline)) {
-      const Packet c = load(cosines + d, count), s = load(sines + d, count);
-      if (phase == nullptr) return f(d, count, Turn{c, s});
-      const Packet pc = load(phase + d, count), ps = load(phase + x_.cols + d, count);
-      f(d, count, Turn{simd::psub(simd::pmul(c, pc), simd::pmul(s, ps)), simd::pmadd(s, pc, simd::pmul(c, ps))});
-    };
-    for (Index d = 0; d < whole; d += N) at(d, N);
-    if (whole < x_.cols) at(whole, x_.cols - whole);
+  EIGEN_ALWAYS_INLINE static void each_packet(Index first, Index end, F&& f) {
+    Index d = first;
+    for (; d + N <= end; d += N) f((d - first) / N, d, N);
+    if (d < end) f((d - first) / N, d, end - d);
   }
   EIGEN_ALWAYS_INLINE static Packet load(const Scalar* from, Index count) {
     if (count == N) return simd::load(from);
@@ -143,7 +173,8 @@ class PolarForm {
     simd::store(lanes, x);
     std::copy_n(lanes, count, to);
   }
-  Packet features(Index row, Index d, Index count) const {
+  EIGEN_ALWAYS_INLINE Packet features(Index row, Index d, Index count) const {
+    if (x_.holds<Scalar>() && x_.col_stride == 1) return load(&x_.as<Scalar>()(row, d), count);
     alignas(64) Scalar lanes[N] = {};
     x_.visit([&](auto x) {
       for (Index l = 0; l < count; ++l) lanes[l] = static_cast<Scalar>(x(row, d + l));
@@ -175,10 +206,7 @@ class RowPositions {
   /// to [cols]: gradient of row `index` by that of what apply() makes of it; may begin where `grad` does. That of the
   /// phases of keys is added to `phase`, unless it is null.
   void back(Scalar* to, const Scalar* grad, Index cols, Index index, double* phase) const {
-    if (!polar_) return rotation_.apply(to, grad, cols, index, /*back=*/true);
-    if (phase != nullptr) polar_.add_angle_gradient(phase, grad, index);
-    polar_.magnitude_gradient(to, grad, index);
-    polar_.feature_gradient(to, index);
+    polar_ ? polar_.back(to, grad, index, phase) : rotation_.apply(to, grad, cols, index, /*back=*/true);
   }
 
   // The same in two steps around a sum of gradients: the first for each that is added, the second for the sum.

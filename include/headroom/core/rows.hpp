@@ -112,7 +112,9 @@ class RowReader {
     } else {
       part.visit([&](auto view) { copy_rows(buffer, view); });
     }
-    for (Index i = count; i-- > 0 && positions_;) {  // the last first: rows may become wider
+    const bool in_place = dense.data == buffer;  // then the last first: rows may become wider
+    for (Index n = 0; n < count && positions_; ++n) {
+      const Index i = in_place ? count - 1 - n : n;
       positions_.apply(buffer + i * cols(), &dense(i, 0), x_.cols, first + i);
     }
     return {buffer, count, cols(), cols(), 1};

@@ -21,11 +21,12 @@ EIGEN_ALWAYS_INLINE simd::Packet<Scalar> exp_of_minus_size(simd::Packet<Scalar> 
   return simd::exp2<Scalar>(power, simd::pselect(simd::pcmp_lt(size, broadcast(Scalar(32))), rest, zero));
 }
 
+/// softplus(x) where `power` is exp_of_minus_size(x).
 template <class Scalar>
-EIGEN_ALWAYS_INLINE simd::Packet<Scalar> softplus(simd::Packet<Scalar> x) {
+EIGEN_ALWAYS_INLINE simd::Packet<Scalar> softplus(simd::Packet<Scalar> x, simd::Packet<Scalar> power) {
   using simd::broadcast;
   using P = simd::Packet<Scalar>;
-  const P power = exp_of_minus_size<Scalar>(x), zero = broadcast(Scalar(0));
+  const P zero = broadcast(Scalar(0));
   // log(1 + e) = 2·artanh(s) with s = e / (2 + e), at most 1/3: Taylor, s^(2k+1) / (2k+1)
   const P s = Eigen::internal::pdiv(power, simd::padd(broadcast(Scalar(2)), power)), square = simd::pmul(s, s);
   P series;
@@ -39,11 +40,12 @@ EIGEN_ALWAYS_INLINE simd::Packet<Scalar> softplus(simd::Packet<Scalar> x) {
   return simd::pselect(simd::pcmp_lt(broadcast(Scalar(20)), x), x, result);
 }
 
+/// Its derivative, likewise.
 template <class Scalar>
-EIGEN_ALWAYS_INLINE simd::Packet<Scalar> sigmoid(simd::Packet<Scalar> x) {
+EIGEN_ALWAYS_INLINE simd::Packet<Scalar> sigmoid(simd::Packet<Scalar> x, simd::Packet<Scalar> power) {
   using simd::broadcast;
   using P = simd::Packet<Scalar>;
-  const P power = exp_of_minus_size<Scalar>(x), one = broadcast(Scalar(1));
+  const P one = broadcast(Scalar(1));
   const P above = simd::pselect(simd::pcmp_lt(x, broadcast(Scalar(0))), power, one);
   return simd::pselect(simd::pcmp_lt(broadcast(Scalar(20)), x), one,
                        Eigen::internal::pdiv(above, simd::padd(one, power)));

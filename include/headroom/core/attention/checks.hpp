@@ -60,28 +60,29 @@ inline void check_lanes(const AttentionParams& params, int lanes, const char* in
           "let the kernels have wider ones");
 }
 
-/// Fails unless the table of a position embedding has a row for every position and numbers of the type that is computed
-/// in next to each other.
-inline void check_table(const char* name, const StoredTensor& table, bool columns_fit, const char* columns,
-                        const ForwardProblem& x, const AttentionParams& params) {
-  if (!table) return;
+/// Whether a table of position embedding has a row for every position, and numbers of the type that is computed in next
+/// to each other.
+inline bool serves_positions(const StoredTensor& table, const ForwardProblem& x, const AttentionParams& params) {
   const auto exists = [&](Index row) { return 0 <= row && row < table.length(); };
   bool rows_exist = true;
   for (Index i = 0; i < x.q.length(); ++i) rows_exist &= exists(params.table_row_of_query(i));
   for (Index j = 0; j < x.k.length(); ++j) rows_exist &= exists(params.table_row_of_key(j));
   const bool narrow = x.q.type != StoredType::float64;
-  require(rows_exist && columns_fit && (table.strides[3] == 1 || table.dim() == 0) &&
-              table.type == (narrow ? StoredType::float32 : StoredType::float64),
-          "headroom.core.attention.shape", name, " ", Shape{table.shape}, " does not fit; expected [1,1,rows,", columns,
-          "] of the type that is computed in, D = ", x.q.dim(),
-          ", with columns next to each other and a row for every position");
+  return rows_exist && (table.strides[3] == 1 || table.dim() == 0) &&
+         table.type == (narrow ? StoredType::float32 : StoredType::float64);
 }
+/// Fails unless the tables of rotary and polar embedding fit q and k.
 inline void check_positions(const ForwardProblem& x, const AttentionParams& params) {
+  const StoredTensor &rotary = params.rotary, &polar = params.polar;
   const Index dim = x.q.dim();
-  check_table("the rotary table", params.rotary, params.rotary.dim() % 2 == 0 && params.rotary.dim() <= dim,
-              "2·pairs, at most D", x, params);
-  check_table("the polar table", params.polar, params.polar.dim() == 2 * dim, "2D", x, params);
-  require(!params.rotary || !params.polar, "headroom.core.attention.shape",
+  require(!rotary || (serves_positions(rotary, x, params) && rotary.dim() % 2 == 0 && rotary.dim() <= dim),
+          "headroom.core.attention.shape", "the rotary table ", Shape{rotary.shape},
+          " does not fit; expected [1,1,rows,2·pairs] of the type that is computed in, with at most D = ", dim,
+          " columns next to each other and a row for every position");
+  require(!polar || (serves_positions(polar, x, params) && polar.dim() == 2 * dim), "headroom.core.attention.shape",
+          "the polar table ", Shape{polar.shape}, " does not fit; expected [1,1,rows,", 2 * dim,
+          "] of the type that is computed in, with columns next to each other and a row for every position");
+  require(!rotary || !polar, "headroom.core.attention.shape",
           "rotary and polar tables are both given; expected one of them");
   if (!params.polar_phase) return;
   check_shape("polar_phase", params.polar_phase.shape, {1, x.k.shape[1], 1, 2 * dim});

@@ -1,8 +1,8 @@
 #pragma once
 
+#include "headroom/core/attention/bfloat16_rows.hpp"
 #include "headroom/core/attention/online_softmax.hpp"
 #include "headroom/core/attention/schedule.hpp"
-#include "headroom/core/bfloat16_product.hpp"
 #include "headroom/core/scratch.hpp"
 
 /// The seven products of attention, with S = scores, P = weights, O = output, G = gradient of the output:
@@ -40,8 +40,8 @@ inline constexpr bool kMayUseBfloat16 = kHasBfloat16Products&& std::is_same_v<Sc
 
 /// Whether a problem is multiplied in bfloat16. For a few keys that would take longer than to widen them.
 inline bool uses_bfloat16(const ForwardProblem& x, const AttentionParams& params) {
-  return kHasBfloat16Products && AmxTiles::available() && !params.rotary && !params.polar &&
-         x.q.type == kStoredType<Eigen::bfloat16> && x.k.length() >= 48;
+  return kHasBfloat16Products && AmxTiles::available() && !params.rotary && x.q.type == kStoredType<Eigen::bfloat16> &&
+         x.k.length() >= 48;
 }
 
 /// Features in memory: bfloat16 products take them in multiples.

@@ -14,16 +14,6 @@
 // Position embeddings of RoFormers, each shared by the layers along an axis; files store them with every layer.
 namespace headroom::inline v0::models {
 
-namespace detail {
-
-/// Rotations by positions times frequencies [n], as wide as these: complex [length, n]. Angles are computed in double.
-inline torch::Tensor rotation_table(int64_t length, const torch::Tensor& frequencies) {
-  const bool wide = frequencies.scalar_type() == torch::kDouble;
-  return nn::detail::rotations(length, frequencies).to(wide ? torch::kComplexDouble : torch::kComplexFloat);
-}
-
-}  // namespace detail
-
 /// The frequencies of rotary position embedding, which published files store with every layer: the buffer freqs [D/2].
 class RotaryEmbeddingImpl : public torch::nn::Module {
  public:
@@ -34,8 +24,11 @@ class RotaryEmbeddingImpl : public torch::nn::Module {
     freqs = register_buffer("freqs", torch::pow(10000, exponents).reciprocal());
   }
 
-  /// The rotation by each position: complex [length, D/2].
-  torch::Tensor table(int64_t length) const { return detail::rotation_table(length, freqs); }
+  /// The rotation by each position: complex [length, D/2]. Angles are computed in double.
+  torch::Tensor table(int64_t length) const {
+    const bool wide = freqs.scalar_type() == torch::kDouble;
+    return nn::detail::rotations(length, freqs).to(wide ? torch::kComplexDouble : torch::kComplexFloat);
+  }
 
   torch::Tensor freqs;  // [D/2]
 };
@@ -53,8 +46,11 @@ class PolarEmbeddingImpl : public torch::nn::Module {
     bias = register_parameter("bias", torch::zeros({heads, head_dim}));
   }
 
-  /// The turn by each position: complex [length, D].
-  torch::Tensor table(int64_t length) const { return detail::rotation_table(length, inv_freqs); }
+  /// The turns by each position, cosines and sines: [length, 2D]. Angles are computed in double.
+  torch::Tensor table(int64_t length) const {
+    const bool wide = inv_freqs.scalar_type() == torch::kDouble;
+    return nn::detail::polar_turns(length, inv_freqs).to(wide ? torch::kDouble : torch::kFloat);
+  }
   /// The bias within its bounds.
   torch::Tensor phase() const { return bias.clamp(-2 * std::numbers::pi, 0); }
 

@@ -31,6 +31,12 @@ class AttentionCapabilities {
     return {torch::randn(s.shape()), torch::randn(s.shape()), torch::randn(s.shape())};
   }
   static Tensor learned(at::IntArrayRef shape) { return torch::randn(shape).requires_grad_(); }
+  static O polar(const S& s) {
+    const Tensor angles = torch::rand({s.length, s.head_dim}) * 6;
+    return O()
+        .polar(torch::cat({angles.cos(), angles.sin()}, -1))
+        .polar_phase(torch::rand({s.heads, s.head_dim}).requires_grad_());
+  }
   static O rotary(const S& s) {
     const Tensor angles = torch::rand({s.length, s.head_dim / 2});
     return O().rotary(torch::polar(torch::ones_like(angles), angles));
@@ -99,6 +105,7 @@ class AttentionCapabilities {
     add_option("sink, gradient", [](const S& s) { return O().sink(learned({s.heads})); });
     add_option("dropout", [](const S&) { return O().dropout(0.1); });
     add_option("rotary", rotary);
+    add_option("polar", polar);
   }
 
   void add_shapes() {
@@ -140,6 +147,7 @@ class AttentionCapabilities {
     add_dtype("bfloat16", torch::kBFloat16, nothing);
     add_dtype("half", torch::kHalf, nothing);
     add_dtype("bfloat16, rotary", torch::kBFloat16, rotary);
+    add_dtype("bfloat16, polar", torch::kBFloat16, polar);
     add_dtype("bfloat16, float bias, gradient", torch::kBFloat16, [](const S& s) {
       return O().bias(learned({s.heads, s.length, s.length}));
     });

@@ -5,12 +5,14 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdio>
 #include <utility>
 
 #include "benchmark.hpp"
 #include "fma_peak.hpp"
 #include "headroom/attention/attention.hpp"
+#include "headroom/nn/rotary.hpp"
 #include "timing.hpp"
 
 using namespace headroom;
@@ -34,9 +36,10 @@ struct Subject {
     if (variant == "global") return std::min(1.0, (2 * 256 + 1 + 2 * 16) / l);
     return 1;
   }
-  /// Whether a function of one's own stands beside a built-in option, or global keys beside a window alone.
+  /// Whether ways to ask for the same stand beside each other, or global keys beside a window alone.
   bool compares_forms() const { return std::ranges::count(kForms, variant) > 0; }
-  static constexpr std::array<const char*, 5> kForms{"alibi", "softcap", "relative", "causal_window", "global"};
+  static constexpr std::array<const char*, 6> kForms{"alibi",         "softcap", "relative",
+                                                     "causal_window", "global",  "polar"};
   double flops(bool backward) const {
     return 4.0 * static_cast<double>(scores() * dim) * (backward ? 3.5 : 1.0) * computed_share();
   }
@@ -80,6 +83,28 @@ struct CausalWindow {
 struct CausalWindowOfRanges {
   core::KeyRange keys(int64_t, int64_t, int64_t query) const { return {query - 256, query + 1}; }
 };
+
+/// The options of polar positions and of rotary ones, with the frequencies of their papers.
+AttentionOptions polar_options(const Subject& s) {
+  return AttentionOptions()
+      .polar(nn::polar_table(s.length, s.dim))
+      .polar_phase((-torch::rand({s.heads, s.dim})).requires_grad_());
+}
+AttentionOptions rotary_options(const Subject& s) {
+  return AttentionOptions().rotary(nn::rotary_table(s.length, s.dim / 2 * 2));
+}
+
+/// Polar positions by operators on tensors: q and k become twice as wide before attention.
+Tensor attention_of_polar_tensors(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+  const auto turned = [](const Tensor& x, const Tensor& cosine, const Tensor& sine) {
+    const Tensor magnitude = torch::softplus(x.to(torch::kFloat));
+    return torch::cat({magnitude * cosine, magnitude * sine}, -1).to(x.scalar_type());
+  };
+  const auto turns = options.polar()->chunk(2, -1);
+  const Tensor phase = options.polar_phase()->unsqueeze(1), c = phase.cos(), s = phase.sin();
+  return attention(turned(q, turns[0], turns[1]), turned(k, turns[0] * c - turns[1] * s, turns[1] * c + turns[0] * s),
+                   v, AttentionOptions().scale(1 / std::sqrt(static_cast<double>(q.size(-1)))));
+}
 
 /// Two ways or more to ask for the same, the built-in one first.
 std::vector<std::pair<const char*, AttentionOptions>> forms(const Subject& s) {
@@ -137,6 +162,12 @@ class Inputs {
 
   /// LibTorch first; who stores scores is left out where they would take too much.
   std::vector<benchmarks::Contender> contenders(bool backward, double naive_bytes) const {
+    if (subject_.variant == "polar") {
+      const AttentionOptions polar = polar_options(subject_), rotary = rotary_options(subject_);
+      return {{"rotary", timed(backward, [this, rotary] { return attention(q_, k_, v_, rotary); })},
+              {"polar", timed(backward, [this, polar] { return attention(q_, k_, v_, polar); })},
+              {"tensors", timed(backward, [this, polar] { return attention_of_polar_tensors(q_, k_, v_, polar); })}};
+    }
     if (subject_.compares_forms()) {
       std::vector<benchmarks::Contender> all;
       for (const auto& [name, options] : forms(subject_)) {
@@ -217,7 +248,8 @@ int main(int argc, char** argv) {
                  .help =
                      "plain, causal, window (128 to each side), bias; built-in options beside functions of one's own: "
                      "alibi, softcap, relative, causal_window (256); global: a window of 256 to each side and 16 "
-                     "global tokens beside the window alone",
+                     "global tokens beside the window alone; polar: polar positions beside rotary ones, and by "
+                     "operators on tensors",
                  .target = &variants,
                  .choices = all_variants});
   benchmark.add({.name = "--seconds",

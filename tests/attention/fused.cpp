@@ -39,7 +39,7 @@ TEST_CASE("fused attention equals the reference in double, or is refused") {
   CHECK(names ==
         "plain; scale; causal; global keys without a window; bias; bias of heads; bias of keys; bias of queries; bias "
         "for "
-        "all; bias that hides; no values; ");
+        "all; bias that hides; polar; no values; ");
 }
 
 TEST_CASE("fused attention in narrow dtypes errs no more than the rule allows") {

@@ -179,7 +179,13 @@ class Draw {
     }
     if (chance(0.2)) o.sink(given(noise({heads_}) * pick({1.0, 10.0})));
     if (chance(0.2)) o.dropout(pick({0.1, 0.5, 0.9})).seed(bits_());
-    if (chance(0.2) && dim_ >= 2) rotary();
+    if (chance(0.2) && dim_ >= 2) {
+      o.rotary(table(between(1, dim_ / 2)));
+    } else if (chance(0.25)) {
+      const Tensor turns = table(dim_);
+      o.polar(laid_out(torch::cat({torch::real(turns), torch::imag(turns)}, -1)));
+      if (chance(0.7)) o.polar_phase(given(noise({kv_heads_, dim_})));
+    }
   }
   /// Noise, or one number for all, or noise with numbers that hide.
   Tensor bias() {
@@ -195,16 +201,16 @@ class Draw {
     }
     return bias;
   }
-  void rotary() {
+  /// Of positions; options of where queries stand are changed so that there are rows for them.
+  Tensor table(int64_t columns) {
     AttentionOptions& o = request_.options;
     // Positions must not be below 0
     if (o.query_offset() < 0) o.query_offset(0);
     o.alignment(AttentionAlignment::top_left);
     if (chance(0.5) && !o.sequence_starts().has_value() && keys_ >= queries_)
       o.alignment(AttentionAlignment::bottom_right);
-    const Tensor angles =
-        torch::rand({std::max(queries_ + keys_, keys_) + 25, between(1, dim_ / 2)}, noise_, torch::kDouble) * 6;
-    o.rotary(torch::polar(torch::ones_like(angles), angles));
+    const Tensor angles = torch::rand({std::max(queries_ + keys_, keys_) + 25, columns}, noise_, torch::kDouble) * 6;
+    return torch::polar(torch::ones_like(angles), angles);
   }
 
   std::mt19937_64 bits_;
@@ -236,6 +242,7 @@ std::string described(const RandomRequest& r) {
   tensor("key_sequence_starts", o.key_sequence_starts()), tensor("mask", o.mask()), tensor("hidden", o.hidden());
   tensor("block_mask", o.block_mask()), tensor("bias", o.bias()), tensor("relative_bias", o.relative_bias());
   tensor("alibi_slopes", o.alibi_slopes()), tensor("sink", o.sink()), tensor("rotary", o.rotary());
+  tensor("polar", o.polar()), tensor("polar_phase", o.polar_phase());
   return out.str();
 }
 
@@ -270,6 +277,7 @@ Results run(const RandomRequest& given, const AttentionForm& form) {
   if (r.bias_has_gradient) optional_leaf("bias", r.options.bias());
   optional_leaf("relative_bias", r.options.relative_bias());
   optional_leaf("alibi_slopes", r.options.alibi_slopes()), optional_leaf("sink", r.options.sink());
+  optional_leaf("polar_phase", r.options.polar_phase());
   const auto [output, lse] = form(r.q, r.k, r.v, r.options);
   const auto grads = torch::autograd::grad({output, lse}, leaves, {r.grad_output, r.grad_lse.to(lse.scalar_type())});
   Results results{{"output", output.detach()}, {"lse", lse.detach()}};
@@ -304,13 +312,14 @@ class ByLoops {
                                                                     {"bias", o.bias()},
                                                                     {"relative_bias", o.relative_bias()},
                                                                     {"alibi_slopes", o.alibi_slopes()},
-                                                                    {"sink", o.sink()}};
+                                                                    {"sink", o.sink()},
+                                                                    {"polar_phase", o.polar_phase()}};
     for (const auto& [name, like] : inputs) {
       if (!like.has_value()) continue;
       Expected& x = results.at(name);
       for (Tensor* part : {&x.value, &x.error, &x.reached}) {
         const std::string key = name;
-        if (key == "relative_bias" || key == "sink") continue;
+        if (key == "relative_bias" || key == "sink" || key == "polar_phase") continue;
         std::vector<int64_t> sizes = batch_;
         sizes.insert(sizes.end(), part->sizes().begin() + 1, part->sizes().end());
         *part = part->view(sizes);
@@ -348,6 +357,9 @@ class ByLoops {
     expand(o.alibi_slopes(), {heads, queries}), expand(o.key_lengths(), {});
     if (o.relative_bias().has_value()) {
       o.relative_bias(o.relative_bias()->detach().resolve_neg().to(torch::kDouble).expand({heads, -1}).contiguous());
+    }
+    if (o.polar_phase().has_value()) {
+      o.polar_phase(o.polar_phase()->detach().resolve_neg().to(torch::kDouble).contiguous());
     }
     if (o.sink().has_value()) o.sink(o.sink()->detach().resolve_neg().to(torch::kDouble).contiguous());
     return o;

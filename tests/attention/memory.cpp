@@ -1,6 +1,8 @@
 #include "headroom/memory.hpp"
 
 #include "benchmarks/attention_capabilities.hpp"
+#include "headroom/nn/rotary.hpp"
+#include "headroom/plan.hpp"
 #include "support/catch.hpp"
 
 using namespace headroom;
@@ -53,4 +55,20 @@ TEST_CASE("what is saved between the passes is q, k, v, the output and the log-s
     const int64_t bookkeeping = 64 * 8;  // lengths and starts of sequences, rows of the rotary table
     CHECK(forward.held() <= step.floor_bytes(/*with_backward=*/false) + bookkeeping);
   }
+}
+
+TEST_CASE("attention with polar positions is planned byte for byte, packed sequences and shared heads included") {
+  const auto type = GENERATE(torch::kFloat, torch::kDouble, torch::kBFloat16);
+  const bool packed = GENERATE(false, true);
+  CAPTURE(type, packed);
+  const Tensor starts = torch::tensor({0, 20, 300});
+  const auto step = [=] {
+    const auto make = [&](int64_t heads) { return torch::randn({2, heads, 300, 24}, type).requires_grad_(); };
+    auto options = AttentionOptions().polar(nn::polar_table(300, 24));
+    options.polar_phase(torch::zeros({2, 24}, type).requires_grad_());
+    if (packed) options.sequence_starts(starts);
+    attention(make(4), make(2), make(2), options).square().mean().backward();
+  };
+  const int64_t measured = MemoryMeter().measure(step).added_peak();
+  CHECK(plan(step, this_machine(), {.value = 1}).peak_bytes == measured);
 }

@@ -89,7 +89,9 @@ std::pair<Tensor, Tensor> by_definition(const AttentionCase& request) {
 
 TEST_CASE("the reference computes the definition") {
   for (AttentionCase& request : attention_cases()) {
-    if (request.q.dim() != 4 || request.options.dropout() > 0 || request.options.rotary()) continue;
+    if (request.q.dim() != 4 || request.options.dropout() > 0 || request.options.rotary() || request.options.polar()) {
+      continue;
+    }
     INFO(request.name);
     const auto [expected, expected_lse] = by_definition(request);
     const auto [output, lse] = attention_with_lse(
@@ -290,6 +292,13 @@ TEST_CASE("a request that does not fit is refused with what was given and what i
       {O().rotary(table.slice(0, 0, 9)), "rotary", "has 9 rows and positions go from 0 to 9"},
       {O().rotary(table).query_offset(11), "rotary", "from 11 to 18"},
       {O().rotary(table).query_offset(-1), "rotary", "no position below 0"},
+      {O().polar(torch::ones({18, 6}, torch::kComplexFloat)), "polar", "expected float or double [positions, 12]"},
+      {O().polar(floats({18, 6})), "polar", "is float [18, 6]"},
+      {O().polar(floats({9, 12})), "polar", "has 9 rows and positions go from 0 to 9"},
+      {O().polar(floats({18, 12})).query_offset(-1), "polar", "no position below 0"},
+      {O().polar(floats({18, 12})).rotary(table), "polar", "leave one of them out"},
+      {O().polar_phase(floats({2, 6})), "polar", "without polar"},
+      {O().polar(floats({18, 12})).polar_phase(floats({3, 6})), "polar", "shape ["},
       {O().dropout(1), "dropout", "dropout is 1, expected a probability in [0, 1)"},
       {O().dropout(-0.1), "dropout", "-0.1"},
       {O().dropout(std::nan("")), "dropout", "nan"},
@@ -386,6 +395,11 @@ TEST_CASE("options of another device or layout are refused before they are read"
       {"alibi_slopes", torch::randn({4, length}), [](const Tensor& x) { return O().alibi_slopes(x); }},
       {"sink", torch::randn({4}), [](const Tensor& x) { return O().sink(x); }},
       {"rotary", torch::ones({length, 3}, torch::kComplexFloat), [](const Tensor& x) { return O().rotary(x); }},
+      {"polar", torch::randn({length, 12}), [](const Tensor& x) { return O().polar(x); }},
+      {"polar", torch::randn({4, 6}),
+       [&](const Tensor& x) {
+         return O().polar(torch::randn({length, 12})).polar_phase(x);
+       }},
   };
   for (const auto& [id, fits, with] : options) {
     CHECK(attention(q, q, q, with(fits)).sizes() == q.sizes());

@@ -43,7 +43,8 @@ struct Problem {
   Index relative_reach = 0;  // R of the relative bias
   bool relative_shared = false;
   bool sink = false, rotary = false, grad_lse = false;
-  Index blocks = 0;  // block size of a block mask
+  bool polar = false, polar_phase = false;  // either with rotary or not
+  Index blocks = 0;                         // block size of a block mask
   unsigned seed = 7;
 };
 
@@ -71,8 +72,8 @@ struct Run {
   Problem p;
   std::vector<Scalar> q, k, v, grad, output, grad_q, grad_k, grad_v;
   std::vector<double> lse;
-  std::vector<Scalar> bias, relative, slopes, sink, rotary, grad_bias;
-  std::vector<double> grad_relative, grad_slopes, grad_sink, grad_lse;
+  std::vector<Scalar> bias, relative, slopes, sink, rotary, polar, polar_phase, grad_bias;
+  std::vector<double> grad_relative, grad_slopes, grad_sink, grad_lse, grad_phase;
   std::vector<double> grad_tables;  // of a score function, as long as its tables
   std::unique_ptr<bool[]> mask, blocks;
 
@@ -108,6 +109,19 @@ struct Run {
         }
       }
     }
+    const auto add_turns = [&](std::vector<Scalar>& to, auto&& angle) {  // cosines and sines of [D] angles
+      for (Index d = 0; d < p.dim; ++d) to.push_back(std::cos(angle(d)));
+      for (Index d = 0; d < p.dim; ++d) to.push_back(std::sin(angle(d)));
+    };
+    for (Index l = 0; l < std::max(p.queries, p.keys) + 200 && p.polar; ++l) {
+      add_turns(polar, [&](Index d) {
+        return static_cast<float>(l) * std::pow(100.0F, -static_cast<float>(d) / static_cast<float>(p.dim));
+      });
+    }
+    for (Index h = 0; h < p.kv_heads && p.polar_phase; ++h) {
+      add_turns(polar_phase, [&](Index d) { return static_cast<float>(h) - 0.3F * static_cast<float>(d); });
+    }
+    grad_phase.assign(polar_phase.size() / 2, 0);
     // what must be overwritten
     output.assign(grad.size(), 1e6), grad_q.assign(q.size(), 1e6), grad_k.assign(k.size(), 1e6),
         grad_v.assign(v.size(), 1e6);
@@ -148,6 +162,8 @@ struct Run {
     if (p.relative_reach > 0) params.relative_bias = per_distance(relative);
     if (p.sink) params.sink = dense_view(sink.data(), 1, p.heads, 1, 1);
     if (p.rotary) params.rotary = dense_view(rotary.data(), 1, 1, std::max(p.queries, p.keys) + 200, p.dim / 2 * 2);
+    if (p.polar) params.polar = dense_view(polar.data(), 1, 1, std::max(p.queries, p.keys) + 200, 2 * p.dim);
+    if (p.polar_phase) params.polar_phase = dense_view(polar_phase.data(), 1, p.kv_heads, 1, 2 * p.dim);
     if (mask != nullptr) {
       params.mask = broadcast<const bool>(mask.get(), p.mask, {p.batch, p.heads, p.queries, p.keys});
     }
@@ -164,6 +180,7 @@ struct Run {
     if (p.slopes[0] > 0) grads.slopes = broadcast(grad_slopes.data(), p.slopes, {p.batch, p.heads, p.queries, 1});
     if (p.relative_reach > 0) grads.relative_bias = per_distance(grad_relative);
     if (p.sink) grads.sink = dense_view(grad_sink.data(), 1, p.heads, 1, 1);
+    if (p.polar_phase) grads.polar_phase = dense_view(grad_phase.data(), 1, p.kv_heads, 1, p.dim);
     if (!grad_tables.empty()) {
       grads.score_tables = dense_view(grad_tables.data(), 1, 1, 1, static_cast<Index>(grad_tables.size()));
     }
@@ -243,7 +260,7 @@ template <class F, class... Runs>
 void for_each_result(F&& f, Runs&... run) {
   f("output", run.output...), f("grad_q", run.grad_q...), f("grad_k", run.grad_k...), f("grad_v", run.grad_v...);
   f("grad_bias", run.grad_bias...), f("grad_relative", run.grad_relative...), f("grad_slopes", run.grad_slopes...);
-  f("grad_sink", run.grad_sink...), f("lse", run.lse...);
+  f("grad_sink", run.grad_sink...), f("grad_phase", run.grad_phase...), f("lse", run.lse...);
 }
 
 /// float kernel against double definition: at most twice the RMS and four times the maximum error of plain float loops.

@@ -397,7 +397,9 @@ TEST_CASE("polar attention has the values and gradients of its formula, by each 
   const int64_t length = packed.size(axis);
   const Tensor angles = torch::outer(torch::arange(length, torch::kDouble), torch::rand({dim}, torch::kDouble));
   const auto options = AttentionOptions().backend(backend).window(AttentionWindow{3, 2}).global_keys(1);
-  const Tensor ours = headroom::detail::polar_attention(packed, heads, {angles, phase}, axis, options);
+  const Tensor ours = headroom::detail::packed_attention(
+      packed, heads, std::nullopt, axis,
+      AttentionOptions(options).polar(torch::cat({angles.cos(), angles.sin()}, -1)).polar_phase(phase));
 
   const auto part = [&](int64_t first, int64_t count) {
     return packed.to(torch::kDouble).narrow(-2, first, count).movedim(axis, -2);

@@ -95,6 +95,23 @@ TEST_CASE("the rotary table rotates by position times frequency, so that scores 
   CHECK(testing::error_of([&] { nn::rotate(torch::randn({49, 8}), table); }).id() == "headroom.nn.rotary.shape");
 }
 
+TEST_CASE("the polar table turns by position times frequency, so that scores depend on distance alone") {
+  torch::manual_seed(2);
+  const Tensor table = nn::polar_table(50, 8);
+  CHECK(table.sizes() == at::IntArrayRef({50, 16}));
+  const double angle = 7 * std::pow(1e4, -3.0 / 8);
+  CHECK(table[7][3].item<double>() == Approx(std::cos(angle)));
+  CHECK(table[7][8 + 3].item<double>() == Approx(std::sin(angle)));
+  const Tensor x = torch::randn({8}).expand({1, 1, 50, 8}), v = torch::eye(50).view({1, 1, 50, 50});
+  const auto weights = [&](int64_t offset) {
+    const auto window = AttentionOptions().window(AttentionWindow{2, 2}).query_offset(offset);
+    return attention(x.narrow(-2, 0, 20), x, v, AttentionOptions(window).polar(table));
+  };
+  const Tensor near = weights(10), far = weights(23);  // the same distances, 13 keys further on
+  CHECK(largest_difference(near.slice(-1, 0, 37), far.slice(-1, 13, 50)) < 1e-5);
+  CHECK(near.std(-1).min().item<float>() > 0);
+}
+
 TEST_CASE("the attention layer is projection, rotation, attention, projection, along any axis") {
   torch::manual_seed(3);
   for (const bool rotary : {true, false}) {

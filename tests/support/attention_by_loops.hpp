@@ -55,11 +55,16 @@ class AttentionByLoops {
     for (auto* x : {&options_.key_lengths(), &options_.mask(), &options_.hidden(), &options_.block_mask()}) {
       if (x->has_value()) *x = (*x)->to(torch::kDouble).contiguous();
     }
+    if (options_.polar().has_value()) table_ = options_.polar()->to(torch::kDouble);
     if (options_.rotary().has_value()) {
       table_ = torch::view_as_real(options_.rotary()->to(torch::kComplexDouble).resolve_conj());
     }
     place();
     rotate(q_, query_row_), rotate(k_, key_row_);
+    if (!options_.polar().has_value()) return;
+    features_of_q_ = q_, features_of_k_ = k_;
+    q_ = in_polar_form(q_, angles(query_row_, {})), k_ = in_polar_form(k_, angles(key_row_, options_.polar_phase()));
+    dim_ = q_.size(3);
   }
 
   struct Row {
@@ -95,8 +100,8 @@ class AttentionByLoops {
     return seen_;
   }
 
-  /// By name: output, lse, and the gradients of q, k, v, bias, relative_bias, alibi_slopes and sink for these of output
-  /// [B,H,Lq,Dv] and log-sum-exp [B,H,Lq].
+  /// By name: output, lse, and the gradients of q, k, v, bias, relative_bias, alibi_slopes, sink and polar_phase for
+  /// these of output [B,H,Lq,Dv] and log-sum-exp [B,H,Lq].
   std::map<std::string, Expected> run(const torch::Tensor& grad_output, const torch::Tensor& grad_lse,
                                       const PlantedRows& planted) {
     seen();
@@ -109,11 +114,16 @@ class AttentionByLoops {
                                                                    {"bias", {batch_, heads_, queries_, keys_}},
                                                                    {"relative_bias", {heads_, reach}},
                                                                    {"alibi_slopes", {batch_, heads_, queries_}},
-                                                                   {"sink", {heads_}}};
+                                                                   {"sink", {heads_}},
+                                                                   {"polar_phase", {k_.size(1), dim_ / 2}}};
     results_.clear();
     for (const auto& [name, sizes] : shapes) results_.emplace(name, Expected(sizes));
     for_each_row([&](int64_t b, int64_t h, int64_t i) { row({b, h, i}, grad_output, grad_lse, planted); });
     rotate_back("q", query_row_), rotate_back("k", key_row_);
+    if (options_.polar().has_value()) {
+      from_polar_form("q", features_of_q_, angles(query_row_, {}), nullptr);
+      from_polar_form("k", features_of_k_, angles(key_row_, options_.polar_phase()), &results_.at("polar_phase"));
+    }
     return std::move(results_);
   }
 
@@ -192,6 +202,32 @@ class AttentionByLoops {
     x.error = (x.error + rounding_.computed * x.value.abs().amax(-1, true)).sum(-1, true).expand_as(x.value).clone();
   }
 
+  /// Of rows of the table, for keys with their phases: [L,D] or [Hk,L,D].
+  torch::Tensor angles(const std::vector<int64_t>& rows, const std::optional<torch::Tensor>& phase) const {
+    const auto turns = table_.index_select(0, torch::tensor(rows, torch::kLong)).chunk(2, -1);
+    const torch::Tensor of_rows = torch::atan2(turns[1], turns[0]);
+    return phase.has_value() ? of_rows + phase->unsqueeze(-2) : of_rows;
+  }
+  static torch::Tensor in_polar_form(const torch::Tensor& x, const torch::Tensor& angles) {
+    const torch::Tensor magnitude = torch::softplus(x);
+    return torch::cat({magnitude * angles.cos(), magnitude * angles.sin()}, -1).contiguous();
+  }
+  /// Of gradients; and those of angles, summed over rows and batches.
+  void from_polar_form(const char* name, const torch::Tensor& x, const torch::Tensor& angles, Expected* phase) {
+    Expected& result = results_.at(name);
+    const auto value = result.value.chunk(2, -1), error = result.error.chunk(2, -1);
+    const torch::Tensor sizes = value[0].abs() + value[1].abs(), magnitude = torch::softplus(x);
+    const torch::Tensor errors = error[0] + error[1] + 16 * rounding_.computed * sizes;
+    result.reached = result.reached.narrow(-1, 0, x.size(-1)).contiguous();
+    if (phase != nullptr) {
+      phase->value = (magnitude * (value[1] * angles.cos() - value[0] * angles.sin())).sum({0, 2});
+      phase->error = (magnitude * errors).sum({0, 2});
+      phase->reached = result.reached.sum({0, 2});
+    }
+    const torch::Tensor along = value[0] * angles.cos() + value[1] * angles.sin();
+    result.value = (along * x.sigmoid()).contiguous(), result.error = (errors * x.sigmoid()).contiguous();
+  }
+
   Pair pair(const Row& row, int64_t j) const {
     const auto [b, h, i] = row;
     double dot = 0, size = 0;
@@ -199,7 +235,10 @@ class AttentionByLoops {
       const double product = element(q_, {b, h, i, d}) * element(k_, {b, h / group_, j, d});
       dot += product, size += std::abs(product);
     }
-    Pair pair{j, scale_ * dot, 4 * rounding_.computed * std::abs(scale_) * size};
+    // Of magnitudes and turns, too
+    const double rounding =
+        options_.polar().has_value() ? 24 * rounding_.computed + rounding_.factors : 4 * rounding_.computed;
+    Pair pair{j, scale_ * dot, rounding * std::abs(scale_) * size};
     if (const double cap = options_.softcap().value_or(0); cap > 0) {
       const double t = std::tanh(pair.score / cap);
       pair.slope = 1 - t * t, pair.score = cap * t;
@@ -329,6 +368,7 @@ class AttentionByLoops {
   }
 
   torch::Tensor q_, k_, v_, table_, seen_;
+  torch::Tensor features_of_q_, features_of_k_;  // before they are in polar form
   AttentionOptions options_;
   Rounding rounding_;
   int64_t batch_, heads_, queries_, keys_, dim_, value_dim_, group_;

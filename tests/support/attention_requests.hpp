@@ -29,7 +29,7 @@ inline AttentionCase converted(const AttentionCase& request, torch::ScalarType d
   };
   for (Tensor* x : {&result.q, &result.k, &result.v}) *x = x->to(dtype);
   convert(result.options.bias()), convert(result.options.relative_bias());
-  convert(result.options.alibi_slopes()), convert(result.options.sink());
+  convert(result.options.alibi_slopes()), convert(result.options.sink()), convert(result.options.polar_phase());
   return result;
 }
 
@@ -39,13 +39,13 @@ inline AttentionCase moved(const AttentionCase& request, torch::Device device) {
   AttentionOptions& o = result.options;
   for (Tensor* x : {&result.q, &result.k, &result.v}) *x = x->to(device);
   for (std::optional<Tensor>* x : {&o.mask(), &o.hidden(), &o.block_mask(), &o.bias(), &o.relative_bias(),
-                                   &o.alibi_slopes(), &o.sink(), &o.rotary()}) {
+                                   &o.alibi_slopes(), &o.sink(), &o.rotary(), &o.polar(), &o.polar_phase()}) {
     if (x->has_value()) *x = (*x)->to(device);
   }
   return result;
 }
 
-/// Output, log-sum-exp, and gradients of q, k, v, bias, relative_bias, alibi_slopes, sink where given.
+/// Output, log-sum-exp, and gradients of q, k, v, bias, relative_bias, alibi_slopes, sink, polar_phase where given.
 struct AttentionValues {
   std::vector<std::string> names;
   std::vector<Tensor> values;
@@ -82,6 +82,7 @@ inline AttentionValues run_case(const AttentionCase& request, const AttentionFor
   if (leaf.bias_has_gradient) make_optional_leaf("bias", leaf.options.bias());
   make_optional_leaf("relative_bias", leaf.options.relative_bias());
   make_optional_leaf("alibi_slopes", leaf.options.alibi_slopes()), make_optional_leaf("sink", leaf.options.sink());
+  make_optional_leaf("polar_phase", leaf.options.polar_phase());
   if (leaf.options.dropout() > 0) torch::manual_seed(17);
   const auto [output, lse] = form(leaf.q, leaf.k, leaf.v, leaf.options);
   const auto noise = [](const Tensor& x) {
@@ -122,6 +123,10 @@ inline std::vector<AttentionCase> attention_cases() {
   const auto table = [](int64_t rows, int64_t pairs) {
     const Tensor angles = torch::rand({rows, pairs}, torch::kDouble) * 6;
     return torch::polar(torch::ones_like(angles), angles);
+  };
+  const auto turns = [](int64_t rows, int64_t features) {
+    const Tensor angles = torch::rand({rows, features}, torch::kDouble) * 6;
+    return torch::cat({angles.cos(), angles.sin()}, -1);
   };
   using O = AttentionOptions;
   plain("plain", O());
@@ -172,6 +177,10 @@ inline std::vector<AttentionCase> attention_cases() {
   plain("rotary", O().rotary(table(53, 3)));
   plain("rotary of some features", O().rotary(table(60, 2)).query_offset(16).causal(true));
   plain("rotary in sequences", O().rotary(table(42, 3)).sequence_starts(starts).key_sequence_starts(key_starts));
+  plain("polar", O().polar(turns(53, 6)));
+  plain("polar with phases", O().polar(turns(70, 6)).polar_phase(noise({4, 6})).query_offset(16).causal(true));
+  plain("polar in sequences",
+        O().polar(turns(42, 6)).polar_phase(noise({4, 6})).sequence_starts(starts).key_sequence_starts(key_starts));
   plain("dropout", O().dropout(0.3));
   add("grouped heads", {2, 6, 37, 6}, {2, 2, 53, 6}, {2, 2, 53, 5}, O());
   add("one head of keys", {2, 6, 37, 6}, {1, 1, 53, 6}, {1, 1, 53, 5}, O().causal(true).bias(noise({6, 37, 53})));
@@ -213,6 +222,22 @@ inline std::vector<AttentionCase> attention_cases() {
           .rotary(table(40, 3))
           .dropout(0.1)
           .key_lengths(torch::tensor({37, 30})));
+  add("grouped heads with polar positions and everything", {2, 4, 37, 6}, {1, 2, 37, 6}, {1, 2, 37, 5},
+      O().scale(-0.3)
+          .softcap(2)
+          .bias(noise({1, 4, 37, 37}))
+          .relative_bias(noise({1, 21}))
+          .alibi_slopes(noise({4, 37}).abs() * 0.2)
+          .sink(noise({4}))
+          .sequence_starts(starts)
+          .window(AttentionWindow{6, 2})
+          .global_keys(2)
+          .polar(turns(40, 6))
+          .polar_phase(noise({2, 6}))
+          .dropout(0.1)
+          .key_lengths(torch::tensor({37, 30})));
+  add("polar positions in five dimensions", {2, 3, 4, 17, 6}, {2, 1, 2, 23, 6}, {2, 1, 2, 23, 5},
+      O().polar(turns(23, 6)).polar_phase(noise({2, 6})).key_lengths(torch::tensor({{23, 5, 0}})));
   add("no queries", {2, 4, 0, 6}, {2, 4, 5, 6}, {2, 4, 5, 5}, O());
   add("no keys", {2, 4, 5, 6}, {2, 4, 0, 6}, {2, 4, 0, 5}, O());
   add("no keys but a sink", {2, 4, 5, 6}, {2, 4, 0, 6}, {2, 4, 0, 5}, O().sink(noise({4})));

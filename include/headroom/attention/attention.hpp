@@ -61,7 +61,7 @@ inline AttentionResult run_attention(const torch::Tensor& q, const torch::Tensor
 }  // namespace detail
 
 /// softmax(softcap(scale·q·kᵀ) + what is added to scores, over the allowed keys)·v, as AttentionOptions define it;
-/// differentiable in q, k, v, bias, relative_bias, alibi_slopes, sink and the tables of a score function.
+/// differentiable in q, k, v, bias, relative_bias, alibi_slopes, sink, polar_phase and the tables of a score function.
 /// q [..., H, Lq, D], k [..., Hk, Lk, D], v [..., Hk, Lk, Dv]: three dimensions or more, any strides, floating-point
 /// dtype (computed in float, in double for double). Head h of q attends to head h·Hk/H of k and v; their batch
 /// dimensions broadcast to those of q. The output lies in memory in the order of q's dimensions. A query without keys

@@ -83,13 +83,13 @@ AttentionForward attention_result(Compute&& compute) {
 /// Tensors of a request that may have a gradient, as edges of the graph; autograd takes none that are undefined.
 inline torch::autograd::variable_list with_differentiable(torch::autograd::variable_list tensors,
                                                           const AttentionRequest& request) {
-  for (const torch::Tensor* x :
-       {&request.bias, &request.relative_bias, &request.alibi_slopes, &request.sink, &request.score_tables}) {
+  for (const torch::Tensor* x : {&request.bias, &request.relative_bias, &request.alibi_slopes, &request.sink,
+                                 &request.score_tables, &request.polar_phase}) {
     if (x->defined()) tensors.push_back(*x);
   }
   return tensors;
 }
-/// Appends the gradients of those to `grads`; `given` are bias, relative_bias, alibi_slopes, sink and score_tables.
+/// Appends the gradients of those to `grads`; `given` are those of a request that are differentiable.
 inline void append_differentiable(torch::autograd::variable_list& grads, at::TensorList given,
                                   const torch::autograd::variable_list& gradients) {
   for (size_t i = 0; i < given.size(); ++i) {
@@ -134,7 +134,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction<Backend>>
       const ResultGradients by_result{grad[0].defined() ? grad[0].resolve_neg() : torch::zeros_like(forward.output),
                                       grad[1].defined() ? grad[1].resolve_neg() : grad[1]};
       AttentionGradients g = Backend::backward(in, forward, by_result, wanted);
-      return {g.q, g.k, g.v, g.bias, g.relative_bias, g.alibi_slopes, g.sink, g.score_tables};
+      return {g.q, g.k, g.v, g.bias, g.relative_bias, g.alibi_slopes, g.sink, g.score_tables, g.polar_phase};
     });
     torch::autograd::variable_list grads(gradients.begin(), gradients.begin() + 3);
     append_differentiable(grads, all.slice(3, AttentionRequest::kDifferentiable),

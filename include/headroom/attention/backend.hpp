@@ -30,13 +30,14 @@ struct ResultGradients {
   torch::Tensor output, lse = {};  // lse may be undefined
 };
 
-/// Whether the gradients of q, k, v, bias, relative_bias, alibi_slopes, sink and score_tables are asked for.
+/// Whether the gradients of q, k, v, bias, relative_bias, alibi_slopes, sink, score_tables and polar_phase
+/// are asked for.
 using WantedGradients = std::array<bool, 3 + AttentionRequest::kDifferentiable>;
 
 struct AttentionGradients {
   torch::Tensor q, k, v;
-  torch::Tensor bias = {}, relative_bias = {}, alibi_slopes = {}, sink = {},
-                score_tables = {};  // undefined where not wanted
+  torch::Tensor bias = {}, relative_bias = {}, alibi_slopes = {}, sink = {}, score_tables = {},
+                polar_phase = {};  // undefined where not wanted
 };
 
 }  // namespace headroom::inline v0::detail

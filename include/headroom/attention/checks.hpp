@@ -55,7 +55,7 @@ class AttentionChecks {
     masks();
     scores();
     functions();
-    rotary();
+    rotary(), polar();
     dropout();
   }
 
@@ -274,14 +274,41 @@ class AttentionChecks {
             "; expected complex numbers [positions, pairs] on ", q_.device(), " with at most ", q_.size(-1) / 2,
             " pairs, as nn::rotary_table makes them");
     request_.rotary = table;
+    table_rows("headroom.attention.rotary", "rotary", table);
+  }
+
+  void polar() {
+    const auto expect = [](bool holds, const auto&... parts) { require(holds, "headroom.attention.polar", parts...); };
+    const auto& phase = options_.polar_phase();
+    if (!options_.polar().has_value()) {
+      return expect(!phase.has_value(), "polar_phase is given without polar; give both, or leave both out");
+    }
+    const torch::Tensor& table = *options_.polar();
+    const bool fits = is_dense(table) &&
+                      (table.scalar_type() == torch::kFloat || table.scalar_type() == torch::kDouble) &&
+                      table.device() == q_.device() && table.dim() == 2;
+    expect(fits && table.size(1) == 2 * q_.size(-1), "polar ", described(table),
+           "; expected float or double [positions, ", 2 * q_.size(-1), "] on ", q_.device(),
+           ", cosines and sines as nn::polar_table makes them");
+    expect(!options_.rotary().has_value(), "rotary and polar are both given; leave one of them out");
+    request_.polar = table.resolve_neg();
+    table_rows("headroom.attention.polar", "polar", table);
+    if (!phase.has_value()) return;
+    const int64_t heads = request_.kv_heads, dim = q_.size(-1);
+    expect(adds_to_scores(*phase) && phase->sizes() == at::IntArrayRef({heads, dim}), "polar_phase ", described(*phase),
+           "; expected ", q_.dtype(), " on ", q_.device(), ", shape [", heads, ", ", dim, "]");
+    request_.polar_phase = phase->resolve_neg();
+  }
+
+  /// Fails unless a table of positions has a row for each query and key.
+  void table_rows(const char* id, const char* name, const torch::Tensor& table) {
     const HostTensors host;
-    const RotaryRows rows(request_);
+    const TableRows rows(request_);
     for (const torch::Tensor* x : {&rows.query, &rows.key}) {
       if (x->numel() == 0) continue;
       const int64_t first = x->min().item<int64_t>(), last = x->max().item<int64_t>();
-      require(0 <= first && last < table.size(0), "headroom.attention.rotary", "rotary has ", table.size(0),
-              " rows and positions go from ", first, " to ", last,
-              "; expected a row for each position, and no position below 0");
+      require(0 <= first && last < table.size(0), id, name, " has ", table.size(0), " rows and positions go from ",
+              first, " to ", last, "; expected a row for each position, and no position below 0");
     }
   }
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "headroom/attention/backend.hpp"
+#include "headroom/attention/polar.hpp"
 #include "headroom/attention/rotation.hpp"
 #include "headroom/attention/running_softmax.hpp"
 #include "headroom/attention/scores.hpp"
@@ -34,6 +35,7 @@ struct ChunkSizes {
 struct HeadInputs {
   torch::Tensor q, k, v;                // [b,h,Lq,D], [b or 1,hk,Lk,D], [b or 1,hk,Lk,Dv]
   torch::Tensor bad_queries, bad_keys;  // [b,h,Lq], [b or 1,hk,Lk]
+  torch::Tensor phase;                  // [1,hk,D] of polar positions, or undefined
   ScoreTerms terms;
 };
 
@@ -59,8 +61,8 @@ class ChunkedScores {
       bad_queries_ = rows_not_finite(q_);
       bad_keys_ = either(rows_not_finite(k_), rows_not_finite(v_));
     }
-    if (request_.rotary.defined()) {
-      const RotaryRows rows(request_);
+    if (request_.rotary.defined() || request_.polar.defined()) {
+      const TableRows rows(request_);
       query_rows_ = rows.query.to(q_.device());
       key_rows_ = rows.key.to(q_.device());
     }
@@ -108,15 +110,17 @@ class ChunkedScores {
     return shared == 1 ? x : x.reshape({x.size(0), x.size(1) * shared, x.size(2) / shared, x.size(3)});
   }
 
-  /// scale·q of some queries, rotated and folded.
+  /// scale·q of some queries, folded, and keys: rotated, or in polar form with twice as many features.
   torch::Tensor queries(const HeadInputs& inputs, int64_t first, int64_t last) const {
     torch::Tensor q =
         without_rows(rows_of(inputs.q, 2, first, last).to(dtype_), rows_of(inputs.bad_queries, 2, first, last));
     if (request_.rotary.defined()) q = rotated(q, request_.rotary, rows_of(query_rows_, 0, first, last));
+    if (request_.polar.defined()) q = polar_pairs(q, turns_of_queries(first, last));
     return folded(q * request_.scale);
   }
   torch::Tensor keys(const HeadInputs& inputs, const ScoreChunk& chunk) const {
     const torch::Tensor k = finite_keys(inputs.k, inputs, chunk);
+    if (request_.polar.defined()) return polar_pairs(k, turns_of_keys(inputs, chunk));
     if (!request_.rotary.defined()) return k;
     return rotated(k, request_.rotary, rows_of(key_rows_, 0, chunk.first_key, chunk.end_key));
   }
@@ -124,12 +128,26 @@ class ChunkedScores {
     return finite_keys(inputs.v, inputs, chunk);
   }
   /// Gradients by what queries() and keys() return, turned back, of q and of k.
-  torch::Tensor grad_of_queries(const torch::Tensor& grad, int64_t first, int64_t last) const {
+  torch::Tensor grad_of_queries(const HeadInputs& inputs, const torch::Tensor& grad, int64_t first,
+                                int64_t last) const {
     const torch::Tensor grad_q = unfolded(grad).mul_(request_.scale);
+    if (request_.polar.defined()) {
+      const torch::Tensor q =
+          without_rows(rows_of(inputs.q, 2, first, last), rows_of(inputs.bad_queries, 2, first, last));
+      return polar_gradients(grad_q, q.to(dtype_), turns_of_queries(first, last))[0];
+    }
     if (!request_.rotary.defined()) return grad_q;
     return rotated(grad_q, request_.rotary.conj(), rows_of(query_rows_, 0, first, last));
   }
-  torch::Tensor grad_of_keys(const torch::Tensor& grad, const ScoreChunk& chunk) const {
+  /// That of polar phases is added to `phase` [1,hk,D], unless it is undefined.
+  torch::Tensor grad_of_keys(const HeadInputs& inputs, const torch::Tensor& grad, const ScoreChunk& chunk,
+                             const torch::Tensor& phase) const {
+    if (request_.polar.defined()) {
+      const auto [of_k, of_angles] =
+          polar_gradients(grad, finite_keys(inputs.k, inputs, chunk), turns_of_keys(inputs, chunk));
+      if (phase.defined()) phase.add_(phase_gradient(of_angles, phase.sizes()));
+      return of_k;
+    }
     if (!request_.rotary.defined()) return grad;
     return rotated(grad, request_.rotary.conj(), rows_of(key_rows_, 0, chunk.first_key, chunk.end_key));
   }
@@ -191,8 +209,19 @@ class ChunkedScores {
 
  private:
   HeadInputs inputs_of(const HeadRange& heads, const HeadRange& of_kv) const {
-    return {part_of(q_, heads, 2),           part_of(k_, of_kv, 2),        part_of(v_, of_kv, 2),
-            part_of(bad_queries_, heads, 1), part_of(bad_keys_, of_kv, 1), terms_.of(heads)};
+    return {part_of(q_, heads, 2),
+            part_of(k_, of_kv, 2),
+            part_of(v_, of_kv, 2),
+            part_of(bad_queries_, heads, 1),
+            part_of(bad_keys_, of_kv, 1),
+            part_of(request_.polar_phase, of_kv, 1),
+            terms_.of(heads)};
+  }
+  Turns turns_of_queries(int64_t first, int64_t last) const {
+    return polar_turns(request_.polar, rows_of(query_rows_, 0, first, last), {}, dtype_);
+  }
+  Turns turns_of_keys(const HeadInputs& inputs, const ScoreChunk& chunk) const {
+    return polar_turns(request_.polar, rows_of(key_rows_, 0, chunk.first_key, chunk.end_key), inputs.phase, dtype_);
   }
   torch::Tensor finite_keys(const torch::Tensor& x, const HeadInputs& inputs, const ScoreChunk& chunk) const {
     return without_rows(rows_of(x, 2, chunk.first_key, chunk.end_key).to(dtype_),

@@ -109,7 +109,7 @@ class ChunkedAttention {
       weights.reset();
       rows.gradients.add({inputs, chunk, s, q, k, rows.sums}, grad_scores, grad_q);
     });
-    rows.gradients.store_grad_q(rows.sums.q, grad_q, first, last);
+    rows.gradients.store_grad_q(inputs, rows.sums.q, grad_q, first, last);
   }
 
   AttentionInputs in_;

@@ -230,7 +230,9 @@ struct FusedBackend {
   static AttentionForward forward(const AttentionInputs& in) {
     const bool leaks = in.request.causal && (rows_not_finite(in.q).defined() || rows_not_finite(in.k).defined() ||
                                              rows_not_finite(in.v).defined() || holds_nan_or_infinity(in.request.bias));
-    return leaks ? ChunkedBackend::forward(in) : FusedAttention(in).forward();
+    if (leaks) return ChunkedBackend::forward(in);
+    if (in.request.polar.defined()) return FusedAttention(PolarInputs(in).inputs()).forward();
+    return FusedAttention(in).forward();
   }
   static AttentionGradients backward(const AttentionInputs& in, const AttentionForward& forward,
                                      const ResultGradients& grad, const WantedGradients& wanted) {
@@ -240,7 +242,9 @@ struct FusedBackend {
     if (was_chunked || leaks || (may_be_coarse && is_coarse_lse(forward.lse))) {
       return ChunkedBackend::backward(in, forward, grad, wanted);
     }
-    return FusedAttention(in).backward(forward, grad);
+    if (!in.request.polar.defined()) return FusedAttention(in).backward(forward, grad);
+    const PolarInputs polar(in);
+    return polar.back(FusedAttention(polar.inputs()).backward(forward, grad), wanted);
   }
 
  private:

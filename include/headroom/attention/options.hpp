@@ -123,6 +123,12 @@ struct AttentionOptions {
   /// Complex [positions, R/2], as nn::rotary_table makes it: rotates the first R features of q and k, in neighbouring
   /// pairs, by row p for a query and row j for a key.
   TORCH_ARG(std::optional<torch::Tensor>, rotary) = std::nullopt;
+  /// Polar position embedding (PoPE; Gopalakrishnan et al. 2025): [positions, 2D], a row of D cosines and D sines of
+  /// angles for each position, as nn::polar_table makes it. q·kᵀ becomes the sum over features d of
+  /// softplus(q_d)·softplus(k_d)·cos(angle d of row j - angle d of row p + phase). Not with rotary.
+  TORCH_ARG(std::optional<torch::Tensor>, polar) = std::nullopt;
+  /// The phase of polar, [Hk, D], differentiable; 0 unless given.
+  TORCH_ARG(std::optional<torch::Tensor>, polar_phase) = std::nullopt;
   /// Probability that a weight is dropped, in [0, 1); the others grow by 1 / (1 - dropout).
   TORCH_ARG(double, dropout) = 0.0;
   /// Where dropout's seed is drawn from; LibTorch's default CPU generator unless given.
@@ -138,7 +144,8 @@ namespace detail {
 /// The options' tensors that need a gradient.
 inline std::vector<torch::Tensor> differentiable(const AttentionOptions& options) {
   std::vector<torch::Tensor> all;
-  for (const auto& x : {options.bias(), options.relative_bias(), options.alibi_slopes(), options.sink()}) {
+  for (const auto& x :
+       {options.bias(), options.relative_bias(), options.alibi_slopes(), options.sink(), options.polar_phase()}) {
     if (x.has_value() && x->defined() && x->requires_grad()) all.push_back(*x);
   }
   if (options.score_function().has_value()) {

@@ -18,16 +18,11 @@ struct PackedProjection {
   int64_t kv_heads() const { return (packed.size(-2) - heads) / 2; }
   torch::Tensor qk() const { return packed.narrow(-2, 0, heads + kv_heads()); }
 
-  /// q [..., H, L, D'] and k [..., Hk, L, D'] of `qk` [..., H+Hk, D'], and v of `values`, which is like `packed`: the
-  /// sequence dimension is behind the heads. No copy.
-  std::array<torch::Tensor, 3> views(const torch::Tensor& qk, const torch::Tensor& values) const {
-    const auto part = [&](const torch::Tensor& x, int64_t first, int64_t count) {
-      return x.narrow(-2, first, count).movedim(axis, -2);
-    };
-    return {part(qk, 0, heads), part(qk, heads, kv_heads()), part(values, heads + kv_heads(), kv_heads())};
+  /// q, k and v as they lie in `packed`, the sequence dimension behind the heads.
+  std::array<torch::Tensor, 3> views() const {
+    const auto part = [&](int64_t first, int64_t count) { return packed.narrow(-2, first, count).movedim(axis, -2); };
+    return {part(0, heads), part(heads, kv_heads()), part(heads + kv_heads(), kv_heads())};
   }
-  /// q, k and v as they lie in `packed`.
-  std::array<torch::Tensor, 3> views() const { return views(packed, packed); }
   /// Another of the same shape and layout, for gradients.
   PackedProjection empty() const { return {torch::empty_like(packed), heads, axis}; }
 };
@@ -105,7 +100,8 @@ struct PackedAttention : torch::autograd::Function<PackedAttention<Backend>> {
       const AttentionGradients grad =
           gradients_into<Backend>(in, forward, grad_output[0].resolve_neg(), wanted, target.views());
       if (rotation.defined()) rotate_packed(target.packed, request.heads(), rotation.conj());
-      return {target.packed, grad.bias, grad.relative_bias, grad.alibi_slopes, grad.sink, grad.score_tables};
+      return {target.packed, grad.bias,         grad.relative_bias, grad.alibi_slopes,
+              grad.sink,     grad.score_tables, grad.polar_phase};
     });
     torch::autograd::variable_list grads{computed[0]};
     append_differentiable(grads, all.slice(4, AttentionRequest::kDifferentiable),

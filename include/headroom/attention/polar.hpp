@@ -1,30 +1,34 @@
 #pragma once
 
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/types.h>
 
 #include <array>
-#include <cmath>
 #include <utility>
-#include <vector>
 
-#include "headroom/attention/attention.hpp"
-#include "headroom/attention/packed.hpp"
+#include "headroom/attention/backend.hpp"
+#include "headroom/attention/positions.hpp"
+#include "headroom/attention/tiled_tensors.hpp"
 
-// Polar position embedding (PoPE; Gopalakrishnan et al. 2025, arXiv:2509.10534): a feature of q or k becomes a complex
-// number. Its magnitude, softplus of the feature, says what is there; its angle says where: the position times a
-// frequency, and for keys a learned phase more. The score of a pair is the real part of q·conj(k):
-//   sum over features d of softplus(q_d)·softplus(k_d)·cos((p_k - p_q)·frequency_d + phase_d)
+// Polar position embedding (PoPE; Gopalakrishnan et al. 2025, arXiv:2509.10534) on tensors, for backends whose kernels
+// don't know it: a feature of q or k becomes a complex number. Its magnitude, softplus of the feature, says what is
+// there; its angle says where: that of its position's row in a table, and for keys a learned phase more. The score of a
+// pair is the real part of q·conj(k), the same as a product of twice as many real features.
 namespace headroom::inline v0::detail {
 
-/// Where the tokens of a sequence stand.
-struct PolarPositions {
-  torch::Tensor angles;  ///< [L, D] in double: position times frequency
-  torch::Tensor phase;   ///< [Hk, D]: added to the angles of keys; may have a gradient
-};
-
-/// Cosine and sine of angles, to be broadcast.
+/// Cosine and sine of angles, broadcastable to [..., L, D].
 using Turns = std::array<torch::Tensor, 2>;
+
+/// By `rows` of a table [P, 2D], in `dtype`; for keys with a phase more, [..., Hk, D] or undefined, which may
+/// have a gradient.
+inline Turns polar_turns(const torch::Tensor& table, const torch::Tensor& rows, const torch::Tensor& phase,
+                         torch::ScalarType dtype) {
+  const auto turns = table.index_select(0, rows).to(dtype).chunk(2, -1);
+  const torch::Tensor &cosine = turns[0], &sine = turns[1];
+  if (!phase.defined()) return {cosine, sine};
+  const torch::Tensor wide = phase.to(torch::kDouble).unsqueeze(-2);
+  const torch::Tensor of_phase = wide.cos().to(dtype), across = wide.sin().to(dtype);
+  return {cosine * of_phase - sine * across, sine * of_phase + cosine * across};
+}
 
 /// Features x [..., D] as complex numbers, all real parts before all imaginary ones: [..., 2D] in x's dtype. Narrow
 /// types are computed in float, of which `turns` are.
@@ -33,8 +37,7 @@ inline torch::Tensor polar_pairs(const torch::Tensor& x, const Turns& turns) {
   return torch::cat({magnitude * turns[0], magnitude * turns[1]}, -1).to(x.scalar_type());
 }
 
-/// The gradients of x and of the angles, the latter of x's shape, where grad [..., 2D] is that of polar_pairs(x,
-/// turns).
+/// The gradients of x, in its dtype, and of the angles, where grad [..., 2D] is that of polar_pairs(x, turns).
 inline std::array<torch::Tensor, 2> polar_gradients(const torch::Tensor& grad, const torch::Tensor& x,
                                                     const Turns& turns) {
   const torch::Tensor wide = x.to(compute_type(x)), given = grad.to(wide.scalar_type());
@@ -45,109 +48,39 @@ inline std::array<torch::Tensor, 2> polar_gradients(const torch::Tensor& grad, c
   return {(along * wide.sigmoid()).to(x.scalar_type()), across * torch::softplus(wide)};
 }
 
-/// A packed projection with the positions of its tokens.
-struct PolarProjection : PackedProjection {
-  PolarPositions positions;
+/// The gradient of phases, summed in double to `sizes` [..., Hk, D], by that of the angles [..., Hk, L, D].
+inline torch::Tensor phase_gradient(const torch::Tensor& of_angles, at::IntArrayRef sizes) {
+  return of_angles.sum(-2, /*keepdim=*/false, torch::kDouble).sum_to_size(sizes);
+}
 
-  /// Of the angles of q and k, computed in double: [L, 1 …, H+Hk, D].
-  Turns turns() const {
-    const torch::Tensor of_q = positions.angles.unsqueeze(1);  // [L,1,D]
-    const torch::Tensor of_k = of_q + positions.phase.to(of_q.scalar_type());
-    std::vector<int64_t> shape(packed.dim() - axis, 1);
-    shape.front() = of_q.size(0);
-    shape.end()[-2] = heads + kv_heads();
-    shape.end()[-1] = of_q.size(2);
-    const auto all = [&](const torch::Tensor& q, const torch::Tensor& k) {
-      return torch::cat({q.expand({-1, heads, -1}), k}, 1).to(compute_type(packed)).view(shape);
+/// A request with polar positions as one without: q and k twice as wide.
+class PolarInputs {
+ public:
+  explicit PolarInputs(const AttentionInputs& in) : given_(in), request_(in.request) {
+    const TableRows rows(in.request);
+    const auto turns_of = [&](const torch::Tensor& of_rows, const torch::Tensor& phase) {
+      return polar_turns(in.request.polar, of_rows.to(in.q.device()), phase, compute_type(in.q));
     };
-    return {all(of_q.cos(), of_k.cos()), all(of_q.sin(), of_k.sin())};
+    of_q_ = turns_of(rows.query, {}), of_k_ = turns_of(rows.key, in.request.polar_phase);
+    q_ = polar_pairs(in.q, of_q_), k_ = polar_pairs(in.k, of_k_);
+    request_.polar = torch::Tensor(), request_.polar_phase = torch::Tensor();
   }
-  /// Tensors of the shapes that attention gets, without memory of their own, for checks.
-  std::array<torch::Tensor, 3> stand_ins() const {
-    std::vector<int64_t> sizes = qk().sizes().vec();
-    sizes.back() *= 2;
-    return views(packed.new_empty({}).expand(sizes), packed);
-  }
-};
-
-/// Attention with polar positions by a backend as AttentionFunction takes it. Saved for backward: the projections, the
-/// output and the log-sum-exp; q and k in polar form, twice as wide, are there while one of the passes runs.
-template <class Backend>
-struct PolarAttention : torch::autograd::Function<PolarAttention<Backend>> {
-  static torch::Tensor forward(torch::autograd::AutogradContext* ctx, const torch::Tensor& packed,
-                               const torch::Tensor& phase, const torch::Tensor& angles, int64_t axis,
-                               AttentionRequest request) {
-    const PolarProjection projection{{packed, request.heads(), axis}, {angles, phase}};
-    const AttentionForward result = attention_result([&] { return attended(projection, request); });
-    torch::autograd::variable_list saved{packed, phase, angles, result.output, result.lse};
-    saved.insert(saved.end(), result.extra.begin(), result.extra.end());
-    ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["axis"] = axis;
-    save_request(ctx, request);
-    return result.output;
-  }
-
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list grad_output) {
-    const auto saved = ctx->get_saved_variables();
-    const AttentionRequest request = saved_request(ctx, {});
-    const PolarProjection projection{{saved[0], request.heads(), ctx->saved_data["axis"].toInt()},
-                                     {saved[2], saved[1]}};
-    const AttentionForward forward{saved[3], saved[4], {saved.begin() + 5, saved.end()}};
-    const auto computed =
-        first_derivatives({grad_output[0], saved[0], saved[1]}, [&]() -> torch::autograd::variable_list {
-          return gradients(projection, request, forward, grad_output[0].resolve_neg());
-        });
-    return {computed[0], computed[1], {}, {}, {}};
+  AttentionInputs inputs() const { return {q_, k_, given_.v, request_}; }
+  /// Gradients of what inputs() gives become those of what was given.
+  AttentionGradients back(AttentionGradients grad, const WantedGradients& wanted) const {
+    grad.q = polar_gradients(grad.q, given_.q, of_q_)[0];
+    auto [of_k, of_angles] = polar_gradients(grad.k, given_.k, of_k_);
+    grad.k = of_k;
+    const torch::Tensor& phase = given_.request.polar_phase;
+    if (wanted[8]) grad.polar_phase = phase_gradient(of_angles, phase.sizes()).to(phase.scalar_type());
+    return grad;
   }
 
  private:
-  static AttentionForward attended(const PolarProjection& projection, const AttentionRequest& request) {
-    const auto [q, k, v] = projection.views(polar_pairs(projection.qk(), projection.turns()), projection.packed);
-    return Backend::forward(AttentionInputs{q, k, v, request});
-  }
-
-  /// Of the packed projections and of the phase.
-  static torch::autograd::variable_list gradients(const PolarProjection& projection, const AttentionRequest& request,
-                                                  const AttentionForward& forward, const torch::Tensor& grad_output) {
-    const torch::Tensor qk = projection.qk(), &phase = projection.positions.phase;
-    const Turns turns = projection.turns();
-    const torch::Tensor grad_packed = torch::empty_like(projection.packed);
-    torch::Tensor grad_qk;
-    {
-      const torch::Tensor both = polar_pairs(qk, turns);
-      grad_qk = torch::empty_like(both);
-      const auto [q, k, v] = projection.views(both, projection.packed);
-      gradients_into<Backend>(AttentionInputs{q, k, v, request}, forward, grad_output, {true, true, true},
-                              projection.views(grad_qk, grad_packed));
-    }
-    const auto [of_features, of_angles] = polar_gradients(grad_qk, qk, turns);
-    grad_packed.narrow(-2, 0, qk.size(-2)).copy_(of_features);
-    const torch::Tensor of_keys = of_angles.narrow(-2, projection.heads, projection.kv_heads());
-    return {grad_packed, of_keys.sum_to_size(phase.sizes()).to(phase.scalar_type())};
-  }
+  const AttentionInputs given_;
+  AttentionRequest request_;
+  Turns of_q_, of_k_;
+  torch::Tensor q_, k_;
 };
-
-/// packed [..., H+2Hk, D] -> [..., H, D]: attention of so many heads H with polar positions along dimension `axis`
-/// (counted from the front) of the leading ones. The scale is 1/sqrt(D) unless given; `options` has no tensors.
-HEADROOM_KERNEL torch::Tensor polar_attention(const torch::Tensor& packed, int64_t heads,
-                                              const PolarPositions& positions, int64_t axis, AttentionOptions options);
-
-#ifdef HEADROOM_DEFINE_KERNELS
-HEADROOM_KERNEL torch::Tensor polar_attention(const torch::Tensor& packed, int64_t heads,
-                                              const PolarPositions& positions, int64_t axis, AttentionOptions options) {
-  if (!options.scale().has_value()) options.scale(1 / std::sqrt(static_cast<double>(packed.size(-1))));
-  const PolarProjection projection{{packed, heads, axis}, positions};
-  const torch::Tensor result =
-      by_kernel(projection.stand_ins(), options, [&](auto backend, const AttentionRequest& request) {
-        return PolarAttention<decltype(backend)>::apply(packed, positions.phase, positions.angles, axis,
-                                                        AttentionRequest(request))
-            .movedim(-2, axis);
-      });
-  if (result.defined()) return result;
-  const auto [q, k, v] = projection.views(polar_pairs(projection.qk(), projection.turns()), packed);
-  return run_attention(q, k, v, options, /*with_lse=*/false).output.movedim(-2, axis);
-}
-#endif
 
 }  // namespace headroom::inline v0::detail

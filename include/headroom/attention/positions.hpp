@@ -42,11 +42,11 @@ struct AttentionPositions {
   explicit AttentionPositions(const AttentionRequest& request);
 };
 
-/// Rows of the rotary table: int64 [Lq] and [Lk] on the CPU, counted from the start of the sequence.
-struct RotaryRows {
+/// Rows of the table of a position embedding: int64 [Lq] and [Lk] on the CPU, counted from the start of the sequence.
+struct TableRows {
   torch::Tensor query, key;
 
-  explicit RotaryRows(const AttentionRequest& request);
+  explicit TableRows(const AttentionRequest& request);
 };
 
 inline AttentionPositions::AttentionPositions(const AttentionRequest& request)
@@ -73,7 +73,7 @@ inline AttentionPositions::AttentionPositions(const AttentionRequest& request)
   });
 }
 
-inline RotaryRows::RotaryRows(const AttentionRequest& request)
+inline TableRows::TableRows(const AttentionRequest& request)
     : query(host_integers(request.queries())), key(host_integers(request.keys())) {
   auto* const of_query = query.mutable_data_ptr<int64_t>();
   auto* const of_key = key.mutable_data_ptr<int64_t>();

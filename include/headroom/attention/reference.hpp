@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "headroom/attention/backend.hpp"
+#include "headroom/attention/polar.hpp"
 #include "headroom/attention/rotation.hpp"
 #include "headroom/attention/scores.hpp"
 
@@ -56,7 +57,7 @@ inline AttentionForward reference_attention(const AttentionInputs& in, bool with
   const torch::Tensor hidden = terms.hidden(all);
   // Zero times NaN is NaN: rows that are not finite are taken out, and put back where they may be seen
   torch::Tensor bad_queries, bad_keys;
-  if (hidden.defined()) {
+  if (hidden.defined() || c10::multiply_integers(request.score_sizes) == 0) {
     bad_queries = rows_not_finite(q);
     bad_keys = either(rows_not_finite(k), rows_not_finite(v));
     q = without_rows(q, bad_queries);
@@ -64,9 +65,16 @@ inline AttentionForward reference_attention(const AttentionInputs& in, bool with
     v = without_rows(v, bad_keys);
   }
   if (request.rotary.defined()) {
-    const RotaryRows rows(request);
+    const TableRows rows(request);
     q = rotated(q, request.rotary, rows.query.to(q.device()));
     k = rotated(k, request.rotary, rows.key.to(q.device()));
+  }
+  if (request.polar.defined()) {
+    const TableRows rows(request);
+    const auto turned = [&](const torch::Tensor& x, const torch::Tensor& of_rows, const torch::Tensor& phase) {
+      return polar_pairs(x, polar_turns(request.polar, of_rows.to(x.device()), phase, compute_type(x)));
+    };
+    q = turned(q, rows.query, {}), k = turned(k, rows.key, request.polar_phase);
   }
   const auto for_each_query_head = [&](const torch::Tensor& x, int64_t dim) {
     const int64_t shared = request.heads_per_kv_head();

@@ -19,7 +19,7 @@
 //
 // Options are those of AttentionOptions under the same names, with these differences: `window` is two numbers, `seed`
 // is an int64 tensor on the CPU that is drawn from LibTorch's generator unless given, `alignment` and `backend` are
-// names, and functions of one's own are left out.
+// names, and functions of one's own and polar positions are left out.
 
 namespace headroom::inline v0::detail {
 

@@ -22,7 +22,7 @@ inline at::IntArrayRef all_but_last(at::IntArrayRef sizes, size_t count) {
 /// divides H and the batch dimensions of k and v broadcast to those of q. Undefined tensors: not asked for.
 struct AttentionRequest {
   /// Of tensors(), of which those come first that are differentiable.
-  static constexpr size_t kTensors = 8, kDifferentiable = 5;
+  static constexpr size_t kTensors = 10, kDifferentiable = 6;
   /// Positions are added and subtracted: far from the limits of int64.
   static constexpr int64_t kFar = int64_t{1} << 60;
 
@@ -45,6 +45,8 @@ struct AttentionRequest {
 
   torch::Tensor bias, relative_bias, alibi_slopes, sink;  // as given: their gradients have these shapes
   torch::Tensor rotary;                                   // complex [P, R/2]
+  torch::Tensor polar;                                    // [P, 2D]
+  torch::Tensor polar_phase;                              // [Hk, D]
   core::Dropout dropout;
 
   std::optional<ScoreFunction> score_function;             // without its tables
@@ -78,7 +80,8 @@ struct AttentionRequest {
 
   /// The tensors that were given and not copied, and the tables.
   std::array<torch::Tensor*, kTensors> tensors() {
-    return {&bias, &relative_bias, &alibi_slopes, &sink, &score_tables, &mask, &block_mask, &rotary};
+    return {&bias,        &relative_bias, &alibi_slopes, &sink,   &score_tables,
+            &polar_phase, &mask,          &block_mask,   &rotary, &polar};
   }
 
   /// Fails unless the request is whole; draws dropout's seed.

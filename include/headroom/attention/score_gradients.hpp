@@ -29,6 +29,7 @@ class ScoreGradients {
     sums_.relative_bias = zeros(wanted[4], in.request.relative_bias, torch::kDouble);
     sums_.alibi_slopes = zeros(wanted[5], in.request.alibi_slopes, torch::kDouble);
     sums_.sink = zeros(wanted[6], in.request.sink, torch::kDouble);
+    sums_.polar_phase = zeros(wanted[8], in.request.polar_phase, torch::kDouble);
   }
 
   /// The parts of the sums that belong to some heads, but for the sink.
@@ -38,7 +39,10 @@ class ScoreGradients {
             part_of(sums_.v, of_kv, 2),
             part_of(sums_.bias, heads, 2),
             part_of(sums_.relative_bias, heads, 1),
-            part_of(sums_.alibi_slopes, heads, 1)};
+            part_of(sums_.alibi_slopes, heads, 1),
+            {},
+            {},
+            part_of(sums_.polar_phase, of_kv, 1)};
   }
 
   /// A chunk of scores, what they were made of, and where their gradients go.
@@ -46,11 +50,11 @@ class ScoreGradients {
     const HeadInputs& inputs;
     const ScoreChunk& place;
     const Scores& scores;
-    const torch::Tensor &q, &k;  ///< rotated, q scaled
+    const torch::Tensor &q, &k;  ///< with their positions, q scaled
     const AttentionGradients& sums;
   };
   /// Adds the gradients by a chunk's scores, which is written over as are the capped scores, to the sums and to that of
-  /// the rotated and scaled q, `grad_q` (undefined: not wanted).
+  /// that q, `grad_q` (undefined: not wanted).
   void add(const Chunk& chunk, torch::Tensor grad_scores, const torch::Tensor& grad_q) const {
     const Scores& s = chunk.scores;
     if (s.hidden.defined()) grad_scores.masked_fill_(s.hidden, 0);  // of a row that is NaN
@@ -58,22 +62,21 @@ class ScoreGradients {
     const double softcap = in_.request.softcap;
     if (softcap > 0) grad_scores.mul_(s.capped.div_(softcap).square_().neg_().add_(1));
     if (grad_q.defined()) grad_q.add_(torch::matmul(scores_.folded(grad_scores), chunk.k));
-    if (chunk.sums.k.defined()) {
-      const torch::Tensor grad_k = torch::matmul(grad_scores.transpose(-2, -1), scores_.unfolded(chunk.q));
-      add_keys(chunk.sums.k, chunk.place, scores_.grad_of_keys(grad_k, chunk.place));
+    if (chunk.sums.k.defined() || chunk.sums.polar_phase.defined()) {
+      const torch::Tensor grad_k =
+          over_sharers(torch::matmul(grad_scores.transpose(-2, -1), scores_.unfolded(chunk.q)));
+      const torch::Tensor of_k = scores_.grad_of_keys(chunk.inputs, grad_k, chunk.place, chunk.sums.polar_phase);
+      if (chunk.sums.k.defined()) add_rows(chunk.sums.k, chunk.place, of_k);
     }
   }
-  /// Turns the gradient of the rotated and scaled queries [first, last) into that of q.
-  void store_grad_q(const torch::Tensor& target, const torch::Tensor& grad_q, int64_t first, int64_t last) const {
-    if (target.defined()) target.slice(2, first, last).copy_(scores_.grad_of_queries(grad_q, first, last));
+  /// Turns the gradient of the queries [first, last) with positions and scale into that of q.
+  void store_grad_q(const HeadInputs& inputs, const torch::Tensor& target, const torch::Tensor& grad_q, int64_t first,
+                    int64_t last) const {
+    if (target.defined()) target.slice(2, first, last).copy_(scores_.grad_of_queries(inputs, grad_q, first, last));
   }
-  /// Adds x [b,h,keys,D] to rows of the gradient of k or v, whose heads are shared and whose batch may broadcast. Heads
-  /// are summed after their matrix product: one product over all would add more terms in a row and round more.
+  /// Adds x [b,h,keys,D] to rows of the gradient of k or v, whose heads are shared and whose batch may broadcast.
   void add_keys(const torch::Tensor& grad, const ScoreChunk& chunk, const torch::Tensor& x) const {
-    const torch::Tensor rows = grad.slice(2, chunk.first_key, chunk.end_key);
-    const int64_t shared = in_.request.heads_per_kv_head();
-    const torch::Tensor sums = shared == 1 ? x : x.unflatten(1, {-1, shared}).sum(2);
-    rows.add_(sums.sum_to_size(rows.sizes()));
+    add_rows(grad, chunk, over_sharers(x));
   }
   /// `delta` is what is subtracted from each row of dP: the sink has a score and no value, so its dP is 0.
   void add_sink(const torch::Tensor& delta, const SplitLse& lse) const {
@@ -89,11 +92,21 @@ class ScoreGradients {
     };
     convert(sums_.k, in_.k), convert(sums_.v, in_.v), convert(sums_.bias, in_.request.bias);
     convert(sums_.relative_bias, in_.request.relative_bias), convert(sums_.alibi_slopes, in_.request.alibi_slopes);
-    convert(sums_.sink, in_.request.sink);
+    convert(sums_.sink, in_.request.sink), convert(sums_.polar_phase, in_.request.polar_phase);
     return std::move(sums_);
   }
 
  private:
+  /// [b,h,keys,D] -> [b,hk,keys,D]. Heads are summed after their matrix product: one product over all would add more
+  /// terms in a row and round more.
+  torch::Tensor over_sharers(const torch::Tensor& x) const {
+    const int64_t shared = in_.request.heads_per_kv_head();
+    return shared == 1 ? x : x.unflatten(1, {-1, shared}).sum(2);
+  }
+  static void add_rows(const torch::Tensor& grad, const ScoreChunk& chunk, const torch::Tensor& x) {
+    const torch::Tensor rows = grad.slice(2, chunk.first_key, chunk.end_key);
+    rows.add_(x.sum_to_size(rows.sizes()));
+  }
   /// Gradients of what is added to the scores.
   static void add_terms(const ScoreTerms& terms, const ScoreChunk& chunk, const torch::Tensor& grad_scores,
                         const AttentionGradients& grad) {

@@ -59,13 +59,20 @@ class TiledRequest {
       score_tables_.push_back({table.data, table.type, rows, columns});
       first += rows * columns;
     }
-    if (!request.rotary.defined()) return;
-    const auto complex = compute_type(q) == torch::kDouble ? torch::kComplexDouble : torch::kComplexFloat;
-    rotary_ = torch::view_as_real(request.rotary.resolve_conj().resolve_neg().to(complex).contiguous())
-                  .flatten(-2)
-                  .unsqueeze(0)
-                  .unsqueeze(0);
-    if (packed()) rows_.emplace(request);
+    const auto wide = compute_type(q);
+    if (request.rotary.defined()) {
+      const auto complex = wide == torch::kDouble ? torch::kComplexDouble : torch::kComplexFloat;
+      rotary_ = torch::view_as_real(request.rotary.resolve_conj().resolve_neg().to(complex).contiguous())
+                    .flatten(-2)
+                    .unsqueeze(0)
+                    .unsqueeze(0);
+    }
+    if (request.polar.defined()) polar_ = request.polar.to(wide).contiguous().unsqueeze(0).unsqueeze(0);
+    if (request.polar_phase.defined()) {
+      const torch::Tensor phase = request.polar_phase.detach().to(torch::kDouble);
+      phase_ = torch::cat({phase.cos(), phase.sin()}, -1).to(wide).unsqueeze(1).unsqueeze(0);
+    }
+    if (packed() && (rotary_.defined() || polar_.defined())) rows_.emplace(request);
   }
 
   /// q, k, v and the tensors of the request that have batch dimensions, expanded.
@@ -88,12 +95,14 @@ class TiledRequest {
                                  .block_mask = view_of<const bool>(part.block_mask),
                                  .block_size = request_.block_size,
                                  .rotary = stored(rotary_),
+                                 .polar = stored(polar_),
+                                 .polar_phase = stored(phase_),
                                  .dropout = request_.dropout,
                                  .first_head = batch_index * request_.heads()};
     if (packed()) params.query_positions = pointer(positions_->query);
     if (rows_.has_value()) {
-      params.rotary_query_rows = pointer(rows_->query);
-      params.rotary_key_rows = pointer(rows_->key);
+      params.query_table_rows = pointer(rows_->query);
+      params.key_table_rows = pointer(rows_->key);
     }
     if (request_.relative_bias.defined()) {
       params.relative_bias = stored(request_.expanded_relative_bias().unsqueeze(0).unsqueeze(2));
@@ -148,16 +157,17 @@ class TiledRequest {
 
   const AttentionRequest& request_;
   std::optional<AttentionPositions> positions_;
-  std::optional<RotaryRows> rows_;
-  torch::Tensor rotary_;  // [1,1,rows,2·pairs]
+  std::optional<TableRows> rows_;
+  torch::Tensor rotary_;         // [1,1,rows,2·pairs]
+  torch::Tensor polar_, phase_;  // [1,1,rows,2D], [1,Hk,1,2D]
   std::vector<core::ScoreTable> score_tables_;
 };
 
 /// Gradients of what is added to scores. That of a narrow bias is summed up tile by tile and rounded once; only where
 /// several calls of the kernel add to it, in what is computed in.
 struct TiledParamGradients {
-  torch::Tensor bias, relative_bias, slopes, sink,
-      score_tables;  // of the shapes of the request's; undefined: not wanted
+  torch::Tensor bias, relative_bias, slopes, sink, score_tables,
+      polar_phase;  // of the shapes of the request's; undefined: not wanted
 
   TiledParamGradients(const torch::Tensor& q, const AttentionRequest& request, const WantedGradients& wanted) {
     const auto zeros = [](bool is_wanted, const torch::Tensor& x, torch::ScalarType dtype) {
@@ -170,6 +180,7 @@ struct TiledParamGradients {
     slopes = zeros(wanted[5], request.alibi_slopes, torch::kDouble);
     sink = zeros(wanted[6], request.sink, torch::kDouble);
     score_tables = zeros(wanted[7], request.score_tables, torch::kDouble);
+    polar_phase = zeros(wanted[8], request.polar_phase, torch::kDouble);
   }
 
   /// As the kernel adds to them; `part` is the 4-D part of those that have batch dimensions.
@@ -180,6 +191,7 @@ struct TiledParamGradients {
     }
     if (sink.defined()) grads.sink = view_of<double>(sink.view({1, -1, 1, 1}));
     if (score_tables.defined()) grads.score_tables = view_of<double>(score_tables.view({1, 1, 1, -1}));
+    if (polar_phase.defined()) grads.polar_phase = view_of<double>(polar_phase.unsqueeze(1).unsqueeze(0));
     return grads;
   }
   /// As gradients, in the dtypes of what they belong to.
@@ -192,6 +204,7 @@ struct TiledParamGradients {
     grad.alibi_slopes = like(slopes, request.alibi_slopes);
     grad.sink = like(sink, request.sink);
     grad.score_tables = like(score_tables, request.score_tables);
+    grad.polar_phase = like(polar_phase, request.polar_phase);
   }
 };
 

@@ -87,7 +87,7 @@ class ChunkedWeights {
       rows.gradients.add({inputs, chunk, s, q, k, rows.sums}, (grad_of(chunk) - sums.unsqueeze(-1)).mul_(weights),
                          grad_q);
     });
-    rows.gradients.store_grad_q(rows.sums.q, grad_q, first, last);
+    rows.gradients.store_grad_q(inputs, rows.sums.q, grad_q, first, last);
   }
 
   AttentionInputs in_;

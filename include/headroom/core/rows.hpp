@@ -3,56 +3,14 @@
 #include <bit>
 #include <cstdint>
 
-#include "headroom/core/attention/problem.hpp"
 #include "headroom/core/finite.hpp"
 #include "headroom/core/lanes.hpp"
 #include "headroom/core/mask.hpp"
+#include "headroom/core/row_positions.hpp"
 
 /// How rows of q, k, v and of gradients come from memory into the kernels and go back: converted to the type that is
-/// computed in, rotated, transposed into lanes. Where memory is right as it lies, nothing is copied.
+/// computed in, with positions, transposed into lanes. Where memory is right as it lies, nothing is copied.
 namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
-
-/// Rotary embedding of rows: neighbouring pairs of features turn by the angles of the row's position.
-template <class Scalar>
-class Rotation {
- public:
-  Rotation() = default;  // turns nothing
-  static Rotation of_queries(const AttentionParams& params) { return {params, Side::query}; }
-  static Rotation of_keys(const AttentionParams& params) { return {params, Side::key}; }
-
-  explicit operator bool() const { return params_ != nullptr; }
-
-  /// to = row `index` of the tensor [cols], turned forward or back; may be in place.
-  void apply(Scalar* to, const Scalar* from, Index cols, Index index, bool back) const {
-    const StoredTensor& table = params_->rotary;
-    const Scalar* const angle = static_cast<const Scalar*>(table.data) + row_of(index) * table.strides[2];
-    const Scalar sign = back ? Scalar(-1) : Scalar(1);
-    const Index turned = table.dim();
-#ifdef __clang__
-#pragma clang loop vectorize(assume_safety)
-#else
-#pragma GCC ivdep
-#endif
-    for (Index p = 0; p < turned; p += 2) {
-      const Scalar x = from[p], y = from[p + 1], cosine = angle[p], sine = sign * angle[p + 1];
-      to[p] = x * cosine - y * sine;
-      to[p + 1] = x * sine + y * cosine;
-    }
-    if (to != from) std::copy(from + turned, from + cols, to + turned);
-  }
-
- private:
-  enum class Side { query, key };
-
-  Rotation(const AttentionParams& params, Side side) : params_(params.rotary ? &params : nullptr), side_(side) {}
-
-  Index row_of(Index index) const {
-    return side_ == Side::query ? params_->rotary_row_of_query(index) : params_->rotary_row_of_key(index);
-  }
-
-  const AttentionParams* params_ = nullptr;
-  Side side_ = Side::query;
-};
 
 /// to[l·stride] = x[l], rounded.
 template <class T, class Scalar>
@@ -136,10 +94,11 @@ void copy_columns(Scalar* to, MatrixView<const Scalar> x) {
 template <class Scalar>
 class RowReader {
  public:
-  RowReader(const StoredMatrix& x, const Rotation<Scalar>& rotation = {})
-      : x_(x), rotation_(rotation), plain_(x.holds<Scalar>() && !rotation) {}
+  RowReader(const StoredMatrix& x, const RowPositions<Scalar>& positions = {})
+      : x_(x), positions_(positions), plain_(x.holds<Scalar>() && !positions) {}
 
-  Index cols() const { return x_.cols; }
+  /// Of rows as they are read.
+  Index cols() const { return positions_.features(x_.cols); }
   /// Rows [first, first + count) with neighbouring features next to each other: where they lie, or in `buffer`
   /// [count][cols].
   MatrixView<const Scalar> rows(Index first, Index count, Scalar* buffer) const {
@@ -147,18 +106,18 @@ class RowReader {
     const StoredMatrix part = x_.middle_rows(first, count);
     MatrixView<const Scalar> dense{buffer, count, x_.cols, x_.cols, 1};
     if (part.holds<Scalar>() && part.col_stride == 1) {
-      dense = part.as<Scalar>();  // to be rotated
+      dense = part.as<Scalar>();  // for positions to change
     } else if (part.holds<Scalar>() && part.row_stride == 1) {
       copy_columns<Scalar>(buffer, part.as<Scalar>());
     } else {
       part.visit([&](auto view) { copy_rows(buffer, view); });
     }
-    if (rotation_) {
-      for (Index i = 0; i < count; ++i) {
-        rotation_.apply(buffer + i * x_.cols, &dense(i, 0), x_.cols, first + i, /*back=*/false);
-      }
+    const bool in_place = dense.data == buffer;  // then the last first: rows may become wider
+    for (Index n = 0; n < count && positions_; ++n) {
+      const Index i = in_place ? count - 1 - n : n;
+      positions_.apply(buffer + i * cols(), &dense(i, 0), x_.cols, first + i);
     }
-    return {buffer, count, x_.cols, x_.cols, 1};
+    return {buffer, count, cols(), cols(), 1};
   }
   /// Rows `range` as lanes of `to` [cols][width]. `buffer` holds [kLanes][cols].
   template <class Op>
@@ -174,7 +133,7 @@ class RowReader {
 
  private:
   StoredMatrix x_;
-  Rotation<Scalar> rotation_;
+  RowPositions<Scalar> positions_;
   bool plain_;
 };
 
@@ -182,16 +141,17 @@ class RowReader {
 template <class Scalar>
 class RowWriter {
  public:
-  RowWriter(const StoredMatrix& y, const Rotation<Scalar>& rotation = {})
-      : y_(y), rotation_(rotation), plain_(y.holds<Scalar>() && !rotation) {}
+  /// With `positions` those are gradients of rows that a RowReader with them read. The gradient of phases is added to
+  /// `phase`, unless it is null.
+  RowWriter(const StoredMatrix& y, const RowPositions<Scalar>& positions = {}, double* phase = nullptr)
+      : y_(y), positions_(positions), phase_(phase), plain_(y.holds<Scalar>() && !positions) {}
 
-  /// Writes dense rows [count][cols], turned back; they are spoiled.
+  /// Of rows as they come.
+  Index cols() const { return positions_.features(y_.cols); }
+  /// Writes dense rows [count][cols]; they are spoiled.
   void write(Index first, Index count, Scalar* rows) const {
-    if (rotation_) {
-      for (Index i = 0; i < count; ++i) {
-        Scalar* const row = rows + i * y_.cols;
-        rotation_.apply(row, row, y_.cols, first + i, /*back=*/true);
-      }
+    for (Index i = 0; i < count && positions_; ++i) {
+      positions_.back(rows + i * y_.cols, rows + i * cols(), y_.cols, first + i, phase_);
     }
     y_.middle_rows(first, count).visit([&](auto view) {
       for (Index i = 0; i < count; ++i) round_row(&view(i, 0), view.col_stride, rows + i * view.cols, view.cols);
@@ -204,15 +164,17 @@ class RowWriter {
     if (plain_) return unpack_lanes(y_.as<Scalar>().middle_rows(first, count), from.data, from.width, factor);
     constexpr Index N = simd::kLanes<Scalar>;
     for (Index next = 0; next < count; next += N) {
-      const Index i = whole_vector(next, count, N), rows = std::min(N, count - i);
-      unpack_lanes(MatrixView<Scalar>{buffer, rows, y_.cols, y_.cols, 1}, from.data + i, from.width, factor + i);
+      const Index i = phase_ == nullptr ? whole_vector(next, count, N) : next;  // what is added up comes once
+      const Index rows = std::min(N, count - i);
+      unpack_lanes(MatrixView<Scalar>{buffer, rows, cols(), cols(), 1}, from.data + i, from.width, factor + i);
       write(first + i, rows, buffer);
     }
   }
 
  private:
   StoredMatrix y_;
-  Rotation<Scalar> rotation_;
+  RowPositions<Scalar> positions_;
+  double* phase_;
   bool plain_;
 };
 
@@ -223,8 +185,8 @@ class RowSums {
  public:
   using Half = std::uint16_t;
 
-  RowSums(const StoredMatrix& y, const Rotation<Scalar>& rotation, Half* lower)
-      : y_(y), rotation_(rotation), lower_(lower) {}
+  RowSums(const StoredMatrix& y, const RowPositions<Scalar>& positions, Half* lower)
+      : y_(y), positions_(positions), lower_(lower) {}
 
   static bool splits(StoredType type) { return type != kStoredType<Scalar>; }
 
@@ -233,29 +195,33 @@ class RowSums {
     clear_rows(upper().middle_rows(first, count));
     std::fill_n(lower_ + first * y_.cols, count * y_.cols, Half(0));
   }
-  /// Adds rows [count][stride].
-  void add(Index first, Index count, const Scalar* rows, Index stride) const {
-    if (lower_ == nullptr) return add_rows(y_.as<Scalar>().middle_rows(first, count), rows, stride);
+  /// Adds rows [count][stride], as a RowWriter gets them; they are spoiled.
+  void add(Index first, Index count, Scalar* rows, Index stride) const {
+    positions_.before_sum(rows, stride, first, count);
+    if (lower_ == nullptr) return add_rows<Scalar, Scalar>(y_.as<Scalar>().middle_rows(first, count), rows, stride);
     for (Index i = 0; i < count; ++i) {
       each_sum(first + i, [&](Index d, Scalar sum) { return sum + rows[i * stride + d]; });
     }
   }
   /// Writes rows [count][stride] that are whole sums, instead of all of the others; they are spoiled.
   void put(Index first, Index count, Scalar* rows, Index stride) const {
-    const RowWriter<Scalar> writer(y_, rotation_);
+    positions_.before_sum(rows, stride, first, count);
+    for (Index i = 0; i < count && positions_; ++i) positions_.after_sum(rows + i * stride, y_.cols, first + i);
+    const RowWriter<Scalar> writer(y_);
     if (stride == y_.cols) return writer.write(first, count, rows);
     for (Index i = 0; i < count; ++i) writer.write(first + i, 1, rows + i * stride);
   }
-  /// Turns the sums back and rounds them. `buffer` holds [cols].
+  /// Makes gradients of the sums and rounds them. `buffer` holds [cols].
   void finish(Index first, Index count, Scalar* buffer) const {
-    if (lower_ == nullptr && !rotation_) return;
+    if (lower_ == nullptr && !positions_) return;
     for (Index i = first; i < first + count; ++i) {
       if (lower_ == nullptr) {
         copy_rows(buffer, y_.as<Scalar>().middle_rows(i, 1));
       } else {
         each_sum(i, [&](Index d, Scalar sum) { return buffer[d] = sum; });
       }
-      RowWriter<Scalar>(y_, rotation_).write(i, 1, buffer);
+      positions_.after_sum(buffer, y_.cols, i);
+      RowWriter<Scalar>(y_).write(i, 1, buffer);
     }
   }
 
@@ -284,7 +250,7 @@ class RowSums {
   }
 
   StoredMatrix y_;
-  Rotation<Scalar> rotation_;
+  RowPositions<Scalar> positions_;
   Half* lower_;
 };
 

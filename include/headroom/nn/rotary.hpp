@@ -2,6 +2,7 @@
 
 #include <torch/types.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "headroom/attention/rotation.hpp"
@@ -23,6 +24,12 @@ inline torch::Tensor rotations(int64_t length, const torch::Tensor& frequencies)
   return torch::polar(torch::ones_like(phase), phase);
 }
 
+/// Cosines and sines of these angles: double [length, 2n].
+inline torch::Tensor polar_turns(int64_t length, const torch::Tensor& frequencies) {
+  const torch::Tensor phase = angles(length, frequencies);
+  return torch::cat({phase.cos(), phase.sin()}, -1);
+}
+
 }  // namespace detail
 
 /// Rotations of rotary position embedding (Su et al. 2021): complex [length, dim / 2], element (l, i) is
@@ -35,6 +42,16 @@ inline torch::Tensor rotary_table(int64_t length, int64_t dim, double theta = 10
   const torch::Tensor frequencies =
       torch::exp(torch::arange(0, dim, 2, real) * (-std::log(theta) / static_cast<double>(dim)));
   return detail::rotations(length, frequencies).to(torch::kComplexFloat);
+}
+
+/// Turns of polar position embedding (PoPE; Gopalakrishnan et al. 2025): [length, 2·dim], in row l the cosines and then
+/// the sines of l·theta^(-i/dim).
+inline torch::Tensor polar_table(int64_t length, int64_t dim, double theta = 10000.0,
+                                 torch::Device device = torch::kCPU) {
+  const auto real = torch::TensorOptions(torch::kDouble).device(device);
+  const torch::Tensor frequencies =
+      torch::exp(torch::arange(0, dim, real) * (-std::log(theta) / static_cast<double>(std::max<int64_t>(dim, 1))));
+  return detail::polar_turns(length, frequencies).to(torch::kFloat);
 }
 
 /// Rotates neighbouring pairs of features of x [..., L, D] by the table [L, D/2]; differentiable, keeps x's dtype.

@@ -115,7 +115,7 @@ class SelfAttentionImpl : public torch::nn::Cloneable<SelfAttentionImpl> {
       require(!both, "headroom.nn.attention.request", "the layer has its own ", name,
               " and the request another; leave one of them out");
     };
-    check(options.rotary() && request.rotary().has_value(), "rotary");
+    check(options.rotary() && (request.rotary().has_value() || request.polar().has_value()), "rotary");
     check(sink.defined() && request.sink().has_value(), "sink");
     check(relative_bias.defined() && request.relative_bias().has_value(), "relative_bias");
     if (sink.defined()) request.sink(sink);

@@ -34,13 +34,13 @@ class BackwardWorker {
 
  public:
   BackwardWorker(std::byte* workspace, const BackwardProblem& x, const ScoreFunction<Scalar>& score)
-      : x_(x), score_(score), strips_(strips(x)), memory_(workspace, x.q.dim(), x.v.dim(), score.params()) {}
+      : x_(x), score_(score), strips_(strips(x)), memory_(workspace, x.features, x.v.dim(), score.params()) {}
 
   static Index workspace_bytes(Index dim, Index value_dim, const AttentionParams& params) {
     return BackwardMemory<Scalar>::bytes(dim, value_dim, params);
   }
   static Strips<Scalar> strips(const BackwardProblem& x) {
-    return {x.k.length(), x.batch() * x.heads(), x.k.dim() + x.v.dim()};
+    return {x.k.length(), x.batch() * x.heads(), x.features + x.v.dim()};
   }
   /// One even without keys: it clears grad_q.
   static Index strip_count(const BackwardProblem& x) { return std::max<Index>(strips(x).count(), 1); }
@@ -93,7 +93,8 @@ class BackwardWorker {
       products.load_tile(tile, tile.keys & seen);
     }
     sharers.for_each([&](HeadIndex head) { add_head(products, state(head), strip); });
-    const RowWriter<Scalar> grad_k(of_keys.of(x_.grad_k), Rotation<Scalar>::of_keys(score_.params())),
+    const RowWriter<Scalar> grad_k(of_keys.of(x_.grad_k), of_keys.key_positions(),
+                                   state(sharers.first()).sums.polar_phase),
         grad_v(of_keys.of(x_.grad_v));
     for (Index t = 0; t < tiles; ++t) {
       store_lanes(grad_k, memory_.tiles[t], memory_.tiles[t].grad_key, score_.scale());
@@ -110,8 +111,8 @@ class BackwardWorker {
   template <class Products>
   void add_head(Products& products, const HeadState& state, Index strip) {
     const Head<Scalar> head{x_, score_, state.index, ahead_};
-    products.use_head(head.of(x_.q), head.of(x_.grad_output));
-    const RowSums<Scalar> grad_q(head.of(x_.grad_q), Rotation<Scalar>::of_queries(score_.params()), state.grad_q);
+    products.use_head(head, head.of(x_.grad_output));
+    const RowSums<Scalar> grad_q(head.of(x_.grad_q), head.query_positions(), state.grad_q);
     const KeyRange keys = strips_.positions(strip);
     const bool at_once = strip_count(x_) == 1 && score_.mask().passes() == 1;  // grad_q gets no more than one sum
     for (Index block = 0; block < blocks_in(x_.q.length()); ++block) {

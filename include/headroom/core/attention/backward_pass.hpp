@@ -20,7 +20,7 @@ class BackwardPass final : public Pass {
         tasks_(families_.count(), families_in_run(workers), Worker::strip_count(x), workers),
         strips_(Worker::strips(x)),
         workers_(workers) {
-    worker_bytes_ = Worker::workspace_bytes(x.q.dim(), x.v.dim(), params);
+    worker_bytes_ = Worker::workspace_bytes(x.features, x.v.dim(), params);
     bias_bytes_ = SharedBiasSums<Scalar>(nullptr, x, families_).bytes();
     head_bytes_ = HeadMemory(nullptr, x, mask.passes()).bytes();
     owners_ = (tasks_.whole > 0 ? workers : 0) + tasks_.split;

@@ -16,7 +16,7 @@ class Bfloat16Backward {
 
   Bfloat16Backward(const BackwardMemory<float>& memory, const Head<float>& head)
       : memory_(memory),
-        k_(head.of(head.x.k)),
+        k_(head.of(head.x.k), head.key_positions(), memory.scores.buffer),
         v_(head.of(head.x.v)),
         ahead_(head.ahead),
         sign_(head.score.sign()),
@@ -38,7 +38,10 @@ class Bfloat16Backward {
     pack_lanes(tile.value, tile, grad_rows(), value_dim_, 1);
   }
 
-  void use_head(const StoredMatrix& q, const StoredMatrix& grad_output) { q_ = q, g_ = grad_output; }
+  void use_head(const Head<float>& head, const StoredMatrix& grad_output) {
+    q_ = Bfloat16Rows(head.of(head.x.q), head.query_positions(), memory_.scores.buffer);
+    g_ = Bfloat16Rows(grad_output);
+  }
   void load_queries(KeyRange block) { load_rows(query_rows(), dim_, q_, block); }
   void load_block(KeyRange block, bool hides) {
     const Index rows = block.end - block.begin, depth = padded(rows, kVnniDepth);
@@ -110,17 +113,14 @@ class Bfloat16Backward {
   Eigen::bfloat16* grad_rows() const { return memory_.grads.as<Eigen::bfloat16>(); }
   Eigen::bfloat16* grad_columns() const { return grad_rows() + kBlockSize * value_dim_; }
 
-  static void load_rows(Eigen::bfloat16* to, Index stride, const StoredMatrix& x, KeyRange rows) {
-    const Index count = rows.end - rows.begin;
-    copy_bfloat16_rows(to, padded(count, kVnniDepth), stride, x.middle_rows(rows.begin, count), 1);
+  static void load_rows(Eigen::bfloat16* to, Index stride, const Bfloat16Rows& x, KeyRange rows) {
+    x.copy(to, padded(rows.end - rows.begin, kVnniDepth), stride, rows, 1);
   }
   /// Rows of a tile, 0 where they are not `read`.
-  static void load_rows(Eigen::bfloat16* to, Index stride, const StoredMatrix& x, const Tile& tile, KeyRange read) {
+  static void load_rows(Eigen::bfloat16* to, Index stride, const Bfloat16Rows& x, const Tile& tile, KeyRange read) {
     std::fill_n(to, padded(tile.width(), kVnniDepth) * stride, Eigen::bfloat16(0));
     if (read.empty()) return;
-    const Index count = read.end - read.begin;
-    copy_bfloat16_rows(to + (read.begin - tile.keys.begin) * stride, count, stride, x.middle_rows(read.begin, count),
-                       1);
+    x.copy(to + (read.begin - tile.keys.begin) * stride, read.end - read.begin, stride, read, 1);
   }
   /// Rows become lanes, and are spoiled where the sign is negative.
   static void pack_lanes(const Piece& to, const Tile& tile, Eigen::bfloat16* rows, Index stride, float sign) {
@@ -146,7 +146,7 @@ class Bfloat16Backward {
   }
 
   const BackwardMemory<float>& memory_;
-  StoredMatrix k_, v_, q_, g_;
+  Bfloat16Rows k_, v_, q_, g_;
   ReadAhead& ahead_;
   float sign_, scale_;
   Index dim_, value_dim_;  // padded

@@ -17,8 +17,10 @@ class Bfloat16Forward {
   struct Memory {
     Eigen::bfloat16 *key_rows, *value_rows, *value_columns;  // [key rows][padded D], [value rows][padded Dv], transpose
     VnniPair *pairs, *weights;                               // [padded Dv/2][value rows], [keys/2][width]
+    float* buffer;                                           // of Bfloat16Rows
 
     Memory(Scratch& scratch, Index dim, Index value_dim) {
+      buffer = scratch.take<float>(N * dim);
       dim = padded(dim, kVnniDepth), value_dim = padded(value_dim, kVnniDepth);
       key_rows = scratch.take<Eigen::bfloat16>(kKeyRows * dim);
       value_rows = scratch.take<Eigen::bfloat16>(kValueRows * value_dim);
@@ -32,11 +34,11 @@ class Bfloat16Forward {
       : memory_(memory),
         in_float_(in_float),
         ahead_(head.ahead),
-        q_(head.of(head.x.q)),
-        k_(head.of(head.x.k)),
+        q_(head.of(head.x.q), head.query_positions(), memory.buffer),
+        k_(head.of(head.x.k), head.key_positions(), memory.buffer),
         v_(head.of(head.x.v)),
         sign_(head.score.sign()),
-        dim_(padded(q_.cols, kVnniDepth)),
+        dim_(padded(q_.cols(), kVnniDepth)),
         value_dim_(padded(v_.cols, kVnniDepth)) {}
 
   template <int Vectors, class F>
@@ -47,13 +49,13 @@ class Bfloat16Forward {
 
   void load_queries(const Tile& tile, KeyRange rows) const {
     const Index width = tile.width();
-    copy_bfloat16_rows(memory_.key_rows, width, dim_, q_.middle_rows(rows.begin, rows.end - rows.begin), sign_);
+    q_.copy(memory_.key_rows, width, dim_, rows, sign_);
     pack_vnni_lanes(tile.query.as<VnniPair>(), width, {memory_.key_rows, width, dim_, dim_});
   }
   void load_keys(KeyRange block) {
     const Index count = block.end - block.begin, value_rows = padded(count, kVnniRows) + kVnniDepth;
     block_ = block;
-    copy_bfloat16_rows(memory_.key_rows, count + kVnniRows, dim_, k_.middle_rows(block.begin, count), 1);
+    k_.copy(memory_.key_rows, count + kVnniRows, dim_, block, 1);
     copy_bfloat16_rows(memory_.value_rows, value_rows, value_dim_, v_.middle_rows(block.begin, count), 1);
     finite_values_ = are_finite(memory_.value_rows, count * value_dim_);
     if (!finite_values_) return in_float_.load_values(block);
@@ -123,7 +125,8 @@ class Bfloat16Forward {
   Memory memory_;
   FloatForward<float> in_float_;
   ReadAhead& ahead_;
-  StoredMatrix q_, k_, v_;
+  Bfloat16Rows q_, k_;
+  StoredMatrix v_;
   float sign_;
   Index dim_, value_dim_;  // padded
   KeyRange block_;

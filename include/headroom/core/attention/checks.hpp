@@ -60,21 +60,37 @@ inline void check_lanes(const AttentionParams& params, int lanes, const char* in
           "let the kernels have wider ones");
 }
 
-/// Fails unless the rotary table has a row for every position.
-inline void check_rotary(const ForwardProblem& x, const AttentionParams& params) {
-  if (!params.rotary) return;
-  const StoredTensor& table = params.rotary;
+/// Whether a table of position embedding has a row for every position, and numbers of the type that is computed in next
+/// to each other.
+inline bool serves_positions(const StoredTensor& table, const ForwardProblem& x, const AttentionParams& params) {
   const auto exists = [&](Index row) { return 0 <= row && row < table.length(); };
   bool rows_exist = true;
-  for (Index i = 0; i < x.q.length(); ++i) rows_exist &= exists(params.rotary_row_of_query(i));
-  for (Index j = 0; j < x.k.length(); ++j) rows_exist &= exists(params.rotary_row_of_key(j));
+  for (Index i = 0; i < x.q.length(); ++i) rows_exist &= exists(params.table_row_of_query(i));
+  for (Index j = 0; j < x.k.length(); ++j) rows_exist &= exists(params.table_row_of_key(j));
   const bool narrow = x.q.type != StoredType::float64;
-  require(rows_exist && table.dim() % 2 == 0 && table.dim() <= x.q.dim() &&
-              (table.strides[3] == 1 || table.dim() == 0) &&
-              table.type == (narrow ? StoredType::float32 : StoredType::float64),
-          "headroom.core.attention.shape", "the rotary table ", Shape{table.shape},
-          " does not fit; expected [1,1,rows,2·pairs] of the type that is computed in, with at most D = ", x.q.dim(),
+  return rows_exist && (table.strides[3] == 1 || table.dim() == 0) &&
+         table.type == (narrow ? StoredType::float32 : StoredType::float64);
+}
+/// Fails unless the tables of rotary and polar embedding fit q and k.
+inline void check_positions(const ForwardProblem& x, const AttentionParams& params) {
+  const StoredTensor &rotary = params.rotary, &polar = params.polar;
+  const Index dim = x.q.dim();
+  require(!rotary || (serves_positions(rotary, x, params) && rotary.dim() % 2 == 0 && rotary.dim() <= dim),
+          "headroom.core.attention.shape", "the rotary table ", Shape{rotary.shape},
+          " does not fit; expected [1,1,rows,2·pairs] of the type that is computed in, with at most D = ", dim,
           " columns next to each other and a row for every position");
+  require(!polar || (serves_positions(polar, x, params) && polar.dim() == 2 * dim), "headroom.core.attention.shape",
+          "the polar table ", Shape{polar.shape}, " does not fit; expected [1,1,rows,", 2 * dim,
+          "] of the type that is computed in, with columns next to each other and a row for every position");
+  require(!rotary || !polar, "headroom.core.attention.shape",
+          "rotary and polar tables are both given; expected one of them");
+  if (!params.polar_phase) return;
+  check_shape("polar_phase", params.polar_phase.shape, {1, x.k.shape[1], 1, 2 * dim});
+  require(
+      params.polar && (params.polar_phase.strides[3] == 1 || dim == 0) && params.polar_phase.type == params.polar.type,
+      "headroom.core.attention.shape",
+      "polar_phase does not fit; expected a polar table beside it, of the same type, and columns next to each "
+      "other");
 }
 
 /// Fails unless q [B,H,Lq,D], k [B or 1,Hk,Lk,D], v [B or 1,Hk,Lk,Dv], output [B,H,Lq,Dv], lse [B,H,Lq,1] and all of
@@ -89,7 +105,7 @@ inline void check_problem(const ForwardProblem& x, const AttentionParams& params
   check_shape("the output", x.output.shape, {batch, heads, queries, x.v.dim()});
   if (x.lse.data != nullptr) check_shape("lse", x.lse.shape, {batch, heads, queries, 1});
   check_score_shapes(x, params);
-  check_rotary(x, params);
+  check_positions(x, params);
   check_functions(x, params);
   const double scale = params.scale_for(dim);
   require(std::abs(scale) <= std::numeric_limits<float>::max(), "headroom.core.attention.scale", "scale is ", scale,
@@ -114,6 +130,10 @@ inline void check_gradients(const BackwardProblem& x, const AttentionParams& par
   require(tables.data == nullptr || tables.dim() == params.score_function.table_size(), "headroom.core.attention.shape",
           "the gradient of the score function's tables has ", tables.dim(), " elements, the tables have ",
           params.score_function.table_size());
+  const TensorView<double>& phase = x.param_grads.polar_phase;
+  require(phase.data == nullptr || params.polar, "headroom.core.attention.shape",
+          "a gradient of polar_phase is asked for, and there is no polar table");
+  if (phase.data != nullptr) check_shape("the gradient of polar_phase", phase.shape, {1, x.k.shape[1], 1, x.q.dim()});
 }
 
 /// Fails when elements of a tensor that is written to share memory.

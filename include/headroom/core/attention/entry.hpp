@@ -63,7 +63,8 @@ inline const char* instruction_set() {
 template <Storable T, Mask M = NoMask, Executor E = DefaultExecutor>
 void attention_forward(const AttentionTensors<T>& tensors, const AttentionParams& params = {}, const M& mask = {},
                        const E& executor = {}) {
-  const detail::ForwardProblem x{tensors.q, tensors.k, tensors.v, tensors.output, tensors.lse};
+  const detail::ForwardProblem x{tensors.q,      tensors.k,   tensors.v,
+                                 tensors.output, tensors.lse, params.features(tensors.q.dim())};
   detail::check_problem(x, params);
   detail::check_writable("the output", x.output);
   detail::run_pass<T>(x, params, mask, executor);
@@ -74,21 +75,25 @@ void attention_forward(const AttentionTensors<T>& tensors, const AttentionParams
 /// pass wrote; weights are recomputed tile by tile. grad_q, grad_k and grad_v must not overlap with each other or with
 /// what is read. Queries without keys and keys without queries get gradient 0.
 /// Workspace: less than 1 MiB and delta [Lq] a worker; where grad_q is stored in 16 bits also [Lq][D] of those; for
-/// gradients of relative bias, slopes and of a bias that is broadcast along the keys also their length, of a bias that
-/// is stored in 16 bits and broadcast otherwise [Lq][192]. Results are bit-equal for any number of workers. Throws
-/// headroom.core.attention.{shape,scale,dropout,length,output,lanes}.
+/// gradients of relative bias, slopes, phases and of a bias that is broadcast along the keys also their length, of a
+/// bias that is stored in 16 bits and broadcast otherwise [Lq][192]. Results are bit-equal for any number of workers.
+/// Throws headroom.core.attention.{shape,scale,dropout,length,output,lanes}.
 template <Storable T, Mask M = NoMask, Executor E = DefaultExecutor>
 void attention_backward(const AttentionBackwardTensors<T>& tensors, const AttentionParams& params = {},
                         const M& mask = {}, const E& executor = {}) {
   const TensorView<const double>& lse = tensors.lse;
-  const detail::BackwardProblem x{
-      {tensors.q, tensors.k, tensors.v, tensors.output, {const_cast<double*>(lse.data), lse.shape, lse.strides}},
-      tensors.grad_output,
-      tensors.grad_lse,
-      tensors.grad_q,
-      tensors.grad_k,
-      tensors.grad_v,
-      tensors.param_grads};
+  const detail::BackwardProblem x{{tensors.q,
+                                   tensors.k,
+                                   tensors.v,
+                                   tensors.output,
+                                   {const_cast<double*>(lse.data), lse.shape, lse.strides},
+                                   params.features(tensors.q.dim())},
+                                  tensors.grad_output,
+                                  tensors.grad_lse,
+                                  tensors.grad_q,
+                                  tensors.grad_k,
+                                  tensors.grad_v,
+                                  tensors.param_grads};
   detail::check_problem(x, params);
   detail::check_gradients(x, params);
   detail::check_writable("grad_q", x.grad_q);

@@ -81,7 +81,7 @@ class FloatBackward {
       : memory_(memory),
         score_(head.score),
         ahead_(head.ahead),
-        keys_(head.of(head.x.k), Rotation<Scalar>::of_keys(score_.params())),
+        keys_(head.of(head.x.k), head.key_positions()),
         values_(head.of(head.x.v)) {}
 
   /// Key lanes of a tile, of those keys that are `read`: others may hold anything.
@@ -93,19 +93,26 @@ class FloatBackward {
     std::fill_n(tile.grad_key, memory_.dim * tile.width(), Scalar(0));
     std::fill_n(tile.grad_value, memory_.value_dim * tile.width(), Scalar(0));
     std::fill_n(rows, tile.width() * memory_.vector_dim, Scalar(0));
-    load_key_lanes(tile.key, tile, read);
     load_lanes(tile.value, tile, values_, read, Scalar(1));
+    Scalar* const lanes = tile.key.template as<Scalar>();
+    if (read.empty() || read.end - read.begin < tile.width()) {
+      std::fill_n(lanes, keys_.cols() * tile.width(), Scalar(0));
+    }
     const Scalar scale = static_cast<Scalar>(score_.scale());
-    for (Index j = read.begin; j < read.end; ++j) {
-      const Scalar* const row = keys_.rows(j, 1, memory_.scores.buffer).data;
-      Scalar* const scaled = rows + (j - tile.keys.begin) * memory_.vector_dim;
-      // A key that is not finite makes NaN of the gradients of all scores it is seen in; 0·NaN would do so elsewhere.
-      for (Index d = 0; d < memory_.dim; ++d) scaled[d] = is_finite(row[d]) ? scale * row[d] : Scalar(0);
+    for (Index first = read.begin; first < read.end; first += N) {  // positions are made once for lanes and rows
+      const auto keys = keys_.rows(first, std::min(N, read.end - first), memory_.scores.buffer);
+      pack_lanes(lanes + (first - tile.keys.begin), tile.width(), keys, Times<Scalar>{score_.sign()});
+      for (Index j = 0; j < keys.rows; ++j) {
+        const Scalar* const row = &keys(j, 0);
+        Scalar* const scaled = rows + (first + j - tile.keys.begin) * memory_.vector_dim;
+        // A key that is not finite makes NaN of the gradients of all scores it is seen in; 0·NaN would do so elsewhere.
+        for (Index d = 0; d < memory_.dim; ++d) scaled[d] = is_finite(row[d]) ? scale * row[d] : Scalar(0);
+      }
     }
   }
 
-  void use_head(const StoredMatrix& q, const StoredMatrix& grad_output) {
-    queries_ = RowReader<Scalar>(q, Rotation<Scalar>::of_queries(score_.params()));
+  void use_head(const Head<Scalar>& head, const StoredMatrix& grad_output) {
+    queries_ = RowReader<Scalar>(head.of(head.x.q), head.query_positions());
     grads_ = RowReader<Scalar>(grad_output);
   }
   void load_queries(KeyRange block) {

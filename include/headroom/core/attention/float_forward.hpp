@@ -45,8 +45,8 @@ class FloatForward {
       : memory_(memory),
         score_(head.score),
         ahead_(head.ahead),
-        queries_(head.of(head.x.q), Rotation<Scalar>::of_queries(score_.params())),
-        keys_(head.of(head.x.k), Rotation<Scalar>::of_keys(score_.params())),
+        queries_(head.of(head.x.q), head.query_positions()),
+        keys_(head.of(head.x.k), head.key_positions()),
         values_(head.of(head.x.v)) {}
 
   /// Calls f<HeadDim>().

@@ -168,11 +168,11 @@ class ForwardPass final : public Pass {
   ForwardPass(const ForwardProblem& x, const AttentionParams& params, const MaskRef& mask, Index workers)
       : x_(x),
         score_(params, mask, x),
-        strips_(x.q.length(), x.batch() * x.heads(), x.q.dim() + x.v.dim()),
+        strips_(x.q.length(), x.batch() * x.heads(), x.features + x.v.dim()),
         workers_(workers),
         heads_a_task_(
             strips_.count() == 1 && ReadAhead::serves(x.q, x.k, x.v, x.output) ? heads_in_run(heads(), workers) : 1),
-        worker_bytes_(Worker::workspace_bytes(x.q.dim(), x.v.dim())) {}
+        worker_bytes_(Worker::workspace_bytes(x.features, x.v.dim())) {}
 
   Index workspace_bytes() const override { return worker_bytes_ * workers_; }
   void use(std::byte* workspace) override { workspace_ = workspace; }
@@ -182,7 +182,7 @@ class ForwardPass final : public Pass {
   void run(Index task, int worker) override {
     const Index first = task / strips_.count() * heads_a_task_, end = std::min(first + heads_a_task_, heads());
     const Index strip = strips_.count() - 1 - task % strips_.count();  // under a causal mask the longest first
-    Worker strip_worker(workspace_ + worker * worker_bytes_, x_.q.dim(), x_.v.dim());
+    Worker strip_worker(workspace_ + worker * worker_bytes_, x_.features, x_.v.dim());
     for (Index head = first; head < end; ++head) {
       if (head + 1 < end) strip_worker.read_ahead(x_, index_of(head + 1));
       strip_worker.run(x_, score_, index_of(head), strips_, strip);

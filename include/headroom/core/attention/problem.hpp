@@ -15,6 +15,9 @@ namespace headroom::inline v0::core {
 ///   f(softcap(scale·q·kᵀ) + bias + relative_bias - slope·|distance|), f a score function of one's own.
 /// Query i stands at position p(i) among the keys; its distance to key j is p(i) - j. Views may have stride 0 wherever
 /// they are broadcast; one without data is not there.
+///
+/// With `polar`, polar position embedding (PoPE; Gopalakrishnan et al. 2025), q·kᵀ is the sum over features d of
+/// softplus(q_d)·softplus(k_d)·cos(angle of the key's row - angle of the query's row + phase of the key's head).
 struct AttentionParams {
   std::optional<double> scale = {};        // 1/sqrt(D) unless given
   double softcap = 0;                      // s becomes softcap·tanh(s / softcap); 0: s stays
@@ -28,9 +31,11 @@ struct AttentionParams {
   bool mask_visible = true;                // the value in `mask` that lets a query see a key
   TensorView<const bool> block_mask = {};  // [B,H,ceil(Lq/block_size),ceil(Lk/block_size)], true: visible
   Index block_size = 128;
-  StoredTensor rotary = {};  // [1,1,rows,2·pairs] of what is computed in: cosine, sine, …; turns q and k
-  const Index* rotary_query_rows = nullptr;  // [Lq]: row of the table for a query, p(i) unless given
-  const Index* rotary_key_rows = nullptr;    // [Lk]: row of the table for a key, j unless given
+  StoredTensor rotary = {};       // [1,1,rows,2·pairs] of what is computed in: cosine, sine, …; turns q and k
+  StoredTensor polar = {};        // [1,1,rows,2D] likewise: D cosines, D sines; puts q and k into polar form, see below
+  StoredTensor polar_phase = {};  // [1,Hk,1,2D] likewise: of angles that those of keys have more
+  const Index* query_table_rows = nullptr;  // [Lq]: row of either table for a query, p(i) unless given
+  const Index* key_table_rows = nullptr;    // [Lk]: row of either table for a key, j unless given
   ScoreFunctionRef score_function = {};
   MaskFunctionRef mask_function = {};
   Dropout dropout = {};
@@ -43,8 +48,10 @@ struct AttentionParams {
   bool has_functions() const { return score_function || mask_function; }
   /// Floats in the widest vector that a function of one's own was compiled for; 0 without functions.
   int function_lanes() const { return std::max(score_function.lanes(), mask_function.lanes()); }
-  Index rotary_row_of_query(Index i) const { return rotary_query_rows ? rotary_query_rows[i] : position(i); }
-  Index rotary_row_of_key(Index j) const { return rotary_key_rows ? rotary_key_rows[j] : j; }
+  Index table_row_of_query(Index i) const { return query_table_rows ? query_table_rows[i] : position(i); }
+  Index table_row_of_key(Index j) const { return key_table_rows ? key_table_rows[j] : j; }
+  /// Numbers in a row of q or k as it is multiplied.
+  Index features(Index dim) const { return polar ? 2 * dim : dim; }
 };
 
 /// Gradients of what AttentionParams adds to scores; one without data is not wanted. They are added to what is there.
@@ -54,6 +61,7 @@ struct AttentionParamGradients {
   TensorView<double> relative_bias = {};  // [1,H,1,2R-1], stride 0 between heads that share it
   TensorView<double> slopes = {};         // [B,H,Lq,1], stride 0 where broadcast
   TensorView<double> sink = {};           // [1,H,1,1]
+  TensorView<double> polar_phase = {};    // [1,Hk,1,D], of the angles themselves; stride 0 between heads that share it
   TensorView<double> score_tables = {};   // [1,1,1,elements of all tables of the score function, one after the other]
 
   /// Tiles of scores add to the gradient of a bias, unless it is broadcast along the keys: then their sums over keys
@@ -90,6 +98,7 @@ namespace detail {
 struct ForwardProblem {
   StoredTensor q, k, v, output;
   TensorView<double> lse;
+  Index features = q.dim();  // numbers in a row of q or k as it is multiplied
 
   Index batch() const { return q.shape[0]; }
   Index heads() const { return q.shape[1]; }

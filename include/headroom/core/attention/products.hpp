@@ -1,9 +1,9 @@
 #pragma once
 
+#include "headroom/core/attention/bfloat16_rows.hpp"
 #include "headroom/core/attention/online_softmax.hpp"
 #include "headroom/core/attention/read_ahead.hpp"
 #include "headroom/core/attention/schedule.hpp"
-#include "headroom/core/bfloat16_product.hpp"
 #include "headroom/core/scratch.hpp"
 
 /// The seven products of attention, with S = scores, P = weights, O = output, G = gradient of the output:
@@ -25,6 +25,15 @@ struct Head {
   ReadAhead& ahead;  // of the head after it
 
   StoredMatrix of(const StoredTensor& tensor) const { return tensor.head(index.b, index.h, x.heads()); }
+  /// What positions make of rows of q and of k.
+  RowPositions<Scalar> query_positions() const {
+    const AttentionParams& params = score.params();
+    return {Rotation<Scalar>::of_queries(params), PolarForm<Scalar>::of_queries(params, of(x.q))};
+  }
+  RowPositions<Scalar> key_positions() const {
+    const AttentionParams& params = score.params();
+    return {Rotation<Scalar>::of_keys(params), PolarForm<Scalar>::of_keys(params, of(x.k), index.h, x.heads())};
+  }
 };
 
 /// Whether memory has to serve bfloat16 products too.

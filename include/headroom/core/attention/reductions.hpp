@@ -19,6 +19,7 @@ class HeadSums {
     slopes_ = take(grads.slopes.data != nullptr, x.q.length());
     sink_ = take(grads.sink.data != nullptr, 1);
     score_tables_ = take(grads.score_tables.data != nullptr, grads.score_tables.dim());
+    polar_phase_ = take(grads.polar_phase.data != nullptr, grads.polar_phase.dim());
   }
   Index bytes() const { return scratch_.bytes(); }
   void clear() const { std::fill_n(start_, count(), 0.0); }
@@ -37,6 +38,9 @@ class HeadSums {
     for (Index i = 0; i < grads.score_tables.dim() && score_tables_ != nullptr; ++i) {
       grads.score_tables(0, 0, 0, i) += score_tables_[i];
     }
+    for (Index d = 0; d < grads.polar_phase.dim() && polar_phase_ != nullptr; ++d) {
+      grads.polar_phase(0, h * x_.k.shape[1] / x_.heads(), 0, d) += polar_phase_[d];
+    }
     if (bias_over_keys_ == nullptr) return;
     grads.bias.head(b, h, x_.heads()).visit([&](auto bias) {
       add_strided(bias.data, bias.row_stride, bias_over_keys_, x_.q.length());
@@ -44,7 +48,7 @@ class HeadSums {
   }
   /// Where tiles add, with `bias` for what goes to a bias tile by tile.
   ParamSums tile_sums(const StoredMatrix& bias, Index first_key) const {
-    return {bias, first_key, bias_over_keys_, relative_, slopes_, sink_, score_tables_};
+    return {bias, first_key, bias_over_keys_, relative_, slopes_, sink_, score_tables_, polar_phase_};
   }
 
  private:
@@ -53,7 +57,7 @@ class HeadSums {
   const BackwardProblem& x_;
   Scratch scratch_;
   double* start_;
-  double *bias_over_keys_, *relative_, *slopes_, *sink_, *score_tables_;
+  double *bias_over_keys_, *relative_, *slopes_, *sink_, *score_tables_, *polar_phase_;
 };
 
 /// Sums of one strip of keys for the gradient of a bias that several heads or queries share and that is stored in

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "headroom/core/attention/checks.hpp"
+#include "headroom/core/attention/reference_polar.hpp"
 #include "headroom/core/mask.hpp"
 
 namespace headroom::inline v0::core {
@@ -70,8 +71,9 @@ struct ReferenceHead {
     return in_range && (params.mask.data == nullptr || params.mask(b, h, i, j) == params.mask_visible) &&
            (params.block_mask.data == nullptr || params.block_mask(b, h, i / params.block_size, j / params.block_size));
   }
-  TurnedRow<const Scalar> query(Index i) const { return {q, params, index, i, params.position(i)}; }
-  TurnedRow<const Scalar> key(Index j) const { return {k, params, index, j, j}; }
+  TurnedRow<const Scalar> query(Index i) const { return {q, params, index, i, params.table_row_of_query(i)}; }
+  TurnedRow<const Scalar> key(Index j) const { return {k, params, index, j, params.table_row_of_key(j)}; }
+  PolarPair<Scalar> polar(Index i, Index j) const { return {q, k, params, index, i, j}; }
   Scalar scale() const { return static_cast<Scalar>(params.scale_for(q.dim())); }
   /// Element of the relative bias.
   Index relative(Index i, Index j) const {
@@ -85,7 +87,11 @@ struct ReferenceHead {
     const auto [b, h] = index;
     const Scalar cap = static_cast<Scalar>(params.softcap);
     Scalar s = 0;
-    for (Index d = 0; d < q.dim(); ++d) s += query(i)(d) * key(j)(d);
+    if (params.polar) {
+      s = polar(i, j).product();
+    } else {
+      for (Index d = 0; d < q.dim(); ++d) s += query(i)(d) * key(j)(d);
+    }
     s *= scale();
     if (params.softcap > 0) {
       const Scalar t = std::tanh(s / cap);
@@ -203,8 +209,14 @@ void add_reference_gradients(const AttentionBackwardTensors<Scalar>& x, const Re
     for (Index d = 0; d < head.v.dim(); ++d) {
       grad_v(b, h, j, d) += row.weight[j] * row.kept[j] * x.grad_output(b, h, i, d);
     }
-    TurnedRow<Scalar>{x.grad_q, head.params, head.index, i, head.params.position(i)}.add(grad_score, head.key(j));
-    TurnedRow<Scalar>{grad_k, head.params, head.index, j, j}.add(grad_score, head.query(i));
+    if (head.params.polar) {
+      head.polar(i, j).add_gradients(grad_score, x.grad_q, grad_k, grads.polar_phase);
+      continue;
+    }
+    TurnedRow<Scalar>{x.grad_q, head.params, head.index, i, head.params.table_row_of_query(i)}.add(grad_score,
+                                                                                                   head.key(j));
+    TurnedRow<Scalar>{grad_k, head.params, head.index, j, head.params.table_row_of_key(j)}.add(grad_score,
+                                                                                               head.query(i));
   }
 }
 

@@ -20,6 +20,7 @@ struct ParamSums {
   double* slopes;          // [Lq]
   double* sink;            // [1]
   double* score_tables;    // of all tables of a score function, one after the other
+  double* polar_phase;     // [D], of all heads that share keys with the first of them
 
   bool any_of_tiles() const {
     return bias.data != nullptr || bias_over_keys != nullptr || relative != nullptr || slopes != nullptr;

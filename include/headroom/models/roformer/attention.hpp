@@ -11,7 +11,6 @@
 
 #include "headroom/attention/options.hpp"
 #include "headroom/attention/packed.hpp"
-#include "headroom/attention/polar.hpp"
 #include "headroom/models/roformer/parts.hpp"
 #include "headroom/models/roformer/positions.hpp"
 #include "headroom/models/roformer/value_residual.hpp"
@@ -108,8 +107,8 @@ class GatedAttentionImpl : public torch::nn::Module {
       request.window(AttentionWindow{*options.window(), *options.window()}).global_keys(options.global_tokens());
     }
     if (!positions.polar.is_empty()) {
-      return headroom::detail::polar_attention(projected, options.heads(), {table, positions.polar->phase()}, axis,
-                                               request);
+      request.polar(table).polar_phase(positions.polar->phase());
+      return headroom::detail::packed_attention(projected, options.heads(), std::nullopt, axis, request);
     }
     std::vector<int64_t> shape(projected.dim() - axis, 1);  // the sequence, dimensions behind it, head, pair
     shape.front() = table.size(0);

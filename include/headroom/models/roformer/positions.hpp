@@ -46,8 +46,11 @@ class PolarEmbeddingImpl : public torch::nn::Module {
     bias = register_parameter("bias", torch::zeros({heads, head_dim}));
   }
 
-  /// The angle of each position: double [length, D].
-  torch::Tensor table(int64_t length) const { return nn::detail::angles(length, inv_freqs); }
+  /// The turns by each position, cosines and sines: [length, 2D]. Angles are computed in double.
+  torch::Tensor table(int64_t length) const {
+    const bool wide = inv_freqs.scalar_type() == torch::kDouble;
+    return nn::detail::polar_turns(length, inv_freqs).to(wide ? torch::kDouble : torch::kFloat);
+  }
   /// The bias within its bounds.
   torch::Tensor phase() const { return bias.clamp(-2 * std::numbers::pi, 0); }
 

@@ -44,7 +44,7 @@ struct VnniProduct {
 #if defined(HEADROOM_BFLOAT16_BY_AMX)
 
 inline constexpr bool kHasBfloat16Products = true;
-inline constexpr Index kFewestBfloat16Keys = 48;  ///< attention over fewer is faster in float, as measured
+inline constexpr Index kFewestBfloat16Keys = 48;  ///< of attention: fewer are faster in float, as measured
 
 /// Gives AMX's tiles to the calling thread for as long as it lives. Others who use them in this thread may trust that
 /// they keep the shapes that were configured, as oneDNN does: they are put back.

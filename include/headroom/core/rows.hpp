@@ -56,7 +56,11 @@ void clear_rows(MatrixView<Scalar> x) {
   const bool by_columns = x.row_stride == 1;
   if (by_columns) x = {x.data, x.cols, x.rows, x.col_stride, x.row_stride};
   for (Index i = 0; i < x.rows; ++i) {
-    for (Index d = 0; d < x.cols; ++d) x(i, d) = 0;
+    if (x.col_stride == 1) {
+      std::fill_n(&x(i, 0), x.cols, Scalar(0));
+    } else {
+      for (Index d = 0; d < x.cols; ++d) x(i, d) = 0;
+    }
   }
 }
 

@@ -9,6 +9,7 @@ class Bfloat16Backward {
   using Packet = simd::Packet<float>;
   using Tile = BackwardTile<float>;
   static constexpr Index N = simd::kLanes<float>;
+  static constexpr Index kRowsAStep = 4;  // of reading ahead
 
  public:
   /// A sum over queries is padded with those that follow: all queries of a block take part.
@@ -69,7 +70,7 @@ class Bfloat16Backward {
     multiply<Vectors, false>({grad_rows(), value_dim_, tile.value.as<VnniPair>(), width, padded(part.rows, kVnniRows),
                               value_dim_ / 2, to, width});
     for (Index row = 0; row < part.rows; ++row) {
-      ahead_.step();
+      if (row % kRowsAStep == 0) ahead_.step();
       for (int v = 0; v < Vectors; ++v) {
         float* const at = to + row * width + v * N;
         simd::store(at, finish(row, v, simd::load(at)));

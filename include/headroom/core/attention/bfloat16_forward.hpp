@@ -11,6 +11,7 @@ class Bfloat16Forward {
   using Tile = ForwardTile<float>;
   using Scores = typename Tile::Scores;
   static constexpr Index N = simd::kLanes<float>;
+  static constexpr Index kKeysAStep = 4;                                                           // of reading ahead
   static constexpr Index kKeyRows = kBlockSize + kVnniRows, kValueRows = kBlockSize + kVnniDepth;  // zeros at the end
 
  public:
@@ -73,7 +74,7 @@ class Bfloat16Forward {
     float* const to = scores.data;  // a copy: stores might change what a reference refers to
     const auto finish_keys = [&]<bool Borders>(KeyRange part) __attribute__((always_inline)) {
       for (Index key = part.begin; key < part.end; ++key) {
-        ahead_.step();
+        if (key % kKeysAStep == 0) ahead_.step();
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) {
           float* const at = to + key * width + v * N;

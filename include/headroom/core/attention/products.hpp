@@ -40,10 +40,11 @@ struct Head {
 template <class Scalar>
 inline constexpr bool kMayUseBfloat16 = kHasBfloat16Products&& std::is_same_v<Scalar, float>;
 
-/// Whether a problem is multiplied in bfloat16. For a few keys that would take longer than to widen them.
+/// Whether a problem is multiplied in bfloat16. For a few keys that would take longer than to widen them, and for some
+/// more where features fill no more than half of a step.
 inline bool uses_bfloat16(const ForwardProblem& x, const AttentionParams& params) {
   return kHasBfloat16Products && AmxTiles::available() && !params.rotary && x.q.type == kStoredType<Eigen::bfloat16> &&
-         x.k.length() >= kFewestBfloat16Keys;
+         x.k.length() >= (x.q.dim() <= kVnniDepth / 2 ? std::max<Index>(48, kFewestBfloat16Keys) : kFewestBfloat16Keys);
 }
 
 /// Features in memory: bfloat16 products take them in multiples.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "headroom/core/instruction_set.hpp"
 #include "headroom/core/stored.hpp"
 
 namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
@@ -26,13 +27,18 @@ class ReadAhead {
     count_ = at_ = 0, row_ = 0;
     Index rows = 0;
     const auto add = [&](const StoredMatrix& x) {
-      const StoredMatrix lines = x.row_stride == 1 ? x.transposed() : x;
-      if (lines.col_stride != 1 || lines.rows == 0) return;  // elements that lie alone are left alone
-      matrices_[count_++] = lines;
-      rows += lines.rows;
+      StoredMatrix next = x.row_stride == 1 ? x.transposed() : x;
+      if (next.col_stride != 1) return;  // elements that lie alone are left alone
+      if (next.row_stride == next.cols) {
+        const Index piece = kPieceBytes / size_of(x.type);
+        next = {x.data, x.type, (x.rows * x.cols + piece - 1) / piece, piece, piece, 1};
+      }
+      if (next.rows == 0) return;
+      matrices_[count_++] = next;
+      rows += next.rows;
     };
     (add(matrices), ...);
-    rows_a_step_ = rows / std::max<Index>(steps_, 1) + 1;
+    rows_a_step_ = steps_ == 0 ? rows : (rows + steps_ - 1) / steps_;
     steps_ = 0;
   }
   /// Fetches a few rows more.
@@ -44,6 +50,7 @@ class ReadAhead {
 
  private:
   static constexpr int kMost = 8;
+  static constexpr Index kPieceBytes = 256;  // what is dense is fetched in rows of so many
 
   EIGEN_DONT_INLINE void fetch() {
     for (Index i = 0; i < rows_a_step_ && at_ < count_; ++i) {

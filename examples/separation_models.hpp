@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -63,9 +64,17 @@ inline std::map<std::string, headroom::core::Combination> combinations() {
   return named;
 }
 
+/// The module that a bag's models of one configuration run in, by turns. It has the weights of the one that ran last:
+/// reading those of the next takes a small part of a segment's time.
+struct SharedModule {
+  std::optional<headroom::training::LoadedModel> loaded = {};
+  std::filesystem::path weights = {};
+};
+
 /// A model that is asked for.
 struct ModelSource {
   headroom::training::ModelFiles files;
+  std::shared_ptr<SharedModule> shared = {};  ///< of a bag's models
   std::vector<double> weights =
       {};  ///< of a bag's model: how much each of its stems counts, 0 not at all; none: 1 each
 };
@@ -99,8 +108,9 @@ inline std::vector<ModelSource> model_sources(const std::vector<std::filesystem:
       continue;
     }
     const training::DemucsBag bag = training::read_demucs_bag(weights[i]);
+    const auto shared = std::make_shared<SharedModule>();
     for (std::size_t m = 0; m < bag.models.size(); ++m) {
-      if (counts_for(bag.weights[m], bag.stems, stems)) sources.push_back({{bag.models[m]}, bag.weights[m]});
+      if (counts_for(bag.weights[m], bag.stems, stems)) sources.push_back({{bag.models[m]}, shared, bag.weights[m]});
     }
   }
   return sources;
@@ -130,13 +140,31 @@ inline void weigh(headroom::audio::EnsembleMember& member, const std::vector<dou
   member.stems = std::move(stems);
 }
 
+/// A model in the module that it shares, if that is one of its configuration, else in its own.
+inline headroom::audio::SegmentModel run_by_turns(const ModelSource& source,
+                                                  const headroom::training::LoadedModel& loaded) {
+  namespace training = headroom::training;
+  const std::shared_ptr<SharedModule> shared = source.shared;
+  if (shared && !shared->loaded) *shared = {loaded, source.files.weights};
+  if (!shared || training::to_json(shared->loaded->config) != training::to_json(loaded.config)) {
+    return headroom::audio::segment_model(loaded.model);
+  }
+  return [shared, weights = source.files.weights](const torch::Tensor& segments) {
+    auto& [config, model] = *shared->loaded;
+    if (shared->weights != weights) training::load_weights(model, config, weights);
+    shared->weights = weights;
+    return model(segments);
+  };
+}
+
 /// Adds a model to those that are there, and returns what its configuration asks for and does not get. Throws
 /// headroom.separate.models where it does not fit to them.
 inline std::vector<std::string> add_model(const ModelSource& source, const BlendChoice& blend, c10::Device device,
                                           SeparationModels& models) {
   std::vector<std::string> notices;
-  auto [config, model] = headroom::training::load_model(source.files, &notices);
-  model->to(device);
+  const headroom::training::LoadedModel loaded = headroom::training::load_model(source.files, &notices);
+  loaded.model->to(device);
+  const headroom::training::Config& config = loaded.config;
   const auto rate = static_cast<int>(config.audio.sample_rate);
   headroom::require(models.sample_rate == 0 || models.sample_rate == rate, "headroom.separate.models",
                     source.files.weights, " is a model for ", rate, " Hz, the one before it for ", models.sample_rate,
@@ -153,7 +181,7 @@ inline std::vector<std::string> add_model(const ModelSource& source, const Blend
                     .augment = blend.augment},
       .bf16 = blend.bf16,
       .device = device};
-  headroom::audio::EnsembleMember member{headroom::audio::segment_model(model), options, config.audio.stems};
+  headroom::audio::EnsembleMember member{run_by_turns(source, loaded), options, config.audio.stems};
   if (!source.weights.empty()) weigh(member, source.weights);
   models.ensemble.members.push_back(std::move(member));
   models.normalized.push_back(config.inference.normalize);

@@ -14,10 +14,11 @@ import published_reference
 
 SAMPLES = 1700
 SHIFTS = [20442, 3607]  # samples of silence in front that `separate --shifts 2` draws
-BAG = """models: ['tiny', 'other']
+BAG = """models: ['tiny', 'other', 'third']
 weights: [
   [1., 0.],
   [0.5, 3.],
+  [2., 1.],
 ]
 segment: 44
 """
@@ -60,6 +61,7 @@ def main(sources, folder):
     folder.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     save_small(folder / "tiny.th", 1, t_layers=2)
+    save_small(folder / "third.th", 3, t_layers=2)  # of the configuration of the first
     if not list(folder.glob("other-*.th")):  # an archive has the time of its making in it
         save_small(folder / "other.th", 2, t_layers=1)
         checksum = hashlib.sha256((folder / "other.th").read_bytes()).hexdigest()[:8]

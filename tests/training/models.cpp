@@ -321,9 +321,9 @@ TEST_CASE("a checkpoint of demucs is a model with its configuration, and nothing
 TEST_CASE("a bag of demucs names its checkpoints and how much each counts") {
   const std::filesystem::path folder = HEADROOM_SOURCE_DIR "/tests/tools/demucs";
   const DemucsBag bag = read_demucs_bag(folder / "bag.yaml");
-  CHECK(bag.models == std::vector{folder / "tiny.th", folder / "other-9db1945b.th"});
+  CHECK(bag.models == std::vector{folder / "tiny.th", folder / "other-9db1945b.th", folder / "third.th"});
   CHECK(bag.stems == std::vector<std::string>{"drums", "vocals"});
-  CHECK(bag.weights == std::vector<std::vector<double>>{{1, 0}, {0.5, 3}});
+  CHECK(bag.weights == std::vector<std::vector<double>>{{1, 0}, {0.5, 3}, {2, 1}});
 
   const TemporaryFolder copies;
   const auto read = [&](const std::string& text) {

@@ -1,38 +1,74 @@
 #!/usr/bin/env bash
-# Fuzzes the readers of weight files and of YAML with libFuzzer, under the address and undefined-behaviour sanitizers.
+# Fuzzes what reads files and words of strangers with libFuzzer, under the address and undefined-behaviour sanitizers.
 #
-#   scripts/fuzz.sh [RUNS [FORMAT...]]   executions for each format (default 100000) of: safetensors zip pickle legacy
-#                                        yaml
+#   scripts/fuzz.sh [RUNS [FORMAT...]]   executions for each format (default 100000), of those below
 #
-# Needs clang (Debian: clang libclang-rt-14-dev). The inputs that reached something new are kept in build/fuzz and are
-# where the next run begins; an input that breaks a reader is then build/fuzz/crash-*.
+# Without LibTorch: safetensors zip pickle legacy (weights), demucs (the model in a checkpoint), yaml, json, container
+# (lengths in headers of audio files), table (CSV of a data set). With LibTorch: configuration, profile (of a device),
+# words (that have a syntax of their own on a command line), audio (through libsndfile), state (saved, up to its archive).
+#
+# Needs clang 16 or newer, in CLANG or as clang++-19 (Debian: clang-19 libclang-rt-19-dev). The inputs that reached
+# something new are kept in build/fuzz/FORMAT and are where the next run begins; an input that breaks a reader is then
+# build/fuzz/FORMAT-crash-*. tests/fuzz/found has those that once did.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 runs=${1:-100000}
 formats=("${@:2}")
-[ ${#formats[@]} -gt 0 ] || formats=(safetensors zip pickle legacy yaml)
-mkdir -p build/fuzz/{safetensors,zip,pickle,legacy,yaml}
-for reader in weights yaml; do
-  clang++ -std=c++20 -O2 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I include \
-    "tests/fuzz/$reader.cpp" -o "build/fuzz/read_$reader" -lyaml-cpp
-done
+plain=(safetensors zip pickle legacy demucs yaml json container table)
+with_torch=(configuration profile words audio state)
+[ ${#formats[@]} -gt 0 ] || formats=("${plain[@]}" "${with_torch[@]}")
+clang=${CLANG:-clang++-19}
+out=build/fuzz
+flags=(-std=c++20 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -I include -I .)
+for format in "${plain[@]}" "${with_torch[@]}"; do mkdir -p "$out/$format"; done
 
-# The small files of the tests are what to begin with, and the pickles in the archives
-cp -n tests/weights/files/*.safetensors build/fuzz/safetensors
-cp -n tests/weights/files/legacy.pt build/fuzz/legacy
-cp -n tests/tools/published/*.yaml build/fuzz/yaml
-for file in tests/weights/files/*.{pt,ckpt,pth}; do
-  case $file in */legacy.pt) continue ;; esac
-  [ "$(stat -c %s "$file")" -gt 4096 ] || cp -n "$file" build/fuzz/zip
-  python3 -c 'import sys, zipfile
-archive = zipfile.ZipFile(sys.argv[1])
-sys.stdout.buffer.write(archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl"))))' \
-    "$file" > "build/fuzz/pickle/$(basename "$file")"
-done
+# The name of the reader of a format: of tests/fuzz/READER.cpp
+reader_of() {
+  case $1 in safetensors | zip | pickle | legacy) echo weights ;; *) echo "$1" ;; esac
+}
+
+# True when FILE is newer than every source; its own dependencies would say no more than that sources changed
+is_built() {
+  [ -e "$1" ] && [ -z "$(find include examples tests/fuzz scripts/fuzz.sh -newer "$1" -type f -print -quit)" ]
+}
+
+build_plain() {
+  is_built "$out/read_$1" ||
+    "$clang" "${flags[@]}" -fsanitize=fuzzer "tests/fuzz/$1.cpp" -o "$out/read_$1" -lyaml-cpp
+}
+
+# torch/torch.h and what reads configurations are compiled once. Nothing is computed, so the kernels may be missing;
+# types of LibTorch that it does not export are unknown to the check of virtual calls (vptr)
+build_with_torch() {
+  local torch name objects=()
+  torch=$(.venv/bin/python -c 'import torch; print(torch.__path__[0])')
+  local compile=("$clang" "${flags[@]}" -fsanitize=fuzzer-no-link -fno-sanitize=vptr -w
+    -DHEADROOM_SEPARATE_KERNELS -DHEADROOM_SEPARATE_TRAINING -isystem /usr/include/eigen3
+    -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include")
+  is_built "$out/read_$1" && return
+  [ "$out/torch.pch" -nt scripts/fuzz.sh ] ||
+    "${compile[@]}" -x c++-header "$torch/include/torch/csrc/api/include/torch/torch.h" -o "$out/torch.pch"
+  for name in tests/fuzz/training examples/command_line "tests/fuzz/$1"; do
+    objects+=("$out/$(basename "$name").o")
+    is_built "${objects[-1]}" ||
+      "${compile[@]}" -include-pch "$out/torch.pch" -c "$name.cpp" -o "${objects[-1]}"
+  done
+  "$clang" -fsanitize=fuzzer,address,undefined "${objects[@]}" -o "$out/read_$1" -no-pie -Wl,-z,now \
+    -Wl,--unresolved-symbols=ignore-in-object-files "$torch"/lib/libtorch{_cpu,}.so "$torch/lib/libc10.so" \
+    "$torch/lib/libgomp.so.1" "-Wl,-rpath,$torch/lib" -lsndfile -lsoxr -lyaml-cpp
+}
+
+python3 tests/fuzz/seeds.py "$out"
 for format in "${formats[@]}"; do
   echo "== $format"
-  reader=weights
-  [ "$format" != yaml ] || reader=yaml
-  "build/fuzz/read_$reader" -runs="$runs" -max_len=4096 -malloc_limit_mb=64 -rss_limit_mb=1024 -timeout=10 \
-    -print_final_stats=1 -artifact_prefix=build/fuzz/ "build/fuzz/$format" 2>&1 |
-    grep -E "^(Done|stat::|SUMMARY|==|.*ERROR|    #)"
+  reader=$(reader_of "$format")
+  case " ${plain[*]} " in
+    *" $format "*) build_plain "$reader" ;;
+    *) build_with_torch "$reader" ;;
+  esac
+  options=(-max_len=4096 -malloc_limit_mb=64 -rss_limit_mb=1536 -timeout=60 -report_slow_units=60
+    "-artifact_prefix=$out/$format-")
+  [ ! -e "$out/$format.dict" ] || options+=("-dict=$out/$format.dict")
+  [ ! -d "tests/fuzz/found/$format" ] || "$out/read_$reader" "${options[@]}" "tests/fuzz/found/$format"/*
+  "$out/read_$reader" -runs="$runs" "${options[@]}" -print_final_stats=1 "$out/$format" 2>&1 |
+    grep -aE "^(Done|stat::number|#.*DONE|SUMMARY|==|.*ERROR|    #)|runtime error|terminate"
 done

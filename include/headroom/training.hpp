@@ -13,6 +13,7 @@
 #include "headroom/training/demucs_bag.hpp"
 #include "headroom/training/demucs_checkpoint.hpp"
 #include "headroom/training/described.hpp"
+#include "headroom/training/device_profile.hpp"
 #include "headroom/training/equalizer.hpp"
 #include "headroom/training/example.hpp"
 #include "headroom/training/field.hpp"

@@ -428,6 +428,32 @@ TEST_CASE("sizes that the header does not know or that are wrong are read whole 
   CHECK_THAT(wrapped.what(), Catch::Contains("has 4295007340 bytes, its header speaks of 40044"));
 }
 
+TEST_CASE("the first bytes of a file alone are no audio, whatever they begin as") {
+  const TemporaryFolder folder;
+  for (const char* name : {"RIFF", "RIFX", "RF64", "BW64", "riff\x2e\x91\xcf\x11", "FORM", ".snd", "dns.", "caff",
+                           "OggS", "fLaC", "ID3", "\xff\xfb"}) {
+    for (std::size_t size = 4; size <= 64; ++size) {
+      std::string bytes = name;
+      bytes.resize(size, '\1');
+      testing::write_bytes(folder / "a", bytes);
+      const Error error = error_of([&] { AudioReader(folder / "a"); });
+      INFO(name << ", " << size << " bytes: " << error.what());
+      CHECK(audio::is_file_error(error));
+    }
+  }
+}
+
+TEST_CASE("a FLAC frame of a block size that is reserved is not the last one") {
+  const audio::detail::FlacStream stream{.block = 4096, .frame_bytes = 100, .total = 4096};
+  // Number 0, 4096 samples as code 12, and the checksum
+  std::string frame = bytes_of({0xff, 0xf8, 0xc9, 0x18, 0});
+  frame += static_cast<char>(audio::detail::flac_header_checksum(frame));
+  CHECK(audio::detail::is_last_flac_frame(frame, stream));
+  frame[2] = 0x09;
+  frame.back() = static_cast<char>(audio::detail::flac_header_checksum(std::string_view(frame).substr(0, 5)));
+  CHECK_FALSE(audio::detail::is_last_flac_frame(frame, stream));
+}
+
 TEST_CASE("a file can come out of a pipe") {
   const TemporaryFolder folder;
   const std::string pipe = (folder / "pipe").string(), wav = testing::wav_bytes(std::string(400000, 'x'), 2, 16);

@@ -489,6 +489,8 @@ TEST_CASE("folders of stems and CSV tables are for remixed examples") {
   CHECK_THAT(list_error("vocals,a.wav\n"), Catch::Contains("expected a first line \"instrum,path\""));
   CHECK_THAT(list_error("instrum,path\nvocals,a,b.wav\n"), Catch::Contains("3 cells in line 2"));
   CHECK_THAT(list_error("instrum,path\nvocals,a.wav\n"), Catch::Contains("a.wav\" in line 2"));
+  CHECK_THAT(list_error("instrum,path\nvocals," + std::string(5000, 'a') + "\n"),  // a name that no file can have
+             Catch::Contains("in line 2, where no file is"));
 }
 
 TEST_CASE("a track that lacks a stem is an error, or left out, or silent there") {

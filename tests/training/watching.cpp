@@ -150,6 +150,32 @@ TEST_CASE("a full disk costs lines of metrics.jsonl and pages, not the run") {
   CHECK(lines_of(folder / "metrics.jsonl").size() == 2);
 }
 
+TEST_CASE("what a folder of a run holds that no run wrote breaks neither its page nor the process") {
+  const TemporaryFolder folder;
+  const Config config = config_with("");
+  const std::string deep = std::string(100'000, '[') + std::string(100'000, ']');
+  const std::string line = R"({"kind":"step","step":1,"loss":2,"phases":{"forward":{"seconds":1,"peak_bytes":1e300}}})";
+  const std::string address = R"("x\"><script>alert(1)</script>")";
+  write_bytes(folder / "metrics.jsonl", line + "\n" + R"({"kind":"step","step":2,"more":)" + deep + "}\n");
+  write_bytes(folder / "spectrograms.json", R"({"first":{"step":1,"more":)" + deep + R"(,"estimates":[)" + address +
+                                                "," + address + "," + address + "," + address + "]}}");
+  const NoiseExample example = noise_examples(0, 1, 4000);
+  const auto fail = [](const std::string& problem) { FAIL(problem); };
+  const auto page_after = [&] {
+    RunRecord record(folder.path(), config, 3, fail);
+    record.excerpt({example.mixture[0], example.stems[0]}, example.stems[0]);
+    record.end("ended");
+    return read_bytes(folder / "report.html");
+  };
+  CHECK(!contains(page_after(), "<script>"));
+  CHECK(lines_of(folder / "metrics.jsonl") == std::vector{Json::parse(line)});  // what is too deep is no line of a run
+  write_bytes(folder / "spectrograms.json",
+              R"({"first":{"step":1,"estimates":[)" + address + "," + address + "," + address + "," + address + "]}}");
+  const std::string page = page_after();
+  CHECK(contains(page, "&lt;script&gt;"));
+  CHECK(!contains(page, "<script>"));
+}
+
 TEST_CASE("the page of a run shows what its lines say, before and after it is resumed") {
   const TemporaryFolder folder;
   const Config config = config_with("");

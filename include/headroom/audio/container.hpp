@@ -105,7 +105,7 @@ inline ContainerLength length_of_chunks(const io::InputFile& file, const ChunkLa
 inline ContainerLength length_of_wave(const io::InputFile& file, std::string_view header) {
   const std::endian order = header.starts_with("RIFX") ? std::endian::big : std::endian::little;
   std::uint64_t whole = stored_number(header, 4, 4, order), samples = 0;
-  if (!header.starts_with("RIF") && header.substr(12).starts_with("ds64")) {
+  if (!header.starts_with("RIF") && header.find("ds64") == 12) {
     samples = stored_number(header, 28, 8, order);
     if (is_placeholder(whole)) whole = stored_number(header, 20, 8, order);
   }

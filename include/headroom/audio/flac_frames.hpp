@@ -71,8 +71,9 @@ inline bool is_last_flac_frame(std::string_view bytes, const FlacStream& stream)
     }
   }
   const std::uint64_t code = byte(2) >> 4, rate = byte(2) & 15;
-  std::uint64_t block = code == 1 ? 192 : code < 6 ? 576 << (code - 2) : 256 << (code - 8);
+  std::uint64_t block = 192;
   if (code == 0) return false;
+  if (code > 1) block = code < 6 ? 576 << (code - 2) : 256 << (code & 7);
   if (code == 6) block = byte(at++) + 1;
   if (code == 7) block = (byte(at) << 8 | byte(at + 1)) + 1, at += 2;
   at += rate == 12 ? 1 : rate == 13 || rate == 14 ? 2 : 0;

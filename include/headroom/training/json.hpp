@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -100,6 +101,15 @@ inline Json parse_json(std::string_view text, const std::string& name) {
          detail::explanation(error.what()), "; expected valid JSON (// and /* */ comments are allowed)");
   } catch (const Json::exception& error) {
     fail("headroom.training.json", name, ": ", detail::explanation(error.what()));
+  }
+}
+
+/// The same for text that may be anything: none where it is no JSON.
+inline std::optional<Json> try_parse_json(std::string_view text) {
+  try {
+    return parse_json(text, "");
+  } catch (const Error&) {
+    return std::nullopt;
   }
 }
 

@@ -41,15 +41,17 @@ inline constexpr std::array kAudioExtensions = {".wav", ".flac", ".aiff", ".aif"
 
 /// FOLDER/<name>.wav, or .flac, …
 inline std::optional<std::filesystem::path> find_audio(const std::filesystem::path& folder, const std::string& name) {
+  std::error_code failure;  // of a name that no file can have: none is there
   for (const char* extension : kAudioExtensions) {
     const std::filesystem::path path = folder / (name + extension);
-    if (std::filesystem::exists(path)) return path;
+    if (std::filesystem::exists(path, failure)) return path;
   }
   return std::nullopt;
 }
 
 inline bool is_audio(const std::filesystem::path& path) {
-  return std::filesystem::is_regular_file(path) &&
+  std::error_code failure;
+  return std::filesystem::is_regular_file(path, failure) &&
          std::ranges::find(kAudioExtensions, path.extension().string()) != kAudioExtensions.end();
 }
 
@@ -74,9 +76,9 @@ inline std::vector<std::filesystem::path> audio_in(const std::filesystem::path& 
 inline std::vector<FoundTrack> find_track_folders(const std::filesystem::path& root,
                                                   const std::vector<std::string>& stems) {
   std::vector<FoundTrack> tracks;
-  std::error_code failure;
+  std::error_code failure, other;
   for (const auto& folder : entries_of(root, failure)) {
-    if (!std::filesystem::is_directory(folder)) continue;
+    if (!std::filesystem::is_directory(folder, other)) continue;
     FoundTrack& track = tracks.emplace_back(FoundTrack{folder.filename().string(), {}});
     for (const std::string& stem : stems) {
       if (auto file = find_audio(folder, stem)) track.files.emplace(stem, std::move(*file));
@@ -128,6 +130,7 @@ inline std::vector<FoundTrack> find_listed_files(const std::filesystem::path& ta
                            kMost);
   const std::string text = file.read(0, file.size());
   std::vector<FoundTrack> tracks;
+  std::error_code failure;
   std::size_t stem_column = 0, path_column = 0, columns = 0, number = 0;
   for (std::size_t begin = 0; begin < text.size(); begin = text.find('\n', begin) + 1) {
     const std::size_t end = std::min(text.find('\n', begin), text.size());
@@ -147,7 +150,7 @@ inline std::vector<FoundTrack> find_listed_files(const std::filesystem::path& ta
       const std::string& stem = cells[stem_column];
       const std::filesystem::path path = table.parent_path() / cells[path_column];
       if (std::ranges::find(stems, stem) != stems.end()) {
-        require(std::filesystem::is_regular_file(path), id, table, " names ", path, " in line ", number,
+        require(std::filesystem::is_regular_file(path, failure), id, table, " names ", path, " in line ", number,
                 ", where no file is; correct the path, relative to the table's folder, or remove the line");
         tracks.push_back({cells[path_column], {{stem, path}}, false});
       }
@@ -161,7 +164,8 @@ inline std::vector<FoundTrack> find_listed_files(const std::filesystem::path& ta
 
 /// The layout of a root, as Layout::automatic finds it.
 inline Layout layout_of(const std::filesystem::path& root, const std::vector<std::string>& stems) {
-  if (std::filesystem::is_regular_file(root) && root.extension() == ".csv") return Layout::csv;
+  std::error_code failure;
+  if (std::filesystem::is_regular_file(root, failure) && root.extension() == ".csv") return Layout::csv;
   const bool by_stem =
       std::ranges::any_of(stems, [&](const std::string& stem) { return !detail::audio_in(root / stem).empty(); });
   return by_stem ? Layout::stems : Layout::tracks;

@@ -22,7 +22,7 @@
 #include "headroom/runtime/phase.hpp"
 #include "headroom/training/bucket.hpp"
 #include "headroom/training/config.hpp"
-#include "headroom/training/described.hpp"
+#include "headroom/training/device_profile.hpp"
 #include "headroom/training/example.hpp"
 #include "headroom/training/json.hpp"
 #include "headroom/training/models.hpp"
@@ -30,34 +30,6 @@
 #include "headroom/training/trainer.hpp"
 
 namespace headroom::inline v0::training {
-
-/// Reads a device profile from a JSON file. Throws headroom.training.config_file, .json and, for a malformed profile,
-/// headroom.training.device_profile.
-HEADROOM_TRAINING DeviceProfile load_device_profile(const std::filesystem::path& path);
-
-#ifdef HEADROOM_TRAINING_HERE
-HEADROOM_TRAINING DeviceProfile load_device_profile(const std::filesystem::path& path) {
-  const std::string text = detail::read_text(path, "a device profile", "a JSON file, or the name of a known device");
-  DeviceProfile profile;
-  std::vector<Problem> problems;
-  read_described(parse_json(text, path.string()), profile, "", problems);
-  if (problems.empty() && profile.usable_bytes() <= 0) {
-    problems.push_back({"total_bytes", "nothing is left of it after context_bytes and workspace_bytes"});
-  }
-  if (!problems.empty()) {
-    std::ostringstream message;
-    for (const Problem& problem : problems) message << "\n  " << problem.path << ": " << problem.text;
-    fail("headroom.training.device_profile", path.string(), " is no device profile:", message.str(),
-         "\nEvery key is described in docs/030_memory.md");
-  }
-  return profile;
-}
-#endif
-
-/// A profile by name (device_profile) or, where `name` ends with .json, from a file.
-inline DeviceProfile find_device_profile(const std::string& name) {
-  return name.ends_with(".json") ? load_device_profile(name) : device_profile(name);
-}
 
 /// Examples without data.
 struct ShapeSource {

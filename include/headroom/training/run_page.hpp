@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -91,7 +92,8 @@ class RunPage {
     if (!line.contains("phases")) return;
     for (const auto& [name, use] : line["phases"].items()) {
       const double seconds = number(use, "seconds"), bytes = number(use, "peak_bytes");
-      if (!core::detail::is_finite(seconds) || !core::detail::is_finite(bytes)) continue;
+      constexpr double kMost = 1e18;
+      if (!core::detail::is_finite(seconds) || !(std::abs(bytes) <= kMost)) continue;
       series(memory_, name).add(step, bytes / kGiB);
       add_phase(phases_, {name, seconds, static_cast<int64_t>(bytes)});
     }
@@ -139,7 +141,8 @@ class RunPage {
   }
 
   static void write_picture(std::ostream& out, const Json& address, const std::string& what) {
-    out << "<td><img alt=\"" << headroom::detail::html_text(what) << "\" src=\"" << address.get<std::string>() << "\">";
+    out << "<td><img alt=\"" << headroom::detail::html_text(what) << "\" src=\""
+        << headroom::detail::html_text(address.get<std::string>()) << "\">";
   }
 
   void write_pictures(std::ostream& out) const {

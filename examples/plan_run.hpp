@@ -7,6 +7,7 @@
 #include "headroom/core/error.hpp"
 #include "headroom/memory/format.hpp"
 #include "headroom/plan/report.hpp"
+#include "headroom/training/device_profile.hpp"
 #include "headroom/training/plan.hpp"
 #include "headroom/training/recommend.hpp"
 

@@ -144,6 +144,7 @@ TEST_CASE("polar position embedding with everything beside it: the bits do not d
   Problem p = kEverything;
   p.rotary = false, p.polar = p.polar_phase = true;
   check_accuracy(p, kEveryOption, BothMasks{CausalMask{39}, GlobalWindowMask{{60, -1, 39}, 4}});
+#ifdef _OPENMP
   for (const Index heads : {4, 32}) {  // strips as tasks of their own, and whole families
     p.heads = heads, p.bias = {1, heads, 131, 170}, p.slopes = {2, heads, 131, 1};
     Run<float> serial(p);
@@ -159,6 +160,7 @@ TEST_CASE("polar position embedding with everything beside it: the bits do not d
           parallel, serial);
     }
   }
+#endif
 }
 
 TEST_CASE("nothing that is not finite reaches who does not see it through polar positions") {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tries core with each compiler: its warnings (tests/static/core_warnings.py), then its tests, with its own kernels and the flags given; those for ARM
-# are run by qemu. Prints a table.
+# Tries core with each compiler: its warnings (tests/static/core_warnings.py), then its tests, with kernels of their own and
+# the flags given; those for ARM are run by qemu. Prints a table.
 #
 #   scripts/toolchains.sh                 all that are installed of those that Debian 12 and 13 have
 #   scripts/toolchains.sh COMPILER...     only these, as g++-12 clang++-16 aarch64-linux-gnu-g++

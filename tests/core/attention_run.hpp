@@ -266,7 +266,8 @@ void for_each_result(F&& f, Runs&... run) {
 /// float kernel against double definition: at most twice the RMS and four times the maximum error of plain float loops.
 /// With fewer than 16 keys both errors are a handful of roundings of terms that cancel: four roundings of the largest
 /// term are allowed there. A result of a few numbers makes no statistic: the problem is repeated with other data until
-/// there are 64. A maximum hangs on one number: what fails is judged again together with three more draws.
+/// there are 64. A maximum hangs on one number: what fails is judged again together with three more draws, and with as
+/// many as make 256 numbers.
 template <class M = NoMask>
 void check_accuracy(Problem p, const AttentionParams& params = {}, const M& mask = {}) {
   CAPTURE(p.batch, p.heads, p.queries, p.keys, p.dim, p.value_dim, p.amplitude);
@@ -315,6 +316,8 @@ void check_accuracy(Problem p, const AttentionParams& params = {}, const M& mask
     ++p.seed;
     run(everything);
   }
+  const auto is_unsure = [&](const std::string& name) { return fails(name) && ours[name].count < 256; };
+  for (; any(is_unsure); run(is_unsure)) ++p.seed;
   for (const auto& [name, error] : ours) {
     CAPTURE(name, error.count);
     CHECK(error.rms() <= allowed_rms(name));

@@ -152,12 +152,7 @@ TEST_CASE("polar position embedding with everything beside it: the bits do not d
     for (const int threads : {2, 3, 8}) {
       Run<float> parallel(p);
       parallel.tiled(kEveryOption, NoMask{}, OpenMpExecutor{threads});
-      for_each_result(
-          [](const char* name, const auto& ours, const auto& theirs) {
-            CAPTURE(name);
-            CHECK(ours == theirs);
-          },
-          parallel, serial);
+      check_same(parallel, serial);
     }
   }
 #endif
@@ -172,12 +167,7 @@ TEST_CASE("nothing that is not finite reaches who does not see it through polar 
     const auto from = [&](Index row) { return spoiled.k.begin() + row * p.dim; };
     for (Index head = 0; head < p.batch * p.heads; ++head) std::fill_n(from(head * p.keys + 160), p.dim, bad);
     clean.tiled({}, CausalMask{0}), spoiled.tiled({}, CausalMask{0});  // 150 queries: key 160 is unseen
-    for_each_result(
-        [](const char* name, const auto& ours, const auto& theirs) {
-          CAPTURE(name);
-          CHECK(ours == theirs);
-        },
-        spoiled, clean);
+    check_same(spoiled, clean);
   }
 }
 

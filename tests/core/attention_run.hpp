@@ -46,6 +46,8 @@ struct Problem {
   bool polar = false, polar_phase = false;  // either with rotary or not
   Index blocks = 0;                         // block size of a block mask
   unsigned seed = 7;
+
+  Index table_rows() const { return std::max(queries, keys) + 200; }  // of rotary and polar tables
 };
 
 /// Everything that can be asked for beside q, k and v.
@@ -99,7 +101,7 @@ struct Run {
     if (count(p.mask) > 0) mask = flags(count(p.mask));
     if (p.blocks > 0) blocks = flags(p.heads * block_count(p.queries) * block_count(p.keys));
     if (p.rotary) {
-      const Index positions = std::max(p.queries, p.keys) + 200, pairs = p.dim / 2;
+      const Index positions = p.table_rows(), pairs = p.dim / 2;
       for (Index l = 0; l < positions; ++l) {
         for (Index i = 0; i < pairs; ++i) {
           // a float table for all: cosines that differ would be a difference of the problem
@@ -113,7 +115,7 @@ struct Run {
       for (Index d = 0; d < p.dim; ++d) to.push_back(std::cos(angle(d)));
       for (Index d = 0; d < p.dim; ++d) to.push_back(std::sin(angle(d)));
     };
-    for (Index l = 0; l < std::max(p.queries, p.keys) + 200 && p.polar; ++l) {
+    for (Index l = 0; l < p.table_rows() && p.polar; ++l) {
       add_turns(polar, [&](Index d) {
         return static_cast<float>(l) * std::pow(100.0F, -static_cast<float>(d) / static_cast<float>(p.dim));
       });
@@ -161,8 +163,8 @@ struct Run {
     if (p.slopes[0] > 0) params.slopes = broadcast(slopes.data(), p.slopes, {p.batch, p.heads, p.queries, 1});
     if (p.relative_reach > 0) params.relative_bias = per_distance(relative);
     if (p.sink) params.sink = dense_view(sink.data(), 1, p.heads, 1, 1);
-    if (p.rotary) params.rotary = dense_view(rotary.data(), 1, 1, std::max(p.queries, p.keys) + 200, p.dim / 2 * 2);
-    if (p.polar) params.polar = dense_view(polar.data(), 1, 1, std::max(p.queries, p.keys) + 200, 2 * p.dim);
+    if (p.rotary) params.rotary = dense_view(rotary.data(), 1, 1, p.table_rows(), p.dim / 2 * 2);
+    if (p.polar) params.polar = dense_view(polar.data(), 1, 1, p.table_rows(), 2 * p.dim);
     if (p.polar_phase) params.polar_phase = dense_view(polar_phase.data(), 1, p.kv_heads, 1, 2 * p.dim);
     if (mask != nullptr) {
       params.mask = broadcast<const bool>(mask.get(), p.mask, {p.batch, p.heads, p.queries, p.keys});
@@ -261,6 +263,17 @@ void for_each_result(F&& f, Runs&... run) {
   f("output", run.output...), f("grad_q", run.grad_q...), f("grad_k", run.grad_k...), f("grad_v", run.grad_v...);
   f("grad_bias", run.grad_bias...), f("grad_relative", run.grad_relative...), f("grad_slopes", run.grad_slopes...);
   f("grad_sink", run.grad_sink...), f("grad_phase", run.grad_phase...), f("lse", run.lse...);
+}
+
+/// Two runs computed the same bits.
+template <class R>
+void check_same(R& run, R& other) {
+  for_each_result(
+      [](const char* name, const auto& x, const auto& y) {
+        CAPTURE(name);
+        CHECK((x == y));
+      },
+      run, other);
 }
 
 /// float kernel against double definition: at most twice the RMS and four times the maximum error of plain float loops.

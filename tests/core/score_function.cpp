@@ -215,12 +215,7 @@ TEST_CASE("functions of one's own: the same bits for any number of workers, and 
 #else
   run(parallel, SerialExecutor{});
 #endif
-  for_each_result(
-      [](const std::string& name, const auto& x, const auto& y) {
-        CAPTURE(name);
-        CHECK((x == y));
-      },
-      serial, parallel);
+  check_same(serial, parallel);
   CHECK((serial.grad_tables == parallel.grad_tables));
   // Queries 61 … do not see key 0
   for (Index h = 0; h < p.batch * p.kv_heads; ++h) {

@@ -11,8 +11,6 @@
 #include "headroom/models/bs_roformer.hpp"
 #include "headroom/models/mel_band_roformer.hpp"
 #include "headroom/plan.hpp"
-#include "headroom/runtime/dry_run.hpp"
-#include "headroom/weights/load.hpp"
 #include "support/catch.hpp"
 #include "support/fingerprint.hpp"
 #include "support/one_thread.hpp"

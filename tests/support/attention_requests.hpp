@@ -209,33 +209,26 @@ inline std::vector<AttentionCase> attention_cases() {
                           .block_mask(blocks)
                           .block_size(10)
                           .sink(noise({4})));
+  const auto everything = [&] {
+    return O()
+        .softcap(2)
+        .bias(noise({1, 4, 37, 37}))
+        .relative_bias(noise({1, 21}))
+        .alibi_slopes(noise({4, 37}).abs() * 0.2)
+        .sink(noise({4}))
+        .sequence_starts(starts)
+        .dropout(0.1)
+        .key_lengths(torch::tensor({37, 30}));
+  };
   add("grouped heads with everything", {2, 4, 37, 6}, {2, 2, 37, 6}, {2, 2, 37, 5},
-      O().scale(0.3)
-          .softcap(2)
-          .bias(noise({1, 4, 37, 37}))
-          .relative_bias(noise({1, 21}))
-          .alibi_slopes(noise({4, 37}).abs() * 0.2)
-          .sink(noise({4}))
-          .sequence_starts(starts)
-          .causal(true)
-          .window(AttentionWindow{6, -1})
-          .rotary(table(40, 3))
-          .dropout(0.1)
-          .key_lengths(torch::tensor({37, 30})));
+      everything().scale(0.3).causal(true).window(AttentionWindow{6, -1}).rotary(table(40, 3)));
   add("grouped heads with polar positions and everything", {2, 4, 37, 6}, {1, 2, 37, 6}, {1, 2, 37, 5},
-      O().scale(-0.3)
-          .softcap(2)
-          .bias(noise({1, 4, 37, 37}))
-          .relative_bias(noise({1, 21}))
-          .alibi_slopes(noise({4, 37}).abs() * 0.2)
-          .sink(noise({4}))
-          .sequence_starts(starts)
+      everything()
+          .scale(-0.3)
           .window(AttentionWindow{6, 2})
           .global_keys(2)
           .polar(turns(40, 6))
-          .polar_phase(noise({2, 6}))
-          .dropout(0.1)
-          .key_lengths(torch::tensor({37, 30})));
+          .polar_phase(noise({2, 6})));
   add("polar positions in five dimensions", {2, 3, 4, 17, 6}, {2, 1, 2, 23, 6}, {2, 1, 2, 23, 5},
       O().polar(turns(23, 6)).polar_phase(noise({2, 6})).key_lengths(torch::tensor({{23, 5, 0}})));
   add("no queries", {2, 4, 0, 6}, {2, 4, 5, 6}, {2, 4, 5, 5}, O());

@@ -112,8 +112,7 @@ class ChunkedScores {
 
   /// scale·q of some queries, folded, and keys: rotated, or in polar form with twice as many features.
   torch::Tensor queries(const HeadInputs& inputs, int64_t first, int64_t last) const {
-    torch::Tensor q =
-        without_rows(rows_of(inputs.q, 2, first, last).to(dtype_), rows_of(inputs.bad_queries, 2, first, last));
+    torch::Tensor q = finite_queries(inputs, first, last);
     if (request_.rotary.defined()) q = rotated(q, request_.rotary, rows_of(query_rows_, 0, first, last));
     if (request_.polar.defined()) q = polar_pairs(q, turns_of_queries(first, last));
     return folded(q * request_.scale);
@@ -132,9 +131,7 @@ class ChunkedScores {
                                 int64_t last) const {
     const torch::Tensor grad_q = unfolded(grad).mul_(request_.scale);
     if (request_.polar.defined()) {
-      const torch::Tensor q =
-          without_rows(rows_of(inputs.q, 2, first, last), rows_of(inputs.bad_queries, 2, first, last));
-      return polar_gradients(grad_q, q.to(dtype_), turns_of_queries(first, last))[0];
+      return feature_gradient(grad_q, finite_queries(inputs, first, last), turns_of_queries(first, last));
     }
     if (!request_.rotary.defined()) return grad_q;
     return rotated(grad_q, request_.rotary.conj(), rows_of(query_rows_, 0, first, last));
@@ -143,10 +140,10 @@ class ChunkedScores {
   torch::Tensor grad_of_keys(const HeadInputs& inputs, const torch::Tensor& grad, const ScoreChunk& chunk,
                              const torch::Tensor& phase) const {
     if (request_.polar.defined()) {
-      const auto [of_k, of_angles] =
-          polar_gradients(grad, finite_keys(inputs.k, inputs, chunk), turns_of_keys(inputs, chunk));
-      if (phase.defined()) phase.add_(phase_gradient(of_angles, phase.sizes()));
-      return of_k;
+      const torch::Tensor k = finite_keys(inputs.k, inputs, chunk);
+      const Turns turns = turns_of_keys(inputs, chunk);
+      if (phase.defined()) phase.add_(phase_gradient(grad, k, turns, phase.sizes()));
+      return feature_gradient(grad, k, turns);
     }
     if (!request_.rotary.defined()) return grad;
     return rotated(grad, request_.rotary.conj(), rows_of(key_rows_, 0, chunk.first_key, chunk.end_key));
@@ -222,6 +219,9 @@ class ChunkedScores {
   }
   Turns turns_of_keys(const HeadInputs& inputs, const ScoreChunk& chunk) const {
     return polar_turns(request_.polar, rows_of(key_rows_, 0, chunk.first_key, chunk.end_key), inputs.phase, dtype_);
+  }
+  torch::Tensor finite_queries(const HeadInputs& inputs, int64_t first, int64_t last) const {
+    return without_rows(rows_of(inputs.q, 2, first, last).to(dtype_), rows_of(inputs.bad_queries, 2, first, last));
   }
   torch::Tensor finite_keys(const torch::Tensor& x, const HeadInputs& inputs, const ScoreChunk& chunk) const {
     return without_rows(rows_of(x, 2, chunk.first_key, chunk.end_key).to(dtype_),

@@ -15,13 +15,11 @@ struct PackedProjection {
   torch::Tensor packed;
   int64_t heads, axis;
 
-  int64_t kv_heads() const { return (packed.size(-2) - heads) / 2; }
-  torch::Tensor qk() const { return packed.narrow(-2, 0, heads + kv_heads()); }
-
   /// q, k and v as they lie in `packed`, the sequence dimension behind the heads.
   std::array<torch::Tensor, 3> views() const {
     const auto part = [&](int64_t first, int64_t count) { return packed.narrow(-2, first, count).movedim(axis, -2); };
-    return {part(0, heads), part(heads, kv_heads()), part(heads + kv_heads(), kv_heads())};
+    const int64_t kv_heads = (packed.size(-2) - heads) / 2;
+    return {part(0, heads), part(heads, kv_heads), part(heads + kv_heads, kv_heads)};
   }
   /// Another of the same shape and layout, for gradients.
   PackedProjection empty() const { return {torch::empty_like(packed), heads, axis}; }
@@ -30,7 +28,7 @@ struct PackedProjection {
 /// Rotates q and k of packed projections in place: complex pairs of features times `rotation`, complex, broadcastable
 /// to [..., H+Hk, D/2]. Narrow types are rotated in float.
 inline void rotate_packed(const torch::Tensor& packed, int64_t heads, const torch::Tensor& rotation) {
-  const torch::Tensor qk = PackedProjection{packed, heads, 0}.qk(), wide = qk.to(compute_type(qk));
+  const torch::Tensor qk = packed.narrow(-2, 0, (packed.size(-2) + heads) / 2), wide = qk.to(compute_type(qk));
   torch::view_as_complex(wide.unflatten(-1, {-1, 2})).mul_(rotation);
   if (!wide.is_same(qk)) qk.copy_(wide);
 }
@@ -125,32 +123,24 @@ HEADROOM_KERNEL torch::Tensor packed_attention(const torch::Tensor& packed, int6
                                                const std::optional<torch::Tensor>& rotation, int64_t axis,
                                                const AttentionOptions& options);
 
-/// run(backend, request) by the kernel that serves attention of q, k and v; undefined where the reference does.
-template <class Run>
-torch::Tensor by_kernel(const std::array<torch::Tensor, 3>& qkv, const AttentionOptions& options, Run&& run) {
-  const auto& [q, k, v] = qkv;
-  const auto request = AttentionRequest::check(q, k, v, options);
-  switch (resolve_backend(q, request, options.backend())) {
-    case AttentionBackend::tiled:
-      return run(TiledBackend(), request);
-    case AttentionBackend::fused:
-      return run(FusedBackend(), request);
-    case AttentionBackend::chunked:
-      return run(ChunkedBackend(), request);
-    default:
-      return {};
-  }
-}
-
 #ifdef HEADROOM_DEFINE_KERNELS
 HEADROOM_KERNEL torch::Tensor packed_attention(const torch::Tensor& packed, int64_t heads,
                                                const std::optional<torch::Tensor>& rotation, int64_t axis,
                                                const AttentionOptions& options) {
-  const torch::Tensor result = by_kernel(
-      PackedProjection{packed, heads, axis}.views(), options, [&](auto backend, const AttentionRequest& request) {
-        return PackedAttention<decltype(backend)>::run(packed, rotation, axis, request);
-      });
-  if (result.defined()) return result;
+  {
+    const auto [q, k, v] = PackedProjection{packed, heads, axis}.views();
+    const auto request = AttentionRequest::check(q, k, v, options);
+    switch (resolve_backend(q, request, options.backend())) {
+      case AttentionBackend::tiled:
+        return PackedAttention<TiledBackend>::run(packed, rotation, axis, request);
+      case AttentionBackend::fused:
+        return PackedAttention<FusedBackend>::run(packed, rotation, axis, request);
+      case AttentionBackend::chunked:
+        return PackedAttention<ChunkedBackend>::run(packed, rotation, axis, request);
+      default:
+        break;
+    }
+  }
   torch::Tensor rotated = packed;
   if (rotation.has_value()) {
     rotated = packed.clone();

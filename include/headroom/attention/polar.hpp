@@ -3,7 +3,6 @@
 #include <torch/types.h>
 
 #include <array>
-#include <utility>
 
 #include "headroom/attention/backend.hpp"
 #include "headroom/attention/positions.hpp"
@@ -37,49 +36,58 @@ inline torch::Tensor polar_pairs(const torch::Tensor& x, const Turns& turns) {
   return torch::cat({magnitude * turns[0], magnitude * turns[1]}, -1).to(x.scalar_type());
 }
 
-/// The gradients of x, in its dtype, and of the angles, where grad [..., 2D] is that of polar_pairs(x, turns).
-inline std::array<torch::Tensor, 2> polar_gradients(const torch::Tensor& grad, const torch::Tensor& x,
-                                                    const Turns& turns) {
-  const torch::Tensor wide = x.to(compute_type(x)), given = grad.to(wide.scalar_type());
-  const auto& [cosine, sine] = turns;
-  const auto halves = given.chunk(2, -1);
-  const torch::Tensor along = (halves[0] * cosine).addcmul_(halves[1], sine);
-  const torch::Tensor across = (halves[1] * cosine).addcmul_(halves[0], sine, -1);
-  return {(along * wide.sigmoid()).to(x.scalar_type()), across * torch::softplus(wide)};
+/// The gradient of x, in its dtype, where grad [..., 2D] is that of polar_pairs(x, turns).
+inline torch::Tensor feature_gradient(const torch::Tensor& grad, const torch::Tensor& x, const Turns& turns) {
+  const torch::Tensor wide = x.to(compute_type(x));
+  const auto halves = grad.to(wide.scalar_type()).chunk(2, -1);
+  const torch::Tensor along = (halves[0] * turns[0]).addcmul_(halves[1], turns[1]);
+  return (along * wide.sigmoid()).to(x.scalar_type());
+}
+/// That of the phases of x [..., Hk, L, D], summed in double to `sizes` [..., Hk, D].
+inline torch::Tensor phase_gradient(const torch::Tensor& grad, const torch::Tensor& x, const Turns& turns,
+                                    at::IntArrayRef sizes) {
+  const torch::Tensor wide = x.to(compute_type(x));
+  const auto halves = grad.to(wide.scalar_type()).chunk(2, -1);
+  const torch::Tensor across = (halves[1] * turns[0]).addcmul_(halves[0], turns[1], -1);
+  return (across * torch::softplus(wide)).sum(-2, /*keepdim=*/false, torch::kDouble).sum_to_size(sizes);
 }
 
-/// The gradient of phases, summed in double to `sizes` [..., Hk, D], by that of the angles [..., Hk, L, D].
-inline torch::Tensor phase_gradient(const torch::Tensor& of_angles, at::IntArrayRef sizes) {
-  return of_angles.sum(-2, /*keepdim=*/false, torch::kDouble).sum_to_size(sizes);
-}
+/// Of all rows of q and of k in a request, on the device and in the type of computation of q.
+struct RequestTurns {
+  Turns q, k;
+
+  RequestTurns(const AttentionRequest& request, const torch::Tensor& like) {
+    const TableRows rows(request);
+    const auto turns_of = [&](const torch::Tensor& of_rows, const torch::Tensor& phase) {
+      return polar_turns(request.polar, of_rows.to(like.device()), phase, compute_type(like));
+    };
+    q = turns_of(rows.query, {}), k = turns_of(rows.key, request.polar_phase);
+  }
+};
 
 /// A request with polar positions as one without: q and k twice as wide.
 class PolarInputs {
  public:
-  explicit PolarInputs(const AttentionInputs& in) : given_(in), request_(in.request) {
-    const TableRows rows(in.request);
-    const auto turns_of = [&](const torch::Tensor& of_rows, const torch::Tensor& phase) {
-      return polar_turns(in.request.polar, of_rows.to(in.q.device()), phase, compute_type(in.q));
-    };
-    of_q_ = turns_of(rows.query, {}), of_k_ = turns_of(rows.key, in.request.polar_phase);
-    q_ = polar_pairs(in.q, of_q_), k_ = polar_pairs(in.k, of_k_);
+  explicit PolarInputs(const AttentionInputs& in) : given_(in), request_(in.request), turns_(in.request, in.q) {
+    q_ = polar_pairs(in.q, turns_.q), k_ = polar_pairs(in.k, turns_.k);
     request_.polar = torch::Tensor(), request_.polar_phase = torch::Tensor();
   }
   AttentionInputs inputs() const { return {q_, k_, given_.v, request_}; }
   /// Gradients of what inputs() gives become those of what was given.
   AttentionGradients back(AttentionGradients grad, const WantedGradients& wanted) const {
-    grad.q = polar_gradients(grad.q, given_.q, of_q_)[0];
-    auto [of_k, of_angles] = polar_gradients(grad.k, given_.k, of_k_);
-    grad.k = of_k;
+    grad.q = feature_gradient(grad.q, given_.q, turns_.q);
     const torch::Tensor& phase = given_.request.polar_phase;
-    if (wanted[8]) grad.polar_phase = phase_gradient(of_angles, phase.sizes()).to(phase.scalar_type());
+    if (wanted[8]) {
+      grad.polar_phase = phase_gradient(grad.k, given_.k, turns_.k, phase.sizes()).to(phase.scalar_type());
+    }
+    grad.k = feature_gradient(grad.k, given_.k, turns_.k);
     return grad;
   }
 
  private:
   const AttentionInputs given_;
   AttentionRequest request_;
-  Turns of_q_, of_k_;
+  RequestTurns turns_;
   torch::Tensor q_, k_;
 };
 

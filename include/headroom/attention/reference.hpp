@@ -70,11 +70,8 @@ inline AttentionForward reference_attention(const AttentionInputs& in, bool with
     k = rotated(k, request.rotary, rows.key.to(q.device()));
   }
   if (request.polar.defined()) {
-    const TableRows rows(request);
-    const auto turned = [&](const torch::Tensor& x, const torch::Tensor& of_rows, const torch::Tensor& phase) {
-      return polar_pairs(x, polar_turns(request.polar, of_rows.to(x.device()), phase, compute_type(x)));
-    };
-    q = turned(q, rows.query, {}), k = turned(k, rows.key, request.polar_phase);
+    const RequestTurns turns(request, q);
+    q = polar_pairs(q, turns.q), k = polar_pairs(k, turns.k);
   }
   const auto for_each_query_head = [&](const torch::Tensor& x, int64_t dim) {
     const int64_t shared = request.heads_per_kv_head();

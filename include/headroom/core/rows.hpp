@@ -152,13 +152,14 @@ class RowWriter {
 
   /// Of rows as they come.
   Index cols() const { return positions_.features(y_.cols); }
-  /// Writes dense rows [count][cols]; they are spoiled.
-  void write(Index first, Index count, Scalar* rows) const {
+  /// Writes rows [count][stride], of which the first cols() numbers count; they are spoiled.
+  void write(Index first, Index count, Scalar* rows, Index stride) const {
     for (Index i = 0; i < count && positions_; ++i) {
-      positions_.back(rows + i * y_.cols, rows + i * cols(), y_.cols, first + i, phase_);
+      Scalar* const row = rows + i * stride;
+      positions_.back(row, row, y_.cols, first + i, phase_);
     }
     y_.middle_rows(first, count).visit([&](auto view) {
-      for (Index i = 0; i < count; ++i) round_row(&view(i, 0), view.col_stride, rows + i * view.cols, view.cols);
+      for (Index i = 0; i < count; ++i) round_row(&view(i, 0), view.col_stride, rows + i * stride, view.cols);
     });
   }
   /// Writes the first lanes of `from` [cols][width], each times its factor, as rows `range`. `buffer` holds
@@ -171,7 +172,7 @@ class RowWriter {
       const Index i = phase_ == nullptr ? whole_vector(next, count, N) : next;  // what is added up comes once
       const Index rows = std::min(N, count - i);
       unpack_lanes(MatrixView<Scalar>{buffer, rows, cols(), cols(), 1}, from.data + i, from.width, factor + i);
-      write(first + i, rows, buffer);
+      write(first + i, rows, buffer, cols());
     }
   }
 
@@ -209,11 +210,7 @@ class RowSums {
   }
   /// Writes rows [count][stride] that are whole sums, instead of all of the others; they are spoiled.
   void put(Index first, Index count, Scalar* rows, Index stride) const {
-    positions_.before_sum(rows, stride, first, count);
-    for (Index i = 0; i < count && positions_; ++i) positions_.after_sum(rows + i * stride, y_.cols, first + i);
-    const RowWriter<Scalar> writer(y_);
-    if (stride == y_.cols) return writer.write(first, count, rows);
-    for (Index i = 0; i < count; ++i) writer.write(first + i, 1, rows + i * stride);
+    RowWriter<Scalar>(y_, positions_).write(first, count, rows, stride);
   }
   /// Makes gradients of the sums and rounds them. `buffer` holds [cols].
   void finish(Index first, Index count, Scalar* buffer) const {
@@ -225,7 +222,7 @@ class RowSums {
         each_sum(i, [&](Index d, Scalar sum) { return buffer[d] = sum; });
       }
       positions_.after_sum(buffer, y_.cols, i);
-      RowWriter<Scalar>(y_).write(i, 1, buffer);
+      RowWriter<Scalar>(y_).write(i, 1, buffer, y_.cols);
     }
   }
 

@@ -46,11 +46,7 @@ class BackwardWorker {
   static Index strip_count(const BackwardProblem& x) { return std::max<Index>(strips(x).count(), 1); }
 
   /// Fetches a head while the one before is computed.
-  void read_ahead(HeadIndex next) {
-    const auto of = [&](const StoredTensor& tensor) { return tensor.head(next.b, next.h, x_.heads()); };
-    ahead_.begin(of(x_.k), of(x_.v), of(x_.q), of(x_.grad_output), of(x_.output), of(x_.grad_q), of(x_.grad_k),
-                 of(x_.grad_v));
-  }
+  void read_ahead(HeadIndex next) { ahead_.begin(x_, next); }
   /// Strip `strip` of the keys that the heads of a family use; `state(HeadIndex)` gives their BackwardHead.
   template <class StateOf>
   void run(const HeadFamily& family, Index strip, StateOf&& state) {

@@ -95,9 +95,8 @@ class BackwardPass final : public Pass {
 
   /// Runs are for short heads of their own, of which nothing is summed up that has to be added in order.
   Index families_in_run(Index workers) const {
-    const bool serves = ReadAhead::serves(x_.q, x_.k, x_.v, x_.output, x_.grad_output, x_.grad_q, x_.grad_k, x_.grad_v);
     const bool alone = families_.members() == 1 && sum_bytes_ == 0 && Worker::strip_count(x_) == 1;
-    return serves && alone ? heads_in_run(families_.count(), workers) : 1;
+    return ReadAhead::serves(x_) && alone ? heads_in_run(families_.count(), workers) : 1;
   }
   /// All strips of a family.
   void run_family(Worker& strip_worker, const Place& place) {

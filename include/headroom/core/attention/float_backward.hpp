@@ -95,11 +95,11 @@ class FloatBackward {
     std::fill_n(rows, tile.width() * memory_.vector_dim, Scalar(0));
     load_lanes(tile.value, tile, values_, read, Scalar(1));
     Scalar* const lanes = tile.key.template as<Scalar>();
-    if (read.empty() || read.end - read.begin < tile.width()) {
-      std::fill_n(lanes, keys_.cols() * tile.width(), Scalar(0));
-    }
+    clear_unread(lanes, keys_.cols(), tile, read);
     const Scalar scale = static_cast<Scalar>(score_.scale());
-    for (Index first = read.begin; first < read.end; first += N) {  // positions are made once for lanes and rows
+    const Index count = read.end - read.begin;
+    for (Index next = 0; next < count; next += N) {  // positions are made for lanes and rows together
+      const Index first = read.begin + whole_vector(next, count, N);
       const auto keys = keys_.rows(first, std::min(N, read.end - first), memory_.scores.buffer);
       pack_lanes(lanes + (first - tile.keys.begin), tile.width(), keys, Times<Scalar>{score_.sign()});
       for (Index j = 0; j < keys.rows; ++j) {
@@ -178,10 +178,13 @@ class FloatBackward {
   void load_lanes(const Piece& piece, const Tile& tile, const RowReader<Scalar>& from, KeyRange read,
                   Scalar factor) const {
     Scalar* const to = piece.template as<Scalar>();
-    const Index width = tile.width();
-    if (read.empty() || read.end - read.begin < width) std::fill_n(to, from.cols() * width, Scalar(0));
+    clear_unread(to, from.cols(), tile, read);
     if (read.empty()) return;
-    from.pack({to + (read.begin - tile.keys.begin), width}, read, Times<Scalar>{factor}, memory_.scores.buffer);
+    from.pack({to + (read.begin - tile.keys.begin), tile.width()}, read, Times<Scalar>{factor}, memory_.scores.buffer);
+  }
+  /// Lanes [cols][width] of a tile of which some are not read.
+  static void clear_unread(Scalar* lanes, Index cols, const Tile& tile, KeyRange read) {
+    if (read.empty() || read.end - read.begin < tile.width()) std::fill_n(lanes, cols * tile.width(), Scalar(0));
   }
   /// to [rows][lanes] = a·lanes
   template <int Vectors, class Finish>

@@ -46,10 +46,7 @@ class ForwardWorker {
   }
 
   /// Fetches a head while the one before is computed.
-  void read_ahead(const ForwardProblem& x, HeadIndex next) {
-    const auto of = [&](const StoredTensor& tensor) { return tensor.head(next.b, next.h, x.heads()); };
-    ahead_.begin(of(x.q), of(x.k), of(x.v), of(x.output));
-  }
+  void read_ahead(const ForwardProblem& x, HeadIndex next) { ahead_.begin(x, next); }
   /// Computes the rows of one head that a strip holds.
   void run(const ForwardProblem& x, const ScoreFunction<Scalar>& score, HeadIndex index, const Strips<Scalar>& strips,
            Index strip) {
@@ -170,8 +167,7 @@ class ForwardPass final : public Pass {
         score_(params, mask, x),
         strips_(x.q.length(), x.batch() * x.heads(), x.features + x.v.dim()),
         workers_(workers),
-        heads_a_task_(
-            strips_.count() == 1 && ReadAhead::serves(x.q, x.k, x.v, x.output) ? heads_in_run(heads(), workers) : 1),
+        heads_a_task_(strips_.count() == 1 && ReadAhead::serves(x) ? heads_in_run(heads(), workers) : 1),
         worker_bytes_(Worker::workspace_bytes(x.features, x.v.dim())) {}
 
   Index workspace_bytes() const override { return worker_bytes_ * workers_; }

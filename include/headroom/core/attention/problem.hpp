@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <tuple>
 
 #include "headroom/core/attention/mask_function.hpp"
 #include "headroom/core/attention/score_function.hpp"
@@ -102,6 +103,8 @@ struct ForwardProblem {
 
   Index batch() const { return q.shape[0]; }
   Index heads() const { return q.shape[1]; }
+  /// What a pass reads and writes of each head, in about that order.
+  auto streamed() const { return std::tie(q, k, v, output); }
 };
 
 /// The same of a backward pass.
@@ -110,6 +113,8 @@ struct BackwardProblem : ForwardProblem {
   TensorView<const double> grad_lse;
   StoredTensor grad_q, grad_k, grad_v;
   AttentionParamGradients param_grads;
+
+  auto streamed() const { return std::tie(k, v, q, grad_output, output, grad_q, grad_k, grad_v); }
 };
 
 /// One head of q in one batch.

@@ -1,9 +1,10 @@
 #pragma once
 
 #include <algorithm>
+#include <tuple>
 
+#include "headroom/core/attention/problem.hpp"
 #include "headroom/core/instruction_set.hpp"
-#include "headroom/core/stored.hpp"
 
 namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
@@ -15,15 +16,15 @@ class ReadAhead {
   /// Heads larger than this would push each other out of the cache; within a long head memory is read in long runs.
   static constexpr Index kMostBytes = 512 * 1024;
 
-  /// Whether heads of these tensors are fetched: of forward's or of backward's.
-  template <class... Tensors>
-  static bool serves(const Tensors&... tensors) {
-    return ((tensors.length() * tensors.dim() * size_of(tensors.type)) + ...) <= kMostBytes;
+  /// Whether heads of a problem are fetched.
+  static bool serves(const auto& problem) {
+    const auto bytes = [](const auto&... tensors) {
+      return ((tensors.length() * tensors.dim() * size_of(tensors.type)) + ...);
+    };
+    return std::apply(bytes, problem.streamed()) <= kMostBytes;
   }
-  /// Fetches these matrices in as many steps as there were since it began before; forgets what is left of those.
-  template <class... Matrices>
-  void begin(const Matrices&... matrices) {
-    static_assert(sizeof...(matrices) <= kMost);
+  /// Fetches a head in as many steps as there were since it began before; forgets what is left of that one.
+  void begin(const auto& problem, HeadIndex head) {
     count_ = at_ = 0, row_ = 0;
     Index rows = 0;
     const auto add = [&](const StoredMatrix& x) {
@@ -37,7 +38,11 @@ class ReadAhead {
       matrices_[count_++] = next;
       rows += next.rows;
     };
-    (add(matrices), ...);
+    const auto add_all = [&](const auto&... tensors) {
+      static_assert(sizeof...(tensors) <= kMost);
+      (add(tensors.head(head.b, head.h, problem.heads())), ...);
+    };
+    std::apply(add_all, problem.streamed());
     rows_a_step_ = steps_ == 0 ? rows : (rows + steps_ - 1) / steps_;
     steps_ = 0;
   }

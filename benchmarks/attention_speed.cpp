@@ -12,6 +12,7 @@
 #include "benchmark.hpp"
 #include "fma_peak.hpp"
 #include "headroom/attention/attention.hpp"
+#include "headroom/attention/polar.hpp"
 #include "headroom/nn/rotary.hpp"
 #include "timing.hpp"
 
@@ -84,29 +85,19 @@ struct CausalWindowOfRanges {
   core::KeyRange keys(int64_t, int64_t, int64_t query) const { return {query - 256, query + 1}; }
 };
 
-/// The options of polar positions and of rotary ones, with the frequencies of their papers.
-AttentionOptions polar_options(const Subject& s) {
-  return AttentionOptions()
-      .polar(nn::polar_table(s.length, s.dim))
-      .polar_phase((-torch::rand({s.heads, s.dim})).requires_grad_());
-}
-AttentionOptions rotary_options(const Subject& s) {
-  return AttentionOptions().rotary(nn::rotary_table(s.length, s.dim / 2 * 2));
-}
-
 /// Polar positions by operators on tensors: q and k become twice as wide before attention.
 Tensor attention_of_polar_tensors(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
-  const auto turned = [](const Tensor& x, const Tensor& cosine, const Tensor& sine) {
-    const Tensor magnitude = torch::softplus(x.to(torch::kFloat));
-    return torch::cat({magnitude * cosine, magnitude * sine}, -1).to(x.scalar_type());
+  const auto turned = [&](const Tensor& x, const Tensor& phase) {
+    const Tensor rows = torch::arange(x.size(-2));
+    return headroom::detail::polar_pairs(x,
+                                         headroom::detail::polar_turns(*options.polar(), rows, phase, torch::kFloat));
   };
-  const auto turns = options.polar()->chunk(2, -1);
-  const Tensor phase = options.polar_phase()->unsqueeze(1), c = phase.cos(), s = phase.sin();
-  return attention(turned(q, turns[0], turns[1]), turned(k, turns[0] * c - turns[1] * s, turns[1] * c + turns[0] * s),
-                   v, AttentionOptions().scale(1 / std::sqrt(static_cast<double>(q.size(-1)))));
+  return attention(turned(q, {}), turned(k, *options.polar_phase()), v,
+                   AttentionOptions().scale(1 / std::sqrt(static_cast<double>(q.size(-1)))));
 }
 
-/// Two ways or more to ask for the same, the built-in one first.
+/// Two ways or more to ask for the same, the built-in one first; global keys after their window alone, and polar
+/// positions after rotary ones, with the frequencies of their papers.
 std::vector<std::pair<const char*, AttentionOptions>> forms(const Subject& s) {
   const auto learned = [](at::IntArrayRef sizes) { return (torch::rand(sizes) * 0.1).requires_grad_(); };
   using O = AttentionOptions;
@@ -135,6 +126,12 @@ std::vector<std::pair<const char*, AttentionOptions>> forms(const Subject& s) {
             {"ranges", O().mask_function(CausalWindowOfRanges{})},
             {"function", O().mask_function(CausalWindow{})}};
   }
+  if (s.variant == "polar") {
+    return {
+        {"rotary", O().rotary(nn::rotary_table(s.length, s.dim / 2 * 2))},
+        {"polar",
+         O().polar(nn::polar_table(s.length, s.dim)).polar_phase((-torch::rand({s.heads, s.dim})).requires_grad_())}};
+  }
   const auto window = O().window(AttentionWindow{256, 256});
   return {{"window", window}, {"global", O(window).global_keys(16)}};
 }
@@ -162,16 +159,16 @@ class Inputs {
 
   /// LibTorch first; who stores scores is left out where they would take too much.
   std::vector<benchmarks::Contender> contenders(bool backward, double naive_bytes) const {
-    if (subject_.variant == "polar") {
-      const AttentionOptions polar = polar_options(subject_), rotary = rotary_options(subject_);
-      return {{"rotary", timed(backward, [this, rotary] { return attention(q_, k_, v_, rotary); })},
-              {"polar", timed(backward, [this, polar] { return attention(q_, k_, v_, polar); })},
-              {"tensors", timed(backward, [this, polar] { return attention_of_polar_tensors(q_, k_, v_, polar); })}};
-    }
     if (subject_.compares_forms()) {
       std::vector<benchmarks::Contender> all;
-      for (const auto& [name, options] : forms(subject_)) {
+      const auto asked = forms(subject_);
+      for (const auto& [name, options] : asked) {
         all.push_back({name, timed(backward, [this, options = options] { return attention(q_, k_, v_, options); })});
+      }
+      if (subject_.variant == "polar") {
+        const AttentionOptions& polar = asked.back().second;
+        all.push_back(
+            {"tensors", timed(backward, [this, polar] { return attention_of_polar_tensors(q_, k_, v_, polar); })});
       }
       return all;
     }

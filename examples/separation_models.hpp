@@ -26,19 +26,18 @@
 
 /// The models that separate, and what has to be the same for all of them.
 struct SeparationModels {
-  headroom::audio::Ensemble ensemble;
-  int sample_rate = 0;           ///< Hz
-  std::vector<bool> normalized;  ///< for each model, whether it gets recordings at audio::Level's mean and deviation
+  headroom::audio::Ensemble ensemble;  ///< for one recording, see ensemble_for
+  int sample_rate = 0;                 ///< Hz
 };
 
 /// The models for one recording, which is read once more where some of them want it normalized.
 inline headroom::audio::Ensemble ensemble_for(headroom::audio::AudioReader& recording, const SeparationModels& models) {
   headroom::audio::Ensemble ensemble = models.ensemble;
   std::optional<headroom::audio::Level> level;
-  for (std::size_t i = 0; i < models.normalized.size(); ++i) {
-    if (!models.normalized[i]) continue;
+  for (headroom::audio::EnsembleMember& member : ensemble.members) {
+    if (!member.options.level) continue;
     if (!level) level = headroom::audio::level_of(recording);
-    ensemble.members[i].options.level = level;
+    member.options.level = level;
   }
   return ensemble;
 }
@@ -74,22 +73,22 @@ struct SharedModule {
 /// A model that is asked for.
 struct ModelSource {
   headroom::training::ModelFiles files;
+  std::uint64_t place = 0;                    ///< among all models, also those that are left out
   std::shared_ptr<SharedModule> shared = {};  ///< of a bag's models
   std::vector<double> weights =
       {};  ///< of a bag's model: how much each of its stems counts, 0 not at all; none: 1 each
 };
 
-/// Whether a model of a bag counts for one of `wanted`. Of a bag without any of these each model does: a name may be
-/// misspelt.
+/// Whether a model of a bag counts for one of `wanted`. Of a bag without any of these, a name may be misspelt: it is
+/// whether the model counts for any stem.
 inline bool counts_for(const std::vector<double>& weights, const std::vector<std::string>& stems,
                        const std::vector<std::string>& wanted) {
-  bool counts = false, known = false;
+  const auto is_wanted = [&](const std::string& stem) { return std::ranges::find(wanted, stem) != wanted.end(); };
+  const bool known = std::ranges::any_of(stems, is_wanted);
   for (std::size_t n = 0; n < stems.size(); ++n) {
-    if (std::ranges::find(wanted, stems[n]) == wanted.end()) continue;
-    known = true;
-    counts = counts || weights[n] > 0;
+    if (weights[n] > 0 && (!known || is_wanted(stems[n]))) return true;
   }
-  return counts || !known;
+  return false;
 }
 
 /// Weights and their configurations: none, one for all, or one each. A bag of demucs becomes its models, those that
@@ -102,15 +101,17 @@ inline std::vector<ModelSource> model_sources(const std::vector<std::filesystem:
                     configs.size(), " configurations for ", weights.size(),
                     " models; give one --config for all of them, or one each in the same order");
   std::vector<ModelSource> sources;
+  std::uint64_t place = 0;
   for (std::size_t i = 0; i < weights.size(); ++i) {
     if (!training::is_demucs_bag(weights[i])) {
-      sources.push_back({{weights[i], configs.empty() ? "" : configs[configs.size() > 1 ? i : 0]}});
+      sources.push_back({{weights[i], configs.empty() ? "" : configs[configs.size() > 1 ? i : 0]}, place++});
       continue;
     }
     const training::DemucsBag bag = training::read_demucs_bag(weights[i]);
     const auto shared = std::make_shared<SharedModule>();
-    for (std::size_t m = 0; m < bag.models.size(); ++m) {
-      if (counts_for(bag.weights[m], bag.stems, stems)) sources.push_back({{bag.models[m]}, shared, bag.weights[m]});
+    for (std::size_t m = 0; m < bag.models.size(); ++m, ++place) {
+      if (!counts_for(bag.weights[m], bag.stems, stems)) continue;
+      sources.push_back({{bag.models[m]}, place, shared, bag.weights[m]});
     }
   }
   return sources;
@@ -140,15 +141,17 @@ inline void weigh(headroom::audio::EnsembleMember& member, const std::vector<dou
   member.stems = std::move(stems);
 }
 
-/// A model in the module that it shares, if that is one of its configuration, else in its own.
+/// A model in the module that it shares, if that is one of its configuration, else in its own. Only a module that is
+/// kept gets to the device.
 inline headroom::audio::SegmentModel run_by_turns(const ModelSource& source,
-                                                  const headroom::training::LoadedModel& loaded) {
+                                                  const headroom::training::LoadedModel& loaded, c10::Device device) {
   namespace training = headroom::training;
   const std::shared_ptr<SharedModule> shared = source.shared;
-  if (shared && !shared->loaded) *shared = {loaded, source.files.weights};
-  if (!shared || training::to_json(shared->loaded->config) != training::to_json(loaded.config)) {
-    return headroom::audio::segment_model(loaded.model);
-  }
+  const bool first = shared && !shared->loaded;
+  if (first) *shared = {loaded, source.files.weights};
+  const bool own = !shared || training::to_json(shared->loaded->config) != training::to_json(loaded.config);
+  if (first || own) loaded.model->to(device);
+  if (own) return headroom::audio::segment_model(loaded.model);
   return [shared, weights = source.files.weights](const torch::Tensor& segments) {
     auto& [config, model] = *shared->loaded;
     if (shared->weights != weights) training::load_weights(model, config, weights);
@@ -163,7 +166,6 @@ inline std::vector<std::string> add_model(const ModelSource& source, const Blend
                                           SeparationModels& models) {
   std::vector<std::string> notices;
   const headroom::training::LoadedModel loaded = headroom::training::load_model(source.files, &notices);
-  loaded.model->to(device);
   const headroom::training::Config& config = loaded.config;
   const auto rate = static_cast<int>(config.audio.sample_rate);
   headroom::require(models.sample_rate == 0 || models.sample_rate == rate, "headroom.separate.models",
@@ -177,13 +179,14 @@ inline std::vector<std::string> add_model(const ModelSource& source, const Blend
       .stems = static_cast<std::int64_t>(config.audio.stems.size()),
       .test_time = {.shifts = blend.shifts,
                     .max_shift = rate / 2,
-                    .seed = models.ensemble.members.size(),  // other silences for each model
+                    .seed = source.place,  // other silences for each model, the same whichever are left out
                     .augment = blend.augment},
       .bf16 = blend.bf16,
-      .device = device};
-  headroom::audio::EnsembleMember member{run_by_turns(source, loaded), options, config.audio.stems};
+      .device = device,
+      .level = config.inference.normalize ? std::optional(headroom::audio::Level{})  // of the recording: ensemble_for
+                                          : std::nullopt};
+  headroom::audio::EnsembleMember member{run_by_turns(source, loaded, device), options, config.audio.stems};
   if (!source.weights.empty()) weigh(member, source.weights);
   models.ensemble.members.push_back(std::move(member));
-  models.normalized.push_back(config.inference.normalize);
   return notices;
 }

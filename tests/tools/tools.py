@@ -719,6 +719,35 @@ class Tools(unittest.TestCase):
         self.assertTrue((self.root / "stems of a bag/bag vocals.wav").exists())
         self.fails(run("separate", "--model", DEMUCS / "bag.yaml", *arguments, "vocal"), "did you mean \"vocals\"?")
 
+    def test_a_model_of_a_bag_that_counts_for_no_stem_is_left_out(self):
+        song, bag = self.write_mixture(demucs_reference.mixture()), self.root / "bag with zeros"
+        shutil.copytree(DEMUCS, bag)
+        (bag / "bag.yaml").write_text("models: ['tiny', 'third']\nweights: [[0., 0.], [1., 1.]]\n")
+        for stems in [["drums", "vocals"], ["vocals"]]:
+            found = []
+            for model in ["bag.yaml", "third.th"]:
+                out = self.root / f"{len(stems)} stems of {model}"
+                only = ["--stems", *stems] if len(stems) == 1 else []
+                result = run("separate", "--model", bag / model, "--like", "demucs", song, out, "--format", "wav32f", *only)
+                self.assertEqual(result.returncode, 0, result.stderr)
+                self.assertEqual(sorted(path.stem for path in out.iterdir()), stems)
+                found.append([read_floats(out / f"{stem}.wav") for stem in stems])
+            self.assertEqual(*found)
+            self.assertGreater(max(map(abs, found[0][0])), 1e-2)
+
+    def test_a_model_of_a_bag_draws_the_same_silences_whichever_models_are_left_out(self):
+        song, bag = self.write_mixture(demucs_reference.mixture()), self.root / "bag of shifts"
+        shutil.copytree(DEMUCS, bag)
+        (bag / "bag.yaml").write_text("models: ['tiny', 'third']\nweights: [[1., 0.], [0., 1.]]\n")
+        found = []
+        for only in [[], ["--stems", "vocals"]]:
+            out = self.root / f"silences {len(only)}"
+            result = run("separate", "--model", bag / "bag.yaml", "--like", "demucs", "--shifts", 2, song, out, "--format",
+                         "wav32f", *only)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            found.append(read_floats(out / "vocals.wav"))
+        self.assertEqual(*found)
+
     def test_a_published_file_may_ask_for_a_level_and_a_batch(self):
         song, config, leveled = self.write_mixture(), self.root / "leveled.yaml", self.root / "leveled.wav"
         config.write_text((PUBLISHED / "bs.yaml").read_text().replace("inference:\n", "inference:\n  normalize: true\n"))

@@ -15,6 +15,7 @@
 #include "headroom/training/described.hpp"
 #include "headroom/training/field.hpp"
 #include "headroom/training/json.hpp"
+#include "headroom/training/layout.hpp"
 #include "headroom/training/sections.hpp"
 #include "headroom/training/yaml.hpp"
 
@@ -41,28 +42,14 @@ inline constexpr auto kDemucsBag = "headroom.training.demucs_bag";
 struct BagFile {
   std::vector<std::string> models;
   double segment = 0;  ///< seconds, for models that work on segments of any length; HTDemucs has its own
-  std::vector<std::vector<double>> weights;  ///< none: 1 each
+  std::vector<std::vector<double>> weights;  ///< of each model; none: 1 each
 
   static void describe(auto& self, auto&& field) {
     field("models", self.models, {.required = true, .file_names = true}, "signatures of the checkpoints");
     field("segment", self.segment, {.at_most = 1e6, .above = 0}, "seconds of a segment");
+    field("weights", self.weights, {.at_least = 0, .at_most = 1e6}, "of each model");
   }
 };
-
-/// The member `weights`, a list of numbers for each model.
-inline Field weights_field(BagFile& bag) {
-  const auto read = [&bag](const Json& json, const std::string& path, std::vector<Problem>& problems) {
-    if (!json.is_array() || json.size() != bag.models.size()) {
-      return reject(problems, path, json, "a list for each of the " + std::to_string(bag.models.size()) + " models");
-    }
-    bag.weights.resize(json.size());
-    for (std::size_t i = 0; i < json.size(); ++i) {
-      read_member(json[i], bag.weights[i], {.at_least = 0, .at_most = 1e6}, path + "[" + std::to_string(i) + "]",
-                  problems);
-    }
-  };
-  return {.name = "weights", .meaning = "of each model", .write = [&bag] { return Json(bag.weights); }, .read = read};
-}
 
 inline BagFile read_bag_file(Json document, const std::string& name) {
   for (const char* optional : {"weights", "segment"}) {
@@ -70,12 +57,12 @@ inline BagFile read_bag_file(Json document, const std::string& name) {
   }
   BagFile bag;
   std::vector<Problem> problems;
-  std::vector<Field> fields = fields_of(bag);
-  fields.push_back(weights_field(bag));
-  read_fields(document, fields, "", problems);
-  std::string text;
-  for (const Problem& problem : problems) text += "\n  " + problem.path + ": " + problem.text;
-  require(problems.empty(), kDemucsBag, name, " is no bag of demucs' models:", text,
+  read_described(document, bag, "", problems);
+  if (!bag.weights.empty() && bag.weights.size() != bag.models.size()) {
+    reject(problems, "weights", document["weights"],
+           "a list for each of the " + std::to_string(bag.models.size()) + " models");
+  }
+  require(problems.empty(), kDemucsBag, name, " is no bag of demucs' models:", to_string(problems),
           "\nA configuration of weights goes with --config");
   return bag;
 }
@@ -85,13 +72,12 @@ inline std::filesystem::path find_checkpoint(const std::filesystem::path& folder
                                              const std::string& bag) {
   std::vector<std::string> found;
   std::error_code failure;
-  for (const auto& entry : std::filesystem::directory_iterator(folder, failure)) {
-    const std::string stem = entry.path().stem().string();
-    if (entry.path().extension() == ".th" && stem.substr(0, stem.find('-')) == signature) {
-      found.push_back(entry.path().filename().string());
+  for (const std::filesystem::path& path : entries_of(folder, failure)) {
+    const std::string stem = path.stem().string();
+    if (path.extension() == ".th" && stem.substr(0, stem.find('-')) == signature) {
+      found.push_back(path.filename().string());
     }
   }
-  std::ranges::sort(found);
   require(!failure && !found.empty(), kDemucsBag, bag, " has the model ", signature, ", but there is no ", signature,
           ".th or ", signature, "-….th in ", folder, "; put the checkpoint beside the bag");
   require(found.size() == 1, kDemucsBag, bag, " has the model ", signature, ", which could be any of ",

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <filesystem>
-#include <sstream>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -27,12 +26,8 @@ HEADROOM_TRAINING DeviceProfile parse_device_profile(std::string_view text, cons
   if (problems.empty() && profile.usable_bytes() <= 0) {
     problems.push_back({"total_bytes", "nothing is left of it after context_bytes and workspace_bytes"});
   }
-  if (!problems.empty()) {
-    std::ostringstream message;
-    for (const Problem& problem : problems) message << "\n  " << problem.path << ": " << problem.text;
-    fail("headroom.training.device_profile", name, " is no device profile:", message.str(),
-         "\nEvery key is described in docs/030_memory.md");
-  }
+  require(problems.empty(), "headroom.training.device_profile", name, " is no device profile:", to_string(problems),
+          "\nEvery key is described in docs/030_memory.md");
   return profile;
 }
 #endif

@@ -39,6 +39,13 @@ struct Problem {
   std::string text;
 };
 
+/// A line for each problem, with a line break before it: "\n  model.n_heads: got 0, expected an integer >= 1".
+inline std::string to_string(const std::vector<Problem>& problems) {
+  std::string text;
+  for (const Problem& problem : problems) text += "\n  " + problem.path + ": " + problem.text;
+  return text;
+}
+
 /// A member of a struct whose type is no longer known: what reads, writes and explains it. A struct in a struct has
 /// `members` in the place of `read` and `write`.
 struct Field {
@@ -103,6 +110,7 @@ std::string expected_text(const Accepted& accepted) {
     const std::string count = fixed_size<T> > 0       ? std::to_string(fixed_size<T>)
                               : accepted.may_be_empty ? "any number"
                                                       : "one or more";
+    if constexpr (is_list<Element>) return "a list of " + count + ", each " + expected_text<Element>(accepted);
     if (!accepted.choices.empty()) return "a list of " + count + ", each " + one_of(accepted.choices);
     const char* elements = std::same_as<Element, std::string> ? accepted.file_names ? "plain file names" : "strings"
                            : std::integral<Element>           ? "integers"
@@ -186,10 +194,7 @@ void read_member(const Json& json, T& member, const Accepted& accepted, const st
     if (!right_size) return reject(problems, path, json, expected_text<T>(accepted));
     if constexpr (fixed_size<T> == 0) member.resize(json.size());
     for (std::size_t i = 0; i < json.size(); ++i) {
-      if (!read_value(json[i], member[i], accepted)) {
-        reject(problems, path + "[" + std::to_string(i) + "]", json[i],
-               expected_text<typename T::value_type>(accepted));
-      }
+      read_member(json[i], member[i], accepted, path + "[" + std::to_string(i) + "]", problems);
     }
   } else if (T read{}; read_value(json, read, accepted)) {
     member = read;

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -104,12 +103,12 @@ inline Json parse_json(std::string_view text, const std::string& name) {
   }
 }
 
-/// The same for text that may be anything: none where it is no JSON.
-inline std::optional<Json> try_parse_json(std::string_view text) {
+/// The same for text that may be anything: null where it is no JSON.
+inline Json try_parse_json(std::string_view text) {
   try {
     return parse_json(text, "");
   } catch (const Error&) {
-    return std::nullopt;
+    return {};
   }
 }
 

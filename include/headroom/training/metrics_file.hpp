@@ -65,7 +65,7 @@ class MetricsFile {
   /// headroom.training.metrics when it cannot be written.
   MetricsFile(const std::filesystem::path& path, int64_t step, const OnLine& on_line)
       : file_(path, "headroom.training.metrics", [&](const std::string& text) {
-          const Json line = try_parse_json(text).value_or(Json());
+          const Json line = try_parse_json(text);
           const bool stays = line.is_object() && line.contains("kind") && line.contains("step") &&
                              line["kind"].is_string() && line["step"].is_number_integer() && line["step"] <= step;
           if (stays) {

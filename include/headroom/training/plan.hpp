@@ -4,12 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <filesystem>
 #include <functional>
 #include <iomanip>
 #include <numeric>
 #include <ostream>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>

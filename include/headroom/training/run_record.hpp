@@ -101,7 +101,7 @@ inline std::string utc_now() {
 inline Json first_pictures(const std::filesystem::path& path, std::size_t stems) {
   if (!std::filesystem::exists(path)) return {};
   const io::InputFile file(path, {"headroom.training.metrics", "pictures", "spectrograms.json of a run"}, 64 << 20);
-  const Json pictures = try_parse_json(file.read(0, file.size())).value_or(Json());
+  const Json pictures = try_parse_json(file.read(0, file.size()));
   const Json first = pictures.is_object() ? pictures.value("first", Json()) : Json();
   const bool fits = first.is_object() && first.contains("step") && first["step"].is_number_integer() &&
                     first.contains("estimates") && first["estimates"].size() == stems &&

@@ -69,8 +69,8 @@ function(headroom_use_training name)
   target_link_libraries(${name} PRIVATE headroom_separate_training)
 endfunction()
 
-# What uses LibTorch and a shared precompiled header: headroom_add_torch_program(<name> <source>...),
-# headroom_add_torch_tests(<name> <source>...), and headroom_add_torch_library(<name> <source>...), a shared one
+# What uses LibTorch and a shared precompiled header: headroom_add_torch_program(<name> <source>...) and
+# headroom_add_torch_tests(<name> <source>...)
 function(headroom_add_torch_program name)
   add_executable(${name} ${ARGN})
   headroom_use_torch(${name} headroom_pch)

@@ -18,6 +18,16 @@ install_debian_packages() {
   as_root env DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends "${missing[@]}"
 }
 
+# What clang of scripts that need it is given for .venv's LibTorch: torch_headers, torch_libraries
+clang=${CLANG:-clang++-19}
+find_torch_for_clang() {
+  local torch
+  torch=$(.venv/bin/python -c 'import torch; print(torch.__path__[0])')
+  torch_headers=(-isystem /usr/include/eigen3 -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include")
+  torch_libraries=(-no-pie "$torch"/lib/libtorch{_cpu,}.so "$torch/lib/libc10.so" "$torch/lib/libgomp.so.1"
+    "-Wl,-rpath,$torch/lib")
+}
+
 # Builds targets (all of them when none is named) of the release preset. A unit that includes LibTorch takes about
 # 2 GB to compile, so memory limits the number of compilers too.
 build() {

@@ -16,7 +16,6 @@ formats=("${@:2}")
 plain=(safetensors zip pickle legacy demucs yaml json container table)
 with_torch=(configuration profile words audio state)
 [ ${#formats[@]} -gt 0 ] || formats=("${plain[@]}" "${with_torch[@]}")
-clang=${CLANG:-clang++-19}
 out=build/fuzz
 flags=(-std=c++20 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -I include -I .)
 for format in "${plain[@]}" "${with_torch[@]}"; do mkdir -p "$out/$format"; done
@@ -39,22 +38,20 @@ build_plain() {
 # torch/torch.h and what reads configurations are compiled once. Nothing is computed, so the kernels may be missing;
 # types of LibTorch that it does not export are unknown to the check of virtual calls (vptr)
 build_with_torch() {
-  local torch name objects=()
-  torch=$(.venv/bin/python -c 'import torch; print(torch.__path__[0])')
-  local compile=("$clang" "${flags[@]}" -fsanitize=fuzzer-no-link -fno-sanitize=vptr -w
-    -DHEADROOM_SEPARATE_KERNELS -DHEADROOM_SEPARATE_TRAINING -isystem /usr/include/eigen3
-    -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include")
+  local name objects=()
   is_built "$out/read_$1" && return
+  find_torch_for_clang
+  local compile=("$clang" "${flags[@]}" -fsanitize=fuzzer-no-link -fno-sanitize=vptr -w
+    -DHEADROOM_SEPARATE_KERNELS -DHEADROOM_SEPARATE_TRAINING "${torch_headers[@]}")
   [ "$out/torch.pch" -nt scripts/fuzz.sh ] ||
-    "${compile[@]}" -x c++-header "$torch/include/torch/csrc/api/include/torch/torch.h" -o "$out/torch.pch"
+    "${compile[@]}" -x c++-header "${torch_headers[-1]}/torch/torch.h" -o "$out/torch.pch"
   for name in tests/fuzz/training examples/command_line "tests/fuzz/$1"; do
     objects+=("$out/$(basename "$name").o")
     is_built "${objects[-1]}" ||
       "${compile[@]}" -include-pch "$out/torch.pch" -c "$name.cpp" -o "${objects[-1]}"
   done
-  "$clang" -fsanitize=fuzzer,address,undefined "${objects[@]}" -o "$out/read_$1" -no-pie -Wl,-z,now \
-    -Wl,--unresolved-symbols=ignore-in-object-files "$torch"/lib/libtorch{_cpu,}.so "$torch/lib/libc10.so" \
-    "$torch/lib/libgomp.so.1" "-Wl,-rpath,$torch/lib" -lsndfile -lsoxr -lyaml-cpp
+  "$clang" -fsanitize=fuzzer,address,undefined "${objects[@]}" -o "$out/read_$1" -Wl,-z,now \
+    -Wl,--unresolved-symbols=ignore-in-object-files "${torch_libraries[@]}" -lsndfile -lsoxr -lyaml-cpp
 }
 
 python3 tests/fuzz/seeds.py "$out"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Attacks the tools for longer than the tests do: half an hour with the default number of executions.
+# Attacks the tools for longer than the tests do: hours with the default number of executions. The last two parts need
+# clang 19, in CLANG or as clang++-19 (Debian: clang-19 libclang-rt-19-dev libomp-19-dev).
 #
 #   scripts/harden.sh [PART...]     default all of: failing fuzz threads
 #
@@ -19,12 +20,11 @@ for part in "${parts[@]}"; do
       ;;
     fuzz) scripts/fuzz.sh "${HEADROOM_FUZZ_RUNS:-1000000}" ;;
     threads)
-      torch=$(.venv/bin/python -c 'import torch; print(torch.__path__[0])')
+      scripts/setup.sh
+      find_torch_for_clang
       mkdir -p build/threads
-      "${CLANG:-clang++-19}" -std=c++20 -O1 -g1 -fopenmp -fsanitize=thread -w -I include -isystem /usr/include/eigen3 \
-        -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include" tests/threads/library.cpp \
-        -o build/threads/library -no-pie "$torch"/lib/libtorch{_cpu,}.so "$torch/lib/libc10.so" \
-        "$torch/lib/libgomp.so.1" "-Wl,-rpath,$torch/lib"
+      "$clang" -std=c++20 -O1 -g1 -fopenmp -fsanitize=thread -w -I include "${torch_headers[@]}" \
+        tests/threads/library.cpp -o build/threads/library "${torch_libraries[@]}"
       TSAN_OPTIONS=suppressions=tests/threads/suppressions.txt build/threads/library
       ;;
     *)

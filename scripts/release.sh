@@ -42,7 +42,9 @@ trial=$out/trial
 mkdir -p "$trial"
 tar -C "$trial" -xzf "$out/$name.tar.gz"
 python=$PWD/.venv/bin/python3
-if command -v ccache > /dev/null; then export CMAKE_CXX_COMPILER_LAUNCHER=ccache; fi  # kernels are compiled once
+# Kernels are compiled once: with one name of the compiler, which ccache takes into account and Python has another of
+if command -v ccache > /dev/null; then export CMAKE_CXX_COMPILER_LAUNCHER=ccache; fi
+export CXX=${CXX:-c++}
 # make_package BUILD [OPTION...]: configures the unpacked sources, compiles the kernels, makes the Debian package
 make_package() {
   local folder=$trial/$name/build/$1
@@ -62,7 +64,7 @@ if $tests; then
 fi
 if $clean_root; then
   debootstrap --variant=minbase --include=ca-certificates bookworm "$trial/root" > "$trial/debootstrap.log"
-  as_root chroot "$trial/root" apt-get --quiet --quiet update
+  chroot "$trial/root" apt-get --quiet --quiet update
   python3 "$trial/$name/tests/consumer/first_steps.py" "$trial/$name/docs/010_getting_started.md" \
     "$(echo "$out"/libheadroom-dev_*_"$(dpkg --print-architecture)".deb)" --root "$trial/root"
 fi

@@ -8,7 +8,7 @@
 #
 # HEADROOM_FLAGS in the environment is what they are given beyond -O3: HEADROOM_FLAGS="-mavx2 -mfma".
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-packages=(g++-12 clang-14 clang-15 clang-16 g++-aarch64-linux-gnu qemu-user cmake ninja-build libeigen3-dev catch2)
+packages=(g++-12 clang-14 clang-15 clang-16 clang-19 g++-aarch64-linux-gnu qemu-user cmake ninja-build libeigen3-dev catch2)
 compilers=(g++-11 g++-12 g++-13 g++-14 clang++-14 clang++-15 clang++-16 clang++-19 aarch64-linux-gnu-g++)
 if [ "${1:-}" = --install ]; then
   shift

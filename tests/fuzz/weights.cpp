@@ -4,7 +4,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <span>
 #include <string>
 
@@ -18,14 +17,11 @@
 #include "headroom/weights/state_dict.hpp"
 #include "headroom/weights/tensor_record.hpp"
 #include "headroom/weights/zip.hpp"
+#include "input.hpp"
 
 using namespace headroom;
 
 namespace {
-
-void expect(bool holds) {
-  if (!holds) std::abort();
-}
 
 void check(const weights::Contents& contents, weights::Bytes file) {
   const std::string* before = nullptr;

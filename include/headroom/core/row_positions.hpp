@@ -10,22 +10,49 @@
 /// written.
 namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
+/// A table of angles, of which each row of q or of k has one row.
+template <class Scalar>
+class AngleTable {
+ public:
+  AngleTable() = default;  // none
+  static AngleTable of_queries(const AttentionParams& params, const StoredTensor& table) {
+    return {params, table, /*of_keys=*/false};
+  }
+  static AngleTable of_keys(const AttentionParams& params, const StoredTensor& table) {
+    return {params, table, /*of_keys=*/true};
+  }
+
+  explicit operator bool() const { return params_ != nullptr; }
+  Index cols() const { return table_->dim(); }
+  /// Of row `index` of the tensor.
+  const Scalar* row(Index index) const {
+    const Index row = of_keys_ ? params_->table_row_of_key(index) : params_->table_row_of_query(index);
+    return static_cast<const Scalar*>(table_->data) + row * table_->strides[2];
+  }
+
+ private:
+  AngleTable(const AttentionParams& params, const StoredTensor& table, bool of_keys)
+      : params_(table ? &params : nullptr), table_(&table), of_keys_(of_keys) {}
+
+  const AttentionParams* params_ = nullptr;
+  const StoredTensor* table_ = nullptr;
+  bool of_keys_ = false;
+};
+
 /// Rotary embedding of rows: neighbouring pairs of features turn by the angles of the row's position.
 template <class Scalar>
 class Rotation {
  public:
   Rotation() = default;  // turns nothing
-  static Rotation of_queries(const AttentionParams& params) { return {params, Side::query}; }
-  static Rotation of_keys(const AttentionParams& params) { return {params, Side::key}; }
+  explicit Rotation(const AngleTable<Scalar>& angles) : angles_(angles) {}
 
-  explicit operator bool() const { return params_ != nullptr; }
+  explicit operator bool() const { return static_cast<bool>(angles_); }
 
   /// to = row `index` of the tensor [cols], turned forward or back; may be in place.
   void apply(Scalar* to, const Scalar* from, Index cols, Index index, bool back) const {
-    const StoredTensor& table = params_->rotary;
-    const Scalar* const angle = static_cast<const Scalar*>(table.data) + row_of(index) * table.strides[2];
+    const Scalar* const angle = angles_.row(index);
     const Scalar sign = back ? Scalar(-1) : Scalar(1);
-    const Index turned = table.dim();
+    const Index turned = angles_.cols();
 #ifdef __clang__
 #pragma clang loop vectorize(assume_safety)
 #else
@@ -40,16 +67,7 @@ class Rotation {
   }
 
  private:
-  enum class Side { query, key };
-
-  Rotation(const AttentionParams& params, Side side) : params_(params.rotary ? &params : nullptr), side_(side) {}
-
-  Index row_of(Index index) const {
-    return side_ == Side::query ? params_->table_row_of_query(index) : params_->table_row_of_key(index);
-  }
-
-  const AttentionParams* params_ = nullptr;
-  Side side_ = Side::query;
+  AngleTable<Scalar> angles_;
 };
 
 /// Polar position embedding of rows x [D] (PoPE; Gopalakrishnan et al. 2025): feature d becomes the complex number of
@@ -62,14 +80,11 @@ class PolarForm {
 
  public:
   PolarForm() = default;  // of nothing
-  static PolarForm of_queries(const AttentionParams& params, const StoredMatrix& q) { return {params, q, nullptr}; }
-  /// `head` of `heads` heads of q.
-  static PolarForm of_keys(const AttentionParams& params, const StoredMatrix& k, Index head, Index heads) {
-    const StoredMatrix phase = params.polar_phase.head(0, head, heads);
-    return {params, k, static_cast<const Scalar*>(phase.data), true};
-  }
+  /// `phase` [2D] has cosines and sines; null: none.
+  PolarForm(const AngleTable<Scalar>& angles, const StoredMatrix& x, const Scalar* phase = nullptr)
+      : angles_(angles), x_(x), phase_(phase) {}
 
-  explicit operator bool() const { return params_ != nullptr; }
+  explicit operator bool() const { return static_cast<bool>(angles_); }
 
   /// to [2D] = row `index`, of which `from` are the features; both may begin at the same place.
   void apply(Scalar* to, const Scalar* from, Index index) const {
@@ -134,11 +149,8 @@ class PolarForm {
   /// Cosines and sines of the angles of a row.
   class Turns {
    public:
-    EIGEN_ALWAYS_INLINE Turns(const PolarForm& form, Index index) : dim_(form.x_.cols), phase_(form.phase_) {
-      const AttentionParams& params = *form.params_;
-      const Index row = form.is_key_ ? params.table_row_of_key(index) : params.table_row_of_query(index);
-      table_ = static_cast<const Scalar*>(params.polar.data) + row * params.polar.strides[2];
-    }
+    EIGEN_ALWAYS_INLINE Turns(const PolarForm& form, Index index)
+        : dim_(form.x_.cols), table_(form.angles_.row(index)), phase_(form.phase_) {}
     EIGEN_ALWAYS_INLINE std::pair<Packet, Packet> at(Index d, Index count) const {
       const Packet c = load(table_ + d, count), s = load(table_ + dim_ + d, count);
       if (phase_ == nullptr) return {c, s};
@@ -150,9 +162,6 @@ class PolarForm {
     Index dim_;
     const Scalar *table_, *phase_;
   };
-
-  PolarForm(const AttentionParams& params, const StoredMatrix& x, const Scalar* phase, bool is_key = false)
-      : params_(params.polar ? &params : nullptr), x_(x), phase_(phase), is_key_(is_key) {}
 
   /// f(place, d, count) for features [first, end), up to N at a time.
   template <class F>
@@ -182,10 +191,9 @@ class PolarForm {
     return simd::load(lanes);
   }
 
-  const AttentionParams* params_ = nullptr;
+  AngleTable<Scalar> angles_;
   StoredMatrix x_;
-  const Scalar* phase_ = nullptr;  // [2D] cosines and sines; null: none
-  bool is_key_ = false;
+  const Scalar* phase_ = nullptr;
 };
 
 /// One of the two, or none.

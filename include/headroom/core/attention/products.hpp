@@ -28,12 +28,18 @@ struct Head {
   /// What positions make of rows of q and of k.
   RowPositions<Scalar> query_positions() const {
     const AttentionParams& params = score.params();
-    return {Rotation<Scalar>::of_queries(params), PolarForm<Scalar>::of_queries(params, of(x.q))};
+    return {Rotation(Angles::of_queries(params, params.rotary)),
+            PolarForm(Angles::of_queries(params, params.polar), of(x.q))};
   }
   RowPositions<Scalar> key_positions() const {
     const AttentionParams& params = score.params();
-    return {Rotation<Scalar>::of_keys(params), PolarForm<Scalar>::of_keys(params, of(x.k), index.h, x.heads())};
+    const StoredMatrix phase = params.polar_phase.head(0, index.h, x.heads());
+    return {Rotation(Angles::of_keys(params, params.rotary)),
+            PolarForm(Angles::of_keys(params, params.polar), of(x.k), static_cast<const Scalar*>(phase.data))};
   }
+
+ private:
+  using Angles = AngleTable<Scalar>;
 };
 
 /// Whether memory has to serve bfloat16 products too.
@@ -44,7 +50,8 @@ inline constexpr bool kMayUseBfloat16 = kHasBfloat16Products&& std::is_same_v<Sc
 /// more where features fill no more than half of a step.
 inline bool uses_bfloat16(const ForwardProblem& x, const AttentionParams& params) {
   return kHasBfloat16Products && AmxTiles::available() && !params.rotary && x.q.type == kStoredType<Eigen::bfloat16> &&
-         x.k.length() >= (x.q.dim() <= kVnniDepth / 2 ? std::max<Index>(48, kFewestBfloat16Keys) : kFewestBfloat16Keys);
+         x.k.length() >=
+             (x.features <= kVnniDepth / 2 ? std::max<Index>(48, kFewestBfloat16Keys) : kFewestBfloat16Keys);
 }
 
 /// Features in memory: bfloat16 products take them in multiples.

@@ -342,6 +342,28 @@ TEST_CASE("the newer layout goes on under autocast, within bfloat16's rounding")
   CHECK(sums.equal(nn::mix_streams(x, weights)));
 }
 
+TEST_CASE("a block that mixes values keeps its own values and the gates beside, and copies nothing else") {
+  const testing::OneThread one_thread;
+  const int64_t dim = 48, heads = 4, head_dim = 16, tokens = 2 * 40 * 12;
+  const auto make = [&](models::ValueResidual kind) {
+    models::RotaryEmbedding rotary(head_dim);
+    const Tensor x = torch::randn({2, 40, 12, dim}).requires_grad_();
+    models::GatedAttention attention(
+        models::GatedAttentionOptions().dim(dim).heads(heads).head_dim(head_dim).value_residual(kind), rotary);
+    models::AttentionPlace place{1, rotary->table(40), std::make_shared<models::FirstValues>()};
+    place.first_values->give(torch::randn({2, 40, 12, heads, head_dim}).requires_grad_());
+    return [x, attention, place]() mutable { return attention->forward(x, place); };
+  };
+  auto plain = make(models::ValueResidual::none), mixes = make(models::ValueResidual::mixes);
+  plain().sum().backward(), mixes().sum().backward();  // chooses kernels
+  const int64_t values = 4 * tokens * heads * head_dim, gates = 4 * tokens * heads;
+  CHECK(held(mixes) - held(plain) == values + gates);
+  CHECK(planned_held(this_machine(), [&] { return make(models::ValueResidual::mixes); }) == held(mixes));
+  const torch::NoGradGuard no_grad;
+  const auto peak = [](auto& run) { return MemoryMeter().measure([&] { run(); }).added_peak(); };
+  CHECK(peak(mixes) - peak(plain) <= 2 * gates);  // mixed where they lie
+}
+
 TEST_CASE("a graph with value residuals is freed without a backward pass") {
   const testing::OneThread one_thread;
   const char* const policy = GENERATE("none", "full", "nested", "full+every-2");

@@ -64,7 +64,7 @@ class GatedAttentionImpl : public torch::nn::Module {
   }
 
   /// x [..., dim] -> same shape. Saves x, q, k and v, what attention gives with its log-sum-exp, and the gates; where
-  /// values are mixed q, k, v and both values beside.
+  /// values are mixed its own beside.
   torch::Tensor forward(const torch::Tensor& x, const AttentionPlace& place) {
     const int64_t sequence = nn::detail::token_axis(x, place.axis, options.dim(), "headroom.nn.attention.shape");
     const double dropout = is_training() ? options.dropout() : 0;
@@ -92,11 +92,10 @@ class GatedAttentionImpl : public torch::nn::Module {
     auto chain = detail::normed(x, norm);
     detail::append(chain, to_qkv);
     const torch::Tensor all = nn::detail::run(std::move(chain)).unflatten(-1, {-1, options.head_dim()});
-    const auto part = [&](int64_t first, int64_t count) {
-      return all.narrow(-2, first * options.heads(), count * options.heads());
-    };
-    const torch::Tensor values = values_.forward(part(2, 1), x, norm, place.first_values.get());
-    return values_.changes() ? torch::cat({part(0, 2), values}, -2) : all;
+    const torch::Tensor own = all.narrow(-2, 2 * options.heads(), options.heads()),
+                        values = values_.forward(own, x, norm, place.first_values.get());
+    if (values_.changes()) own.copy_(values);
+    return all;
   }
 
   /// projected [..., 3·H, D] -> [..., H, D]

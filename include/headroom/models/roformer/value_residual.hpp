@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/core/grad_mode.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/types.h>
 
@@ -56,18 +57,20 @@ class ValueMix {
   bool changes() const { return !gates_.is_empty(); }
 
   /// The values that attention takes instead of its own, `values` [..., H, D]: of tokens x [..., dim] before `norm`.
+  /// Where gradients are computed its own are kept in a copy, and may be written over; else this does so.
   torch::Tensor forward(const torch::Tensor& values, const torch::Tensor& x, const nn::RMSNorm& norm,
                         FirstValues* first) const {
     if (kind_ == ValueResidual::none) return values;
-    const torch::Tensor own = values.clone();  // without what lies beside them
     if (kind_ == ValueResidual::gives) {
-      first->give(own);
+      first->give(values.clone());  // without what lies beside them
       return values;
     }
     auto chain = detail::normed(x, norm);
     detail::append(chain, gates_);
     const torch::Tensor gates = nn::detail::run(std::move(chain)).sigmoid().unsqueeze(-1);  // [...,H,1]
-    return kind_ == ValueResidual::mixes ? own.lerp(first->get(), gates) : own.lerp(gates, first->get());
+    const auto [to, by] =
+        kind_ == ValueResidual::mixes ? std::pair(first->get(), gates) : std::pair(gates, first->get());
+    return at::GradMode::is_enabled() ? values.clone().lerp(to, by) : values.lerp_(to, by);
   }
 
  private:

@@ -27,15 +27,15 @@ torch.ops.load_library(Path(__file__).with_name("libheadroom_ops.so"))
 
 def attention(q, k, v, *, scale=None, alignment="top_left", query_offset=0, causal=False, window=(-1, -1), global_keys=0, key_lengths=None,
               sequence_starts=None, key_sequence_starts=None, mask=None, hidden=None, block_mask=None, block_size=128,
-              bias=None, relative_bias=None, alibi_slopes=None, sink=None, softcap=None, rotary=None, dropout=0.0,
-              seed=None, backend="automatic", return_lse=False):
+              bias=None, relative_bias=None, alibi_slopes=None, sink=None, softcap=None, rotary=None, polar=None, polar_phase=None,
+              dropout=0.0, seed=None, backend="automatic", return_lse=False):
     """softmax(softcap(scale·q·kᵀ) + bias + relative_bias - alibi_slopes·|distance|, over the allowed keys)·v.
 
     q [..., H, Lq, D], k [..., Hk, Lk, D], v [..., Hk, Lk, Dv]: three dimensions or more, any strides, one floating-point
     dtype. Hk divides H, batch dimensions of k and v broadcast to those of q. Returns [..., H, Lq, Dv]; with
     `return_lse` also the log-sum-exp of the scores [..., H, Lq]. Differentiable in q, k, v, bias, relative_bias,
-    alibi_slopes and sink. A query that sees no key gets output 0, log-sum-exp -inf
-    (or its head's sink) and gradient 0.
+    alibi_slopes, sink and polar_phase. A query that sees no key gets output 0,
+    log-sum-exp -inf (or its head's sink) and gradient 0.
 
     The options are those of headroom::AttentionOptions (docs/020_attention.md); all of them hold at once:
 
@@ -56,6 +56,9 @@ def attention(q, k, v, *, scale=None, alignment="top_left", query_offset=0, caus
     sink                 [H]: a score without a value
     softcap              s becomes softcap·tanh(s / softcap)
     rotary               complex [positions, R/2]: turns neighbouring pairs of the first R features of q and k
+    polar                float or double [positions, 2D], cosines and then sines: q·kᵀ becomes the sum over features d of
+                         softplus(q_d)·softplus(k_d)·cos(angle of the key - angle of the query), not with rotary
+    polar_phase          [Hk, D]: angles that those of keys have more
     dropout              probability that a weight is dropped, always applied; nothing is stored for it
     seed                 int, or int64 tensor of one element: the same seed drops the same weights. Drawn from PyTorch's
                          generator unless given, so torch.manual_seed makes it reproducible
@@ -68,8 +71,8 @@ def attention(q, k, v, *, scale=None, alignment="top_left", query_offset=0, caus
         q, k, v, scale=scale, alignment=alignment, query_offset=query_offset, causal=causal, window_left=window[0], window_right=window[1],
         global_keys=global_keys, key_lengths=key_lengths, sequence_starts=sequence_starts, key_sequence_starts=key_sequence_starts, mask=mask,
         hidden=hidden, block_mask=block_mask, block_size=block_size, bias=bias, relative_bias=relative_bias,
-        alibi_slopes=alibi_slopes, sink=sink, softcap=softcap, rotary=rotary, dropout=dropout, seed=seed,
-        backend=backend)
+        alibi_slopes=alibi_slopes, sink=sink, softcap=softcap, rotary=rotary, polar=polar,
+        polar_phase=polar_phase, dropout=dropout, seed=seed, backend=backend)
 
 
 def instruction_set():

@@ -31,6 +31,8 @@ def hides_some(*shape):
 SEED = torch.tensor(5)
 STARTS, KEY_STARTS = torch.tensor([0, 3, 3, 7]), torch.tensor([0, 4, 6, 9])
 ROTARY = torch.polar(torch.ones(12, 3, dtype=torch.float64), torch.arange(36, dtype=torch.float64).view(12, 3))
+ANGLES = torch.arange(72, dtype=torch.float64).view(12, 6) / 7
+POLAR = torch.cat([ANGLES.cos(), ANGLES.sin()], -1)
 
 REQUESTS = {
     "plain": (inputs(), {}),
@@ -49,6 +51,8 @@ REQUESTS = {
     "all that is added": (inputs(), {"relative_bias": noise(4, 9), "alibi_slopes": noise(4, 1), "sink": noise(4),
                                      "softcap": 1.5}),
     "rotary": (inputs(), {"rotary": ROTARY}),
+    "polar": (inputs(keys=(2, 2, 9, 6), values=(2, 2, 9, 5)), {"polar": POLAR, "polar_phase": noise(2, 6)}),
+    "polar without phases": (inputs(), {"polar": POLAR, "query_offset": 3, "causal": True}),
     "dropout": (inputs(), {"dropout": 0.4, "seed": SEED}),
     "grouped heads": (inputs(keys=(2, 2, 9, 6), values=(2, 2, 9, 5)), {}),
     "keys of one batch": (inputs(keys=(1, 4, 9, 6), values=(1, 4, 9, 5)), {"causal": True}),
@@ -96,11 +100,11 @@ class Operators(unittest.TestCase):
                    {"backend": "fused", "bias": noise(2, 4, 7, 9)})
 
     def test_opcheck_of_backward(self):
-        for name in ("all that is added", "five dimensions", "split heads", "torch.bfloat16"):
+        for name in ("all that is added", "polar", "five dimensions", "split heads", "torch.bfloat16"):
             arguments, options = (REQUESTS | NARROW)[name]
             output, lse = forward_operator(arguments, options)
             given = [x.detach() for x in (torch.ones_like(output), torch.ones_like(lse), output, lse, *arguments)]
-            for wanted in ([True] * 7, [True, False, True, False, True, False, False]):
+            for wanted in ([True] * 8, [True, False, True, False, True, False, False, True]):
                 results = torch.library.opcheck(
                     torch.ops.headroom.attention_backward.default, given,
                     {key: x.detach() if isinstance(x, torch.Tensor) else x for key, x in options.items()}
@@ -127,6 +131,18 @@ class Operators(unittest.TestCase):
                     output = torch.ops.headroom.attention(*arguments, **options, backend=backend)
                     for ours, exact in zip([output, *gradients(output, inputs)], expected):
                         self.assertLess(largest(ours - exact), 1e-13)
+
+    def test_polar_positions_are_those_of_the_formula(self):
+        q, k, v = inputs()
+        phase = noise(4, 6)
+        ours = headroom.attention(q, k, v, polar=POLAR, polar_phase=phase)
+        angles = (ANGLES[:9] + phase.unsqueeze(1)).unsqueeze(-3) - ANGLES[:7].unsqueeze(1)  # [H,Lq,Lk,D]
+        soft_q, soft_k = (torch.nn.functional.softplus(x) for x in (q, k))
+        scores = torch.einsum("bhid,bhjd,hijd->bhij", soft_q, soft_k, angles.cos()) / 6**0.5
+        plain = scores.softmax(-1) @ v
+        for found, expected in zip([ours, *gradients(ours, (q, k, v, phase))],
+                                   [plain, *gradients(plain, (q, k, v, phase))]):
+            self.assertLess(largest(found - expected), 1e-13)
 
     def test_only_what_is_wanted(self):
         q, k, v = inputs()

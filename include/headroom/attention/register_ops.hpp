@@ -15,11 +15,11 @@
 //   attention(q, k, v, *, options) -> output                      composed of what follows
 //   attention_with_lse(q, k, v, *, options) -> (output, lse)      the same
 //   attention_forward(q, k, v, *, options) -> (output, lse)       lse in double; differentiable
-//   attention_backward(grad_output, grad_lse, output, lse, q, k, v, *, options, wanted) -> seven gradients
+//   attention_backward(grad_output, grad_lse, output, lse, q, k, v, *, options, wanted) -> eight gradients
 //
 // Options are those of AttentionOptions under the same names, with these differences: `window` is two numbers, `seed`
 // is an int64 tensor on the CPU that is drawn from LibTorch's generator unless given, `alignment` and `backend` are
-// names, and functions of one's own and polar positions are left out.
+// names, and functions of one's own are left out.
 
 namespace headroom::inline v0::detail {
 
@@ -29,7 +29,8 @@ inline constexpr const char* kAttentionOptionsSchema =
     "Tensor? key_lengths=None, Tensor? sequence_starts=None, Tensor? key_sequence_starts=None, Tensor? mask=None, "
     "Tensor? hidden=None, Tensor? block_mask=None, SymInt block_size=128, Tensor? bias=None, "
     "Tensor? relative_bias=None, Tensor? alibi_slopes=None, Tensor? sink=None, float? softcap=None, "
-    "Tensor? rotary=None, float dropout=0.0, Tensor? seed=None, str backend=\"automatic\"";
+    "Tensor? rotary=None, Tensor? polar=None, Tensor? polar_phase=None, float dropout=0.0, Tensor? seed=None, str "
+    "backend=\"automatic\"";
 
 /// A call of an operator: its arguments by name.
 class OperatorCall {
@@ -105,6 +106,8 @@ inline AttentionOptions options_of(const OperatorCall& call) {
       .sink(call.optional_tensor("sink"))
       .softcap(call["softcap"].toOptional<double>())
       .rotary(call.optional_tensor("rotary"))
+      .polar(call.optional_tensor("polar"))
+      .polar_phase(call.optional_tensor("polar_phase"))
       .dropout(dropout)
       .seed(seed)
       .backend(attention_backend(call["backend"].toStringView()));
@@ -155,8 +158,8 @@ struct BackendCall {
 };
 
 /// Where backward's results come from: the arguments whose gradients they are.
-inline constexpr std::array<const char*, 7> kDifferentiable = {"q",   "k", "v", "bias", "relative_bias", "alibi_slopes",
-                                                               "sink"};
+inline constexpr std::array<const char*, 8> kDifferentiable = {
+    "q", "k", "v", "bias", "relative_bias", "alibi_slopes", "sink", "polar_phase"};
 
 /// Whether these are asked for.
 using WantedByOperator = std::array<bool, kDifferentiable.size()>;
@@ -179,12 +182,13 @@ inline void compute_attention_backward(const c10::OperatorHandle& op, torch::jit
   const auto wanted = call["wanted"].to<WantedByOperator>();
   WantedGradients of_backend{};
   std::ranges::copy(wanted, of_backend.begin());
+  std::swap(of_backend[7], of_backend[8]);  // tables of score functions are not among the arguments
   const auto grad_lse = call.optional_tensor("grad_lse");
   AttentionGradients grad =
       BackendCall(call).backward({call.tensor("output"), call.tensor("lse")},
                                  {call.tensor("grad_output"), grad_lse.value_or(torch::Tensor())}, of_backend);
-  torch::Tensor* const computed[] = {&grad.q,   &grad.k, &grad.v, &grad.bias, &grad.relative_bias, &grad.alibi_slopes,
-                                     &grad.sink};
+  torch::Tensor* const computed[] = {
+      &grad.q, &grad.k, &grad.v, &grad.bias, &grad.relative_bias, &grad.alibi_slopes, &grad.sink, &grad.polar_phase};
   for (size_t i = 0; i < wanted.size(); ++i) {
     const auto of = call.optional_tensor(kDifferentiable[i]);
     torch::Tensor result;
@@ -239,7 +243,7 @@ struct AttentionOperator : torch::autograd::Function<AttentionOperator> {
 
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const torch::Tensor&,
                                                 const torch::Tensor&, const torch::Tensor&, const Optional&,
-                                                const Optional&, const Optional&, const Optional&,
+                                                const Optional&, const Optional&, const Optional&, const Optional&,
                                                 const OperatorCall& call) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto results = call_operator("headroom::attention_forward", call.values());
@@ -276,9 +280,10 @@ struct AttentionOperator : torch::autograd::Function<AttentionOperator> {
 
 inline void differentiable_attention_forward(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const OperatorCall call(op, *stack);
-  const auto results = AttentionOperator::apply(
-      call.tensor("q"), call.tensor("k"), call.tensor("v"), call.optional_tensor("bias"),
-      call.optional_tensor("relative_bias"), call.optional_tensor("alibi_slopes"), call.optional_tensor("sink"), call);
+  const auto results =
+      AttentionOperator::apply(call.tensor("q"), call.tensor("k"), call.tensor("v"), call.optional_tensor("bias"),
+                               call.optional_tensor("relative_bias"), call.optional_tensor("alibi_slopes"),
+                               call.optional_tensor("sink"), call.optional_tensor("polar_phase"), call);
   torch::jit::push(*stack, results[0], results[1]);
 }
 
@@ -334,8 +339,8 @@ TORCH_LIBRARY(headroom, library) {
   define(std::string("attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor output, Tensor lse, Tensor q, "
                      "Tensor k, Tensor v, *, ") +
          kAttentionOptionsSchema +
-         ", bool[7] wanted) -> (Tensor q, Tensor k, Tensor v, Tensor bias, Tensor relative_bias, "
-         "Tensor alibi_slopes, Tensor sink)");
+         ", bool[8] wanted) -> (Tensor q, Tensor k, Tensor v, Tensor bias, Tensor relative_bias, "
+         "Tensor alibi_slopes, Tensor sink, Tensor polar_phase)");
 }
 TORCH_LIBRARY_IMPL(headroom, CompositeImplicitAutograd, library) {
   library.impl("attention", boxed<&compose_attention>());

@@ -63,8 +63,8 @@ inline std::map<std::string, headroom::core::Combination> combinations() {
   return named;
 }
 
-/// The module that a bag's models of one configuration run in, by turns. It has the weights of the one that ran last:
-/// reading those of the next takes a small part of a segment's time.
+/// The module that a bag's models of one configuration run in, by turns; none before the first was added. It has the
+/// weights of the one that ran last: reading those of the next takes a small part of a segment's time.
 struct SharedModule {
   std::optional<headroom::training::LoadedModel> loaded = {};
   std::filesystem::path weights = {};
@@ -91,28 +91,45 @@ inline bool counts_for(const std::vector<double>& weights, const std::vector<std
   return false;
 }
 
-/// Weights and their configurations: none, one for all, or one each. A bag of demucs becomes its models, those that
-/// count for one of `stems` (none: for any). Throws headroom.separate.configs and like read_demucs_bag.
+/// Adds the models of a bag that count for one of `stems`, the first of which has this place among all models.
+inline void add_bag(const headroom::training::DemucsBag& bag, const std::vector<std::string>& stems,
+                    std::uint64_t place, std::vector<ModelSource>& sources) {
+  std::map<std::string, std::shared_ptr<SharedModule>> modules;  // by configuration
+  for (std::size_t m = 0; m < bag.models.size(); ++m, ++place) {
+    if (!counts_for(bag.weights[m], bag.stems, stems)) continue;
+    std::shared_ptr<SharedModule>& shared = modules[headroom::training::to_json(bag.configs[m])];
+    if (!shared) shared = std::make_shared<SharedModule>();
+    sources.push_back({{.weights = bag.models[m], .known = bag.configs[m]}, place, shared, bag.weights[m]});
+  }
+}
+
+/// Weights and their configurations: none, one for all, or one each. A bag of demucs, which has its own, becomes its
+/// models, those that count for one of `stems` (none: for any). Throws headroom.separate.configs and like
+/// read_demucs_bag.
 inline std::vector<ModelSource> model_sources(const std::vector<std::filesystem::path>& weights,
                                               const std::vector<std::filesystem::path>& configs,
                                               const std::vector<std::string>& stems) {
   namespace training = headroom::training;
-  headroom::require(configs.size() <= 1 || configs.size() == weights.size(), "headroom.separate.configs", "got ",
-                    configs.size(), " configurations for ", weights.size(),
-                    " models; give one --config for all of them, or one each in the same order");
+  const auto bags = static_cast<std::size_t>(std::ranges::count_if(weights, training::is_demucs_bag));
+  const std::size_t others = weights.size() - bags;
+  headroom::require(configs.size() <= 1 || configs.size() == others, "headroom.separate.configs", "got ",
+                    configs.size(), " configurations for ", others, " models", bags > 0 ? " that are no bags" : "",
+                    "; give one --config for all of them, or one each in the same order");
+  headroom::require(configs.empty() || others > 0, "headroom.separate.configs", "got the configuration ",
+                    configs.empty() ? "" : configs.front(),
+                    " for a bag, whose models have theirs in them; leave it out");
   std::vector<ModelSource> sources;
   std::uint64_t place = 0;
-  for (std::size_t i = 0; i < weights.size(); ++i) {
-    if (!training::is_demucs_bag(weights[i])) {
-      sources.push_back({{weights[i], configs.empty() ? "" : configs[configs.size() > 1 ? i : 0]}, place++});
+  auto config = configs.begin();
+  for (const std::filesystem::path& path : weights) {
+    if (training::is_demucs_bag(path)) {
+      const training::DemucsBag bag = training::read_demucs_bag(path);
+      add_bag(bag, stems, place, sources);
+      place += bag.models.size();
       continue;
     }
-    const training::DemucsBag bag = training::read_demucs_bag(weights[i]);
-    const auto shared = std::make_shared<SharedModule>();
-    for (std::size_t m = 0; m < bag.models.size(); ++m, ++place) {
-      if (!counts_for(bag.weights[m], bag.stems, stems)) continue;
-      sources.push_back({{bag.models[m]}, place, shared, bag.weights[m]});
-    }
+    sources.push_back({{path, configs.empty() ? "" : *config}, place++});
+    if (configs.size() > 1) ++config;
   }
   return sources;
 }
@@ -141,20 +158,12 @@ inline void weigh(headroom::audio::EnsembleMember& member, const std::vector<dou
   member.stems = std::move(stems);
 }
 
-/// A model in the module that it shares, if that is one of its configuration, else in its own. Only a module that is
-/// kept gets to the device.
-inline headroom::audio::SegmentModel run_by_turns(const ModelSource& source,
-                                                  const headroom::training::LoadedModel& loaded, c10::Device device) {
-  namespace training = headroom::training;
-  const std::shared_ptr<SharedModule> shared = source.shared;
-  const bool first = shared && !shared->loaded;
-  if (first) *shared = {loaded, source.files.weights};
-  const bool own = !shared || training::to_json(shared->loaded->config) != training::to_json(loaded.config);
-  if (first || own) loaded.model->to(device);
-  if (own) return headroom::audio::segment_model(loaded.model);
-  return [shared, weights = source.files.weights](const torch::Tensor& segments) {
+/// Runs a model in the module that it shares, which gets its weights where it has those of another one.
+inline headroom::audio::SegmentModel run_by_turns(const std::shared_ptr<SharedModule>& shared,
+                                                  const std::filesystem::path& weights) {
+  return [shared, weights](const torch::Tensor& segments) {
     auto& [config, model] = *shared->loaded;
-    if (shared->weights != weights) training::load_weights(model, config, weights);
+    if (shared->weights != weights) headroom::training::load_weights(model, config, weights);
     shared->weights = weights;
     return model(segments);
   };
@@ -165,8 +174,12 @@ inline headroom::audio::SegmentModel run_by_turns(const ModelSource& source,
 inline std::vector<std::string> add_model(const ModelSource& source, const BlendChoice& blend, c10::Device device,
                                           SeparationModels& models) {
   std::vector<std::string> notices;
-  const headroom::training::LoadedModel loaded = headroom::training::load_model(source.files, &notices);
-  const headroom::training::Config& config = loaded.config;
+  const auto module = source.shared ? source.shared : std::make_shared<SharedModule>();
+  if (!module->loaded) {
+    *module = {headroom::training::load_model(source.files, &notices), source.files.weights};
+    module->loaded->model->to(device);
+  }
+  const headroom::training::Config& config = module->loaded->config;
   const auto rate = static_cast<int>(config.audio.sample_rate);
   headroom::require(models.sample_rate == 0 || models.sample_rate == rate, "headroom.separate.models",
                     source.files.weights, " is a model for ", rate, " Hz, the one before it for ", models.sample_rate,
@@ -185,7 +198,7 @@ inline std::vector<std::string> add_model(const ModelSource& source, const Blend
       .device = device,
       .level = config.inference.normalize ? std::optional(headroom::audio::Level{})  // of the recording: ensemble_for
                                           : std::nullopt};
-  headroom::audio::EnsembleMember member{run_by_turns(source, loaded, device), options, config.audio.stems};
+  headroom::audio::EnsembleMember member{run_by_turns(module, source.files.weights), options, config.audio.stems};
   if (!source.weights.empty()) weigh(member, source.weights);
   models.ensemble.members.push_back(std::move(member));
   return notices;

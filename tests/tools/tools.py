@@ -719,6 +719,16 @@ class Tools(unittest.TestCase):
         self.assertTrue((self.root / "stems of a bag/bag vocals.wav").exists())
         self.fails(run("separate", "--model", DEMUCS / "bag.yaml", *arguments, "vocal"), "did you mean \"vocals\"?")
 
+    def test_a_bag_of_demucs_takes_no_configuration_and_leaves_it_to_the_others(self):
+        song, bag, config = self.write_mixture(demucs_reference.mixture()), DEMUCS / "bag.yaml", self.root / "tiny.json"
+        others = ["--like", "demucs", song, self.root / "stems of a bag and others", "--overwrite"]
+        config.write_text("{}")
+        self.fails(run("separate", "--model", bag, "--config", config, *others), "[headroom.separate.configs]", "for a bag")
+        others = ["--model", DEMUCS / "tiny.th", "--config", config, *others]
+        self.fails(run("separate", "--model", bag, *others), "tiny.json")  # which is read for tiny.th
+        self.fails(run("separate", "--model", bag, "--config", config, *others),
+                   "got 2 configurations for 1 models that are no bags")
+
     def test_a_model_of_a_bag_that_counts_for_no_stem_is_left_out(self):
         song, bag = self.write_mixture(demucs_reference.mixture()), self.root / "bag with zeros"
         shutil.copytree(DEMUCS, bag)

@@ -323,6 +323,10 @@ TEST_CASE("a bag of demucs names its checkpoints and how much each counts") {
   const DemucsBag bag = read_demucs_bag(folder / "bag.yaml");
   CHECK(bag.models == std::vector{folder / "tiny.th", folder / "other-9db1945b.th", folder / "third.th"});
   CHECK(bag.stems == std::vector<std::string>{"drums", "vocals"});
+  REQUIRE(bag.configs.size() == 3);
+  for (std::size_t m = 0; m < 3; ++m) {
+    CHECK(to_json(bag.configs[m]) == to_json(load_model(bag.models[m]).config));
+  }
   CHECK(bag.weights == std::vector<std::vector<double>>{{1, 0}, {0.5, 3}, {2, 1}});
 
   const TemporaryFolder copies;

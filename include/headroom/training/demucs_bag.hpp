@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <filesystem>
-#include <optional>
 #include <string>
 #include <system_error>
 #include <vector>
@@ -25,6 +24,7 @@ namespace headroom::inline v0::training {
 /// Several checkpoints of demucs, and how much each counts.
 struct DemucsBag {
   std::vector<std::filesystem::path> models;  ///< in the order of the file
+  std::vector<Config> configs;                ///< of each of them
   std::vector<std::string> stems;             ///< that each of them makes
   std::vector<std::vector<double>> weights;   ///< of each model for each stem, 0 or more; a stem is Σ w·y / Σ w
 };
@@ -85,11 +85,10 @@ inline std::filesystem::path find_checkpoint(const std::filesystem::path& folder
   return folder / found.front();
 }
 
-/// What all models of a bag have to have alike.
-inline AudioConfig audio_of(const std::filesystem::path& checkpoint) {
+inline Config config_of(const std::filesystem::path& checkpoint) {
   const auto config = read_demucs_config(checkpoint);
   require(config.has_value(), kDemucsBag, checkpoint.string(), " is no checkpoint of demucs; get the file again");
-  return parse_config(*config, checkpoint.string() + " (configuration)").audio;
+  return parse_config(*config, checkpoint.string() + " (configuration)");
 }
 
 }  // namespace detail
@@ -104,20 +103,18 @@ inline DemucsBag read_demucs_bag(const std::filesystem::path& path) {
   const auto file = detail::read_bag_file(
       parse_yaml(detail::read_text(path, "a bag of models", "a YAML file such as htdemucs_ft.yaml"), name), name);
   DemucsBag bag;
-  std::optional<AudioConfig> first;
   for (const std::string& signature : file.models) {
     bag.models.push_back(
         detail::find_checkpoint(path.parent_path().empty() ? "." : path.parent_path(), signature, name));
-    const AudioConfig audio = detail::audio_of(bag.models.back());
-    if (!first) first = audio;
-    const auto other = differences(*first, audio);
+    bag.configs.push_back(detail::config_of(bag.models.back()));
+    const auto other = differences(bag.configs.front().audio, bag.configs.back().audio);
     require(other.empty(), detail::kDemucsBag, name, ": ", bag.models.back(), " has ",
             other.empty()
                 ? ""
                 : other.front().path + " " + other.front().after + ", the models before it " + other.front().before,
             "; expected models of the same stems, channels and sample rate");
   }
-  bag.stems = first->stems;
+  bag.stems = bag.configs.front().audio.stems;
   bag.weights = file.weights;
   if (bag.weights.empty()) bag.weights.assign(bag.models.size(), std::vector<double>(bag.stems.size(), 1));
   for (const std::vector<double>& weights : bag.weights) {

@@ -34,6 +34,7 @@ struct ModelFiles {
   /// Of a saved state with averaged weights take these; false: those that training goes on from, which no other file
   /// has.
   bool averaged = true;
+  std::optional<Config> known = {};  ///< the configuration itself, where it was read already
 };
 
 /// A trained model and its configuration.
@@ -115,7 +116,7 @@ HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files, std::vector<st
   std::optional<TrainingState> state;
   if (is_saved_state(path)) {
     state = load_state(path);
-  } else if (files.config.empty()) {
+  } else if (files.config.empty() && !files.known) {
     within = detail::config_within(path);
     if (!within) within = read_demucs_config(path);
     if (!within) state = load_state(path);  // which says what is wrong
@@ -123,7 +124,8 @@ HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files, std::vector<st
   require(files.averaged || state, "headroom.training.raw_weights", path.string(),
           " is no saved state: it has one set of weights, which are averaged where training.ema_decay says so; give "
           "last.pt or best.pt of the run, or do without --raw-weights");
-  const Config config = !files.config.empty()
+  const Config config = files.known ? *files.known
+                        : !files.config.empty()
                             ? load_config(files.config, notices)
                             : parse_config(state ? state->config : *within, path.string() + " (configuration)");
   LoadedModel loaded{config, make_model(config)};

@@ -220,9 +220,9 @@ class AttentionByLoops {
     const torch::Tensor errors = error[0] + error[1] + 16 * rounding_.computed * sizes;
     result.reached = result.reached.narrow(-1, 0, x.size(-1)).contiguous();
     if (phase != nullptr) {
-      phase->value = (magnitude * (value[1] * angles.cos() - value[0] * angles.sin())).sum({0, 2});
-      phase->error = (magnitude * errors).sum({0, 2});
-      phase->reached = result.reached.sum({0, 2});
+      phase->value = (magnitude * (value[1] * angles.cos() - value[0] * angles.sin())).sum(2).sum(0);
+      phase->error = (magnitude * errors).sum(2).sum(0);
+      phase->reached = result.reached.sum(2).sum(0);
     }
     const torch::Tensor along = value[0] * angles.cos() + value[1] * angles.sin();
     result.value = (along * x.sigmoid()).contiguous(), result.error = (errors * x.sigmoid()).contiguous();

@@ -77,7 +77,7 @@ int Benchmark::run(int argc, char** argv, const std::function<void()>& body) {
     if (!report_->file.empty()) {
       io::write_file(report_->file, "headroom.benchmarks.file", {report_->json.dump(2), "\n"});
     }
-    return 0;
+    return report_->json.contains("failures") ? 1 : 0;
   } catch (const std::exception& error) {
     std::cerr << report_->app.get_name() << ": " << error.what() << '\n';
     return 1;
@@ -87,6 +87,10 @@ int Benchmark::run(int argc, char** argv, const std::function<void()>& body) {
 void Benchmark::note(const std::string& name, const Figure& value) { report_->json[name] = json_of(value); }
 void Benchmark::note(const std::string& name, const Row& values) { report_->json[name] = json_of(values); }
 void Benchmark::add_row(const Row& row) { report_->json["rows"].push_back(json_of(row)); }
+void Benchmark::note_failure(const std::string& message) {
+  std::cerr << report_->app.get_name() << ": " << message << '\n';
+  report_->json["failures"].push_back(message);
+}
 
 std::map<std::string, double> read_numbers(const std::string& file) {
   std::ifstream text(file);

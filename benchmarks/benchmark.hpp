@@ -34,8 +34,8 @@ class Benchmark {
   };
   void add(const Argument& argument);
 
-  /// Reads the command line, runs `body` and writes the report. Returns the exit code: 0, 1 with a message on an error,
-  /// 2 for wrong arguments.
+  /// Reads the command line, runs `body` and writes the report. Returns the exit code: 0, 1 with a message on an error
+  /// and after failures that were noted, 2 for wrong arguments.
   int run(int argc, char** argv, const std::function<void()>& body);
 
   /// A value of the report itself.
@@ -43,6 +43,8 @@ class Benchmark {
   void note(const std::string& name, const Row& values);
   /// One more of its "rows".
   void add_row(const Row& row);
+  /// One more of its "failures", which is printed too: a part is missing, and what there is is still reported.
+  void note_failure(const std::string& message);
 
  private:
   struct Report;

@@ -21,6 +21,8 @@
 // it prints.
 namespace headroom::benchmarks {
 
+inline constexpr const char* kPythonFailed = "headroom.benchmarks.python";
+
 /// A folder that goes away with its contents.
 struct TemporaryFolder {
   std::filesystem::path path = std::filesystem::temp_directory_path() / ("headroom_twin_" + std::to_string(::getpid()));
@@ -49,6 +51,23 @@ struct Way {
   }
 };
 
+/// Lets `ways` take turns, each once a round. One whose Python fails drops out, and the others go on.
+template <class AnyWay>
+void take_turns(Benchmark& benchmark, std::vector<AnyWay>& ways, int64_t rounds) {
+  for (int64_t round = 0; round < rounds; ++round) {
+    for (auto way = ways.begin(); way != ways.end();) {
+      try {
+        way->run_again();
+        ++way;
+      } catch (const Error& error) {
+        if (error.id() != kPythonFailed) throw;
+        benchmark.note_failure(error.what());
+        way = ways.erase(way);
+      }
+    }
+  }
+}
+
 /// Takes steps, of which `step` takes one and returns its loss. Memory is what the device's allocator peaked at, on the
 /// CPU what the resident size grew by.
 inline Measurement measured(const std::function<double()>& step, int64_t steps, const Accelerator* gpu = nullptr) {
@@ -73,7 +92,7 @@ struct Python {
     const std::string row_file = step_file + ".json";
     const std::string command =
         "'" + interpreter + "' '" + script + "' '" + step_file + "' " + mode + " > '" + row_file + "'";
-    require(std::system(command.c_str()) == 0, "headroom.benchmarks.python", "failed: ", command,
+    require(std::system(command.c_str()) == 0, kPythonFailed, "failed: ", command,
             "; expected a Python with torch and the packages that ", script, " names");
     const std::map<std::string, double> row = read_numbers(row_file);
     return {row.at("seconds"), static_cast<int64_t>(row.at("memory_bytes")), row.at("loss"), row.at("last_loss")};

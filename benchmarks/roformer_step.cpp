@@ -210,9 +210,7 @@ int main(int argc, char** argv) {
                              {"segment", sizes.segment},
                              {"hop", sizes.hop},
                              {"batch", sizes.batch}});
-    for (int64_t round = 0; round < rounds; ++round) {
-      for (Way& way : ways) way.run_again();
-    }
+    benchmarks::take_turns(benchmark, ways, rounds);
     std::printf("%lld/%lld, %lld samples, %d threads\n%-9s %-22s %9s %12s %9s %9s %12s %12s\n",
                 static_cast<long long>(sizes.dim), static_cast<long long>(sizes.depth),
                 static_cast<long long>(sizes.segment), torch::get_num_threads(), "", "", "seconds", "resident",

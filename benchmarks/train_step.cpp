@@ -92,9 +92,7 @@ int main(int argc, char** argv) {
       };
       if (!python.empty()) ways.push_back({"eager", [&] { return theirs("eager"); }});
       if (!python.empty() && compiled) ways.push_back({"compiled", [&] { return theirs("compiled"); }});
-      for (int64_t round = 0; round < rounds; ++round) {
-        for (benchmarks::Way& way : ways) way.run_again();
-      }
+      benchmarks::take_turns(benchmark, ways, rounds);
       report(benchmark, fs::path(file).stem().string(), config.training.segment_length, ways);
     }
   });

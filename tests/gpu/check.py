@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Runs scripts/gpu_check.sh with the programs of a build folder: without a GPU every part that needs one is reported as
-skipped, none as failed. With one there is nothing to test here.
+skipped, none as failed. With one there is nothing to test here. Where PyTorch's side of train_step fails, ours is reported.
 
 check.py BUILD_FOLDER
 """
@@ -33,5 +33,12 @@ with tempfile.TemporaryDirectory() as folder:
     assert report["build_seconds"] == 0
     assert "there is no cuda here" in (out / "gpu_check.log").read_text() or \
         "was not built for cuda" in (out / "gpu_check.log").read_text()
+    report = pathlib.Path(folder, "step.json")
+    run = subprocess.run([build / "benchmarks/train_step", source / "examples/configs/demo.json", "--segment", "11025",
+                          "--steps", "2", "--rounds", "2", "--python", shutil.which("false"), "--json", report],
+                         capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.count("[headroom.benchmarks.python] failed: ") == 1, run.stderr
+    written = json.loads(report.read_text())
+    assert [row["implementation"] for row in written["rows"]] == ["headroom"] and len(written["failures"]) == 1, written
 wrong = subprocess.run([source / "scripts/gpu_check.sh", "--nonsense"], capture_output=True, text=True)
 assert wrong.returncode == 2 and "--bundle DIR" in wrong.stderr, wrong.stderr

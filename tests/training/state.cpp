@@ -284,7 +284,8 @@ TEST_CASE("the last states are kept, the younger first, of each step one") {
   save(one, 8);
   CHECK(steps() == std::vector<int64_t>{8});
   CHECK(folder.names().size() == 2);  // and its weights
-  for (const char* name : {"last-0.pt", "last-.pt", "last-x.pt", "last-1.pt.damaged", "best.pt", "last-01.pt"}) {
+  for (const char* name :
+       {"last-0.pt", "last-.pt", "last-x.pt", "last-1.pt.damaged", "best.pt", "last-01.pt", "last--1.pt"}) {
     CHECK_FALSE(age_of_state(name));
   }
   CHECK(age_of_state("last-12.pt") == 12);

@@ -28,7 +28,7 @@ inline std::string last_state_name(int64_t age) { return age == 0 ? "last.pt" : 
 inline std::optional<int64_t> age_of_state(const std::string& name) {
   int64_t age = 0;
   if (name.starts_with("last-")) std::from_chars(name.data() + 5, name.data() + name.size(), age);
-  return name == last_state_name(age) ? std::optional(age) : std::nullopt;
+  return age >= 0 && name == last_state_name(age) ? std::optional(age) : std::nullopt;
 }
 
 /// Whether a file of this name in the folder of a run is one that SavedStates writes.

@@ -20,6 +20,11 @@ TEST_CASE("tiled attention is as accurate as plain loops, for every length and h
   check_accuracy({.queries = 500, .keys = 1, .dim = 5, .value_dim = 256});
 }
 
+TEST_CASE("values or keys without features, which have no memory") {
+  check_accuracy({.queries = 40, .keys = 40, .dim = 8, .value_dim = 0}, {}, CausalMask{});
+  check_accuracy({.queries = 40, .keys = 40, .dim = 0, .value_dim = 8}, {}, CausalMask{});
+}
+
 TEST_CASE("sharp weights keep their accuracy") {
   check_accuracy({.queries = 300, .keys = 300, .amplitude = 8});
   check_accuracy({.queries = 131, .keys = 300, .dim = 64, .value_dim = 64, .amplitude = 30});
@@ -117,7 +122,7 @@ TEST_CASE("NaN behind the valid keys changes no bit; NaN in front of it is not h
 }
 
 #ifdef _OPENMP
-TEST_CASE("results are bit-equal over reruns and for any number of workers") {
+TEST_CASE("results are bit-equal over reruns and for any number of workers", "[threads]") {
   for (const Index heads : {1, 2, 3, 5}) {
     for (const auto& p :
          {Problem{.heads = heads, .queries = 520, .keys = 520}, Problem{.heads = heads, .queries = 30, .keys = 700}}) {
@@ -142,7 +147,8 @@ struct CrowdedExecutor : SerialExecutor {
   int workers() const { return 64; }
 };
 
-TEMPLATE_TEST_CASE("short heads have the same bits in runs of any length, in any layout", "", float, Eigen::bfloat16) {
+TEMPLATE_TEST_CASE("short heads have the same bits in runs of any length, in any layout", "[threads]", float,
+                   Eigen::bfloat16) {
   constexpr Index kBatch = 3, kHeads = 23, kDim = 20;
   using Values = std::vector<TestType>;
   std::mt19937 generator(3);

@@ -21,8 +21,11 @@ if(HEADROOM_WERROR)
   target_compile_options(headroom_development INTERFACE -Werror)
 endif()
 if(HEADROOM_SANITIZE)
-  target_compile_options(headroom_development INTERFACE -fsanitize=address,undefined -fno-omit-frame-pointer)
-  target_link_options(headroom_development INTERFACE -fsanitize=address,undefined)
+  # vptr: LibTorch does not export the types of all its objects
+  set(HEADROOM_SANITIZERS -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all)
+  target_compile_options(headroom_development INTERFACE ${HEADROOM_SANITIZERS} -fno-omit-frame-pointer)
+  target_compile_definitions(headroom_development INTERFACE _GLIBCXX_ASSERTIONS)
+  target_link_options(headroom_development INTERFACE ${HEADROOM_SANITIZERS})
 endif()
 set(CMAKE_EXPORT_COMPILE_COMMANDS ON)  # tests/static/headers_alone.py reads it
 
@@ -41,7 +44,7 @@ endif()
 # compile in half the time without optimisation. With -fpch-preprocess ccache can look into a unit that uses the header
 file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/pch.cpp" CONTENT "")  # unlike WRITE it leaves an equal file alone
 set(headroom_pch_options -fpch-preprocess)
-set(headroom_test_pch_options -fpch-preprocess $<$<CONFIG:Release>:-O0>)
+set(headroom_test_pch_options -fpch-preprocess $<$<CONFIG:Release,Debug>:-O0>)
 foreach(pch IN ITEMS headroom_pch headroom_test_pch)
   add_library(${pch} OBJECT EXCLUDE_FROM_ALL "${CMAKE_CURRENT_BINARY_DIR}/pch.cpp")
   target_link_libraries(${pch} PUBLIC headroom_training headroom_development)

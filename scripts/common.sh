@@ -18,8 +18,11 @@ install_debian_packages() {
   as_root env DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends "${missing[@]}"
 }
 
-# What clang of scripts that need it is given for .venv's LibTorch: torch_headers, torch_libraries
-clang=${CLANG:-clang++-19}
+# The clang of scripts that need one of 16 or newer: CLANG, or the newest of Debian's that is here
+clang=${CLANG:-$(command -v clang++-{19,18,17,16} | head -n 1 || true)}
+clang=${clang:-clang++-19}
+
+# What it is given for .venv's LibTorch: torch_headers, torch_libraries
 find_torch_for_clang() {
   local torch
   torch=$(.venv/bin/python -c 'import torch; print(torch.__path__[0])')
@@ -28,14 +31,18 @@ find_torch_for_clang() {
     "-Wl,-rpath,$torch/lib")
 }
 
-# Builds targets (all of them when none is named) of the release preset. A unit that includes LibTorch takes about
-# 2 GB to compile, so memory limits the number of compilers too.
-build() {
-  local available_kb cores jobs
+# Builds targets (all of them when none is named) of the release preset
+build() { build_preset release "$@"; }
+
+# build_preset PRESET [TARGET...]. A unit that includes LibTorch takes about 2 GB to compile, so memory limits the number
+# of compilers too.
+build_preset() {
+  local preset=$1 available_kb cores jobs
+  shift
   available_kb=$(awk '/^MemAvailable:/ {print $2}' /proc/meminfo)
   cores=$(nproc)
   jobs=$((available_kb / (2 * 1024 * 1024)))
   jobs=$((jobs < 1 ? 1 : jobs < cores ? jobs : cores))
-  cmake --preset release
-  cmake --build --preset release --parallel "$jobs" ${1:+--target "$@"}
+  cmake --preset "$preset"
+  cmake --build --preset "$preset" --parallel "$jobs" ${1:+--target "$@"}
 }

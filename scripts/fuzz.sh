@@ -7,16 +7,21 @@
 # (lengths in headers of audio files), table (CSV of a data set). With LibTorch: configuration, profile (of a device),
 # words (that have a syntax of their own on a command line), audio (through libsndfile), state (saved, up to its archive).
 #
-# Needs clang 16 or newer, in CLANG or as clang++-19 (Debian: clang-19 libclang-rt-19-dev). The inputs that reached
-# something new are kept in build/fuzz/FORMAT and are where the next run begins; an input that breaks a reader is then
-# build/fuzz/FORMAT-crash-*. tests/fuzz/found has those that once did.
+# Needs clang 16 or newer, in CLANG or by Debian's name (clang-19 libclang-rt-19-dev), and is skipped without. The inputs
+# that reached something new are kept in build/fuzz/FORMAT, or below HEADROOM_FUZZ_FOLDER, and are where the next run
+# begins; an input that breaks a reader is then FORMAT-crash-* there. tests/fuzz/found has those that once did.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 runs=${1:-100000}
 formats=("${@:2}")
 plain=(safetensors zip pickle legacy demucs yaml json container table)
 with_torch=(configuration profile words audio state)
 [ ${#formats[@]} -gt 0 ] || formats=("${plain[@]}" "${with_torch[@]}")
-out=build/fuzz
+out=${HEADROOM_FUZZ_FOLDER:-build/fuzz}
+if ! "$clang" -fsanitize=fuzzer -x c++ - -o /dev/null 2> /dev/null \
+  <<< 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }'; then
+  echo "skipped: $clang is not here, or without libFuzzer"
+  exit 77
+fi
 flags=(-std=c++20 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -I include -I .)
 for format in "${plain[@]}" "${with_torch[@]}"; do mkdir -p "$out/$format"; done
 

@@ -20,6 +20,17 @@ TEST_CASE("tiled attention is as accurate as plain loops, for every length and h
   check_accuracy({.queries = 500, .keys = 1, .dim = 5, .value_dim = 256});
 }
 
+TEST_CASE("values or keys without features, which have no memory") {
+  Run<float> some({.queries = 40, .keys = 40, .dim = 8, .value_dim = 4});
+  Run<float> no_values({.queries = 40, .keys = 40, .dim = 8, .value_dim = 0});
+  some.tiled({}, CausalMask{}), no_values.tiled({}, CausalMask{});
+  CHECK((no_values.lse == some.lse));
+  CHECK((no_values.grad_q == std::vector<float>(no_values.q.size())));
+  Run<float> no_keys({.queries = 40, .keys = 40, .dim = 0, .value_dim = 8});  // all weights of a query are equal
+  no_keys.tiled({}, CausalMask{});
+  for (Index i = 0; i < 40; ++i) CHECK(std::abs(no_keys.lse[i] - std::log(static_cast<double>(i + 1))) < 1e-6);
+}
+
 TEST_CASE("sharp weights keep their accuracy") {
   check_accuracy({.queries = 300, .keys = 300, .amplitude = 8});
   check_accuracy({.queries = 131, .keys = 300, .dim = 64, .value_dim = 64, .amplitude = 30});
@@ -117,7 +128,7 @@ TEST_CASE("NaN behind the valid keys changes no bit; NaN in front of it is not h
 }
 
 #ifdef _OPENMP
-TEST_CASE("results are bit-equal over reruns and for any number of workers") {
+TEST_CASE("results are bit-equal over reruns and for any number of workers", "[threads]") {
   for (const Index heads : {1, 2, 3, 5}) {
     for (const auto& p :
          {Problem{.heads = heads, .queries = 520, .keys = 520}, Problem{.heads = heads, .queries = 30, .keys = 700}}) {
@@ -142,7 +153,8 @@ struct CrowdedExecutor : SerialExecutor {
   int workers() const { return 64; }
 };
 
-TEMPLATE_TEST_CASE("short heads have the same bits in runs of any length, in any layout", "", float, Eigen::bfloat16) {
+TEMPLATE_TEST_CASE("short heads have the same bits in runs of any length, in any layout", "[threads]", float,
+                   Eigen::bfloat16) {
   constexpr Index kBatch = 3, kHeads = 23, kDim = 20;
   using Values = std::vector<TestType>;
   std::mt19937 generator(3);

@@ -140,7 +140,7 @@ TEST_CASE("polar position embedding inside the kernel, and the gradient of its p
   }
 }
 
-TEST_CASE("polar position embedding with everything beside it: the bits do not depend on threads") {
+TEST_CASE("polar position embedding with everything beside it: the bits do not depend on threads", "[threads]") {
   Problem p = kEverything;
   p.rotary = false, p.polar = p.polar_phase = true;
   check_accuracy(p, kEveryOption, BothMasks{CausalMask{39}, GlobalWindowMask{{60, -1, 39}, 4}});
@@ -412,7 +412,7 @@ TEST_CASE("the gradient of a bias that is stored in 16 bits is the sum in float,
 }
 
 #ifdef _OPENMP
-TEST_CASE("gradients of what is added to scores are bit-equal for any number of workers") {
+TEST_CASE("gradients of what is added to scores are bit-equal for any number of workers", "[threads]") {
   Problem p = kProblem;
   p.bias = {1, 4, 150, 170}, p.relative_reach = 60, p.slopes = {1, 4, 1, 1}, p.sink = true, p.kv_heads = 2;
   p.queries = 150;

@@ -192,7 +192,7 @@ TEST_CASE("a track that is silent, or an estimate that is perfect, is no crash")
   CHECK_FALSE(frames(track, options, 500)[0].has_value());
 }
 
-TEST_CASE("scores have the same bits for any number of threads") {
+TEST_CASE("scores have the same bits for any number of threads", "[threads]") {
   const Signals track = signals(3, 2, 1000);
   const auto scored = [&](const auto& executor) {
     core::BssCorrelations correlations(kOptions, executor);

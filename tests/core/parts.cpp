@@ -321,7 +321,7 @@ TEST_CASE("heads that share keys, or the gradient of a bias, are one family") {
   CHECK(members() == 12);
 }
 
-TEST_CASE("turns let threads through in order") {
+TEST_CASE("turns let threads through in order", "[threads]") {
   Turn<int> turn;
   std::vector<int> order;
   const auto take = [&](int first) {

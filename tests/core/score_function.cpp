@@ -194,7 +194,8 @@ TEST_CASE("gradients of tables are those of central differences, whatever indexe
   CHECK(worst < 1e-8);
 }
 
-TEST_CASE("functions of one's own: the same bits for any number of workers, and nothing of what is hidden") {
+TEST_CASE("functions of one's own: the same bits for any number of workers, and nothing of what is hidden",
+          "[threads]") {
   const auto function = [](auto score, auto at, auto table) { return score + score * table(at.head, at.distance); };
   const CausalWindow sees{60, 0};
   const auto run = [&](OwnRun<float>& x, const auto& executor) {

@@ -189,7 +189,7 @@ TEST_CASE("core stft reads any Eigen vector, strided channels too") {
   CHECK(stft.inverse(taller.topRows(stft.bins()), 50) == stft.inverse(spectrum, 50));
 }
 
-TEST_CASE("one core stft serves several threads") {
+TEST_CASE("one core stft serves several threads", "[threads]") {
   const Stft<double> stft({.n_fft = 60, .hop = 15});
   std::vector<double> error(4, -1);
   std::vector<std::thread> threads;

@@ -39,7 +39,8 @@ struct FirstDerivatives : torch::autograd::Function<FirstDerivatives> {
                                                 const std::function<torch::autograd::variable_list()>& compute) {
     return compute();
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                 const torch::autograd::variable_list&) {
     fail("headroom.attention.double_backward",
          "second derivatives of attention are only served by the backend reference; call backward without "
          "create_graph, or use that backend");

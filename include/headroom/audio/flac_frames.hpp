@@ -97,7 +97,7 @@ inline std::optional<FileRange> last_flac_frame(const io::InputFile& file) {
   if (stream.total == 0) return std::nullopt;
   for (std::uint64_t begin = kFirst; begin < file.size(); begin += kBlock) {
     const std::string bytes = file.read(begin, kBlock + kFlacHeader);
-    for (std::size_t at = bytes.find('\xff'); at < kBlock && at != bytes.npos; at = bytes.find('\xff', at + 1)) {
+    for (std::size_t at = bytes.find('\xff'); at < kBlock; at = bytes.find('\xff', at + 1)) {
       if (!is_last_flac_frame(std::string_view(bytes).substr(at, kFlacHeader), stream)) continue;
       return FileRange{begin + at, std::min(begin + at + stream.frame_bytes, file.size())};
     }

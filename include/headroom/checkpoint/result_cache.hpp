@@ -165,7 +165,8 @@ class ResultCacheScope final : private OperatorResults {
     call.proceed();
     if (mode_ == Mode::take) return;
     std::vector<at::Tensor> results;
-    for (std::size_t i = op.schema().returns().size(); i > 0; --i) results.push_back(stack.end()[-i].toTensor());
+    for (auto i = static_cast<std::ptrdiff_t>(op.schema().returns().size()); i > 0; --i)
+      results.push_back(stack.end()[-i].toTensor());
     cache_->store(name, results);
   }
 

@@ -122,7 +122,8 @@ inline at::Tensor run_blocks(const std::vector<StackBlock>& blocks, at::Tensor x
   const auto count = static_cast<int64_t>(blocks.size());
   const auto group_size =
       levels == 1 ? policy.every
-                  : static_cast<int64_t>(std::ceil(std::pow(count, static_cast<double>(levels - 1) / levels) - 1e-9));
+                  : static_cast<int64_t>(std::ceil(
+                        std::pow(count, static_cast<double>(levels - 1) / static_cast<double>(levels)) - 1e-9));
   for (int64_t first = 0; first < count; first += group_size) {
     const std::vector<StackBlock> group(blocks.begin() + first, blocks.begin() + std::min(first + group_size, count));
     if (levels > 1) {

@@ -77,7 +77,7 @@ EIGEN_ALWAYS_INLINE void with_count(Index count, F&& f) {
 template <int Max, class F>
 EIGEN_ALWAYS_INLINE void for_row_tiles(Index count, F&& f) {
   Index row = 0;
-  for (; count - row >= 2 * Max || count - row == Max; row += Max) f.template operator()<Max>(row);
+  for (; count - row >= Index{2} * Max || count - row == Max; row += Max) f.template operator()<Max>(row);
   while (row < count) {
     const Index rows = count - row > Max ? (count - row + 1) / 2 : count - row;
     with_count<Max>(

@@ -49,7 +49,7 @@ void add_rows(MatrixView<T> to, const Scalar* rows, Index stride) {
                         TimesPlus<Scalar>{1});
     }
   }
-  for (Index i = 0; i < to.rows; ++i) add_strided(&to(i, 0), to.col_stride, rows + i * stride, to.cols);
+  for (Index i = 0; i < to.rows; ++i) add_strided(to.row(i), to.col_stride, rows + i * stride, to.cols);
 }
 template <class Scalar>
 void clear_rows(MatrixView<Scalar> x) {
@@ -57,7 +57,7 @@ void clear_rows(MatrixView<Scalar> x) {
   if (by_columns) x = {x.data, x.cols, x.rows, x.col_stride, x.row_stride};
   for (Index i = 0; i < x.rows; ++i) {
     if (x.col_stride == 1) {
-      std::fill_n(&x(i, 0), x.cols, Scalar(0));
+      std::fill_n(x.row(i), x.cols, Scalar(0));
     } else {
       for (Index d = 0; d < x.cols; ++d) x(i, d) = 0;
     }
@@ -68,7 +68,7 @@ void clear_rows(MatrixView<Scalar> x) {
 template <class Scalar, class T>
 void copy_rows(Scalar* to, MatrixView<T> x) {
   for (Index i = 0; i < x.rows; ++i) {
-    const T* from = &x(i, 0);
+    const T* from = x.row(i);
     Scalar* const row = to + i * x.cols;
     if constexpr (std::is_same_v<std::remove_const_t<T>, Eigen::bfloat16> && std::is_same_v<Scalar, float>) {
       if (x.col_stride == 1) {  // the upper half of a float, said so that the compiler does many at a time
@@ -106,6 +106,7 @@ class RowReader {
   /// Rows [first, first + count) with neighbouring features next to each other: where they lie, or in `buffer`
   /// [count][cols].
   MatrixView<const Scalar> rows(Index first, Index count, Scalar* buffer) const {
+    if (x_.cols == 0) return {buffer, count, 0, 0, 1};  // what has no elements may lie nowhere
     if (plain_ && x_.col_stride == 1) return x_.as<Scalar>().middle_rows(first, count);
     const StoredMatrix part = x_.middle_rows(first, count);
     MatrixView<const Scalar> dense{buffer, count, x_.cols, x_.cols, 1};
@@ -159,7 +160,7 @@ class RowWriter {
       positions_.back(row, row, y_.cols, first + i, phase_);
     }
     y_.middle_rows(first, count).visit([&](auto view) {
-      for (Index i = 0; i < count; ++i) round_row(&view(i, 0), view.col_stride, rows + i * stride, view.cols);
+      for (Index i = 0; i < count; ++i) round_row(view.row(i), view.col_stride, rows + i * stride, view.cols);
     });
   }
   /// Writes the first lanes of `from` [cols][width], each times its factor, as rows `range`. `buffer` holds
@@ -264,7 +265,7 @@ bool row_is_finite(const Scalar* row, Index count) {
 template <class Scalar>
 bool rows_are_finite(MatrixView<const Scalar> x) {
   bool finite = true;
-  for (Index i = 0; i < x.rows && finite; ++i) finite = row_is_finite(&x(i, 0), x.cols);
+  for (Index i = 0; i < x.rows && finite; ++i) finite = row_is_finite(x.row(i), x.cols);
   return finite;
 }
 

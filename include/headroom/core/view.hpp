@@ -17,6 +17,8 @@ struct MatrixView {
   Index row_stride = 0, col_stride = 1;
 
   Scalar& operator()(Index row, Index col) const { return data[row * row_stride + col * col_stride]; }
+  /// Where a row begins. One without elements may have no memory.
+  Scalar* row(Index i) const { return cols == 0 ? data : data + i * row_stride; }
   MatrixView middle_rows(Index first, Index count) const {
     return {data + first * row_stride, count, cols, row_stride, col_stride};
   }

@@ -117,7 +117,9 @@ class TensorArena final : public c10::Allocator {
 
   bool grow(std::size_t bytes) {
     Ranges fresh{{nullptr, bytes}};
-    std::byte* const below = lowest_ == nullptr ? nullptr : lowest_ - bytes;  // where Linux grows to, if it is free
+    // Where Linux grows to, if it is free: a wish, not a place in memory of ours
+    const auto lowest = reinterpret_cast<std::uintptr_t>(lowest_);
+    void* const below = reinterpret_cast<void*>(lowest > bytes ? lowest - bytes : 0);
     void* const begin = ::mmap(below, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (begin == MAP_FAILED) return false;
     lowest_ = static_cast<std::byte*>(begin);

@@ -163,7 +163,7 @@ class HTDemucsImpl : public torch::nn::Module {
   nn::CrossTransformer crosstransformer{nullptr};
 
  private:
-  static const HTDemucsOptions& checked(const HTDemucsOptions& options) {
+  static HTDemucsOptions checked(HTDemucsOptions options) {
     options.check();
     return options;
   }

@@ -143,7 +143,7 @@ class ChainInChunks {
       const auto part = [&](const torch::Tensor& t) { return t.narrow(0, first, count); };
       torch::Tensor g = part(grad);
       for (int64_t i = layout.layers - 1; i >= 0; --i) {
-        const torch::Tensor grad_weight = result[layout.weight(i)];
+        const torch::Tensor& grad_weight = result[layout.weight(i)];
         if (layout.has_biases && result[layout.bias(i)].defined()) add_column_sums(g, result[layout.bias(i)]);
         if (i > 0) {
           // forward did: x = gelu(before)·wᵀ + b

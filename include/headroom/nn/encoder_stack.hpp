@@ -55,7 +55,7 @@ inline std::vector<torch::Tensor> attention_parameters(const auto& block,
 template <TokenMixer Attention, TokenWise FeedForward>
 StackBlock stack_block(const BasicEncoderBlock<Attention, FeedForward>& block, int64_t axis, int64_t dims,
                        std::optional<AttentionOptions> request = {}) {
-  const auto module = block.ptr();
+  const auto& module = block.ptr();
   if constexpr (TakesRequest<Attention>) request = detail::repeatable(module->attention->request_of(request));
   std::vector<int64_t> independent, all;
   for (int64_t d = dims - 2, batch_dim = 0; d >= 0; --d) {

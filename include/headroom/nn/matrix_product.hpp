@@ -115,7 +115,7 @@ inline void multiply_tiled(const torch::Tensor& a, PackedB& b, const torch::Tens
   const float* const bias_data = start == AddTo::bias ? bias.const_data_ptr<float>() : nullptr;
   // A task is 8 tiles high, which reuses the lanes of b, less when there are too few rows for all threads.
   const Index row_tiles = (left.rows + kTileRows - 1) / kTileRows;
-  const Index height = kTileRows * std::clamp<Index>(row_tiles / (4 * at::get_num_threads()), 1, 8);
+  const Index height = kTileRows * std::clamp<Index>(row_tiles / (Index{4} * at::get_num_threads()), 1, 8);
   const Index row_tasks = (left.rows + height - 1) / height;
   constexpr Index kWorthAThread = 1 << 17;  // multiplications, some microseconds
   const Index grain = std::max<Index>(1, kWorthAThread / (height * b.lanes().kWidth * std::max<Index>(left.cols, 1)));

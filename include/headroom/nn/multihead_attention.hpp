@@ -31,7 +31,7 @@ class MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAttentionImp
     const int64_t dim = options.embed_dim(), heads = options.num_heads();
     require(heads > 0 && dim > 0 && dim % heads == 0, "headroom.nn.attention.heads", heads,
             " heads do not divide the width ", dim, "; choose a width that is a multiple of heads");
-    const auto parameter = [&](const char* name, bool exists, std::vector<int64_t> sizes) {
+    const auto parameter = [&](const char* name, bool exists, const std::vector<int64_t>& sizes) {
       return register_parameter(name, exists ? torch::empty(sizes) : torch::Tensor(), exists);
     };
     const bool packed = options.kdim() == dim && options.vdim() == dim;

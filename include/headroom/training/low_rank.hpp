@@ -108,7 +108,7 @@ class LowRank {
 
     void operator()(const torch::autograd::Variable& matrix) override {
       const torch::NoGradGuard guard;
-      const torch::Tensor gradient = matrix.grad();
+      const torch::Tensor& gradient = matrix.grad();
       add(a, at::mm(b.t(), gradient).mul_(scale));
       add(b, at::mm(gradient, a.t()).mul_(scale));
       matrix.mutable_grad().reset();

@@ -39,7 +39,7 @@ inline DatasetOptions dataset_options(const Config& config) {
                   : data.draw == "by_length" ? TrackDraw::by_length
                                              : TrackDraw::by_stem,
           .remix = data.remix,
-          .augmentation = data,
+          .augmentation = static_cast<const AugmentationOptions&>(data),
           .augment_aligned = data.augment_aligned};
 }
 

@@ -71,7 +71,8 @@ inline std::string type_text(const torch::Tensor& tensor) {
 inline void list_names(std::ostream& text, const char* what, const std::vector<std::string>& names,
                        const std::vector<std::string>& others) {
   constexpr std::size_t kMostShown = 20, kMostCompared = 2000;
-  const std::vector<std::string> compared(others.begin(), others.begin() + std::min(others.size(), kMostCompared));
+  const std::vector<std::string> compared(
+      others.begin(), others.begin() + static_cast<std::ptrdiff_t>(std::min(others.size(), kMostCompared)));
   for (std::size_t i = 0; i < std::min(names.size(), kMostShown); ++i) {
     text << "\n  " << what << ": " << in_quotes(names[i]);
     if (const auto alike = io::nearest(names[i], compared)) text << ", is it " << in_quotes(*alike) << "?";

@@ -14,7 +14,7 @@ namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 class ReadAhead {
  public:
   /// Heads larger than this would push each other out of the cache; within a long head memory is read in long runs.
-  static constexpr Index kMostBytes = 512 * 1024;
+  static constexpr Index kMostBytes = Index{512} * 1024;
 
   /// Whether heads of a problem are fetched.
   static bool serves(const auto& problem) {

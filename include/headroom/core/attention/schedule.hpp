@@ -15,7 +15,7 @@
 namespace headroom::inline v0::core::detail::inline HEADROOM_ISA {
 
 /// Positions in a block: its scores with a tile stay in the L1 cache.
-inline constexpr Index kBlockSize = 16 * kTileRows;
+inline constexpr Index kBlockSize = Index{16} * kTileRows;
 
 inline Index blocks_in(Index length) { return (length + kBlockSize - 1) / kBlockSize; }
 inline KeyRange block_at(Index block, Index length) {

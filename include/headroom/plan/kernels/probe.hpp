@@ -83,7 +83,7 @@ class KernelProbe : private AllocationListener {
         script_.results.push_back(
             {true, block == live_.end() ? std::nullopt : std::optional(block->second), x.suggest_memory_format()});
       }
-    } catch (const Stopped&) {
+    } catch (const Stopped&) {  // NOLINT(bugprone-empty-catch): of a script that needs nothing more
     }
     recording_ = false;
     return std::move(script_);

@@ -128,6 +128,8 @@ TEST_CASE("metrics.jsonl has each step and each validation once, however often a
   CHECK(lines_of(path).size() == 5);
   CHECK(error_of([&] { MetricsFile(folder / "none" / "metrics.jsonl", 0, count); }).id() ==
         "headroom.training.metrics");
+  const auto device = [&] { MetricsFile("/dev/null", 0, count); };  // opens, and cannot be cut to a length
+  CHECK(contains(error_of(device).what(), "/dev/null: Invalid argument; choose another folder"));
 }
 
 TEST_CASE("a full disk costs lines of metrics.jsonl and pages, not the run") {

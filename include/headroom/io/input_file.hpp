@@ -103,7 +103,7 @@ class InputFile {
     };
     const std::filesystem::path file = path == "-" ? "/dev/stdin" : path;
     struct stat status {};
-    const bool there = ::stat(file.c_str(), &status) == 0;
+    const bool there = ::stat(file.c_str(), &status) == 0;  // on its own: arguments may be computed in any order
     check(there, errno == ENOENT ? "there is no such file, check the spelling and the folder" : std::strerror(errno));
     check(!S_ISDIR(status.st_mode), "it is a folder");
     check(S_ISREG(status.st_mode) || S_ISFIFO(status.st_mode), "it is a device");
@@ -114,10 +114,12 @@ class InputFile {
       check(copy.number() >= 0, "its copy in the folder for temporary files: ", std::strerror(errno));
       const std::string reason = detail::copy_pipe(file_.number(), copy.number(), most);
       check(reason.empty(), reason);
-      check(::lseek(copy.number(), 0, SEEK_SET) == 0, std::strerror(errno));
+      const bool at_start = ::lseek(copy.number(), 0, SEEK_SET) == 0;
+      check(at_start, std::strerror(errno));
       file_ = std::move(copy);
     }
-    check(::fstat(file_.number(), &status) == 0, std::strerror(errno));
+    const bool known = ::fstat(file_.number(), &status) == 0;
+    check(known, std::strerror(errno));
     size_ = static_cast<std::uint64_t>(status.st_size);
     check(size_ <= most, "it has more than the ", most, " bytes that any has");
   }

@@ -34,8 +34,8 @@ class LineFile {
       bytes_ += static_cast<off_t>(line.size()) + 1;
     }
     file_ = detail::Descriptor(::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
-    require(file_.number() >= 0 && ::ftruncate(file_.number(), bytes_) == 0, id, "cannot write ", path.string(), ": ",
-            std::strerror(errno), "; choose another folder");
+    const bool cut = file_.number() >= 0 && ::ftruncate(file_.number(), bytes_) == 0;  // sets errno before it is read
+    require(cut, id, "cannot write ", path.string(), ": ", std::strerror(errno), "; choose another folder");
   }
 
   /// Appends a line, which has no end of line in it. Says why that was not possible, or nothing.

@@ -72,7 +72,7 @@ for format in "${formats[@]}"; do
     *) build_with_torch "$reader" ;;
   esac
   options=("-max_len=${HEADROOM_FUZZ_LENGTH:-4096}" -malloc_limit_mb=64 -rss_limit_mb=1536 -timeout=60
-    -report_slow_units=60 "-artifact_prefix=$out/$format-")
+    -report_slow_units=60 -error_exitcode=1 "-artifact_prefix=$out/$format-")  # its own, 77, would be "skipped" here
   [ ! -e "$out/$format.dict" ] || options+=("-dict=$out/$format.dict")
   [ ! -d "tests/fuzz/found/$format" ] || "$out/read_$reader" "${options[@]}" "tests/fuzz/found/$format"/*
   "$out/read_$reader" -runs="$runs" "${options[@]}" -print_final_stats=1 "$out/$format" 2>&1 |

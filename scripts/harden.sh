@@ -23,7 +23,7 @@ sanitizers() {
   local left_out="raw pointers, which go back|the resident size follows|no function leaks under|offloaded checkpoints are"
   left_out+="|nothing that attention can be asked for takes more|planning costs the same"
   ASAN_OPTIONS=allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-    ctest --preset sanitize --parallel "$(nproc)" -R "^(torch|training): " -E "$left_out"
+    ctest --preset sanitize --parallel "$(nproc)" -R "^(torch|training):" -E "$left_out"
 }
 
 threads() {

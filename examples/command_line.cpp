@@ -9,7 +9,9 @@
 #include <cstddef>
 #include <exception>
 #include <filesystem>
+#include <functional>
 #include <iostream>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -133,16 +135,20 @@ Option CommandLine::read_by(const std::string& name, const std::function<std::st
   return app_->add_option_function<std::string>(name, take, description)->type_name(type);
 }
 
-int CommandLine::run(const char* name, int argc, char** argv, const std::function<int()>& run) {
-  headroom::io::open_standard_descriptors();
-  headroom::io::handle_stop_signals(headroom::io::OnStop::end);
+std::optional<int> CommandLine::parse(int argc, char** argv) {
   try {
     app_->parse(argc, argv);
   } catch (const CLI::ParseError& e) {
     return app_->exit(e) == 0 ? 0 : 2;
   }
+  return std::nullopt;
+}
+
+int run_tool(const char* name, const std::function<int()>& tool) {
+  headroom::io::open_standard_descriptors();
+  headroom::io::handle_stop_signals(headroom::io::OnStop::end);
   try {
-    const int code = run();
+    const int code = tool();
     const bool printed = static_cast<bool>(std::cout << std::flush) || headroom::io::stop_signal() != 0;
     headroom::require(printed, "headroom.tools.output",
                       "cannot print to the standard output; what was printed is not "

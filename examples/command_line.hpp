@@ -8,6 +8,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -29,6 +30,10 @@ std::string printable(std::string_view text);
 
 /// The device called `name`, once a tensor was there and had elements. Throws headroom.tools.device.
 c10::Device find_device(const std::string& name);
+
+/// Runs a tool and returns its exit code: 1 after an error, whose text it prints, else what `tool` returns. What could
+/// not be printed is an error as well.
+int run_tool(const char* name, const std::function<int()>& tool);
 
 /// The least and the greatest number that an option takes.
 template <class T>
@@ -83,9 +88,9 @@ class CommandLine {
     return read_by(name, read, std::integral<T> ? "INT" : "FLOAT", description);
   }
 
-  /// Runs a tool: exit code 2 for wrong arguments, 1 after an error, whose text it prints, else what `run` returns.
-  /// What could not be printed is an error as well.
-  int run(const char* name, int argc, char** argv, const std::function<int()>& run);
+  /// Sets the variables. Where the tool has nothing more to do, it returns the exit code: 0 after --help, 2 for a wrong
+  /// command line, whose fault it prints.
+  std::optional<int> parse(int argc, char** argv);
 
  private:
   /// `read` returns what is wrong with a text, or nothing.

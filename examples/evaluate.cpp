@@ -159,21 +159,24 @@ void run(const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CommandLine line("Compares separated stems with the true ones: scores of each stem and track.");
-  Arguments arguments;
-  line.path("--reference", arguments.reference, "track folder with mixture.wav and the true stems, or a folder of such")
-      .required();
-  line.path("--estimate", arguments.estimate, "separated stems in the same layout and with the same names").required();
-  line.texts("--stems", arguments.stems, "file names without .wav or .flac").separated_by(',').with_default();
-  line.texts("--metrics", arguments.metrics,
-             "nsdr, si_sdr, sdr, isr, sir, sar (these four: bsseval), l1_freq, log_wmse, bleedless, fullness, or all")
-      .separated_by(',')
-      .with_default();
-  line.path("--json", arguments.json, "also write the result to this file");
-  line.path("--museval", arguments.museval,
-            "also compute BSSEval and write DIR/TRACK.json as museval does, with each frame");
-  line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
-  return line.run("evaluate", argc, argv, [&] {
+  return run_tool("evaluate", [&] {
+    CommandLine line("Compares separated stems with the true ones: scores of each stem and track.");
+    Arguments arguments;
+    line.path("--reference", arguments.reference,
+              "track folder with mixture.wav and the true stems, or a folder of such")
+        .required();
+    line.path("--estimate", arguments.estimate, "separated stems in the same layout and with the same names")
+        .required();
+    line.texts("--stems", arguments.stems, "file names without .wav or .flac").separated_by(',').with_default();
+    line.texts("--metrics", arguments.metrics,
+               "nsdr, si_sdr, sdr, isr, sir, sar (these four: bsseval), l1_freq, log_wmse, bleedless, fullness, or all")
+        .separated_by(',')
+        .with_default();
+    line.path("--json", arguments.json, "also write the result to this file");
+    line.path("--museval", arguments.museval,
+              "also compute BSSEval and write DIR/TRACK.json as museval does, with each frame");
+    line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
+    if (const auto ended = line.parse(argc, argv)) return *ended;
     run(arguments);
     return 0;
   });

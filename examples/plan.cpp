@@ -131,28 +131,31 @@ int run(const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CommandLine line(
-      "Tells what training by a configuration will need, without running it. Exit code 3: it does not fit.");
-  Arguments arguments;
-  std::string devices = "cpu";
-  for (const auto& profile : headroom::known_devices()) devices += ", " + profile.name;
-  line.paths("--config", arguments.configs,
-             "configuration, such as examples/configs/musdb18_small.json, or published .yaml; several for --sweep")
-      .required();
-  line.text("--device", arguments.device, devices + ", or a profile that ends with .json").with_default();
-  line.text("--budget", arguments.budget, "what tensors may take, e.g. 24GiB; default: what the device has");
-  line.text("--attention", arguments.attention, "instead of the configuration's")
-      .one_of({"automatic", "tiled", "reference"});
-  line.texts("--bucket", arguments.buckets,
-             "batches of this shape instead of the configuration's, e.g. 8x3s; several, as in --bucket 8x3s 4x6s, "
-             "follow each other in any order")
-      .without(line.text("--sweep", arguments.sweep,
-                         "a table over values of a number, e.g. segment_length=3s..15s or batch_size=1,2,4; "
-                         "takes --json"));
-  line.flag("--recommend", arguments.recommend, "name the smallest change that fits");
-  line.path("--json", arguments.json, "write the plan as JSON");
-  line.path("--trace", arguments.trace, "write a trace for ui.perfetto.dev");
-  line.path("--snapshot", arguments.snapshot, "write a memory snapshot for pytorch.org/memory_viz");
-  line.path("--html", arguments.html, "write a web page");
-  return line.run("plan", argc, argv, [&] { return run(arguments); });
+  return run_tool("plan", [&] {
+    CommandLine line(
+        "Tells what training by a configuration will need, without running it. Exit code 3: it does not fit.");
+    Arguments arguments;
+    std::string devices = "cpu";
+    for (const auto& profile : headroom::known_devices()) devices += ", " + profile.name;
+    line.paths("--config", arguments.configs,
+               "configuration, such as examples/configs/musdb18_small.json, or published .yaml; several for --sweep")
+        .required();
+    line.text("--device", arguments.device, devices + ", or a profile that ends with .json").with_default();
+    line.text("--budget", arguments.budget, "what tensors may take, e.g. 24GiB; default: what the device has");
+    line.text("--attention", arguments.attention, "instead of the configuration's")
+        .one_of({"automatic", "tiled", "reference"});
+    line.texts("--bucket", arguments.buckets,
+               "batches of this shape instead of the configuration's, e.g. 8x3s; several, as in --bucket 8x3s 4x6s, "
+               "follow each other in any order")
+        .without(line.text("--sweep", arguments.sweep,
+                           "a table over values of a number, e.g. segment_length=3s..15s or batch_size=1,2,4; "
+                           "takes --json"));
+    line.flag("--recommend", arguments.recommend, "name the smallest change that fits");
+    line.path("--json", arguments.json, "write the plan as JSON");
+    line.path("--trace", arguments.trace, "write a trace for ui.perfetto.dev");
+    line.path("--snapshot", arguments.snapshot, "write a memory snapshot for pytorch.org/memory_viz");
+    line.path("--html", arguments.html, "write a web page");
+    const auto ended = line.parse(argc, argv);
+    return ended ? *ended : run(arguments);
+  });
 }

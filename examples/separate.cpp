@@ -159,44 +159,48 @@ int run(Arguments arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CommandLine line("Separates recordings into stems: OUTDIR/<stem>.wav for each stem of the model.");
-  Arguments arguments;
-  line.paths("--model,--weights", arguments.models,
-             "saved state or .safetensors written by train, or demucs' .th or .yaml with the .th beside it; with "
-             "--config any .ckpt, .pth or .safetensors; given several times, an ensemble")
-      .required()
-      .one_each_time();
-  line.paths("--config", arguments.configs,
-             "configuration of the weights, also one that was published with them; one for all or one each")
-      .one_each_time();
-  line.flag("--raw-weights", arguments.raw_weights,
-            "of a saved state with averaged weights take those that training goes on from");
-  std::vector<std::string> ensembles;
-  for (const auto& [name, combination] : combinations()) ensembles.push_back(name);
-  line.text("--ensemble", arguments.ensemble,
-            "of several models: mean, median, min or max, of samples or, with :spectrum, of spectra")
-      .one_of(ensembles)
-      .with_default();
-  line.paths("INPUT...OUTDIR", arguments.paths,
-             "recordings and, last, the folder for the stems, which is made if it is not there. A recording is a file "
-             "(WAV, FLAC, MP3, Ogg, AIFF of any sample rate), a folder with such files, or -, the standard input")
-      .required()
-      .at_least(2);
-  const auto stems = line.texts("--stems", arguments.choice.stems, "write these stems only: vocals,drums");
-  stems.separated_by(',');
-  line.text("--two-stems", arguments.choice.two_stems, "write this stem, and all the rest as no_STEM").without(stems);
-  line.text("--residual", arguments.choice.residual, "also write what the stems leave of the recording, as NAME");
-  std::vector<std::string> formats;
-  for (const auto& [name, encoding] : kFormats) formats.push_back(name);
-  line.text("--format", arguments.format, "wav16, wav24, flac16, flac24 (integers) or wav32f (float)")
-      .one_of(formats)
-      .with_default();
-  line.text(
-      "--name", arguments.name,
-      "names of the files, of {track}, {ext}, {stem} and {model}; default {stem} for one file, else {track}/{stem}");
-  line.flag("--overwrite", arguments.overwrite, "replace files that are in OUTDIR already");
-  add_blend_options(line, arguments.blend);
-  line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
-  line.text("--device", arguments.device, "where the model runs, e.g. cpu or cuda").with_default();
-  return line.run("separate", argc, argv, [&] { return run(arguments); });
+  return run_tool("separate", [&] {
+    CommandLine line("Separates recordings into stems: OUTDIR/<stem>.wav for each stem of the model.");
+    Arguments arguments;
+    line.paths("--model,--weights", arguments.models,
+               "saved state or .safetensors written by train, or demucs' .th or .yaml with the .th beside it; with "
+               "--config any .ckpt, .pth or .safetensors; given several times, an ensemble")
+        .required()
+        .one_each_time();
+    line.paths("--config", arguments.configs,
+               "configuration of the weights, also one that was published with them; one for all or one each")
+        .one_each_time();
+    line.flag("--raw-weights", arguments.raw_weights,
+              "of a saved state with averaged weights take those that training goes on from");
+    std::vector<std::string> ensembles;
+    for (const auto& [name, combination] : combinations()) ensembles.push_back(name);
+    line.text("--ensemble", arguments.ensemble,
+              "of several models: mean, median, min or max, of samples or, with :spectrum, of spectra")
+        .one_of(ensembles)
+        .with_default();
+    line.paths(
+            "INPUT...OUTDIR", arguments.paths,
+            "recordings and, last, the folder for the stems, which is made if it is not there. A recording is a file "
+            "(WAV, FLAC, MP3, Ogg, AIFF of any sample rate), a folder with such files, or -, the standard input")
+        .required()
+        .at_least(2);
+    const auto stems = line.texts("--stems", arguments.choice.stems, "write these stems only: vocals,drums");
+    stems.separated_by(',');
+    line.text("--two-stems", arguments.choice.two_stems, "write this stem, and all the rest as no_STEM").without(stems);
+    line.text("--residual", arguments.choice.residual, "also write what the stems leave of the recording, as NAME");
+    std::vector<std::string> formats;
+    for (const auto& [name, encoding] : kFormats) formats.push_back(name);
+    line.text("--format", arguments.format, "wav16, wav24, flac16, flac24 (integers) or wav32f (float)")
+        .one_of(formats)
+        .with_default();
+    line.text(
+        "--name", arguments.name,
+        "names of the files, of {track}, {ext}, {stem} and {model}; default {stem} for one file, else {track}/{stem}");
+    line.flag("--overwrite", arguments.overwrite, "replace files that are in OUTDIR already");
+    add_blend_options(line, arguments.blend);
+    line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
+    line.text("--device", arguments.device, "where the model runs, e.g. cpu or cuda").with_default();
+    const auto ended = line.parse(argc, argv);
+    return ended ? *ended : run(arguments);
+  });
 }

@@ -166,34 +166,37 @@ int run(const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CommandLine line(
-      "Trains a separator on a data set; writes last.pt, best.pt, their weights as .safetensors, config.json, "
-      "metrics.jsonl, report.html and summary.json.");
-  Arguments arguments;
-  line.path("--config", arguments.config,
-            "configuration, such as examples/configs/musdb18_small.json, or published .yaml")
-      .required();
-  const auto weights =
-      line.path("--weights", arguments.weights, "weights to begin with: .ckpt, .pth, .safetensors or a saved state");
-  weights.without(line.path("--resume", arguments.resume, "saved state to go on from, or the folder of a run"));
-  line.flag("--allow-partial", arguments.allow_partial,
-            "of --weights take what fits, of other sizes a part, and tell the rest")
-      .needs(weights);
-  line.path("--data", arguments.data,
-            "data set: a folder with `train` and, optionally, `valid`, or a CSV table; default: data.path");
-  line.flag("--strict", arguments.strict, "end when an audio file fails; default: leave its track out");
-  line.path("--out", arguments.out, "folder for what is written").with_default();
-  line.flag("--overwrite", arguments.overwrite, "start anew in a folder that holds another run");
-  line.number("--steps", arguments.steps, Bounds<int64_t>{1, 1'000'000'000'000'000},
-              "end at this step; default: epochs x steps_per_epoch");
-  line.number("--seconds", arguments.seconds, Bounds<double>{1e-3, 1e9},
-              "end after this time; the learning rate reaches its end then");
-  line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
-  line.text("--card", arguments.card, "device profile to plan for, see plan --help; default: cpu on the CPU");
-  line.text("--budget", arguments.budget, "what tensors may take, e.g. 8GiB; default: what the card has");
-  line.flag("--fit", arguments.fit, "apply the smallest change that makes a run fit that does not");
-  line.flag("--memory-summary", arguments.memory_summary, "end with the allocator's statistics");
-  line.flag("--unplanned", arguments.unplanned, "start without planning the memory");
-  line.text("--device", arguments.device, "where the model runs, e.g. cpu or cuda").with_default();
-  return line.run("train", argc, argv, [&] { return run(arguments); });
+  return run_tool("train", [&] {
+    CommandLine line(
+        "Trains a separator on a data set; writes last.pt, best.pt, their weights as .safetensors, config.json, "
+        "metrics.jsonl, report.html and summary.json.");
+    Arguments arguments;
+    line.path("--config", arguments.config,
+              "configuration, such as examples/configs/musdb18_small.json, or published .yaml")
+        .required();
+    const auto weights =
+        line.path("--weights", arguments.weights, "weights to begin with: .ckpt, .pth, .safetensors or a saved state");
+    weights.without(line.path("--resume", arguments.resume, "saved state to go on from, or the folder of a run"));
+    line.flag("--allow-partial", arguments.allow_partial,
+              "of --weights take what fits, of other sizes a part, and tell the rest")
+        .needs(weights);
+    line.path("--data", arguments.data,
+              "data set: a folder with `train` and, optionally, `valid`, or a CSV table; default: data.path");
+    line.flag("--strict", arguments.strict, "end when an audio file fails; default: leave its track out");
+    line.path("--out", arguments.out, "folder for what is written").with_default();
+    line.flag("--overwrite", arguments.overwrite, "start anew in a folder that holds another run");
+    line.number("--steps", arguments.steps, Bounds<int64_t>{1, 1'000'000'000'000'000},
+                "end at this step; default: epochs x steps_per_epoch");
+    line.number("--seconds", arguments.seconds, Bounds<double>{1e-3, 1e9},
+                "end after this time; the learning rate reaches its end then");
+    line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
+    line.text("--card", arguments.card, "device profile to plan for, see plan --help; default: cpu on the CPU");
+    line.text("--budget", arguments.budget, "what tensors may take, e.g. 8GiB; default: what the card has");
+    line.flag("--fit", arguments.fit, "apply the smallest change that makes a run fit that does not");
+    line.flag("--memory-summary", arguments.memory_summary, "end with the allocator's statistics");
+    line.flag("--unplanned", arguments.unplanned, "start without planning the memory");
+    line.text("--device", arguments.device, "where the model runs, e.g. cpu or cuda").with_default();
+    const auto ended = line.parse(argc, argv);
+    return ended ? *ended : run(arguments);
+  });
 }

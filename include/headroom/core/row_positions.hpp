@@ -171,13 +171,13 @@ class PolarForm {
     if (d < end) f((d - first) / N, d, end - d);
   }
   EIGEN_ALWAYS_INLINE static Packet load(const Scalar* from, Index count) {
-    if (count == N) return simd::load(from);
+    if (count >= N) return simd::load(from);
     alignas(64) Scalar lanes[N] = {};
     std::copy_n(from, count, lanes);
     return simd::load(lanes);
   }
   EIGEN_ALWAYS_INLINE static void store(Scalar* to, const Packet& x, Index count) {
-    if (count == N) return simd::store(to, x);
+    if (count >= N) return simd::store(to, x);
     alignas(64) Scalar lanes[N];
     simd::store(lanes, x);
     std::copy_n(lanes, count, to);

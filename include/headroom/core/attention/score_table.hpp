@@ -61,6 +61,11 @@ class TablePlaces {
       scatter(table, Lanes<Scalar>(row).packet, c);
     }
   }
+  /// Takes what `other` knows: the elements one by one only where it has them.
+  EIGEN_ALWAYS_INLINE void assign(const TablePlaces& other) {
+    first_ = other.first_, step_ = other.step_;
+    if (step_ == kScattered) std::copy_n(other.element_, N, element_);
+  }
   EIGEN_ALWAYS_INLINE Packet load(const Scalar* table) const {
     if (step_ == 1) return simd::load(table + first_);
     if (step_ == -1) return Eigen::internal::preverse(simd::load(table + first_ - (N - 1)));
@@ -156,7 +161,7 @@ class TableWithGradient {
   EIGEN_ALWAYS_INLINE Dual<Scalar> operator()(Row row, Column column) const {
     const TablePlaces<Scalar> places(table_, row, column);
     const bool is_wanted = look_up_.count++ == look_up_.wanted;
-    if (is_wanted) look_up_.places = places, look_up_.sums = sums_;
+    if (is_wanted) look_up_.places.assign(places), look_up_.sums = sums_;
     return {places.load(static_cast<const Scalar*>(table_.data)), is_wanted ? 1 : 0};
   }
   template <TableIndex<Scalar> Column>

@@ -93,8 +93,8 @@ struct QueryRun {
  private:
   void summarise(Index keys) {
     any = hull_of(first, last, count(), keys);
-    Scalar begin = first[0], end = last[0];
-    for (Index i = 1; i < count(); ++i) begin = std::max(begin, first[i]), end = std::min(end, last[i]);
+    Scalar begin = 0, end = static_cast<Scalar>(keys);
+    for (Index i = 0; i < count(); ++i) begin = std::max(begin, first[i]), end = std::min(end, last[i]);
     all = {static_cast<Index>(begin), static_cast<Index>(end)};
   }
 };

@@ -3,14 +3,15 @@
 //
 // HEADROOM_FAILING=disk counts calls that change regular files; =memory counts those that get memory for tensors: one
 // for each small tensor, and one for each range of the arena of large ones; =places counts what else the program gets
-// memory for, itself or through the standard library: the first time at each place, which is the chain of its functions
-// that leads there. HEADROOM_FAIL_FROM=N fails call N (from 1 on) and, with ENOSPC, all after it; of those for memory
-// of tensors also the next two, since the arena asks for less and then malloc. With none, calls are only counted.
-// HEADROOM_FAIL_WITH=ENOSPC|EIO|short: the error, or a write of half the bytes. HEADROOM_CALLS=FILE gets their number,
-// HEADROOM_PLACE=FILE the place that failed: where in the program its function lies.
+// memory for, itself or through the standard library, threads included: the first time at each place, which is the
+// chain of its functions that leads there. HEADROOM_FAIL_FROM=N fails call N (from 1 on) and, with ENOSPC, all after
+// it; of those for memory of tensors also the next two, since the arena asks for less and then malloc. With none, calls
+// are only counted. HEADROOM_FAIL_WITH=ENOSPC|EIO|short: the error, or a write of half the bytes. HEADROOM_CALLS=FILE
+// gets their number, HEADROOM_PLACE=FILE the place that failed: where in the program its function lies.
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <link.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -212,6 +213,9 @@ void* no_memory() {
 void* malloc(size_t size) { return fails_at_place() ? no_memory() : __libc_malloc(size); }
 void* calloc(size_t count, size_t size) { return fails_at_place() ? no_memory() : __libc_calloc(count, size); }
 void* realloc(void* memory, size_t size) { return fails_at_place() ? no_memory() : __libc_realloc(memory, size); }
+int pthread_create(pthread_t* thread, const pthread_attr_t* wishes, void* (*function)(void*), void* argument) noexcept {
+  return fails_at_place() ? EAGAIN : HEADROOM_REAL(pthread_create)(thread, wishes, function, argument);
+}
 void* aligned_alloc(size_t alignment, size_t size) {
   return fails_at_place() ? no_memory() : __libc_memalign(alignment, size);
 }

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/memory/meter.hpp"
 #include "headroom/training/state.hpp"
 #include "headroom/training/trainer.hpp"
 #include "support/catch.hpp"
@@ -85,6 +86,16 @@ TEST_CASE("an error of a reader arrives at the example that failed, and a second
   CHECK(equal(ahead(4, 4), short_noise(4, 4)));
   CHECK(failures == 3);
 }
+
+#ifdef _OPENMP
+TEST_CASE("a reader thread that has no memory to begin with ends the wait for its examples") {
+  MemoryMeter meter;
+  meter.fail_allocation(0);
+  Prefetch ahead([](int64_t, int64_t) { return Example{}; }, {.threads = 1});
+  CHECK_THROWS_AS(ahead(0, 1), c10::OutOfMemoryError);
+  CHECK_THROWS_AS(ahead(0, 1), c10::OutOfMemoryError);
+}
+#endif
 
 TEST_CASE("the end waits for the examples in work alone") {
   std::atomic<int> reads = 0;

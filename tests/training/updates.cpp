@@ -174,6 +174,26 @@ TEST_CASE("averages of weights follow them, take one copy, and are what is valid
   for (const auto& [name, tensor] : fresh.trainer.state().ema) CHECK(tensor.equal(end.model.at(name)));
 }
 
+TEST_CASE("weights for whose averages there is no memory stay as they are") {
+  torch::nn::Sequential model(torch::nn::Linear(8, 8), torch::nn::Linear(8, 8));
+  model->to(torch::kBFloat16);  // the averages are in float, what is used is a copy
+  const WeightAverage average(*model, 0.5);
+  {
+    const torch::NoGradGuard guard;
+    for (const Tensor& parameter : model->parameters()) parameter.add_(1);
+  }
+  std::vector<Tensor> weights;
+  for (const Tensor& parameter : model->parameters()) weights.push_back(parameter.detach().clone());
+  for (const int64_t spared : {0, 1, 3}) {
+    MemoryMeter meter;
+    meter.fail_allocation(spared);
+    CHECK_THROWS_AS(WeightAverage::InUse(average), c10::OutOfMemoryError);
+    for (size_t i = 0; i < weights.size(); ++i) CHECK(torch::equal(model->parameters()[i], weights[i]));
+  }
+  const WeightAverage::InUse in_use(average);
+  CHECK_FALSE(torch::equal(model->parameters()[0], weights[0]));
+}
+
 TEST_CASE("patterns: stars and question marks; one that stands for no parameter is told with the nearest names") {
   CHECK(matches("*", "a.b"));
   CHECK(matches("encoder.*.weight", "encoder.0.norm.weight"));

@@ -123,6 +123,7 @@ class PieceGradients {
   class HooksAside {
    public:
     explicit HooksAside(const std::vector<at::Tensor>& parameters) {
+      aside_.reserve(parameters.size());
       for (const at::Tensor& p : parameters) {
         auto* const meta = torch::autograd::impl::get_autograd_meta(p);
         if (meta != nullptr && !meta->hooks_.empty()) aside_.emplace_back(meta, std::exchange(meta->hooks_, {}));

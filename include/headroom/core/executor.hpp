@@ -2,6 +2,7 @@
 
 #include <concepts>
 #include <cstddef>
+#include <exception>
 #include <memory>
 #include <new>
 
@@ -31,8 +32,9 @@ class AlignedBuffer {
 /// Who runs the tasks of an algorithm, and where its workspace comes from.
 ///
 /// `run(tasks, body)` calls `body(task, worker)` once for each task in [0, tasks), with worker in [0, workers()), and
-/// no two calls at a time on one worker. Tasks *start* in ascending order, so a task may wait for an earlier one.
-/// `allocate(bytes)` owns a block of 64-byte aligned memory at `data()`.
+/// no two calls at a time on one worker. Tasks *start* in ascending order, so a task may wait for an earlier one. What
+/// a task throws, `run` throws at its end; one that others wait for must not throw. `allocate(bytes)` owns a block of
+/// 64-byte aligned memory at `data()`.
 template <class E>
 concept Executor = requires(const E& executor, Index n, void (*body)(Index, int)) {
   { executor.workers() } -> std::convertible_to<int>;
@@ -59,8 +61,17 @@ struct OpenMpExecutor {
   AlignedBuffer allocate(Index bytes) const { return AlignedBuffer(bytes); }
   template <class Body>
   void run(Index tasks, Body&& body) const {
+    std::exception_ptr error;  // the first; none may leave the parallel region
 #pragma omp parallel for schedule(monotonic : dynamic, 1) num_threads(threads)
-    for (Index task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
+    for (Index task = 0; task < tasks; ++task) {
+      try {
+        body(task, omp_get_thread_num());
+      } catch (...) {
+#pragma omp critical(headroom_executor)
+        if (error == nullptr) error = std::current_exception();
+      }
+    }
+    if (error != nullptr) std::rethrow_exception(error);
   }
 };
 using DefaultExecutor = OpenMpExecutor;

@@ -21,10 +21,10 @@ struct PhaseUse {
 };
 
 /// The same phase again: seconds add up, the highest peak counts.
-inline void add_phase(std::vector<PhaseUse>& phases, const PhaseUse& use) {
+inline void add_phase(std::vector<PhaseUse>& phases, PhaseUse use) {
   const auto known = std::ranges::find(phases, use.name, &PhaseUse::name);
   if (known == phases.end()) {
-    phases.push_back(use);
+    phases.push_back(std::move(use));
   } else {
     known->seconds += use.seconds;
     known->peak_bytes = std::max(known->peak_bytes, use.peak_bytes);
@@ -41,17 +41,20 @@ class PhaseMeter {
   /// One phase, from here to the end of the scope.
   class Scope {
    public:
-    Scope(PhaseMeter& phases, const char* name) : phases_(phases), name_(name), meter_(phases.device_) {}
+    Scope(PhaseMeter& phases, const char* name) : phases_(phases.measured_), use_{name}, meter_(phases.device_) {
+      phases_.reserve(phases_.size() + 1);  // so that the end, which may be one for want of memory, takes none
+    }
     ~Scope() {
-      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start_;
-      add_phase(phases_.measured_, {name_, seconds.count(), meter_.peak()});
+      use_.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+      use_.peak_bytes = meter_.peak();
+      add_phase(phases_, std::move(use_));
     }
     Scope(const Scope&) = delete;
     Scope& operator=(const Scope&) = delete;
 
    private:
-    PhaseMeter& phases_;
-    const char* name_;
+    std::vector<PhaseUse>& phases_;
+    PhaseUse use_;
     MemoryMeter meter_;
     std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
   };

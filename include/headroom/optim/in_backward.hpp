@@ -1,18 +1,15 @@
 #pragma once
 
-#include <torch/csrc/autograd/function_hook.h>
-#include <torch/csrc/autograd/variable.h>
 #include <torch/types.h>
 
 #include <cstddef>
 #include <functional>
-#include <memory>
 #include <utility>
 
 #include "headroom/core/error.hpp"
 #include "headroom/optim/optimizer.hpp"
+#include "headroom/runtime/gradient_hooks.hpp"
 #include "headroom/runtime/phase.hpp"
-#include "headroom/runtime/torch_version.hpp"
 
 namespace headroom::inline v0::optim {
 
@@ -48,14 +45,7 @@ class InBackward {
     }
     for (size_t group = 0; group < optimizer_.param_groups().size(); ++group) {
       for (const torch::Tensor& parameter : optimizer_.param_groups()[group].params()) {
-        torch::autograd::impl::set_post_acc_grad_hooks(parameter, std::make_unique<Hook>(*this, group));
-      }
-    }
-  }
-  ~InBackward() {
-    for (const auto& group : optimizer_.param_groups()) {
-      for (const torch::Tensor& parameter : group.params()) {
-        torch::autograd::impl::set_post_acc_grad_hooks(parameter, nullptr);
+        hooks_.add(parameter, [this, group](const torch::Tensor& complete) { update(group, complete); });
       }
     }
   }
@@ -63,21 +53,16 @@ class InBackward {
   InBackward& operator=(const InBackward&) = delete;
 
  private:
-  struct Hook final : torch::autograd::PostAccumulateGradHook {
-    InBackward& owner;
-    size_t group;
-    Hook(InBackward& o, size_t g) : owner(o), group(g) {}
-
-    void operator()(const torch::autograd::Variable& parameter) override {
-      const Phase phase("optimizer");
-      if (owner.inspect_) owner.inspect_(parameter);
-      owner.optimizer_.update(group, parameter);
-      parameter.mutable_grad().reset();
-    }
-  };
+  void update(size_t group, const torch::Tensor& parameter) {
+    const Phase phase("optimizer");
+    if (inspect_) inspect_(parameter);
+    optimizer_.update(group, parameter);
+    parameter.mutable_grad().reset();
+  }
 
   Optimizer& optimizer_;
   std::function<void(const torch::Tensor&)> inspect_;
+  GradientHooks hooks_;
 };
 
 }  // namespace headroom::inline v0::optim

@@ -1,21 +1,18 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/function_hook.h>
-#include <torch/csrc/autograd/variable.h>
 #include <torch/nn/module.h>
 #include <torch/types.h>
 
 #include <cmath>
 #include <cstdint>
-#include <memory>
 #include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "headroom/runtime/gradient_hooks.hpp"
 #include "headroom/runtime/phase.hpp"
-#include "headroom/runtime/torch_version.hpp"
 #include "headroom/training/parameter_names.hpp"
 #include "headroom/training/sections.hpp"
 #include "headroom/training/state.hpp"
@@ -49,11 +46,10 @@ class LowRank {
     }
     for (const Change& change : changes_) {
       change.a.requires_grad_(), change.b.requires_grad_();
-      torch::autograd::impl::set_post_acc_grad_hooks(change.matrix, std::make_unique<Hook>(change, scale_));
+      hooks_.add(change.matrix, [a = change.a, b = change.b, scale = scale_](const torch::Tensor& matrix) {
+        move_gradient(matrix, a, b, scale);
+      });
     }
-  }
-  ~LowRank() {
-    for (const Change& change : changes_) torch::autograd::impl::set_post_acc_grad_hooks(change.matrix, nullptr);
   }
   LowRank(const LowRank&) = delete;
   LowRank& operator=(const LowRank&) = delete;
@@ -101,23 +97,17 @@ class LowRank {
   };
 
   /// Turns the gradient of a matrix into those of A and B, and frees it.
-  struct Hook final : torch::autograd::PostAccumulateGradHook {
-    torch::Tensor a, b;
-    double scale;
-    Hook(const Change& change, double s) : a(change.a), b(change.b), scale(s) {}
-
-    void operator()(const torch::autograd::Variable& matrix) override {
-      const torch::NoGradGuard guard;
-      const torch::Tensor& gradient = matrix.grad();
-      add(a, at::mm(b.t(), gradient).mul_(scale));
-      add(b, at::mm(gradient, a.t()).mul_(scale));
-      matrix.mutable_grad().reset();
-    }
-    static void add(const torch::Tensor& parameter, const torch::Tensor& gradient) {
-      torch::Tensor& sum = parameter.mutable_grad();
-      sum.defined() ? sum.add_(gradient) : sum = gradient;
-    }
-  };
+  static void move_gradient(const torch::Tensor& matrix, const torch::Tensor& a, const torch::Tensor& b, double scale) {
+    const torch::NoGradGuard guard;
+    const torch::Tensor& gradient = matrix.grad();
+    add(a, at::mm(b.t(), gradient).mul_(scale));
+    add(b, at::mm(gradient, a.t()).mul_(scale));
+    matrix.mutable_grad().reset();
+  }
+  static void add(const torch::Tensor& parameter, const torch::Tensor& gradient) {
+    torch::Tensor& sum = parameter.mutable_grad();
+    sum.defined() ? sum.add_(gradient) : sum = gradient;
+  }
 
   static std::set<std::string> chosen_names(const NamedParameters& parameters,
                                             const std::vector<std::string>& patterns) {
@@ -135,6 +125,7 @@ class LowRank {
 
   std::vector<Change> changes_;
   double scale_;
+  GradientHooks hooks_;
 };
 
 }  // namespace headroom::inline v0::training

@@ -11,6 +11,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -68,18 +69,20 @@ class Prefetch {
             "headroom.training.prefetch", "got ", options.examples, " examples and ", options.threads,
             " threads, expected 0 or more examples and 0 to ", kMostThreads, " threads");
     if (options.examples == 0) return;
-    for (std::int64_t i = 0; i < options.threads; ++i) threads_.emplace_back([this] { read_ahead(); });
+    try {
+      for (std::int64_t i = 0; i < options.threads; ++i) threads_.emplace_back([this] { read_ahead(); });
+    } catch (const std::system_error& error) {
+      stop();
+      fail("headroom.training.prefetch", "cannot start ", options.threads, " threads: ", error.code().message(),
+           "; give fewer, or end other programs");
+    } catch (...) {
+      stop();
+      throw;
+    }
   }
   Prefetch(const Prefetch&) = delete;
   Prefetch& operator=(const Prefetch&) = delete;
-  ~Prefetch() {
-    {
-      const std::lock_guard lock(mutex_);
-      stopping_ = true;
-    }
-    changed_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
+  ~Prefetch() { stop(); }
 
   /// Examples first, …, first + count - 1: [B,C,S] and [B,N,C,S]. Throws what the source throws.
   Example operator()(std::int64_t first, std::int64_t count) {
@@ -100,7 +103,8 @@ class Prefetch {
   Example take(std::int64_t index) {
     std::unique_lock lock(mutex_);
     want(index);
-    changed_.wait(lock, [&] { return window_.contains(index) && window_.at(index); });
+    changed_.wait(lock, [&] { return failure_ || (window_.contains(index) && window_.at(index)); });
+    if (failure_) std::rethrow_exception(failure_);
     const Outcome outcome = *std::exchange(window_.at(index), std::nullopt);
     want(index + 1);
     if (outcome.error) std::rethrow_exception(outcome.error);
@@ -125,9 +129,28 @@ class Prefetch {
 
   std::int64_t room() const { return options_.examples; }
 
+  void stop() {
+    {
+      const std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    changed_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
   /// What a thread does.
   void read_ahead() {
-    detail::settle_reader_thread();
+    try {
+      detail::settle_reader_thread();
+      read_wanted();
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      failure_ = std::current_exception();
+      changed_.notify_all();
+    }
+  }
+
+  void read_wanted() {
     std::unique_lock lock(mutex_);
     while (true) {
       changed_.wait(lock, [&] { return stopping_ || next(); });
@@ -159,6 +182,7 @@ class Prefetch {
   std::optional<std::int64_t> first_;
   std::map<std::int64_t, std::optional<Outcome>> window_;  ///< of the wanted examples; nothing: being read
   bool stopping_ = false;
+  std::exception_ptr failure_;  ///< what ended a thread
   std::vector<std::thread> threads_;
 };
 

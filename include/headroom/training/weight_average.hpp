@@ -59,19 +59,21 @@ class WeightAverage {
     explicit InUse(const WeightAverage& of) {
       const torch::NoGradGuard guard;
       for (const Average& a : of.averages_) {
-        const torch::Tensor used = a.average.to(a.parameter.scalar_type());
-        weights_.emplace_back(a.parameter, a.parameter.tensor_data());
-        a.parameter.set_data(used);
+        changed_.push_back({a.parameter, a.parameter.tensor_data(), a.average.to(a.parameter.scalar_type())});
       }
+      for (Changed& c : changed_) c.parameter.set_data(std::exchange(c.average, {}));  // once nothing can fail any more
     }
     ~InUse() {
-      for (const auto& [parameter, weights] : weights_) parameter.set_data(weights);
+      for (const Changed& c : changed_) c.parameter.set_data(c.weights);
     }
     InUse(const InUse&) = delete;
     InUse& operator=(const InUse&) = delete;
 
    private:
-    std::vector<std::pair<torch::Tensor, torch::Tensor>> weights_;
+    struct Changed {
+      torch::Tensor parameter, weights, average;
+    };
+    std::vector<Changed> changed_;
   };
 
  private:

@@ -25,6 +25,7 @@ class CountingLedger : public c10::Allocator, public MemoryLedger {
  public:
   void open(MeterWindow& window) override {
     const std::scoped_lock lock(mutex_);
+    windows_.reserve(windows_.size() + 1);
     if (windows_.empty()) {
       underlying_ = c10::GetAllocator(type_);
       c10::SetAllocator(type_, this);
@@ -146,7 +147,12 @@ class CountingAllocator final : public CountingLedger {
     if (const auto known = sizes_.find(data); known != sizes_.end()) {
       remove(data, known->second);
     }
-    sizes_[data] = size;
+    try {
+      sizes_[data] = size;
+    } catch (...) {
+      underlying_->raw_deallocate(data);
+      throw;
+    }
     add(data, size);
     return {data, data, &release, c10::Device(c10::kCPU)};
   }

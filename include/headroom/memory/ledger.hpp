@@ -17,7 +17,7 @@ class AllocationListener {
  public:
   virtual ~AllocationListener() = default;
   virtual void allocated(const void* block, std::int64_t bytes) = 0;
-  virtual void freed(const void* block) = 0;
+  virtual void freed(const void* block) noexcept = 0;
 };
 
 /// One meter's view: what happened since it was opened or restarted.

@@ -9,8 +9,10 @@
 #include <torch/nn/module.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <deque>
+#include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -41,20 +43,20 @@ namespace headroom::inline v0 {
 /// nest: each sees all allocations, the innermost one sees the operators.
 class TraceRecorder : private detail::AllocationListener {
  public:
-  TraceRecorder() : name_(trace_.names), outer_(std::exchange(current_, this)) {
+  TraceRecorder() : name_(trace_.names), outer_(current_) {
     meta_window_.listener = this;
     host_window_.listener = &host_;
-    detail::MetaAllocator::instance().open(meta_window_);
+    current_ = this;
     try {
+      detail::MetaAllocator::instance().open(meta_window_);
       detail::CountingAllocator::instance().open(host_window_);
+      // An inner one is found by the callback of the outermost
+      callback_ = outer_ != nullptr ? outer_->callback_ : add_callback();
+      Registry::instance().set(callback_, this);
     } catch (...) {
-      detail::MetaAllocator::instance().close(meta_window_);
-      current_ = outer_;
+      stop();
       throw;
     }
-    // An inner one is found by the callback of the outermost
-    callback_ = outer_ != nullptr ? outer_->callback_ : add_callback();
-    Registry::instance().set(callback_, this);
   }
   ~TraceRecorder() override { stop(); }
   TraceRecorder(const TraceRecorder&) = delete;
@@ -88,9 +90,10 @@ class TraceRecorder : private detail::AllocationListener {
     for (const auto& buffer : module.named_buffers()) claim(buffer.value(), path_of(buffer.key()));
   }
 
-  /// Ends the recording.
+  /// Ends the recording. Throws what kept it from being complete, such as std::bad_alloc.
   MemoryTrace finish() {
     stop();
+    if (failure_ != nullptr) std::rethrow_exception(failure_);
     mark_gradients();
     detail::attribute_operators(trace_, name_, users_);
     detail::attribute_blocks(trace_, name_);
@@ -106,7 +109,7 @@ class TraceRecorder : private detail::AllocationListener {
     TraceRecorder& recorder;
     explicit Host(TraceRecorder& r) : recorder(r) {}
     void allocated(const void* block, int64_t bytes) override { recorder.add(block, bytes, true); }
-    void freed(const void* block) override { recorder.freed(block); }
+    void freed(const void* block) noexcept override { recorder.freed(block); }
   };
 
   struct Call : at::ObserverContext {
@@ -135,8 +138,11 @@ class TraceRecorder : private detail::AllocationListener {
     }
     void set(at::CallbackHandle callback, TraceRecorder* recorder) {
       const std::scoped_lock lock(mutex);
-      innermost[callback] = recorder;
-      if (recorder == nullptr) innermost.erase(callback);
+      if (recorder == nullptr) {
+        innermost.erase(callback);
+      } else {
+        innermost[callback] = recorder;
+      }
     }
     TraceRecorder* find(at::CallbackHandle callback) {
       const std::scoped_lock lock(mutex);
@@ -159,14 +165,29 @@ class TraceRecorder : private detail::AllocationListener {
     return recorder != nullptr;
   }
 
+  /// Keeps the books by `f`. LibTorch goes on where a callback threw, and a deleter must not: what is thrown ends the
+  /// books, and finish() throws it.
+  template <class F>
+  void record(F&& f) noexcept {
+    if (failed_) return;
+    try {
+      f();
+    } catch (...) {
+      const std::scoped_lock lock(mutex_);
+      if (!failed_.exchange(true)) failure_ = std::current_exception();
+    }
+  }
+
   static std::unique_ptr<at::ObserverContext> started(const at::RecordFunction& function) {
+    std::unique_ptr<at::ObserverContext> call;
     TraceRecorder* const recorder = of_this_thread();
-    return recorder != nullptr ? recorder->start(function) : nullptr;
+    if (recorder != nullptr) recorder->record([&] { call = recorder->start(function); });
+    return call;
   }
   static void ended(const at::RecordFunction& function, at::ObserverContext* context) {
     if (context == nullptr) return;
     auto& call = static_cast<Call&>(*context);
-    call.recorder.end(function, call);
+    call.recorder.record([&] { call.recorder.end(function, call); });
   }
 
   std::unique_ptr<at::ObserverContext> start(const at::RecordFunction& function) {
@@ -297,24 +318,28 @@ class TraceRecorder : private detail::AllocationListener {
   }
 
   void allocated(const void* block, int64_t bytes) override { add(block, bytes, false); }
-  void freed(const void* block) override {
-    const std::scoped_lock lock(mutex_);
-    owners_.erase(block);
-    const auto live = live_.find(block);
-    if (live == live_.end()) return;
-    trace_.blocks[live->second].end = trace_.events++;
-    trace_.blocks[live->second].end_phase = is_of_this_thread() ? phase() : last_phase_;
-    live_.erase(live);
+  void freed(const void* block) noexcept override {
+    record([&] {
+      const std::scoped_lock lock(mutex_);
+      owners_.erase(block);
+      const auto live = live_.find(block);
+      if (live == live_.end()) return;
+      trace_.blocks[live->second].end = trace_.events++;
+      trace_.blocks[live->second].end_phase = is_of_this_thread() ? phase() : last_phase_;
+      live_.erase(live);
+    });
   }
   void add(const void* block, int64_t bytes, bool on_host) {
-    if (!is_of_this_thread()) return;
-    const std::scoped_lock lock(mutex_);
-    live_[block] = trace_.blocks.size();
-    trace_.blocks.push_back({.bytes = bytes,
-                             .begin = trace_.events++,
-                             .op = stack_.empty() ? -1 : stack_.back(),
-                             .phase = phase(),
-                             .on_host = on_host});
+    record([&] {
+      if (!is_of_this_thread()) return;
+      const std::scoped_lock lock(mutex_);
+      live_[block] = trace_.blocks.size();
+      trace_.blocks.push_back({.bytes = bytes,
+                               .begin = trace_.events++,
+                               .op = stack_.empty() ? -1 : stack_.back(),
+                               .phase = phase(),
+                               .on_host = on_host});
+    });
   }
 
   void mark_gradients() {
@@ -332,7 +357,7 @@ class TraceRecorder : private detail::AllocationListener {
     if (!recording_) return;
     recording_ = false;
     Registry::instance().set(callback_, outer_);
-    if (outer_ == nullptr) at::removeCallback(callback_);
+    if (outer_ == nullptr && callback_ != at::INVALID_CALLBACK_HANDLE) at::removeCallback(callback_);
     detail::CountingAllocator::instance().close(host_window_);
     detail::MetaAllocator::instance().close(meta_window_);
     current_ = outer_;
@@ -345,10 +370,13 @@ class TraceRecorder : private detail::AllocationListener {
   TraceRecorder* outer_;
   Host host_{*this};
   detail::MeterWindow meta_window_, host_window_;
-  at::CallbackHandle callback_{};
+  at::CallbackHandle callback_ = at::INVALID_CALLBACK_HANDLE;
   bool recording_ = true;
   bool was_backward_ = false;
   int32_t last_phase_ = name_("forward");  ///< of what this recorder saw last
+
+  std::atomic<bool> failed_ = false;
+  std::exception_ptr failure_;
 
   mutable std::recursive_mutex mutex_;
   std::vector<int32_t> stack_;               // operators that are running

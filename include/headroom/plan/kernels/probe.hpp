@@ -9,6 +9,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <numeric>
 #include <optional>
@@ -74,6 +75,7 @@ class KernelProbe : private AllocationListener {
     try {
       const std::vector<at::Tensor> results = std::invoke(std::forward<Run>(run));
       recording_ = false;
+      if (failure_ != nullptr) std::rethrow_exception(std::exchange(failure_, nullptr));
       for (const at::Tensor& x : results) {
         if (!x.defined()) {
           script_.results.emplace_back();
@@ -103,10 +105,15 @@ class KernelProbe : private AllocationListener {
       throw Stopped();
     }
   }
-  void freed(const void* block) override {
+  void freed(const void* block) noexcept override {
     const auto live = live_.find(block);
     if (!recording_ || live == live_.end()) return;
-    script_.events.push_back({live->second, false});
+    try {
+      script_.events.push_back({live->second, false});
+    } catch (...) {
+      recording_ = false;
+      failure_ = std::current_exception();
+    }
     live_.erase(live);
   }
 
@@ -117,6 +124,7 @@ class KernelProbe : private AllocationListener {
   at::AutoDispatchBelowADInplaceOrView no_gradients_;
   at::DisableRecordFunctionGuard unseen_;
   bool recording_ = false;
+  std::exception_ptr failure_;  // of freed()
   Stop stop_;
   AllocationScript script_;
   std::unordered_map<const void*, size_t> live_;

@@ -5,6 +5,7 @@
 #include <limits>
 #include <map>
 #include <numbers>
+#include <utility>
 
 #include "headroom/memory/meter.hpp"
 #include "headroom/training/config.hpp"
@@ -40,7 +41,7 @@ Config config_with(const std::string& training) {
 /// Tones in the place of files: any piece of them is computed when it is read.
 Tracks tones(std::vector<int64_t> frames) {
   Tracks tracks;
-  for (const int64_t length : frames) tracks.tracks.push_back({"track", length});
+  tracks.frames = std::move(frames);
   tracks.read = [](int64_t track, int64_t first, int64_t count) {
     const torch::Tensor time = torch::arange(first, first + count, torch::kDouble) / 8000;
     std::vector<torch::Tensor> stems;
@@ -281,7 +282,7 @@ TEST_CASE("a whole track is scored by what its separation is, in pieces") {
   for (std::size_t stem = 0; stem < 4; ++stem) {
     std::map<std::string, double> expected;
     for (int64_t track = 0; track < 2; ++track) {
-      const Example whole = tracks.read(track, 0, tracks.tracks[static_cast<std::size_t>(track)].frames);
+      const Example whole = tracks.read(track, 0, tracks.frames[static_cast<std::size_t>(track)]);
       const torch::Tensor mono = whole.mixture.to(torch::kDouble).mean(0);
       const double mean = config.inference.normalize ? mono.mean().item<double>() : 0;
       const double deviation = config.inference.normalize ? mono.std(false).item<double>() : 1;

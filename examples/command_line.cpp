@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 #include <torch/types.h>
+#include <torch/utils.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -133,6 +134,8 @@ Option CommandLine::read_by(const std::string& name, const std::function<std::st
   return app_->add_option_function<std::string>(name, take, description)->type_name(type);
 }
 
+void CommandLine::threads() { number("--threads", threads_, Bounds<int>{1, 1024}, "CPU threads; default: one a core"); }
+
 int CommandLine::run(const char* name, int argc, char** argv, const std::function<int()>& run) {
   headroom::io::open_standard_descriptors();
   headroom::io::handle_stop_signals(headroom::io::OnStop::end);
@@ -142,6 +145,7 @@ int CommandLine::run(const char* name, int argc, char** argv, const std::functio
     return app_->exit(e) == 0 ? 0 : 2;
   }
   try {
+    if (threads_ > 0) torch::set_num_threads(threads_);
     const int code = run();
     const bool printed = static_cast<bool>(std::cout << std::flush) || headroom::io::stop_signal() != 0;
     headroom::require(printed, "headroom.tools.output",

@@ -83,6 +83,9 @@ class CommandLine {
     return read_by(name, read, std::integral<T> ? "INT" : "FLOAT", description);
   }
 
+  /// --threads, the CPU threads of LibTorch while the tool runs.
+  void threads();
+
   /// Runs a tool: exit code 2 for wrong arguments, 1 after an error, whose text it prints, else what `run` returns.
   /// What could not be printed is an error as well.
   int run(const char* name, int argc, char** argv, const std::function<int()>& run);
@@ -93,4 +96,5 @@ class CommandLine {
                  const std::string& description);
 
   std::unique_ptr<CLI::App> app_;
+  int threads_ = 0;  // 0: LibTorch's choice
 };

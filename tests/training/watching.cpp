@@ -20,7 +20,6 @@ using namespace headroom::training;
 using headroom::testing::contains;
 using headroom::testing::error_of;
 using headroom::testing::noise_examples;
-using headroom::testing::NoiseExample;
 using headroom::testing::read_bytes;
 using headroom::testing::TemporaryFolder;
 using headroom::testing::TinySeparator;
@@ -162,7 +161,7 @@ TEST_CASE("what a folder of a run holds that no run wrote breaks neither its pag
   write_bytes(folder / "metrics.jsonl", line + "\n" + R"({"kind":"step","step":2,"more":)" + deep + "}\n");
   write_bytes(folder / "spectrograms.json", R"({"first":{"step":1,"more":)" + deep + R"(,"estimates":[)" + address +
                                                 "," + address + "," + address + "," + address + "]}}");
-  const NoiseExample example = noise_examples(0, 1, 4000);
+  const Example example = noise_examples(0, 1, 4000);
   const auto fail = [](const std::string& problem) { FAIL(problem); };
   const auto page_after = [&] {
     RunRecord record(folder.path(), config, 3, fail);
@@ -183,7 +182,7 @@ TEST_CASE("the page of a run shows what its lines say, before and after it is re
   const TemporaryFolder folder;
   const Config config = config_with("");
   const auto fail = [](const std::string& problem) { FAIL(problem); };
-  const NoiseExample example = noise_examples(0, 1, 4000);
+  const Example example = noise_examples(0, 1, 4000);
   const Example truth{example.mixture[0], example.stems[0]};
   {
     RunRecord record(folder.path(), config, 0, fail);

@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 #include <torch/types.h>
+#include <torch/utils.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -135,12 +136,15 @@ Option CommandLine::read_by(const std::string& name, const std::function<std::st
   return app_->add_option_function<std::string>(name, take, description)->type_name(type);
 }
 
+void CommandLine::threads() { number("--threads", threads_, Bounds<int>{1, 1024}, "CPU threads; default: one a core"); }
+
 std::optional<int> CommandLine::parse(int argc, char** argv) {
   try {
     app_->parse(argc, argv);
   } catch (const CLI::ParseError& e) {
     return app_->exit(e) == 0 ? 0 : 2;
   }
+  if (threads_ > 0) torch::set_num_threads(threads_);
   return std::nullopt;
 }
 

@@ -88,6 +88,9 @@ class CommandLine {
     return read_by(name, read, std::integral<T> ? "INT" : "FLOAT", description);
   }
 
+  /// --threads, the CPU threads of LibTorch from parse() on.
+  void threads();
+
   /// Sets the variables. Where the tool has nothing more to do, it returns the exit code: 0 after --help, 2 for a wrong
   /// command line, whose fault it prints.
   std::optional<int> parse(int argc, char** argv);
@@ -98,4 +101,5 @@ class CommandLine {
                  const std::string& description);
 
   std::unique_ptr<CLI::App> app_;
+  int threads_ = 0;  // 0: LibTorch's choice
 };

@@ -6,8 +6,6 @@
 //   evaluate --reference "musdb18hq/test/Artist - Title" --estimate "separated/Artist - Title" --metrics all
 //   evaluate --reference musdb18hq/test --estimate separated/test --metrics bsseval --museval scores/test
 
-#include <torch/utils.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <filesystem>
@@ -40,7 +38,6 @@ namespace {
 struct Arguments {
   fs::path reference, estimate, json, museval;
   std::vector<std::string> stems = {"vocals", "drums", "bass", "other"}, metrics = {"nsdr"};
-  int threads = 0;  // 0: LibTorch's choice
 };
 
 // The metrics that are asked for, in the order of the library. Throws headroom.evaluate.metrics.
@@ -104,7 +101,6 @@ void run(const Arguments& arguments) {
                       "\" is given twice; give each once");
   }
   const std::vector<std::string> metrics = chosen_metrics(arguments);
-  if (arguments.threads > 0) torch::set_num_threads(arguments.threads);
   const std::vector<std::string> tracks = find_tracks(arguments.reference, arguments.stems);
   std::vector<std::string> names = tracks;
   if (tracks.front().empty()) names = {fs::canonical(arguments.reference).filename().string()};
@@ -175,7 +171,7 @@ int main(int argc, char** argv) {
     line.path("--json", arguments.json, "also write the result to this file");
     line.path("--museval", arguments.museval,
               "also compute BSSEval and write DIR/TRACK.json as museval does, with each frame");
-    line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
+    line.threads();
     if (const auto ended = line.parse(argc, argv)) return *ended;
     run(arguments);
     return 0;

@@ -6,6 +6,7 @@
 #include <system_error>
 
 #include "headroom/core/error.hpp"
+#include "headroom/io/file_name.hpp"
 #include "headroom/io/folder_lock.hpp"
 #include "headroom/training/saved_states.hpp"
 #include "headroom/training/trainer.hpp"
@@ -21,9 +22,7 @@ inline headroom::io::FolderLock open_run_folder(const std::filesystem::path& out
   headroom::require(!failure && fs::is_directory(out), "headroom.train.output", "cannot make the folder ", out.string(),
                     ": ", failure.message(), "; give --out another one");
   headroom::io::FolderLock lock(out, "headroom.train.locked");
-  const fs::path from = fs::is_directory(resume, failure) ? resume
-                        : resume.has_parent_path()        ? resume.parent_path()
-                                                          : ".";
+  const fs::path from = fs::is_directory(resume, failure) ? resume : headroom::io::folder_of(resume);
   if (!resume.empty() && fs::equivalent(from, out, failure)) return lock;
   for (const auto& entry : fs::directory_iterator(out)) {
     const std::string name = entry.path().filename().string();

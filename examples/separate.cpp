@@ -48,7 +48,6 @@ struct Arguments {
   std::string format = "wav16";
   OutputChoice choice;
   std::string name;  // empty: {stem} for one file, {track}/{stem} else
-  int threads = 0;   // 0: LibTorch's choice
   std::string device = "cpu";
   bool raw_weights = false, overwrite = false;
 };
@@ -118,9 +117,6 @@ void warn_of_borders(const headroom::core::Segments& segments) {
 }
 
 int run(Arguments arguments) {
-  if (arguments.threads > 0) {
-    torch::set_num_threads(arguments.threads);
-  }
   fs::path output = arguments.paths.back();
   if (!output.has_filename()) output = output.parent_path();  // without the separator at its end
   arguments.paths.pop_back();
@@ -198,7 +194,7 @@ int main(int argc, char** argv) {
         "names of the files, of {track}, {ext}, {stem} and {model}; default {stem} for one file, else {track}/{stem}");
     line.flag("--overwrite", arguments.overwrite, "replace files that are in OUTDIR already");
     add_blend_options(line, arguments.blend);
-    line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
+    line.threads();
     line.text("--device", arguments.device, "where the model runs, e.g. cpu or cuda").with_default();
     const auto ended = line.parse(argc, argv);
     return ended ? *ended : run(arguments);

@@ -46,7 +46,6 @@ struct Arguments {
   fs::path config, resume, weights, data, out = "experiments/run";
   std::optional<int64_t> steps;
   std::optional<double> seconds;
-  int threads = 0;  // 0: LibTorch's choice
   std::string device = "cpu";
   std::string card;    // whose memory to plan for; empty: this machine's when it runs on the CPU
   std::string budget;  // what tensors may take; empty: what the card has
@@ -122,7 +121,6 @@ int run(const Arguments& arguments) {
   const fs::path data = arguments.data.empty() ? fs::path(config.data.path) : arguments.data;
   headroom::require(!data.empty(), "headroom.train.data", "no data: ", arguments.config.string(),
                     " has no data.path; give --data the folder that holds `train`");
-  if (arguments.threads > 0) torch::set_num_threads(arguments.threads);
   const torch::Device device = find_device(arguments.device);
   if (device.is_cpu()) headroom::TensorArena::install();
   auto card = planned_device(arguments.card, arguments.device);
@@ -189,7 +187,7 @@ int main(int argc, char** argv) {
                 "end at this step; default: epochs x steps_per_epoch");
     line.number("--seconds", arguments.seconds, Bounds<double>{1e-3, 1e9},
                 "end after this time; the learning rate reaches its end then");
-    line.number("--threads", arguments.threads, Bounds<int>{1, 1024}, "CPU threads; default: one a core");
+    line.threads();
     line.text("--card", arguments.card, "device profile to plan for, see plan --help; default: cpu on the CPU");
     line.text("--budget", arguments.budget, "what tensors may take, e.g. 8GiB; default: what the card has");
     line.flag("--fit", arguments.fit, "apply the smallest change that makes a run fit that does not");

@@ -28,7 +28,7 @@ training::Config small_config() {
                                 "test");
 }
 
-NoiseExample source(int64_t first, int64_t count) { return noise_examples(first % 6, count, 2048); }
+training::Example source(int64_t first, int64_t count) { return noise_examples(first % 6, count, 2048); }
 
 models::TimeFrequencyTransformer make_transformer(const training::Config& config) {
   torch::manual_seed(51);
@@ -45,7 +45,7 @@ std::vector<Tensor> step_values(models::TimeFrequencyTransformer& model, const t
                                 torch::Device device, torch::ScalarType dtype) {
   model->to(device, dtype);
   model->zero_grad();
-  const NoiseExample example = source(0, 2);
+  const training::Example example = source(0, 2);
   const Tensor estimate = model->forward(example.mixture.to(device, dtype));
   training::make_loss(config)->forward(estimate, example.stems.to(device, dtype)).backward();
   std::vector<Tensor> values{estimate.detach().cpu().to(torch::kDouble)};
@@ -154,7 +154,7 @@ TEST_CASE("a training step on the device waits for it no more often than it read
   config.model.gradient_checkpointing = "full+offload";
   models::TimeFrequencyTransformer model = make_transformer(config);
   audio::SeparationLoss loss = training::make_loss(config);
-  const NoiseExample example = source(0, 2);
+  const training::Example example = source(0, 2);
   const Tensor mixture = example.mixture.to(test_device()), stems = example.stems.to(test_device());
   const auto pass = [&] { loss->forward(model->forward(mixture), stems).backward(); };
   for (int i = 0; i < 3; ++i) pass();

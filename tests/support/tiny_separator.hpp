@@ -39,10 +39,8 @@ class TinySeparatorImpl : public torch::nn::Cloneable<TinySeparatorImpl> {
 };
 TORCH_MODULE(TinySeparator);
 
-using NoiseExample = training::Example;  // mixture [B,C,S], stems [B,N,C,S]
-
 /// Example i is noise drawn with seed i: four stems of different loudness and their sum.
-inline NoiseExample noise_examples(int64_t first, int64_t count, int64_t samples = 512) {
+inline training::Example noise_examples(int64_t first, int64_t count, int64_t samples = 512) {
   std::vector<torch::Tensor> stems;
   for (int64_t i = first; i < first + count; ++i) {
     auto generator = at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(i));

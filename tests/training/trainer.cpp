@@ -25,7 +25,6 @@ using headroom::testing::copies_of;
 using headroom::testing::error_of;
 using headroom::testing::noise_examples;
 using headroom::testing::noise_source;
-using headroom::testing::NoiseExample;
 using headroom::testing::TemporaryFolder;
 using headroom::testing::tiny_config;
 using headroom::testing::TinySeparator;
@@ -48,7 +47,7 @@ Run make_trainer(const Config& config, double dropout = 0.2) {
 /// The noise, whose examples first, …, last - 1 hold a NaN.
 BatchSource with_bad_examples(int64_t first_bad, int64_t last_bad) {
   return [=](int64_t first, int64_t count) {
-    NoiseExample examples = noise_source(first, count);
+    Example examples = noise_source(first, count);
     for (int64_t i = std::max(first, first_bad); i < std::min(first + count, last_bad); ++i) {
       examples.mixture[i - first][0][5] = std::nan("");
     }
@@ -140,7 +139,7 @@ TEST_CASE("accumulated passes give the gradients and the loss of the whole batch
   }
   // The second step takes the next eight examples, not the same ones
   CHECK(one.step(0.0) == Approx(eight.step(0.0)).epsilon(1e-6));
-  const NoiseExample next = noise_source(16, 8);
+  const Example next = noise_source(16, 8);
   const double expected_loss = make_loss(config)->forward(whole->forward(next.mixture), next.stems).item<double>();
   CHECK(one.step(0.0) == Approx(expected_loss).epsilon(1e-6));
 }
@@ -338,7 +337,7 @@ TEST_CASE("bf16 runs the forward pass in bfloat16 and leaves autocast as it was"
   Trainer trainer(model, config, noise_source, watch);
   const double loss = trainer.step(0.0);
   CHECK(seen == torch::kFloat);  // the loss is computed in float …
-  const NoiseExample example = noise_source(0, 2);
+  const Example example = noise_source(0, 2);
   const double exact = (model->forward(example.mixture) - example.stems).abs().mean().item<double>();
   CHECK(loss == Approx(exact).epsilon(0.01));
   CHECK(loss != exact);  // … of an estimate that was rounded
@@ -895,13 +894,13 @@ TEST_CASE("examples whose files fail are drawn anew, the same ones in any batche
       require(!fails(i), "headroom.audio.file.truncated", "\"a.wav\" ends at frame ", i);
     }
     const torch::Tensor values = torch::arange(first, first + count, torch::kDouble).view({count, 1, 1});
-    return NoiseExample{values.expand({count, 2, 8}), values.unsqueeze(1).expand({count, 4, 2, 8})};
+    return Example{values.expand({count, 2, 8}), values.unsqueeze(1).expand({count, 4, 2, 8})};
   };
   std::vector<std::string> notices;
   Redraw redraw(broken, [&](const std::string& text) { notices.push_back(text); });
-  const NoiseExample all = redraw(0, 6);
+  const Example all = redraw(0, 6);
   for (int64_t i = 0; i < 6; ++i) {
-    const NoiseExample one = redraw(i, 1);
+    const Example one = redraw(i, 1);
     CHECK(one.stems[0].equal(all.stems[i]));
     CHECK(one.mixture[0].equal(all.mixture[i]));
     CHECK(one.mixture[0][0][0].item<double>() == static_cast<double>(redraw.drawn_as(i)));
@@ -910,8 +909,8 @@ TEST_CASE("examples whose files fail are drawn anew, the same ones in any batche
   REQUIRE(notices.size() == 1);
   CHECK(contains(notices[0], "\"a.wav\" ends at frame 1. The track is left out"));
 
-  Redraw all_broken([](int64_t, int64_t) -> NoiseExample { fail("headroom.audio.file.missing", "\"b.wav\""); }, {});
+  Redraw all_broken([](int64_t, int64_t) -> Example { fail("headroom.audio.file.missing", "\"b.wav\""); }, {});
   CHECK(error_of([&] { all_broken(0, 1); }).id() == "headroom.audio.file.missing");
-  Redraw other_error([](int64_t, int64_t) -> NoiseExample { fail("headroom.training.dataset.options", "x"); }, {});
+  Redraw other_error([](int64_t, int64_t) -> Example { fail("headroom.training.dataset.options", "x"); }, {});
   CHECK(error_of([&] { other_error(0, 1); }).id() == "headroom.training.dataset.options");
 }

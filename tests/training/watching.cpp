@@ -5,6 +5,7 @@
 #include <limits>
 #include <map>
 #include <numbers>
+#include <utility>
 
 #include "headroom/memory/meter.hpp"
 #include "headroom/training/config.hpp"
@@ -19,7 +20,6 @@ using namespace headroom::training;
 using headroom::testing::contains;
 using headroom::testing::error_of;
 using headroom::testing::noise_examples;
-using headroom::testing::NoiseExample;
 using headroom::testing::read_bytes;
 using headroom::testing::TemporaryFolder;
 using headroom::testing::TinySeparator;
@@ -40,7 +40,7 @@ Config config_with(const std::string& training) {
 /// Tones in the place of files: any piece of them is computed when it is read.
 Tracks tones(std::vector<int64_t> frames) {
   Tracks tracks;
-  for (const int64_t length : frames) tracks.tracks.push_back({"track", length});
+  tracks.frames = std::move(frames);
   tracks.read = [](int64_t track, int64_t first, int64_t count) {
     const torch::Tensor time = torch::arange(first, first + count, torch::kDouble) / 8000;
     std::vector<torch::Tensor> stems;
@@ -161,7 +161,7 @@ TEST_CASE("what a folder of a run holds that no run wrote breaks neither its pag
   write_bytes(folder / "metrics.jsonl", line + "\n" + R"({"kind":"step","step":2,"more":)" + deep + "}\n");
   write_bytes(folder / "spectrograms.json", R"({"first":{"step":1,"more":)" + deep + R"(,"estimates":[)" + address +
                                                 "," + address + "," + address + "," + address + "]}}");
-  const NoiseExample example = noise_examples(0, 1, 4000);
+  const Example example = noise_examples(0, 1, 4000);
   const auto fail = [](const std::string& problem) { FAIL(problem); };
   const auto page_after = [&] {
     RunRecord record(folder.path(), config, 3, fail);
@@ -182,7 +182,7 @@ TEST_CASE("the page of a run shows what its lines say, before and after it is re
   const TemporaryFolder folder;
   const Config config = config_with("");
   const auto fail = [](const std::string& problem) { FAIL(problem); };
-  const NoiseExample example = noise_examples(0, 1, 4000);
+  const Example example = noise_examples(0, 1, 4000);
   const Example truth{example.mixture[0], example.stems[0]};
   {
     RunRecord record(folder.path(), config, 0, fail);
@@ -281,7 +281,7 @@ TEST_CASE("a whole track is scored by what its separation is, in pieces") {
   for (std::size_t stem = 0; stem < 4; ++stem) {
     std::map<std::string, double> expected;
     for (int64_t track = 0; track < 2; ++track) {
-      const Example whole = tracks.read(track, 0, tracks.tracks[static_cast<std::size_t>(track)].frames);
+      const Example whole = tracks.read(track, 0, tracks.frames[static_cast<std::size_t>(track)]);
       const torch::Tensor mono = whole.mixture.to(torch::kDouble).mean(0);
       const double mean = config.inference.normalize ? mono.mean().item<double>() : 0;
       const double deviation = config.inference.normalize ? mono.std(false).item<double>() : 1;

@@ -151,7 +151,7 @@ class AudioReader {
   std::int64_t position_ = 0;
 };
 
-/// Refuses a file of another sample rate: this library does not resample. Throws `headroom.audio.file.sample_rate`.
+/// Refuses a file of another sample rate. Throws `headroom.audio.file.sample_rate`.
 inline void require_sample_rate(const AudioReader& reader, int sample_rate) {
   require(reader.sample_rate() == sample_rate, "headroom.audio.file.sample_rate", reader.path(), " has ",
           reader.sample_rate(), " Hz, expected ", sample_rate, "; convert it: sox INPUT -r ", sample_rate,

@@ -21,6 +21,7 @@
 #include "headroom/audio/sound_file.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/io/atomic_file.hpp"
+#include "headroom/io/file_name.hpp"
 
 namespace headroom::inline v0::audio {
 
@@ -29,9 +30,9 @@ namespace detail {
 /// Refuses to begin writing `bytes` into the folder of `path` when there is less room.
 inline void require_room(const std::filesystem::path& path, std::uint64_t bytes) {
   std::error_code no_answer;
-  const auto space = std::filesystem::space(io::detail::folder_of(path), no_answer);
+  const auto space = std::filesystem::space(io::folder_of(path), no_answer);
   require(no_answer || space.available >= bytes, "headroom.audio.file.full", path, " needs ", bytes, " bytes, ",
-          io::detail::folder_of(path), " has room for ", space.available, "; free some room or choose another folder");
+          io::folder_of(path), " has room for ", space.available, "; free some room or choose another folder");
 }
 
 /// What `frames` take on the disk at least. How well FLAC compresses nobody knows before.

@@ -28,6 +28,7 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/io/descriptor.hpp"
+#include "headroom/io/file_name.hpp"
 
 namespace headroom::inline v0::io {
 
@@ -59,11 +60,6 @@ class ListedName {
   std::unique_ptr<std::string> name_;
   std::atomic<const char*>* slot_ = nullptr;
 };
-
-/// The folder that a file is in.
-inline std::filesystem::path folder_of(const std::filesystem::path& path) {
-  return path.has_parent_path() ? path.parent_path() : ".";
-}
 
 /// Where writing to `path` would end: what a link names, also one to a file that is not there yet.
 inline std::filesystem::path followed(std::filesystem::path path) {
@@ -113,7 +109,7 @@ inline void discard_temporary_files() noexcept {
 
 /// Why a file cannot be written at `path`, or nothing: asked before the work whose result it will hold.
 inline std::string why_not_writable(const std::filesystem::path& path) {
-  const std::filesystem::path target = detail::followed(path), folder = detail::folder_of(target);
+  const std::filesystem::path target = detail::followed(path), folder = folder_of(target);
   std::error_code failure;
   if (!target.has_filename()) return "it names no file";
   if (target.filename().native().size() > NAME_MAX) return std::strerror(ENAMETOOLONG);
@@ -159,7 +155,7 @@ class AtomicFile {
     listed_.reset();
     file_.close();
     // The name is safe when the folder is on the disk as well; not every file system offers it, so no error if not
-    const detail::Descriptor folder(::open(detail::folder_of(target_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    const detail::Descriptor folder(::open(folder_of(target_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     if (folder.number() >= 0) ::fsync(folder.number());
   }
 

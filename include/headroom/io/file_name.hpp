@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <filesystem>
 #include <string_view>
 
 namespace headroom::inline v0::io {
@@ -16,6 +17,11 @@ inline bool is_file_name(std::string_view name) {
     return static_cast<unsigned char>(c) < 0x20 || c == 0x7f || c == '/' || c == '\\';
   };
   return !name.empty() && name.size() <= kLongest && name.front() != '.' && std::ranges::none_of(name, forbidden);
+}
+
+/// The folder that a file is in.
+inline std::filesystem::path folder_of(const std::filesystem::path& path) {
+  return path.has_parent_path() ? path.parent_path() : ".";
 }
 
 }  // namespace headroom::inline v0::io

@@ -56,12 +56,11 @@ class CachingAllocatorModel {
     if (large && !options_.expandable_segments ? rest > kSmallest : rest >= kRound) {
       const Place tail = place->segment->blocks.insert(std::next(place), {place->address + size, rest, place->segment});
       place->size = size;
-      pool.free[{rest, tail->address}] = tail;
+      pool.add_free(tail);
     }
     place->used = true;
     live_[id] = place;
     allocated_ += place->size;
-    peak_allocated_ = std::max(peak_allocated_, allocated_);
     return true;
   }
 
@@ -75,13 +74,15 @@ class CachingAllocatorModel {
     place->used = false;
     auto& blocks = place->segment->blocks;
     Pool& pool = pools_[place->segment->large];
-    if (place != blocks.begin() && !std::prev(place)->used) place = merged(pool, std::prev(place));
-    if (std::next(place) != blocks.end() && !std::next(place)->used) {
-      pool.free.erase({std::next(place)->size, std::next(place)->address});
-      place->size += std::next(place)->size;
-      blocks.erase(std::next(place));
+    if (place != blocks.begin() && !std::prev(place)->used) {
+      pool.remove_free(--place);
+      join_next(place);
     }
-    pool.free[{place->size, place->address}] = place;
+    if (std::next(place) != blocks.end() && !std::next(place)->used) {
+      pool.remove_free(std::next(place));
+      join_next(place);
+    }
+    pool.add_free(place);
   }
 
   /// Gives all segments that are wholly free back to the device, as empty_cache() does.
@@ -93,9 +94,8 @@ class CachingAllocatorModel {
     }
   }
 
-  /// Bytes in use, rounded as above, now and at most.
+  /// Bytes in use, rounded as above.
   int64_t allocated() const { return allocated_; }
-  int64_t peak_allocated() const { return peak_allocated_; }
   /// Bytes taken from the device, now and at most.
   int64_t reserved() const { return reserved_; }
   int64_t peak_reserved() const { return peak_reserved_; }
@@ -138,7 +138,8 @@ class CachingAllocatorModel {
     return views;
   }
 
-  static int64_t rounded(int64_t bytes) { return std::max<int64_t>((bytes + kRound - 1) / kRound * kRound, kRound); }
+  /// What a block of so many bytes takes.
+  static int64_t rounded(int64_t bytes) { return std::max(rounded_up(bytes, kRound), kRound); }
 
  private:
   struct Segment;
@@ -158,14 +159,16 @@ class CachingAllocatorModel {
   struct Pool {
     std::list<Segment> segments = {};
     std::map<std::pair<int64_t, int64_t>, Place> free = {};  // by size and address
+    void add_free(Place place) { free[{place->size, place->address}] = place; }
+    void remove_free(Place place) { free.erase({place->size, place->address}); }
   };
 
-  /// A free block with the one behind it, which was just released.
-  static Place merged(Pool& pool, Place front) {
-    pool.free.erase({front->size, front->address});
+  static int64_t rounded_up(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+  /// A block takes in the one behind it.
+  static void join_next(Place front) {
     front->size += std::next(front)->size;
     front->segment->blocks.erase(std::next(front));
-    return front;
   }
 
   /// Takes memory for a block of `size` from the device; gives free segments back when that is full.
@@ -174,14 +177,13 @@ class CachingAllocatorModel {
     if (options_.expandable_segments) {
       Segment* const segment = pool.segments.empty() ? nullptr : &pool.segments.front();
       const bool tail_is_free = segment != nullptr && !segment->blocks.back().used;
-      const int64_t page = large ? kLargeSegment : kSmallSegment;
       const int64_t missing = size - (tail_is_free ? segment->blocks.back().size : 0);
-      return grow(pool, (missing + page - 1) / page * page, true);
+      return grow(pool, rounded_up(missing, large ? kLargeSegment : kSmallSegment), true);
     }
     return grow(pool,
                 !large                 ? kSmallSegment
                 : size < kLargeRequest ? kLargeSegment
-                                       : (size + kSegmentRound - 1) / kSegmentRound * kSegmentRound,
+                                       : rounded_up(size, kSegmentRound),
                 false);
   }
   /// `bytes` more, in a segment of their own or at the end of the only one.
@@ -190,26 +192,25 @@ class CachingAllocatorModel {
     if (reserved_ + bytes > capacity_) return false;
     if (!in_place || pool.segments.empty()) {
       pool.segments.push_back({next_address_, &pool == &pools_[1]});
-      next_address_ += in_place ? int64_t{1} << 50 : (bytes + kSegmentRound - 1) / kSegmentRound * kSegmentRound;
+      next_address_ += in_place ? int64_t{1} << 50 : rounded_up(bytes, kSegmentRound);
     }
     Segment& segment = pool.segments.back();
-    const bool tail_is_free = !segment.blocks.empty() && !segment.blocks.back().used;
-    if (tail_is_free) {
-      pool.free.erase({segment.blocks.back().size, segment.blocks.back().address});
+    if (!segment.blocks.empty() && !segment.blocks.back().used) {
+      pool.remove_free(std::prev(segment.blocks.end()));
       segment.blocks.back().size += bytes;
     } else {
       segment.blocks.push_back({segment.address + segment.size, bytes, &segment});
     }
     if (options_.on_segment) options_.on_segment(segment.address + segment.size, bytes);
     segment.size += bytes;
-    pool.free[{segment.blocks.back().size, segment.blocks.back().address}] = std::prev(segment.blocks.end());
+    pool.add_free(std::prev(segment.blocks.end()));
     reserved_ += bytes;
     peak_reserved_ = std::max(peak_reserved_, reserved_);
     return true;
   }
   bool give_back(Pool& pool, std::list<Segment>::iterator segment) {
     if (segment->blocks.size() != 1 || segment->blocks.front().used) return false;
-    pool.free.erase({segment->blocks.front().size, segment->blocks.front().address});
+    pool.remove_free(segment->blocks.begin());
     reserved_ -= segment->size;
     if (options_.on_segment) options_.on_segment(segment->address, -segment->size);
     return true;
@@ -220,7 +221,7 @@ class CachingAllocatorModel {
   Pool pools_[2];  // small, large
   std::unordered_map<int64_t, Place> live_;
   int64_t next_address_ = kSegmentRound;
-  int64_t allocated_ = 0, peak_allocated_ = 0, reserved_ = 0, peak_reserved_ = 0;
+  int64_t allocated_ = 0, reserved_ = 0, peak_reserved_ = 0;
 };
 
 }  // namespace headroom::inline v0

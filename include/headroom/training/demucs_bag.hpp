@@ -9,6 +9,7 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/core/word_list.hpp"
+#include "headroom/io/file_name.hpp"
 #include "headroom/training/config.hpp"
 #include "headroom/training/demucs_checkpoint.hpp"
 #include "headroom/training/described.hpp"
@@ -104,8 +105,7 @@ inline DemucsBag read_demucs_bag(const std::filesystem::path& path) {
       parse_yaml(detail::read_text(path, "a bag of models", "a YAML file such as htdemucs_ft.yaml"), name), name);
   DemucsBag bag;
   for (const std::string& signature : file.models) {
-    bag.models.push_back(
-        detail::find_checkpoint(path.parent_path().empty() ? "." : path.parent_path(), signature, name));
+    bag.models.push_back(detail::find_checkpoint(io::folder_of(path), signature, name));
     bag.configs.push_back(detail::config_of(bag.models.back()));
     const auto other = differences(bag.configs.front().audio, bag.configs.back().audio);
     require(other.empty(), detail::kDemucsBag, name, ": ", bag.models.back(), " has ",

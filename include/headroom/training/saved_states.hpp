@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "headroom/core/error.hpp"
-#include "headroom/io/atomic_file.hpp"
+#include "headroom/io/file_name.hpp"
 #include "headroom/io/room.hpp"
 #include "headroom/training/sections.hpp"
 #include "headroom/training/separate.hpp"
@@ -151,7 +151,7 @@ inline std::vector<std::filesystem::path> states_to_try(const std::filesystem::p
   std::vector<std::filesystem::path> states;
   if (!is_folder) states.push_back(path);
   if (!age) return states;
-  const std::filesystem::path folder = is_folder ? path : io::detail::folder_of(path);
+  const std::filesystem::path folder = is_folder ? path : io::folder_of(path);
   std::map<int64_t, std::filesystem::path> older;
   for (const auto& entry : std::filesystem::directory_iterator(folder, failure)) {
     const auto other = age_of_state(entry.path().filename().string());

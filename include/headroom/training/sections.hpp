@@ -9,9 +9,11 @@
 #include "headroom/checkpoint/policy.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/core/track_scores.hpp"
+#include "headroom/optim/moment.hpp"
 #include "headroom/training/data_section.hpp"
 #include "headroom/training/described.hpp"
 #include "headroom/training/model_type.hpp"
+#include "headroom/training/schedule.hpp"
 
 namespace headroom::inline v0 {
 
@@ -160,7 +162,7 @@ struct TrainingConfig {
           "after the warm-up; a factor, usually 1, with prodigy");
     field("warmup_steps", self.warmup_steps, {.at_least = 0, .at_most = kMost},
           "over which the learning rate rises from 0");
-    field("schedule", self.schedule, {.choices = {"cosine", "linear", "constant", "plateau"}},
+    field("schedule", self.schedule, {.choices = {kDecayNames.begin(), kDecayNames.end()}},
           "what becomes of the learning rate after the warm-up");
     field("min_learning_rate_ratio", self.min_learning_rate_ratio, {.at_least = 0, .at_most = 1},
           "cosine and linear end at this times learning_rate, plateau stops there");
@@ -173,7 +175,8 @@ struct TrainingConfig {
     field("momentum", self.momentum, {.at_least = 0, .below = 1}, "of muon and sgd");
     field("clip_grad_norm", self.clip_grad_norm, {.at_least = 0, .at_most = kLargestFactor},
           "greatest norm of all gradients together; 0: no clipping");
-    field("optimizer_state", self.optimizer_state, {.choices = {"full", "bf16", "8bit"}},
+    field("optimizer_state", self.optimizer_state,
+          {.choices = {optim::kMomentFormatNames.begin(), optim::kMomentFormatNames.end()}},
           "how moments are stored: in 4, 2 or 1.02 bytes each; AdamW and most others have two a parameter");
     field("optimizer_in_backward", self.optimizer_in_backward, {},
           "update a parameter and free its gradient as soon as that is known; needs one pass a step and no clipping");

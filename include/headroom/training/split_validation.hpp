@@ -22,7 +22,7 @@ inline Tracks tracks_of(const Split& split) {
   for (int64_t place = 0; place < dataset.size(); ++place) {
     const Track& track = dataset.tracks()[static_cast<std::size_t>(place)];
     if (!track.whole) continue;
-    tracks.tracks.push_back({track.name, track.frames});
+    tracks.frames.push_back(track.frames);
     places.push_back(place);
   }
   tracks.read = [&dataset, places](int64_t track, int64_t first, int64_t count) {

@@ -54,8 +54,8 @@ struct TrainingState {
   double unfinished_loss = 0;             ///< sum of the losses of the others
   int64_t skipped_steps = 0;              ///< steps so far whose loss or gradient was not finite
   int64_t skipped_in_a_row = 0;           ///< the last of them, without a good one in between
-  std::string best_metric = {};           ///< what `best_score` measures: "validation nSDR" or "training loss"
-  double best_score = 0;                  ///< greatest nSDR, or least loss, so far; valid once a metric is named
+  std::string best_metric = {};           ///< what `best_score` measures, such as "validation nSDR" or "training loss"
+  double best_score = 0;                  ///< greatest score, or least loss, so far; valid once a metric is named
   int64_t validations_since_best = 0;     ///< judgements in a row that were no better
   int64_t microbatch = 0;                 ///< examples in one pass since memory ran out; 0: it never did
   Plateau plateau = {};                   ///< of the schedule of that name

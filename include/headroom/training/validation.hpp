@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "headroom/audio/level.hpp"
+#include "headroom/audio/sample_queue.hpp"
 #include "headroom/audio/segment_model.hpp"
 #include "headroom/audio/separator.hpp"
 #include "headroom/core/error.hpp"
@@ -178,7 +179,7 @@ inline audio::SeparatorOptions separator_options(const models::Separator& model,
 
 /// A whole track, which is read once for each playing, and once more where it is normalized.
 inline Played play_track(const models::Separator& model, const Tracks& tracks, int64_t track, const Config& config) {
-  const int64_t frames = tracks.tracks[static_cast<std::size_t>(track)].frames;
+  const int64_t frames = tracks.frames[static_cast<std::size_t>(track)];
   const auto repeat = [=, &tracks](const std::function<void(const Example&)>& on_piece) {
     for (int64_t read = 0; read < frames; read += audio::detail::kFramesAtOnce) {
       on_piece(tracks.read(track, read, std::min(audio::detail::kFramesAtOnce, frames - read)));
@@ -191,17 +192,19 @@ inline Played play_track(const models::Separator& model, const Tracks& tracks, i
       repeat([&](const Example& piece) { sum.add(piece.mixture); });
       options.level = sum.level();
     }
-    WaitingSamples waiting;
+    audio::SampleQueue mixtures, stems;  // that wait until as many were separated
     int64_t read = 0;
     const audio::Source source = [&](int64_t most) {
       const int64_t count = std::min(most, frames - read);
       if (count == 0) return torch::empty({config.audio.channels, 0});
       const Example piece = tracks.read(track, std::exchange(read, read + count), count);
-      waiting.push(piece);
+      mixtures.push(piece.mixture);
+      stems.push(piece.stems);
       return piece.mixture;
     };
     audio::separate(source, model, options, [&](const torch::Tensor& finished) {
-      if (finished.size(-1) > 0) on_piece(waiting.take(finished.size(-1)), finished);
+      const int64_t count = finished.size(-1);
+      if (count > 0) on_piece({mixtures.take(count), stems.take(count)}, finished);
     });
   };
   return {separate, repeat};
@@ -218,7 +221,7 @@ HEADROOM_TRAINING Validation validate_segments(const models::Separator& model, c
 HEADROOM_TRAINING Validation validate_tracks(const models::Separator& model, const Tracks& tracks,
                                              const Config& config) {
   std::map<std::string, std::vector<core::ScoreRow>> rows;  // by metric, for each track
-  for (int64_t track = 0; track < static_cast<int64_t>(tracks.tracks.size()); ++track) {
+  for (int64_t track = 0; track < static_cast<int64_t>(tracks.frames.size()); ++track) {
     for (auto& [metric, row] : detail::score(detail::play_track(model, tracks, track, config), config)) {
       rows[metric].push_back(std::move(row));
     }

@@ -7,6 +7,9 @@ string(REGEX REPLACE "/$" "" to_prefix "${to_prefix}")
 configure_file(cmake/headroom-core.pc.in headroom-core.pc @ONLY)
 install(FILES "${CMAKE_CURRENT_BINARY_DIR}/headroom-core.pc" DESTINATION "${pkgconfig}")
 
+# The licence, which asks to be in every copy, where Debian looks for it
+install(FILES LICENSE DESTINATION "${CMAKE_INSTALL_DATADIR}/doc/libheadroom-dev" RENAME copyright)
+
 # `cpack` in the build folder makes libheadroom-dev_VERSION_all.deb; of another project's package this is no part
 if(NOT PROJECT_IS_TOP_LEVEL)
   return()

@@ -15,7 +15,7 @@
 namespace headroom::core::detail {
 
 #define HEADROOM_SET(name)                    \
-  namespace name {                            \
+  inline namespace name {                     \
   const AttentionKernels& compiled_kernels(); \
   }
 HEADROOM_KERNEL_SETS
@@ -30,14 +30,28 @@ bool has_amx() {
   const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBfloat16) != 0 && (d & kTile) != 0;
   return there && may_use_amx_tiles();
 }
+
+// All that -march=x86-64-v3 lets the compiler use: a virtual machine may hide any of it. clang 16 has no names for some
+bool has_x86_64_v3() {
+  constexpr unsigned kFirst = bit_CMPXCHG16B | bit_MOVBE | bit_POPCNT | bit_F16C, kExtended = bit_LZCNT | bit_LAHF_LM;
+  unsigned a = 0, b = 0, first = 0, extended = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &first, &d) != 0 && (first & kFirst) == kFirst &&
+         __get_cpuid(0x80000001, &a, &b, &extended, &d) != 0 && (extended & kExtended) == kExtended &&
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
+}
+
+// And -march=x86-64-v4
+bool has_x86_64_v4() {
+  return has_x86_64_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #endif
 
-bool has(std::string_view instruction_set) {
+bool has([[maybe_unused]] std::string_view instruction_set) {
 #if defined(__x86_64__) || defined(__i386__)
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (instruction_set == "avx2")
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (instruction_set == "avx2") return has_x86_64_v3();
+  const bool avx512 = has_x86_64_v4();
   if (instruction_set == "avx512") return avx512;
   if (instruction_set == "avx512bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
   if (instruction_set == "amx") return avx512 && __builtin_cpu_supports("avx512bf16") && has_amx();

@@ -6,7 +6,7 @@
 #define HEADROOM_SEPARATE_KERNELS
 #include "headroom/core/attention/kernels.hpp"
 
-namespace headroom::core::detail::HEADROOM_ISA {
+namespace headroom::core::detail::inline HEADROOM_ISA {
 static_assert(
     std::string_view(HEADROOM_ISA_NAME) == HEADROOM_EXPECTED_ISA,
     "this unit is compiled for another instruction set than its own: flags of the project, as in CMAKE_CXX_FLAGS, "

@@ -22,13 +22,13 @@ install_debian_packages() {
 clang=${CLANG:-$(command -v clang++-{19,18,17,16} | head -n 1 || true)}
 clang=${clang:-clang++-19}
 
-# What it is given for .venv's LibTorch: torch_headers, torch_libraries
+# What it is given for .venv's LibTorch: torch_headers, torch_libraries. A CUDA build asks for libraries that it finds itself
 find_torch_for_clang() {
   local torch
   torch=$(.venv/bin/python -c 'import torch; print(torch.__path__[0])')
   torch_headers=(-isystem /usr/include/eigen3 -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include")
-  torch_libraries=(-no-pie "$torch"/lib/libtorch{_cpu,}.so "$torch/lib/libc10.so" "$torch/lib/libgomp.so.1"
-    "-Wl,-rpath,$torch/lib")
+  torch_libraries=(-no-pie "$torch"/lib/libtorch{_cpu,}.so "$torch/lib/libc10.so" "$torch"/lib/libgomp*.so*
+    "-Wl,-rpath,$torch/lib" -Wl,--allow-shlib-undefined)
 }
 
 # Builds targets (all of them when none is named) of the release preset

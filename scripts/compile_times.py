@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Measures what a unit of a program costs to compile: seconds of processor time and the compiler's largest memory, for
-one unit of each umbrella header, with attention used or only included.
+one unit that includes an umbrella header, kernels compiled elsewhere, and units that use attention. And what a build took.
 
   scripts/compile_times.py [--torch FOLDER] [--compiler g++] [--flags "-O3"] [--json FILE] [--only core ...]
+  scripts/compile_times.py --build build/release    the steps that Ninja noted down there: all of them, and the longest
 """
 
 import argparse
@@ -14,21 +15,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTEND = "torch::Tensor f(torch::Tensor q) { return headroom::attention(q, q, q); }"
-SEPARATE = "#define HEADROOM_SEPARATE_KERNELS\n"
+SEPARATE = "#define HEADROOM_SEPARATE_KERNELS\n#define HEADROOM_SEPARATE_TRAINING\n"  # as programs with both compiled elsewhere
+UMBRELLAS = sorted(path.name for path in (ROOT / "include" / "headroom").glob("*.hpp"))
 UNITS = {  # name: (needs LibTorch, text)
-    "core.hpp": (False, "#include <headroom/core.hpp>"),
     "core.hpp, attention used": (False, "#include <headroom/core.hpp>\nnamespace c = headroom::core;\n"
         "void f(const Eigen::MatrixXf& q, Eigen::MatrixXf& o) {\n  c::attention_forward<float>({.q = c::matrix_view(q), "
         ".k = c::matrix_view(q), .v = c::matrix_view(q), .output = c::matrix_view(o)});\n}"),
     "torch/torch.h alone": (True, "#include <torch/torch.h>"),
-    "attention.hpp": (True, "#include <headroom/attention.hpp>"),
     "attention.hpp, used": (True, "#include <headroom/attention.hpp>\n" + ATTEND),
     "attention.hpp, used, kernels elsewhere": (True, SEPARATE + "#include <headroom/attention.hpp>\n" + ATTEND),
-    "memory.hpp": (True, "#include <headroom/memory.hpp>"),
-    "checkpoint.hpp": (True, "#include <headroom/checkpoint.hpp>"),
-    "nn.hpp, kernels elsewhere": (True, SEPARATE + "#include <headroom/nn.hpp>"),
-    "plan.hpp, kernels elsewhere": (True, SEPARATE + "#include <headroom/plan.hpp>"),
-    "headroom.hpp, kernels elsewhere": (True, SEPARATE + "#include <headroom/headroom.hpp>"),
+    **{name: (name != "core.hpp", SEPARATE + f"#include <headroom/{name}>") for name in UMBRELLAS},
 }
 
 
@@ -52,6 +48,17 @@ def measure(command, text):
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
+def build_times(folder):
+    """Prints how long Ninja's steps took, by its log: the last time of each, those that ccache cut short included."""
+    steps = {}
+    for line in (Path(folder) / ".ninja_log").read_text().splitlines()[1:]:
+        begin, end, _, output, command = line.split("\t")
+        steps[command] = ((int(end) - int(begin)) / 1000, output)
+    print(f"{sum(seconds for seconds, _ in steps.values()):8.1f} s  {len(steps)} steps, one after the other")
+    for seconds, output in sorted(steps.values(), reverse=True)[:15]:
+        print(f"{seconds:8.1f} s  {output}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch", help="LibTorch's folder; default: that of .venv")
@@ -59,7 +66,10 @@ def main():
     parser.add_argument("--flags", default="-O3")
     parser.add_argument("--only", nargs="+", default=[""], help="units whose name begins so")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--build", help="a build folder of Ninja's: print what its steps took instead")
     options = parser.parse_args()
+    if options.build:
+        return build_times(options.build)
     torch = torch_includes(options.torch)
     command = [options.compiler, "-std=c++20", *options.flags.split(), f"-I{ROOT}/include", "-isystem/usr/include/eigen3"]
     figures = {}

@@ -7,7 +7,7 @@ package=$(echo "$3"/made/libheadroom-dev_*_all.deb)
 dpkg-deb --info "$package" | grep -E 'Depends: libeigen3-dev'
 dpkg-deb --contents "$package" > "$3/contents"
 for file in include/headroom/core.hpp include/headroom/headroom.hpp share/cmake/headroom/headroomConfig.cmake \
-  share/pkgconfig/headroom-core.pc; do
+  share/pkgconfig/headroom-core.pc share/doc/libheadroom-dev/copyright; do
   grep -q " ./usr/$file\$" "$3/contents" || { echo "$package lacks $file"; exit 1; }
 done
 dpkg-deb --extract "$package" "$3"

@@ -1,5 +1,6 @@
-"""Every C++ and Python block of README.md and of the page for its readers stands word for word, up to indentation, in a
-program under examples/ that the tests compile or run.
+"""Every C++ and Python block of README.md and of the chapters stands word for word, up to indentation, in a program
+under examples/, tests/docs/ or tests/python/ that the tests compile or run. (tests/consumer/first_steps.py takes the programs of "From
+nothing to running" from the chapter itself.)
 
 Usage: readme.py <project folder>; exit code 77 when there is no README.md.
 """
@@ -10,12 +11,13 @@ from pathlib import Path
 from textwrap import dedent
 
 root = Path(sys.argv[1])
-pages = [page for page in (root / "README.md", root / "docs" / "005_which_reader.md") if page.exists()]
+pages = [page for page in (root / "README.md", *sorted(root.glob("docs/*.md"))) if page.exists()]
 if not pages:
     print("skipped: no README.md")
     sys.exit(77)
 
-programs = [*sorted(root.glob("examples/**/*.[ch]pp")), *sorted(root.glob("examples/**/*.py"))]
+programs = [path for folder in ("examples", "tests/docs", "tests/python") for kind in ("cpp", "hpp", "py")
+            for path in sorted(root.glob(f"{folder}/**/*.{kind}"))]
 examples = [path.read_text().splitlines() for path in programs]
 
 
@@ -26,9 +28,10 @@ def stands_in(block, lines):
 
 found = []
 for page in pages:
-    for match in re.finditer(r"^```(?:cpp|c\+\+|python)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    text = re.sub(r"^## From nothing to running$.*?(?=^## )", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for match in re.finditer(r"^```(?:cpp|c\+\+|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         block = dedent(match[1]).splitlines()
         if not any(stands_in(block, lines) for lines in examples):
-            found.append(f"{page.name}: no program under examples/ has this block:\n{match[1]}")
+            found.append(f"{page.name}: no program under examples/, tests/docs/ or tests/python/ has this block:\n{match[1]}")
 print("\n".join(found))
 sys.exit(bool(found))

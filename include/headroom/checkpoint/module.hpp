@@ -82,7 +82,7 @@ class CheckpointedImpl<Impl, Result(Arguments...)> : public Impl {
   }
 };
 
-/// `Checkpointed<EncoderBlock> block(options)`: an EncoderBlock that recomputes its activations in backward.
+/// `Checkpointed<FeedForward> block(FeedForwardOptions(384, {1536}))`: it computes its activations again in backward.
 template <class Module>
 requires std::derived_from<Module, torch::nn::ModuleHolder<typename Module::ContainedType>>
 class Checkpointed : public torch::nn::ModuleHolder<CheckpointedImpl<typename Module::ContainedType>> {

@@ -2,16 +2,17 @@
 # Attacks library and tools for longer than the tests do: hours with the default number of executions.
 #
 #   scripts/harden.sh [PART...]         default all of: sanitizers threads tidy failing fuzz
-#   scripts/harden.sh --short [PART...] threads or tidy, or both, in two minutes, as the tests run them: without core's tests
-#                                       resp. over core's headers; where clang is missing it is skipped, with exit code 77
+#   scripts/harden.sh --short [PART...] threads or tidy, or both, in two minutes, as the tests run them: without core's
+#                                       tests resp. over core's headers; skipped where clang is missing (exit code 77)
 #
 # sanitizers   the tests on tensors and of training, and what they call, under the address and undefined-behaviour
 #              sanitizers of the compiler; LibTorch itself has none
 # threads      core's tests that start threads, and what starts threads above core (tests/threads), under the thread
 #              sanitizer of clang; LibTorch itself has none
 # tidy         clang-tidy over every header, with the checks of .clang-tidy
-# failing      every call of separate, train and plan that changes a file fails once (full disk, error, write cut short),
-#              every one that gets memory for tensors, and what else gets memory, once at each place (tests/tools/failing.py)
+# failing      every call of separate, train and plan that changes a file fails once (full disk, error, write cut
+#              short), every one that gets memory for tensors, and what else gets memory, once at each place
+#              (tests/tools/failing.py)
 # fuzz         scripts/fuzz.sh with HEADROOM_FUZZ_RUNS executions of each format (default 1000000)
 #
 # threads, tidy and fuzz need clang 19, in CLANG and CLANG_TIDY or as clang++-19 and clang-tidy-19 (Debian: clang-19
@@ -20,11 +21,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 sanitizers() {
   build_preset sanitize torch_tests training_tests
-  # Left out: five that ask where and how the system's allocator keeps memory, since the sanitizer has its own; one of long
-  # sequences in every form, which takes minutes; and two that ask for hundreds of gigabytes which nobody touches, but of
-  # which the sanitizer writes an eighth. LibTorch needs no suppressions; it asks for more than there is
-  local left_out="raw pointers, which go back|the resident size follows|no function leaks under|offloaded checkpoints are"
-  left_out+="|nothing that attention can be asked for takes more|planning costs the same|a large step is planned without|the parts of a peak are"
+  # Left out: five that ask where and how the system's allocator keeps memory, since the sanitizer has its own; one of
+  # long sequences in every form, which takes minutes; and two that ask for hundreds of gigabytes which nobody touches,
+  # but of which the sanitizer writes an eighth. LibTorch needs no suppressions; it asks for more than there is
+  local left_out="raw pointers, which go back|the resident size follows|no function leaks under"
+  left_out+="|offloaded checkpoints are|nothing that attention can be asked for takes more|planning costs the same"
+  left_out+="|a large step is planned without|the parts of a peak are"
   ASAN_OPTIONS=allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
     ctest --preset sanitize --parallel "$(nproc)" -R "^(torch|training):" -E "$left_out"
 }

@@ -18,6 +18,7 @@
 #include "headroom/core/lockstep.hpp"
 #include "headroom/core/log_wmse.hpp"
 #include "headroom/core/mask.hpp"
+#include "headroom/core/median.hpp"
 #include "headroom/core/mel.hpp"
 #include "headroom/core/nsdr.hpp"
 #include "headroom/core/overlap_add.hpp"

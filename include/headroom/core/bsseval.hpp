@@ -12,6 +12,7 @@
 
 #include "headroom/core/bss_correlations.hpp"
 #include "headroom/core/executor.hpp"
+#include "headroom/core/median.hpp"
 #include "headroom/core/real_transform.hpp"
 
 // BSSEval version 4 as museval computes it (Stöter, Liutkus, Ito: "The 2018 Signal Separation Evaluation Campaign";
@@ -255,14 +256,6 @@ class BssFrames {
   Eigen::Index filled_ = 0, to_skip_ = 0;
   std::vector<BssFrame> frames_;
 };
-
-/// The middle value of numbers, the mean of the two middle ones of an even count; none of none.
-inline std::optional<double> median(std::vector<double> values) {
-  if (values.empty()) return std::nullopt;
-  std::ranges::sort(values);
-  const std::size_t half = values.size() / 2;
-  return values.size() % 2 == 1 ? values[half] : (values[half - 1] + values[half]) / 2;
-}
 
 /// Medians over the frames of one source, as museval aggregates a track; none where each frame has something silent.
 inline std::optional<BssScores> median_scores(const std::vector<BssFrame>& frames, Eigen::Index source) {

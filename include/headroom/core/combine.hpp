@@ -13,6 +13,7 @@
 
 #include "headroom/core/centered_frames.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/core/median.hpp"
 #include "headroom/core/real_transform.hpp"
 #include "headroom/core/stft.hpp"
 
@@ -47,13 +48,6 @@ struct Contribution {
 };
 
 namespace detail {
-
-inline double median(std::vector<double>& values) {
-  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  if (values.size() % 2 == 1) return *middle;
-  return (*std::max_element(values.begin(), middle) + *middle) / 2;
-}
 
 inline std::complex<double> median(const std::vector<std::complex<double>>& values) {
   std::vector<double> real, imaginary;

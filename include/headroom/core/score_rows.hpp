@@ -7,7 +7,7 @@
 #include <string_view>
 #include <vector>
 
-#include "headroom/core/bsseval.hpp"
+#include "headroom/core/median.hpp"
 #include "headroom/core/track_scores.hpp"
 
 namespace headroom::inline v0::core {

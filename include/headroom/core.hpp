@@ -13,6 +13,7 @@
 #include "headroom/core/executor.hpp"
 #include "headroom/core/finite.hpp"
 #include "headroom/core/instruction_set.hpp"
+#include "headroom/core/intrinsics_warnings.hpp"
 #include "headroom/core/json_string.hpp"
 #include "headroom/core/lanes.hpp"
 #include "headroom/core/lockstep.hpp"

@@ -454,6 +454,34 @@ TEST_CASE("a FLAC frame of a block size that is reserved is not the last one") {
   CHECK_FALSE(audio::detail::is_last_flac_frame(frame, stream));
 }
 
+TEST_CASE("what FLAC's metadata say of their length is believed once it is there") {
+  const TemporaryFolder folder;
+  const std::string whole = bytes_in_format(folder, SF_FORMAT_FLAC | SF_FORMAT_PCM_16, torch::zeros({1, 5000}));
+  const std::string number = bytes_of({0, 0, 0, 3}), little = bytes_of({3, 0, 0, 0});
+  const auto file_with = [&](char type, const std::string& content, char size_above = 0) {
+    constexpr size_t kFirstBlocks = 42;  // the name and STREAMINFO
+    const std::string header{type, size_above, '\0', static_cast<char>(content.size())};
+    testing::write_bytes(folder / "a.flac",
+                         whole.substr(0, kFirstBlocks) + header + content + whole.substr(kFirstBlocks));
+    return (folder / "a.flac").string();
+  };
+  const auto picture = [&](const std::string& kind, const std::string& data) {
+    return number + kind + "png" + number + "abc" + std::string(16, '\0') + data + "xyz";
+  };
+  CHECK(audio::AudioReader(file_with(6, picture(number, number))).frames() == 5000);
+  const std::string huge = bytes_of({6, 6, 6, 0});  // 96 MiB
+  for (const std::string& file : {picture(huge, number), picture(number, huge)}) {
+    const Error error = error_of([&] { audio::AudioReader(file_with(6, file)); });
+    CHECK(error.id() == "headroom.audio.file.truncated");
+  }
+  for (const std::string& tags : {little + "abc" + huge, huge, little + "abc" + bytes_of({1, 0, 0, 0}) + huge}) {
+    const Error error = error_of([&] { audio::AudioReader(file_with(4, tags)); });
+    CHECK(error.id() == "headroom.audio.file.truncated");
+  }
+  const Error error = error_of([&] { audio::AudioReader(file_with(1, "padding", 100)); });
+  CHECK(error.id() == "headroom.audio.file.truncated");
+}
+
 TEST_CASE("a file can come out of a pipe") {
   const TemporaryFolder folder;
   const std::string pipe = (folder / "pipe").string(), wav = testing::wav_bytes(std::string(400000, 'x'), 2, 16);

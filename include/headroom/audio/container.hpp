@@ -217,20 +217,52 @@ inline std::optional<ContainerLength> length_of_mp3(const io::InputFile& file, s
   return length;
 }
 
+/// FLAC: where those fields of a block of metadata [begin, end) end that say how long they are, of tags and pictures.
+inline std::uint64_t end_of_flac_fields(const io::InputFile& file, std::uint64_t type, std::uint64_t begin,
+                                        std::uint64_t end) {
+  constexpr std::uint64_t kTags = 4, kPicture = 6;
+  std::uint64_t at = begin;
+  const auto skip = [&](std::endian order) { at += 4 + stored_number(file.read(at, 4), 0, 4, order); };
+  if (type == kTags) {
+    skip(std::endian::little);  // who wrote it
+    std::uint64_t count = stored_number(file.read(at, 4), 0, 4, std::endian::little);
+    for (at += 4; count > 0 && at < end; --count) skip(std::endian::little);
+    at += 4 * count;
+  } else if (type == kPicture) {
+    at += 4;                                         // what it shows
+    skip(std::endian::big), skip(std::endian::big);  // the kind of file, a description
+    at += 16, skip(std::endian::big);                // sizes, the picture
+  }
+  return at;
+}
+
+/// FLAC: where its metadata say that they end. libFLAC takes memory for them before it looks whether they are there.
+inline std::uint64_t end_of_flac_metadata(const io::InputFile& file) {
+  std::uint64_t promised = 0, at = 4;
+  for (bool last = false; !last && at < file.size();) {
+    const std::uint64_t header = stored_number(file.read(at, 4), 0, 4, std::endian::big), begin = at + 4;
+    last = (header >> 31) != 0;
+    at = begin + (header & 0xffffff);
+    promised = std::max({promised, at, end_of_flac_fields(file, header >> 24 & 0x7f, begin, at)});
+  }
+  return promised;
+}
+
 /// FLAC: where the last frame ends, behind which libsndfile reads nothing. What is appended may be another file, in
 /// the last bytes that could still be of that frame or behind them, or a tag.
 inline ContainerLength length_of_flac(const io::InputFile& file) {
   constexpr std::string_view kBegin("fLaC\0\0\0\x22", 8);  // the name, and the block that comes first, with its size
   constexpr std::uint64_t kBlock = 1 << 20;
+  const std::uint64_t promised = end_of_flac_metadata(file);
   const FileRange last = last_flac_frame(file).value_or(FileRange{kBegin.size(), file.size()});
   for (std::uint64_t at = last.begin; at < file.size(); at += kBlock) {
     const std::string bytes = file.read(at, kBlock + kBegin.size() - 1);
     if (const std::size_t found = bytes.find(kBegin); found != bytes.npos)
-      return {.explained = at + found, .tags = false};
+      return {.promised = promised, .explained = at + found, .tags = false};
   }
   const std::string frame = last.end < file.size() ? file.read(last.begin, last.end - last.begin) : "";
   const std::size_t tag = std::min(frame.find("ID3"), frame.find("APETAGEX"));
-  return {.explained = tag == frame.npos ? last.end : last.begin + tag};
+  return {.promised = promised, .explained = tag == frame.npos ? last.end : last.begin + tag};
 }
 
 /// Whether what follows the last chunk is no lost sound: tags that other programs append, or too little to matter.

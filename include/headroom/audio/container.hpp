@@ -226,7 +226,7 @@ inline std::uint64_t end_of_flac_fields(const io::InputFile& file, std::uint64_t
   if (type == kTags) {
     skip(std::endian::little);  // who wrote it
     std::uint64_t count = stored_number(file.read(at, 4), 0, 4, std::endian::little);
-    for (at += 4; count > 0 && at < end; --count) skip(std::endian::little);
+    for (at += 4; count > 0 && at < std::min(end, file.size()); --count) skip(std::endian::little);
     at += 4 * count;
   } else if (type == kPicture) {
     at += 4;                                         // what it shows

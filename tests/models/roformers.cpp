@@ -176,18 +176,18 @@ TEST_CASE("forward, loss and all gradients are as exact as those of the Python m
     c.model->train();
     set_parameters(*c.model);
     std::set<std::string> checked;
-    std::vector<double> ratios_of_few;
+    std::vector<double> ratios_of_streams;
     const auto check = [&](const std::string& name, const Tensor& ours) {
       const Tensor& known = reference.at(name);
       INFO(c.name << ": " << name);
       checked.insert(name);
       REQUIRE(known.numel() == ours.numel() + 1);
       const double error = rms(ours.detach().to(torch::kDouble).flatten() - known.slice(0, 0, -1));
-      // The error of a few numbers is a matter of luck: those of one or two, and of streams, are held together
-      const bool of_few = ours.numel() <= 2 || name.find(".static_") != std::string::npos;
+      // The error of a few numbers is a matter of luck: those of streams are held together
+      const bool of_streams = name.ends_with("_scale") || name.find(".static_") != std::string::npos;
       const double ratio = error / known[-1].item<double>();
-      CHECK(ratio <= (of_few ? 4 : 2));
-      if (of_few) ratios_of_few.push_back(ratio);
+      CHECK(ratio <= (of_streams ? 4 : 2));
+      if (of_streams) ratios_of_streams.push_back(ratio);
     };
     const Tensor stems = c.model->forward(mixture_of(c, 0));
     check("output", stems.slice(-1, 0, c.whole));
@@ -203,7 +203,7 @@ TEST_CASE("forward, loss and all gradients are as exact as those of the Python m
     std::vector<Tensor> losses{loss.detach()};
     for (uint32_t i = 1; i < 8; ++i) losses.push_back(loss_of(c, c.model->forward(mixture_of(c, i)), target_of(c, i)));
     check("loss", torch::stack(losses));
-    if (!ratios_of_few.empty()) CHECK(rms(torch::tensor(ratios_of_few)) <= 2);
+    if (!ratios_of_streams.empty()) CHECK(rms(torch::tensor(ratios_of_streams)) <= 2);
     CHECK(checked.size() == reference.size());
   }
 }

@@ -17,19 +17,15 @@ def noise(shape, salt):
 
 
 def with_errors(results, mixtures):
-    """What `results(mixture, dtype)` has in double for the first mixture, the losses of all of them, and the RMS errors
-    in float: of an output or gradient the greater of the error for that mixture and the RMS over all."""
-    squares, losses = {}, []
+    """What `results(mixture, dtype)` has in double for the first mixture, and the RMS errors of the same in float for
+    each mixture."""
+    errors = {}
     for mixture in range(mixtures):
         inexact, exact = results(mixture, torch.float32), results(mixture, torch.float64)
         kept = kept if mixture > 0 else exact
-        losses.append(exact["loss"])
         for key, x in exact.items():
-            squares.setdefault(key, []).append((inexact[key] - x).square().mean())
-    kept["loss"] = torch.stack(losses)
-    errors = {key: torch.stack(s).mean().sqrt() for key, s in squares.items()}
-    errors |= {key: max(errors[key], s[0].sqrt()) for key, s in squares.items() if key != "loss"}
-    return kept, errors
+            errors.setdefault(key, []).append((inexact[key] - x).square().mean().sqrt())
+    return kept, {key: torch.stack(e) for key, e in errors.items()}
 
 
 def save(path, tensors):

@@ -77,8 +77,8 @@ folder.mkdir(exist_ok=True)
 for name, (samples, options) in MODELS.items():
     kept, errors = with_errors(lambda mixture, dtype: results(options, samples, mixture, dtype), MIXTURES)
     save(folder / f"{name}.safetensors", {key: torch.hstack([x.flatten(), errors[key]]) for key, x in kept.items()})
-    print(name, len(kept) - 2, "tensors, output", list(kept["output"].shape), "errors", errors["output"].item(),
-          errors["loss"].item())
+    print(name, len(kept) - 2, "tensors, output", list(kept["output"].shape), "errors",
+          errors["output"].median().item(), errors["loss"].median().item())
 
 torch.set_default_dtype(torch.float32)
 PUBLISHED = dict(bottom_channels=512, dconv_mode=3)

@@ -64,6 +64,7 @@ if $tests; then
 fi
 if $clean_root; then
   debootstrap --variant=minbase --include=ca-certificates bookworm "$trial/root" > "$trial/debootstrap.log"
+  cp /etc/ssl/certs/ca-certificates.crt "$trial/root/etc/ssl/certs"  # pip there trusts whom it does here
   chroot "$trial/root" apt-get --quiet --quiet update
   # What compiles here, such as ccache, is not there
   env -u CMAKE_CXX_COMPILER_LAUNCHER -u CXX python3 "$trial/$name/tests/consumer/first_steps.py" \

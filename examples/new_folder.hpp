@@ -3,7 +3,7 @@
 #include <filesystem>
 #include <string_view>
 #include <system_error>
-#include <utility>
+#include <vector>
 
 #include "headroom/core/error.hpp"
 
@@ -12,26 +12,28 @@
 class NewFolder {
  public:
   /// Throws `id` where it cannot be made.
-  NewFolder(std::filesystem::path folder, std::string_view id) : folder_(std::move(folder)), kept_(folder_) {
+  NewFolder(const std::filesystem::path& folder, std::string_view id)
+      : NewFolder() {  // so what it made goes if it fails
     std::error_code failure;
-    while (!std::filesystem::exists(kept_, failure) && kept_.has_relative_path()) kept_ = kept_.parent_path();
-    std::filesystem::create_directories(folder_, failure);
-    if (std::error_code other; std::filesystem::is_directory(folder_, other)) return;
-    remove_empty();
-    headroom::fail(id, "can't make the folder ", folder_, ": ", failure.message(), "; choose another output folder");
+    for (auto part = folder; !std::filesystem::exists(part, failure) && part.has_relative_path();
+         part = part.parent_path()) {
+      made_.push_back(part);
+    }
+    std::filesystem::create_directories(folder, failure);
+    if (std::error_code other; std::filesystem::is_directory(folder, other)) return;
+    headroom::fail(id, "can't make the folder ", folder, ": ", failure.message(), "; choose another output folder");
   }
-  NewFolder(NewFolder&& other) noexcept
-      : folder_(std::exchange(other.folder_, {})), kept_(std::exchange(other.kept_, {})) {}
+  NewFolder(NewFolder&&) noexcept = default;
   NewFolder& operator=(NewFolder&&) = delete;
-  ~NewFolder() { remove_empty(); }
-
- private:
-  void remove_empty() const noexcept {
+  ~NewFolder() {
     std::error_code failure;
-    for (std::filesystem::path folder = folder_; folder != kept_; folder = folder.parent_path()) {
+    for (const std::filesystem::path& folder : made_) {
       if (std::filesystem::exists(folder, failure) && !std::filesystem::remove(folder, failure)) return;
     }
   }
 
-  std::filesystem::path folder_, kept_;  // the second was there before
+ private:
+  NewFolder() = default;
+
+  std::vector<std::filesystem::path> made_;  // a folder before the one that it is in
 };

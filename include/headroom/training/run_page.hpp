@@ -31,8 +31,11 @@ class RunPage {
   /// A line of metrics.jsonl. Members that are missing leave no point.
   void add(const Json& line) {
     const int64_t step = line.at("step");
-    if (line.at("kind") == "step") add_step(step, line);
-    if (line.at("kind") == "validation" && line.contains("scores")) add_validation(step, line["scores"]);
+    // JSON equals text in a function that may not throw, and takes memory
+    const auto* kind = line.at("kind").get_ptr<const std::string*>();
+    if (kind == nullptr) return;
+    if (*kind == "step") add_step(step, line);
+    if (*kind == "validation" && line.contains("scores")) add_validation(step, line["scores"]);
   }
 
   /// Pictures of an excerpt as RunRecord keeps them.

@@ -31,9 +31,10 @@ set(CMAKE_EXPORT_COMPILE_COMMANDS ON)  # tests/static/headers_alone.py reads it
 
 find_program(CCACHE ccache)
 if(CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
-  # The sloppiness that ccache asks for before it caches a unit with a precompiled header
+  # The sloppiness that ccache asks for before it caches a unit with a precompiled header; and Python, which pip builds
+  # with, sets a locale of its own
   set(CMAKE_CXX_COMPILER_LAUNCHER "${CMAKE_COMMAND}" -E env
-      CCACHE_SLOPPINESS=pch_defines,time_macros,include_file_mtime,include_file_ctime "${CCACHE}")
+      CCACHE_SLOPPINESS=pch_defines,time_macros,include_file_mtime,include_file_ctime,locale "${CCACHE}")
 endif()
 
 if(NOT TARGET headroom_training)

@@ -517,6 +517,9 @@ TEST_CASE("a file can come out of a pipe") {
   writer.join();
   const Error error = error_of([&] { AudioReader reader(pipe); });
   CHECK_THAT(error.what(), Catch::Contains("it is a pipe that nobody writes to"));
+  const testing::TemporaryFilesIn nowhere(folder / "none");
+  CHECK_THAT(error_of([&] { AudioReader reader(pipe); }).what(),
+             Catch::Contains("its copy in the folder for temporary files: No such file or directory"));
 }
 
 TEST_CASE("a FLAC file is read like WAV, and one that ends early is refused") {

@@ -148,7 +148,7 @@ void run(const Arguments& arguments) {
     }
   }
   if (!arguments.json.empty()) {
-    headroom::io::write_file(arguments.json, "headroom.evaluate.json", {json.dump(2), "\n"});
+    headroom::io::write_file(arguments.json, "headroom.evaluate.json", {headroom::training::json_text(json, 2), "\n"});
   }
 }
 

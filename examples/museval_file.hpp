@@ -27,7 +27,7 @@ inline void write_museval_file(const std::filesystem::path& path, const std::vec
     };
     out << "{\n  \"targets\": [";
     for (std::size_t stem = 0; stem < stems.size(); ++stem) {
-      out << (stem > 0 ? "," : "") << "\n    {\n      \"name\": " << headroom::training::Json(stems[stem]).dump()
+      out << (stem > 0 ? "," : "") << "\n    {\n      \"name\": " << headroom::training::json_text(stems[stem])
           << ",\n      \"frames\": [";
       for (std::size_t t = 0; t < frames.size(); ++t) {
         out << (t > 0 ? "," : "") << "\n        {\"time\": " << t

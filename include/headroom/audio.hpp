@@ -17,4 +17,5 @@
 #include "headroom/audio/smallest_errors.hpp"
 #include "headroom/audio/stft.hpp"
 #include "headroom/audio/test_time.hpp"
+#include "headroom/audio/untagged_file.hpp"
 #include "headroom/audio/waveform_loss.hpp"

@@ -10,3 +10,4 @@
 #include "headroom/io/number.hpp"
 #include "headroom/io/process.hpp"
 #include "headroom/io/room.hpp"
+#include "headroom/io/temporary_folder.hpp"

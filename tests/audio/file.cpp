@@ -340,7 +340,10 @@ TEST_CASE("files behind each other in one are refused: libsndfile reads the firs
   const TemporaryFolder folder;
   const torch::Tensor samples = torch::rand({480000}) - 0.5;  // noise, so that compressed files are large, too
   constexpr int kMp3 = 0x230000 | 0x82;                       // SF_FORMAT_MPEG_LAYER_III, since libsndfile 1.1
-  for (const int format : {SF_FORMAT_FLAC | SF_FORMAT_PCM_16, SF_FORMAT_OGG | SF_FORMAT_VORBIS, kMp3}) {
+  constexpr int k16 = SF_FORMAT_PCM_16;
+  for (const int format : {SF_FORMAT_WAV | k16, SF_ENDIAN_BIG | SF_FORMAT_WAV | k16, SF_FORMAT_RF64 | k16,
+                           SF_FORMAT_W64 | k16, SF_FORMAT_AIFF | k16, SF_FORMAT_AU | k16, SF_FORMAT_CAF | k16,
+                           SF_FORMAT_FLAC | k16, SF_FORMAT_OGG | SF_FORMAT_VORBIS, kMp3}) {
     INFO(std::hex << format);
     const std::string whole = bytes_in_format(folder, format, samples);
     testing::write_bytes(folder / "a", whole);
@@ -482,6 +485,29 @@ TEST_CASE("what FLAC's metadata say of their length is believed once it is there
   CHECK(error.id() == "headroom.audio.file.truncated");
 }
 
+TEST_CASE("tags in front of a file, which libsndfile passes over, hide nothing of what is wrong with it") {
+  const TemporaryFolder folder;
+  const std::string tag = "ID3" + bytes_of({3, 0, 0, 0, 0, 1, 72}) + std::string(200, '\0');
+  const auto reader_of = [&](const std::string& bytes) {
+    testing::write_bytes(folder / "a", tag + tag + bytes);
+    return AudioReader(folder / "a");
+  };
+  const torch::Tensor samples = torch::rand({480000}) - 0.5;
+  for (const int format : {SF_FORMAT_WAV, SF_FORMAT_AIFF, SF_FORMAT_AU, SF_FORMAT_FLAC}) {
+    INFO(std::hex << format);
+    const std::string whole = bytes_in_format(folder, format | SF_FORMAT_PCM_16, samples);
+    CHECK(reader_of(whole).frames() == 480000);
+    CHECK(error_of([&] { reader_of(whole + whole); }).id() == "headroom.audio.file.length");
+    if (format == SF_FORMAT_FLAC) continue;  // whose reader sees the end come too soon
+    const Error cut = error_of([&] { reader_of(whole.substr(0, whole.size() / 2)); });
+    CHECK(cut.id() == "headroom.audio.file.truncated");
+    CHECK_THAT(cut.what(), Catch::Contains("its header says " + std::to_string(2 * tag.size() + whole.size())));
+  }
+  std::string flac = bytes_in_format(folder, SF_FORMAT_FLAC | SF_FORMAT_PCM_16, samples);
+  flac.insert(42, bytes_of({6, 0, 0, 8, 0, 0, 0, 3, 6, 6, 6, 0}));  // a picture of 96 MiB
+  CHECK(error_of([&] { reader_of(flac); }).id() == "headroom.audio.file.truncated");
+}
+
 TEST_CASE("a file can come out of a pipe") {
   const TemporaryFolder folder;
   const std::string pipe = (folder / "pipe").string(), wav = testing::wav_bytes(std::string(400000, 'x'), 2, 16);
@@ -491,6 +517,9 @@ TEST_CASE("a file can come out of a pipe") {
   writer.join();
   const Error error = error_of([&] { AudioReader reader(pipe); });
   CHECK_THAT(error.what(), Catch::Contains("it is a pipe that nobody writes to"));
+  const testing::TemporaryFilesIn nowhere(folder / "none");
+  CHECK_THAT(error_of([&] { AudioReader reader(pipe); }).what(),
+             Catch::Contains("its copy in the folder for temporary files: No such file or directory"));
 }
 
 TEST_CASE("a FLAC file is read like WAV, and one that ends early is refused") {

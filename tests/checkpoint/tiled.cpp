@@ -323,12 +323,15 @@ TEST_CASE("a mismatch names the operators whose results differ") {
 TEST_CASE("checkpoints that no disk has room for are errors, not signals") {
   const auto storage = checkpoint_pack(CheckpointStorage::offload);
   const Tensor x = torch::randn({1 << 16});
-  const Error nowhere = testing::error_of([&] {
-    const testing::TemporaryFilesIn there("/proc");
-    storage(x);
-  });
-  CHECK(nowhere.id() == "headroom.checkpoint.offload");
-  CHECK(testing::contains(nowhere.what(), "TMPDIR"));
+  for (const char* folder : {"/proc", "/dev/null", "/there is no such folder"}) {
+    const Error nowhere = testing::error_of([&] {
+      const testing::TemporaryFilesIn there(folder);
+      storage(x);
+    });
+    CHECK(nowhere.id() == "headroom.checkpoint.offload");
+    CHECK(testing::contains(nowhere.what(), std::string(folder) + ": "));
+    CHECK(testing::contains(nowhere.what(), "TMPDIR"));
+  }
 
   const Tensor leaf = x.clone().requires_grad_();
   const MemoryMeter meter;

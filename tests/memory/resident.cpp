@@ -1,5 +1,7 @@
 #include "headroom/memory/resident.hpp"
 
+#include <sys/resource.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
@@ -43,6 +45,17 @@ TEST_CASE("a missing field of the process status is an error") {
   const Error error = testing::error_of([] { headroom::detail::process_status("VmNothing:"); });
   CHECK(error.id() == "headroom.memory.resident");
   CHECK(testing::contains(error.what(), "VmNothing:"));
+}
+
+TEST_CASE("that no further file can be opened is no missing field of the process status") {
+  rlimit before{};
+  REQUIRE(::getrlimit(RLIMIT_NOFILE, &before) == 0);
+  const rlimit none{0, before.rlim_max};
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &none) == 0);
+  const Error error = testing::error_of([] { resident_bytes(); });
+  ::setrlimit(RLIMIT_NOFILE, &before);
+  CHECK(error.id() == "headroom.memory.resident");
+  CHECK(testing::contains(error.what(), "Too many open files"));
 }
 
 TEST_CASE("segments are made expandable for CUDA alone, and not where the environment configures the allocator") {

@@ -14,7 +14,7 @@ FOLDERS = {
     "io": {"core", "io"},
     "runtime": {"core", "runtime"},
     "attention": {"core", "runtime", "attention"},
-    "checkpoint": {"core", "runtime", "checkpoint"},
+    "checkpoint": {"core", "io", "runtime", "checkpoint"},
     "memory": {"core", "runtime", "memory"},
     "plan": {"core", "runtime", "checkpoint", "memory", "plan"},
     "optim": {"core", "runtime", "optim"},

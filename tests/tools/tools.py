@@ -302,6 +302,23 @@ class Tools(unittest.TestCase):
         self.assertIn("a\\x1bb: the true bass is silent", result.stderr)
         self.assertNotIn("\x1b", result.stdout + result.stderr)
 
+    def test_names_of_files_that_are_no_utf_8_get_into_json(self):
+        odd, result = os.fsdecode(b"caf\xe9"), self.root / "odd.json"
+        track = self.root / "latin tracks" / odd
+        shutil.copytree(self.song, track)
+        (track / "bass.wav").rename(track / f"{odd}.wav")
+        done = self.evaluate(track.parent, track.parent, "--stems", f"vocals,{odd}", "--metrics", "nsdr", "--json", result,
+                             "--museval", self.root / "latin scores", errors="surrogateescape")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(list(json.loads(result.read_text())["tracks"]), ["caf\ufffd"])
+        museval = json.loads((self.root / "latin scores" / f"{odd}.json").read_text())
+        self.assertEqual([target["name"] for target in museval["targets"]], ["vocals", "caf\ufffd"])
+        config = self.root / f"{odd}.json"
+        config.write_text(json.dumps(CONFIG))
+        done = run("plan", "--config", config, "--sweep", "batch_size=1", "--json", result, errors="surrogateescape")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(json.loads(result.read_text())["rows"][0]["configuration"], "caf\ufffd")
+
     def test_evaluate_refuses_what_does_not_fit(self):
         short = self.root / "short"
         for stem in STEMS:

@@ -322,6 +322,18 @@ TEST_CASE("whole tracks are scored in the memory of a segment, whatever their le
   CHECK(once < int64_t{400'000} * 8 * 4);  // the stems of the shorter track
 }
 
+TEST_CASE("estimates of a track that the folder for temporary files cannot keep are an error of validation") {
+  const Config config = config_with(R"(, "validation_metrics": ["nsdr", "fullness"])");
+  TinySeparator model(6, 0.5);
+  const Tracks tracks = tones({9'001});
+  for (const char* folder : {"/proc", "/there is no such folder"}) {
+    const testing::TemporaryFilesIn nowhere(folder);
+    const Error error = testing::error_of([&] { validate_tracks(model, tracks, config); });
+    CHECK(error.id() == "headroom.training.validation_file");
+    CHECK(testing::contains(error.what(), std::string(folder) + ": No such file or directory"));
+  }
+}
+
 TEST_CASE("segments are scored as one recording") {
   Config config = config_with(R"(, "validation_segments": 3, "validation_metrics": ["nsdr", "bleedless"])");
   torch::manual_seed(7);

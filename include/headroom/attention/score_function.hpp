@@ -8,8 +8,12 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/core/intrinsics_warnings.hpp"
+
+HEADROOM_INTRINSICS_BEGIN
 #include "headroom/core/attention/mask_function.hpp"
 #include "headroom/core/attention/score_function.hpp"
+HEADROOM_INTRINSICS_END
 
 namespace headroom::inline v0 {
 

@@ -14,6 +14,7 @@
 #include <string_view>
 
 #include "headroom/audio/flac_frames.hpp"
+#include "headroom/audio/untagged_file.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/io/input_file.hpp"
 
@@ -70,15 +71,16 @@ inline bool is_chunk_name(std::string_view name) {
 
 /// The length of a file of chunks. `whole` is what the header says of all of it, 0 for nothing; `long_samples` is the
 /// size of the samples where that in their chunk is a placeholder, as in RF64.
-inline ContainerLength length_of_chunks(const io::InputFile& file, const ChunkLayout& layout, std::uint64_t whole,
+inline ContainerLength length_of_chunks(const UntaggedFile& file, const ChunkLayout& layout, std::uint64_t whole,
                                         std::uint64_t long_samples) {
   constexpr int kMostChunks = 100'000;
   const std::size_t header = layout.name + layout.size;
+  const std::string own_name = file.read(0, 4);  // with which another file begins, behind this one
   ContainerLength length{.promised = whole, .explained = std::min(layout.first, file.size())};
   bool samples_seen = false;
   for (std::uint64_t at = layout.first, chunks = 0; chunks < kMostChunks; ++chunks) {
     const std::string bytes = file.read(at, header);
-    if (bytes.size() < header || !is_chunk_name(bytes)) break;
+    if (bytes.size() < header || !is_chunk_name(bytes) || bytes.starts_with(own_name)) break;
     std::uint64_t size = stored_number(bytes, layout.name, layout.size, layout.order);
     const bool samples = !samples_seen && bytes.starts_with(layout.samples);
     samples_seen = samples_seen || samples;
@@ -102,7 +104,7 @@ inline ContainerLength length_of_chunks(const io::InputFile& file, const ChunkLa
 }
 
 /// WAV, little-endian or big-endian, RF64 and BW64.
-inline ContainerLength length_of_wave(const io::InputFile& file, std::string_view header) {
+inline ContainerLength length_of_wave(const UntaggedFile& file, std::string_view header) {
   const std::endian order = header.starts_with("RIFX") ? std::endian::big : std::endian::little;
   std::uint64_t whole = stored_number(header, 4, 4, order), samples = 0;
   if (!header.starts_with("RIF") && header.find("ds64") == 12) {
@@ -116,7 +118,7 @@ inline ContainerLength length_of_wave(const io::InputFile& file, std::string_vie
 }
 
 /// Sony Wave64: names of 16 bytes, sizes of 8 that count both.
-inline ContainerLength length_of_wave64(const io::InputFile& file, std::string_view header) {
+inline ContainerLength length_of_wave64(const UntaggedFile& file, std::string_view header) {
   ContainerLength length = length_of_chunks(file, {40, 16, 8, std::endian::little, true, 8, "data"},
                                             stored_number(header, 16, 8, std::endian::little), 0);
   length.tags = false;
@@ -124,14 +126,14 @@ inline ContainerLength length_of_wave64(const io::InputFile& file, std::string_v
 }
 
 /// AIFF and AIFC.
-inline ContainerLength length_of_aiff(const io::InputFile& file, std::string_view header) {
+inline ContainerLength length_of_aiff(const UntaggedFile& file, std::string_view header) {
   const std::uint64_t whole = stored_number(header, 4, 4, std::endian::big);
   return length_of_chunks(file, {12, 4, 4, std::endian::big, false, 2, "SSND"},
                           whole == 0 || is_placeholder(whole) ? 0 : whole / 2 * 2 + 8, 0);
 }
 
 /// Sun and NeXT, big-endian or little-endian: a header and samples.
-inline ContainerLength length_of_au(const io::InputFile& file, std::string_view header) {
+inline ContainerLength length_of_au(const UntaggedFile& file, std::string_view header) {
   const std::endian order = header.starts_with(".snd") ? std::endian::big : std::endian::little;
   const std::uint64_t begin = stored_number(header, 4, 4, order), size = stored_number(header, 8, 4, order);
   if (is_placeholder(size) || (size == 0 && begin < file.size())) return {.explained = file.size(), .open_end = begin};
@@ -158,7 +160,7 @@ inline std::uint32_t ogg_checksum(std::string_view page) {
 }
 
 /// The page of an Ogg file that begins at `at`; empty where no whole page does.
-inline std::string ogg_page(const io::InputFile& file, std::uint64_t at) {
+inline std::string ogg_page(const UntaggedFile& file, std::uint64_t at) {
   constexpr std::size_t kHeader = 27;
   std::string page = file.read(at, kHeader + 255);
   if (page.size() < kHeader || !page.starts_with("OggS")) return "";
@@ -173,7 +175,7 @@ inline std::string ogg_page(const io::InputFile& file, std::uint64_t at) {
 
 /// Ogg: whole pages, of each stream in their order, the last with the mark of its end. libsndfile passes over pages
 /// that are damaged or missing, and reads the first of streams that follow each other.
-inline ContainerLength length_of_ogg(const io::InputFile& file) {
+inline ContainerLength length_of_ogg(const UntaggedFile& file) {
   ContainerLength length{.ended = false, .tags = false};
   std::map<std::uint64_t, std::uint64_t> next;  // number of each stream's next page
   bool headers_over = false;
@@ -196,13 +198,8 @@ inline ContainerLength length_of_ogg(const io::InputFile& file) {
 inline constexpr std::uint64_t kLittle = 1 << 16;
 
 /// MP3: what the first frame says of all of them, when it holds a table of contents (Xing, Info) and no sound.
-inline std::optional<ContainerLength> length_of_mp3(const io::InputFile& file, std::string_view header) {
-  std::uint64_t begin = 0;
-  if (header.starts_with("ID3") && header.size() >= 10) {  // a tag, whose size has 7 bits a byte
-    for (std::size_t i = 6; i < 10; ++i) begin = begin << 7 | (static_cast<unsigned char>(header[i]) & 0x7f);
-    begin += 10;
-  }
-  const std::string frame = file.read(begin, 64);
+inline std::optional<ContainerLength> length_of_mp3(const UntaggedFile& file) {
+  const std::string frame = file.read(0, 64);
   if (frame.size() < 64 || stored_number(frame, 0, 2, std::endian::big) >> 5 != 0x7ff) return std::nullopt;
   const bool mpeg1 = (frame[1] & 8) != 0, mono = (static_cast<unsigned char>(frame[3]) >> 6) == 3;
   const std::size_t table = 4 + (mpeg1 ? (mono ? 17 : 32) : (mono ? 9 : 17));
@@ -211,14 +208,14 @@ inline std::optional<ContainerLength> length_of_mp3(const io::InputFile& file, s
   const auto flags = stored_number(frame, table + 4, 4, std::endian::big);
   if ((name != "Xing" && name != "Info") || (flags & kBytes) == 0) return std::nullopt;
   const std::uint64_t bytes = stored_number(frame, table + ((flags & kFrames) != 0 ? 12 : 8), 4, std::endian::big);
-  ContainerLength length{.explained = std::min(begin + bytes, file.size())};
+  ContainerLength length{.explained = std::min(bytes, file.size())};
   // The tag before the next file of several is no tag of this one
   length.tags = file.size() - length.explained <= kLittle || !file.read(length.explained, 3).starts_with("ID3");
   return length;
 }
 
 /// FLAC: where those fields of a block of metadata [begin, end) end that say how long they are, of tags and pictures.
-inline std::uint64_t end_of_flac_fields(const io::InputFile& file, std::uint64_t type, std::uint64_t begin,
+inline std::uint64_t end_of_flac_fields(const UntaggedFile& file, std::uint64_t type, std::uint64_t begin,
                                         std::uint64_t end) {
   constexpr std::uint64_t kTags = 4, kPicture = 6;
   std::uint64_t at = begin;
@@ -237,7 +234,7 @@ inline std::uint64_t end_of_flac_fields(const io::InputFile& file, std::uint64_t
 }
 
 /// FLAC: where its metadata say that they end. libFLAC takes memory for them before it looks whether they are there.
-inline std::uint64_t end_of_flac_metadata(const io::InputFile& file) {
+inline std::uint64_t end_of_flac_metadata(const UntaggedFile& file) {
   std::uint64_t promised = 0, at = 4;
   for (bool last = false; !last && at < file.size();) {
     const std::uint64_t header = stored_number(file.read(at, 4), 0, 4, std::endian::big), begin = at + 4;
@@ -250,7 +247,7 @@ inline std::uint64_t end_of_flac_metadata(const io::InputFile& file) {
 
 /// FLAC: where the last frame ends, behind which libsndfile reads nothing. What is appended may be another file, in
 /// the last bytes that could still be of that frame or behind them, or a tag.
-inline ContainerLength length_of_flac(const io::InputFile& file) {
+inline ContainerLength length_of_flac(const UntaggedFile& file) {
   constexpr std::string_view kBegin("fLaC\0\0\0\x22", 8);  // the name, and the block that comes first, with its size
   constexpr std::uint64_t kBlock = 1 << 20;
   const std::uint64_t promised = end_of_flac_metadata(file);
@@ -272,23 +269,36 @@ inline bool is_appendix(const io::InputFile& file, std::uint64_t begin) {
          tag.starts_with("APETAGEX") || tag.starts_with("LYRICS");
 }
 
-}  // namespace detail
-
-/// What a WAV (RIFF, RIFX, RF64, BW64), Wave64, AIFF, AU, CAF, Ogg, FLAC or MP3 file says of its length in bytes; none
-/// for other files. That FLAC and MP3 are cut is seen by their number of frames, which libsndfile knows.
-inline std::optional<ContainerLength> container_length(const io::InputFile& file) {
+/// container_length() of what follows the tags at the beginning of a file, counted from there.
+inline std::optional<ContainerLength> length_behind_tags(const UntaggedFile& file) {
   const std::string header = file.read(0, 40);
   const auto begins = [&](std::initializer_list<const char*> names) {
     return std::ranges::any_of(names, [&](const char* name) { return header.starts_with(name); });
   };
-  if (begins({"RIFF", "RIFX", "RF64", "BW64"})) return detail::length_of_wave(file, header);
-  if (begins({"riff\x2e\x91\xcf\x11"})) return detail::length_of_wave64(file, header);
-  if (begins({"FORM"})) return detail::length_of_aiff(file, header);
-  if (begins({".snd", "dns."})) return detail::length_of_au(file, header);
-  if (begins({"caff"})) return detail::length_of_chunks(file, {8, 4, 8, std::endian::big, false, 1, "data"}, 0, 0);
-  if (begins({"OggS"})) return detail::length_of_ogg(file);
-  if (begins({"fLaC"})) return detail::length_of_flac(file);
-  return detail::length_of_mp3(file, header);
+  if (begins({"RIFF", "RIFX", "RF64", "BW64"})) return length_of_wave(file, header);
+  if (begins({"riff\x2e\x91\xcf\x11"})) return length_of_wave64(file, header);
+  if (begins({"FORM"})) return length_of_aiff(file, header);
+  if (begins({".snd", "dns."})) return length_of_au(file, header);
+  if (begins({"caff"})) return length_of_chunks(file, {8, 4, 8, std::endian::big, false, 1, "data"}, 0, 0);
+  if (begins({"OggS"})) return length_of_ogg(file);
+  if (begins({"fLaC"})) return length_of_flac(file);
+  return length_of_mp3(file);
+}
+
+}  // namespace detail
+
+/// What a WAV (RIFF, RIFX, RF64, BW64), Wave64, AIFF, AU, CAF, Ogg, FLAC or MP3 file says of its length in bytes, also
+/// behind ID3 tags; none for other files. That FLAC and MP3 are cut is seen by their number of frames, which libsndfile
+/// knows.
+inline std::optional<ContainerLength> container_length(const io::InputFile& file) {
+  const detail::UntaggedFile untagged(file);
+  std::optional<ContainerLength> length = detail::length_behind_tags(untagged);
+  if (!length) return length;
+  length->promised += untagged.begin();
+  length->explained += untagged.begin();
+  if (length->open_end) *length->open_end += untagged.begin();
+  if (length->damaged_at) *length->damaged_at += untagged.begin();
+  return length;
 }
 
 /// Refuses a file that ends before its headers say, or goes on where they say nothing of it: a size that has 32 bits

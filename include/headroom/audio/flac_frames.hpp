@@ -7,7 +7,7 @@
 #include <string>
 #include <string_view>
 
-#include "headroom/io/input_file.hpp"
+#include "headroom/audio/untagged_file.hpp"
 
 // What a FLAC file (RFC 9639) says of where its last frame lies, without decoding it.
 namespace headroom::inline v0::audio::detail {
@@ -88,7 +88,7 @@ struct FileRange {
 
 /// Where the last frame of the FLAC stream at the beginning of `file` is; it may end before `end`. None where the file
 /// does not say how many samples it has, or ends before that frame.
-inline std::optional<FileRange> last_flac_frame(const io::InputFile& file) {
+inline std::optional<FileRange> last_flac_frame(const UntaggedFile& file) {
   constexpr std::uint64_t kBlock = 1 << 20;
   constexpr std::uint64_t kFirst = FlacStream::kBegin + FlacStream::kSize;
   const std::string header = file.read(0, kFirst);

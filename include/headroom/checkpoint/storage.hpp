@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <filesystem>
 #include <memory>
 #include <string>
 #include <utility>
@@ -20,6 +19,7 @@
 #include "headroom/checkpoint/host_copies.hpp"
 #include "headroom/checkpoint/saved_tensors.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/io/temporary_folder.hpp"
 #include "headroom/runtime/dry_run.hpp"
 
 namespace headroom::inline v0 {
@@ -39,7 +39,7 @@ class TensorFile {
  public:
   /// Throws headroom.checkpoint.offload.
   explicit TensorFile(const at::Tensor& x) : bytes_(static_cast<std::int64_t>(x.nbytes())) {
-    const std::string folder = std::filesystem::temp_directory_path().string();
+    const std::string folder = io::temporary_folder().string();
     std::string path = folder + "/headroom_checkpoint_XXXXXX";
     file_ = ::mkstemp(path.data());
     require(file_ >= 0, "headroom.checkpoint.offload", "cannot make a file for a checkpoint in ", folder, ": ",

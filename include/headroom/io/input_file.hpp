@@ -21,6 +21,7 @@
 #include "headroom/core/error.hpp"
 #include "headroom/io/atomic_file.hpp"
 #include "headroom/io/descriptor.hpp"
+#include "headroom/io/temporary_folder.hpp"
 
 namespace headroom::inline v0::io {
 
@@ -72,8 +73,7 @@ inline std::size_t read_at(int descriptor, std::uint64_t offset, char* to, std::
 
 /// A file in the folder for temporary files that has no name any more and so is gone with its descriptor.
 inline Descriptor nameless_file() {
-  std::error_code failure;
-  std::string name = (std::filesystem::temp_directory_path(failure) / "headroom-XXXXXX").string();
+  std::string name = (temporary_folder() / "headroom-XXXXXX").string();
   Descriptor file(::mkostemp(name.data(), O_CLOEXEC));
   if (file.number() >= 0) ::unlink(name.c_str());
   return file;

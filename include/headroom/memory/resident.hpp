@@ -1,6 +1,8 @@
 #pragma once
 
+#include <cerrno>
 #include <cstdint>
+#include <cstring>
 #include <fstream>
 #include <string>
 #include <string_view>
@@ -14,6 +16,8 @@ namespace detail {
 /// A field such as "VmRSS:" of /proc/self/status, in bytes.
 inline std::int64_t process_status(std::string_view field) {
   std::ifstream status("/proc/self/status");
+  require(status.is_open(), "headroom.memory.resident", "cannot read /proc/self/status: ", std::strerror(errno),
+          "; resident sizes need Linux with /proc mounted");
   for (std::string line; std::getline(status, line);) {
     if (line.starts_with(field)) {
       return std::stoll(line.substr(field.size())) * 1024;  // the kernel prints "kB" and means KiB

@@ -173,7 +173,7 @@ bool read_value(const Json& json, T& value, const Accepted& accepted) {
 
 /// Shortens what a user gave so that one wrong value does not fill the screen.
 inline std::string given_text(const Json& json) {
-  std::string text = json.dump(-1, ' ', false, Json::error_handler_t::replace);
+  std::string text = json_text(json);
   constexpr std::size_t limit = 60;
   return text.size() <= limit ? text : text.substr(0, limit) + "...";
 }

@@ -16,6 +16,12 @@ namespace headroom::inline v0::training {
 /// A JSON document whose objects keep the order of their members.
 using Json = nlohmann::ordered_json;
 
+/// The text of a document, in lines with so many spaces a level, or in one line. JSON is UTF-8, and names of files may
+/// be anything: what is no UTF-8 becomes U+FFFD.
+inline std::string json_text(const Json& json, int indent = -1) {
+  return json.dump(indent, ' ', false, Json::error_handler_t::replace);
+}
+
 namespace detail {
 
 /// "model.n_heads".

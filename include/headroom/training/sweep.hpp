@@ -144,7 +144,7 @@ inline std::string sweep_json(const std::vector<SweepRow>& rows, const Sweep& sw
                             {"flops", row.flops},
                             {"seconds", row.seconds}});
   }
-  return json.dump(2) + "\n";
+  return json_text(json, 2) + "\n";
 }
 
 }  // namespace headroom::inline v0::training

@@ -7,7 +7,6 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
-#include <filesystem>
 #include <functional>
 #include <map>
 #include <optional>
@@ -26,6 +25,7 @@
 #include "headroom/io/atomic_file.hpp"
 #include "headroom/io/descriptor.hpp"
 #include "headroom/io/input_file.hpp"
+#include "headroom/io/temporary_folder.hpp"
 #include "headroom/models/separator.hpp"
 #include "headroom/training/example.hpp"
 #include "headroom/training/sections.hpp"
@@ -101,7 +101,7 @@ class EstimateFile {
  private:
   static void check(bool fine, int error) {
     require(fine, "headroom.training.validation_file", "cannot keep the estimates of a recording in ",
-            std::filesystem::temp_directory_path().string(), ": ", std::strerror(error),
+            io::temporary_folder().string(), ": ", std::strerror(error),
             "; free space there, set TMPDIR to another folder, or validate with metrics that read a recording once: "
             "nsdr, si_sdr, l1_freq, log_wmse");
   }

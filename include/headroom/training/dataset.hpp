@@ -16,6 +16,7 @@
 #include "headroom/core/error.hpp"
 #include "headroom/io/file_name.hpp"
 #include "headroom/training/augmentation.hpp"
+#include "headroom/training/data_choices.hpp"
 #include "headroom/training/example.hpp"
 #include "headroom/training/random.hpp"
 #include "headroom/training/sampler.hpp"
@@ -24,13 +25,6 @@
 #include "headroom/training/track_list.hpp"
 
 namespace headroom::inline v0::training {
-
-/// How a track is drawn.
-enum class TrackDraw {
-  uniform,    ///< every track equally often
-  by_length,  ///< every segment of the whole data set equally often
-  by_stem,    ///< every stem equally often, of it every track that has it: rare stems are heard as often as others
-};
 
 /// What a Dataset draws.
 struct DatasetOptions {

@@ -661,6 +661,17 @@ class Tools(unittest.TestCase):
         self.fails(run("plan", "--config", config, "--budget", "much"), "headroom.tools.bytes")
         self.fails(run("plan", "--config", config, "--budget", "1B"), "headroom.memory.plan.budget")
 
+    def test_the_same_plan_is_the_same_files(self):
+        config = self.root / "same.json"
+        config.write_text(json.dumps(CONFIG))
+        kinds = ("json", "trace", "html", "snapshot")
+        runs = [{kind: self.root / f"same {number}.{kind}" for kind in kinds} for number in range(3)]
+        for files in runs:
+            paths = [argument for kind, path in files.items() for argument in (f"--{kind}", path)]
+            self.assertEqual(run("plan", "--config", config, "--device", "rtx-4060-8gb", *paths).returncode, 0)
+        for kind in kinds:
+            self.assertEqual(len({files[kind].read_bytes() for files in runs}), 1, kind)
+
     def test_sweep(self):
         config, table = self.root / "sweep.json", self.root / "table.json"
         config.write_text(json.dumps(CONFIG))

@@ -77,10 +77,12 @@ class Dataset {
             roots.front(), " belong to no tracks, so that examples have to be remixed, and remix is ", options_.remix,
             "; give folders of tracks or, where they are trained on, set data.remix to 1");
   }
+  /// Of one root.
   Dataset(const std::filesystem::path& root, DatasetOptions options)
       : Dataset(std::vector<std::filesystem::path>{root}, std::move(options)) {}
 
   std::int64_t size() const { return static_cast<std::int64_t>(tracks().size()); }  ///< tracks
+  /// The tracks that examples are drawn from, root by root in the order of find_tracks.
   const std::vector<Track>& tracks() const { return list_.tracks(); }
   const DatasetOptions& options() const { return options_; }
 

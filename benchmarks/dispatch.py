@@ -1,5 +1,6 @@
-"""What choosing the instruction set at run time costs: attention with plain flags and headroom::kernels, in multiples of the
-time of the same program compiled header-only with -march=native. Both run in turns; the shortest run of each counts.
+"""What choosing the instruction set at run time costs: attention with plain flags and headroom::kernels, in multiples
+of the time of the same program compiled header-only with -march=native. Both run in turns; the shortest run of each
+counts.
 
 Usage: dispatch.py <build folder> [--rounds N] [--json FILE]      compiles the two programs first, in a minute
 """
@@ -38,8 +39,10 @@ print(f"{'':32}{'plain, ms':>12}{'native, ms':>12}{'ratio':>8}")
 rows = []
 for case, native in best["dispatch_native"].items():
     plain = best["dispatch_plain"][case]
-    rows.append({"type": case[0], "length": int(case[1]), "pass": case[2], "plain_seconds": plain, "native_seconds": native})
-    print(f"{case[0]}, L = {case[1]}, {case[2]}".ljust(32) + f"{1e3 * plain:12.3f}{1e3 * native:12.3f}{plain / native:8.3f}")
+    rows.append({"type": case[0], "length": int(case[1]), "pass": case[2], "plain_seconds": plain,
+                 "native_seconds": native})
+    print(f"{case[0]}, L = {case[1]}, {case[2]}".ljust(32) +
+          f"{1e3 * plain:12.3f}{1e3 * native:12.3f}{plain / native:8.3f}")
 if arguments.json:
     processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     report = {"processor": processor and processor[1], "instruction_sets": sets, "rows": rows}

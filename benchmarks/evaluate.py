@@ -50,7 +50,8 @@ def run_tool(arguments, folder, *options):
                str(arguments.threads), *options]
     begin, peak = time.perf_counter(), 0
     with subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None:  # what the system reports in the end counts this process, too, as it was at the fork
+        # What the system reports in the end counts this process, too, as it was at the fork
+        while process.poll() is None:
             peak = max(peak, peak_bytes(process.pid))
             time.sleep(0.01)
     assert process.returncode == 0, "evaluate failed"

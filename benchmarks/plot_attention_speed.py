@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Draws speed against head dim from the rows of `attention_speed --json`: GF/s of every implementation on one shape, and
-headroom's ratio to PyTorch on all shapes; one column for each pass and dtype.
+"""Draws speed against head dim from the rows of `attention_speed --json`: GF/s of every implementation on one shape,
+and headroom's ratio to PyTorch on all shapes; one column for each pass and dtype.
 
 plot_attention_speed.py ROWS.json FIGURE.png [BxHxL of the upper row, 1x4x2049 unless given]
 """
@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLUMNS = [("forward", "float"), ("forward_backward", "float"), ("forward", "bfloat16"), ("forward_backward", "bfloat16")]
+COLUMNS = [(what, dtype) for dtype in ("float", "bfloat16") for what in ("forward", "forward_backward")]
 IMPLEMENTATIONS = [("naive", "matmul, softmax, matmul", "tab:red"), ("torch", "PyTorch, fused", "tab:green"),
                    ("chunked", "headroom, chunked", "tab:cyan"), ("tiled", "headroom, tiled", "tab:blue")]
 

@@ -23,9 +23,11 @@ def main(rows_file, figure_file, rate=44100):
         for stored, style in [(True, "--"), (False, "-")]:
             curve = [r for r in rows if r["configuration"] == name and (r["attention"] == "reference") == stored]
             seconds = [r["value"] / rate for r in curve]
-            memory.plot(seconds, [r["peak_bytes"] / 2**30 for r in curve], style, marker="o", markersize=4, color=colour)
+            memory.plot(seconds, [r["peak_bytes"] / 2**30 for r in curve], style, marker="o", markersize=4,
+                        color=colour)
         label = name.removeprefix("musdb18_")
-        operations.plot(seconds, [r["flops"] / 1e12 for r in curve], marker="o", markersize=4, color=colour, label=label)
+        operations.plot(seconds, [r["flops"] / 1e12 for r in curve], marker="o", markersize=4, color=colour,
+                        label=label)
     memory.axhline(sweep["budget_bytes"] / 2**30, color="black", linewidth=1)
     memory.annotate(f"{sweep['device']}: {sweep['budget_bytes'] / 2**30:.0f} GiB for tensors",
                     (1, sweep["budget_bytes"] / 2**30), xycoords=("axes fraction", "data"), xytext=(-4, -12),

@@ -126,7 +126,8 @@ def process_status(field):
 
 
 def peak_memory(device):
-    """Starts to watch; what is returned gives the bytes at the peak: growth of the resident size, or the allocator's."""
+    """Starts to watch; what is returned gives the bytes at the peak: growth of the resident size, or the
+    allocator's."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

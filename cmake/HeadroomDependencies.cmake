@@ -23,8 +23,8 @@ endfunction()
 
 # headroom_find_dependencies(<component> <variable>)
 #
-# Finds what one component (core, headroom, training) needs beyond the component before it, and sets <variable> to what is
-# missing, empty when nothing is. The build and the installed package both come through here.
+# Finds what one component (core, headroom, training) needs beyond the component before it, and sets <variable> to what
+# is missing, empty when nothing is. The build and the installed package both come through here.
 function(headroom_find_dependencies component missing)
   set(${missing} "" PARENT_SCOPE)
 
@@ -34,15 +34,16 @@ function(headroom_find_dependencies component missing)
     if(NOT TARGET Eigen3::Eigen)
       set(${missing} "Eigen 3.4 or 5 (Debian: libeigen3-dev)" PARENT_SCOPE)
     elseif(Eigen3_VERSION VERSION_LESS 3.4)
-      set(${missing} "Eigen 3.4 or 5 (Debian: libeigen3-dev), and found ${Eigen3_VERSION} in ${Eigen3_DIR}" PARENT_SCOPE)
+      set(${missing} "Eigen 3.4 or 5 (Debian: libeigen3-dev), and found ${Eigen3_VERSION} in ${Eigen3_DIR}"
+          PARENT_SCOPE)
     endif()
     # Threads are optional: CMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON leaves core single-threaded.
     find_package(OpenMP QUIET COMPONENTS CXX)
     if(OpenMP_CXX_FOUND AND NOT TARGET headroom::openmp)
       add_library(headroom::openmp INTERFACE IMPORTED GLOBAL)
       if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
-        # The flag, not the path of the compiler's runtime as in OpenMP::OpenMP_CXX: LibTorch brings a runtime of the same
-        # name, and a process must have one. See HeadroomTorch.cmake.
+        # The flag, not the path of the compiler's runtime as in OpenMP::OpenMP_CXX: LibTorch brings a runtime of the
+        # same name, and a process must have one. See HeadroomTorch.cmake.
         separate_arguments(flags NATIVE_COMMAND "${OpenMP_CXX_FLAGS}")
         target_compile_options(headroom::openmp INTERFACE ${flags})
         target_link_options(headroom::openmp INTERFACE ${flags})

@@ -1,9 +1,9 @@
 # Defines the target headroom::torch, LibTorch as this library links it, unless LibTorch cannot be found.
 #
 # A target `torch` that the project already has is used as it is. Otherwise LibTorch's folder (the one with include/ and
-# lib/) is looked for in Torch_DIR, CMAKE_PREFIX_PATH, the system folders and the checkout's .venv, and its libraries are
-# imported directly. Its own package file is left alone: for a CUDA build it refuses to configure without the whole CUDA
-# toolkit, which this library does not need.
+# lib/) is looked for in Torch_DIR, CMAKE_PREFIX_PATH, the system folders and the checkout's .venv, and its libraries
+# are imported directly. Its own package file is left alone: for a CUDA build it refuses to configure without the whole
+# CUDA toolkit, which this library does not need.
 if(TARGET headroom::torch)
   return()
 endif()
@@ -36,9 +36,9 @@ function(headroom_import_torch)
     endif()
   endforeach()
 
-  # core's threads and LibTorch's share one OpenMP runtime, the one in LibTorch's folder if there is one. It comes before
-  # the compiler's on the linker's command line, so a program is bound to the versions it will meet when it runs, and
-  # --as-needed drops the compiler's runtime, which has nothing left to offer.
+  # core's threads and LibTorch's share one OpenMP runtime, the one in LibTorch's folder if there is one. It comes
+  # before the compiler's on the linker's command line, so a program is bound to the versions it will meet when it runs,
+  # and --as-needed drops the compiler's runtime, which has nothing left to offer.
   file(GLOB openmp "${lib}/libgomp*.so*" "${lib}/libiomp5.so" "${lib}/libomp.so")
 
   # std::string in LibTorch's functions has the same layout as in the program.

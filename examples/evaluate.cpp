@@ -27,6 +27,7 @@
 #include "headroom/io/file_name.hpp"
 #include "headroom/io/nearest.hpp"
 #include "headroom/training/json.hpp"
+#include "headroom/training/score_json.hpp"
 #include "museval_file.hpp"
 #include "new_folder.hpp"
 #include "score_table.hpp"
@@ -124,7 +125,7 @@ void run(const Arguments& arguments) {
     for (const std::string& metric : metrics) {
       rows[metric].push_back(headroom::core::with_mean(scores.metrics.at(metric)));
       table.print(names[i], metric, rows[metric].back());
-      json["tracks"][names[i]][metric] = table.json(rows[metric].back());
+      json["tracks"][names[i]][metric] = headroom::training::score_json(arguments.stems, rows[metric].back());
     }
     rows["nsdr_mixture"].push_back(headroom::core::with_mean(scores.mixture_nsdr));
     headroom::core::ScoreRow silence = rows["nsdr_mixture"].back();
@@ -138,13 +139,13 @@ void run(const Arguments& arguments) {
   for (const std::string& metric : metrics) {
     const headroom::core::ScoreRow row = headroom::core::over_tracks(metric, rows[metric]);
     table.print(headroom::core::is_bss_metric(metric) ? "median" : "mean", metric, row);
-    json[metric] = table.json(row);
+    json[metric] = headroom::training::score_json(arguments.stems, row);
   }
   if (std::ranges::find(metrics, "nsdr") != metrics.end()) {
     for (const auto& [name, key] : {std::pair("silence", "nsdr_silence"), std::pair("mixture", "nsdr_mixture")}) {
       const headroom::core::ScoreRow row = headroom::core::over_tracks("nsdr", rows[key]);
       table.print(name, "nsdr", row);
-      json[key] = table.json(row);
+      json[key] = headroom::training::score_json(arguments.stems, row);
     }
   }
   if (!arguments.json.empty()) {

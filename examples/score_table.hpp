@@ -9,7 +9,6 @@
 
 #include "command_line.hpp"
 #include "headroom/core/score_rows.hpp"
-#include "headroom/training/json.hpp"
 
 /// Prints scores, a line for each track and metric, with a column for each stem and one for their mean.
 class ScoreTable {
@@ -35,14 +34,6 @@ class ScoreTable {
       }
     }
     std::cout << std::endl;  // a row appears when its track is done
-  }
-
-  headroom::training::Json json(const headroom::core::ScoreRow& row) const {
-    headroom::training::Json json;
-    for (std::size_t i = 0; i < columns_.size(); ++i) {
-      json[columns_[i]] = row[i] ? headroom::training::Json(*row[i]) : nullptr;
-    }
-    return json;
   }
 
  private:

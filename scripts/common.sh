@@ -1,4 +1,5 @@
-# Sourced by the other scripts: goes to the project's folder, installs packages, and says how much may be built at a time.
+# Sourced by the other scripts: goes to the project's folder, installs packages, and says how much may be built at a
+# time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,11 +23,13 @@ install_debian_packages() {
 clang=${CLANG:-$(command -v clang++-{19,18,17,16} | head -n 1 || true)}
 clang=${clang:-clang++-19}
 
-# What it is given for .venv's LibTorch: torch_headers, torch_libraries. A CUDA build asks for libraries that it finds itself
+# What it is given for .venv's LibTorch: torch_headers, torch_libraries. A CUDA build asks for libraries that it finds
+# itself
 find_torch_for_clang() {
   local torch
   torch=$(.venv/bin/python -c 'import torch; print(torch.__path__[0])')
-  torch_headers=(-isystem /usr/include/eigen3 -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include")
+  torch_headers=(-isystem /usr/include/eigen3 -isystem "$torch/include"
+                 -isystem "$torch/include/torch/csrc/api/include")
   torch_libraries=(-no-pie "$torch"/lib/libtorch{_cpu,}.so "$torch/lib/libc10.so" "$torch"/lib/libgomp*.so*
     "-Wl,-rpath,$torch/lib" -Wl,--allow-shlib-undefined)
 }
@@ -34,8 +37,8 @@ find_torch_for_clang() {
 # Builds targets (all of them when none is named) of the release preset
 build() { build_preset release "$@"; }
 
-# build_preset PRESET [TARGET...]. A unit that includes LibTorch takes about 2 GB to compile, so memory limits the number
-# of compilers too.
+# build_preset PRESET [TARGET...]. A unit that includes LibTorch takes about 2 GB to compile, so memory limits the
+# number of compilers too.
 build_preset() {
   local preset=$1 available_kb cores jobs
   shift

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Measures what a unit of a program costs to compile: seconds of processor time and the compiler's largest memory, for
-one unit that includes an umbrella header, kernels compiled elsewhere, and units that use attention. And what a build took.
+one unit that includes an umbrella header, kernels compiled elsewhere, and units that use attention. And what a build
+took.
 
   scripts/compile_times.py [--torch FOLDER] [--compiler g++] [--flags "-O3"] [--json FILE] [--only core ...]
   scripts/compile_times.py --build build/release    the steps that Ninja noted down there: all of them, and the longest
@@ -15,11 +16,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTEND = "torch::Tensor f(torch::Tensor q) { return headroom::attention(q, q, q); }"
-SEPARATE = "#define HEADROOM_SEPARATE_KERNELS\n#define HEADROOM_SEPARATE_TRAINING\n"  # as programs with both compiled elsewhere
+# As programs with both compiled elsewhere
+SEPARATE = "#define HEADROOM_SEPARATE_KERNELS\n#define HEADROOM_SEPARATE_TRAINING\n"
 UMBRELLAS = sorted(path.name for path in (ROOT / "include" / "headroom").glob("*.hpp"))
 UNITS = {  # name: (needs LibTorch, text)
     "core.hpp, attention used": (False, "#include <headroom/core.hpp>\nnamespace c = headroom::core;\n"
-        "void f(const Eigen::MatrixXf& q, Eigen::MatrixXf& o) {\n  c::attention_forward<float>({.q = c::matrix_view(q), "
+        "void f(const Eigen::MatrixXf& q, Eigen::MatrixXf& o) {\n"
+        "  c::attention_forward<float>({.q = c::matrix_view(q), "
         ".k = c::matrix_view(q), .v = c::matrix_view(q), .output = c::matrix_view(o)});\n}"),
     "torch/torch.h alone": (True, "#include <torch/torch.h>"),
     "attention.hpp, used": (True, "#include <headroom/attention.hpp>\n" + ATTEND),
@@ -71,7 +74,8 @@ def main():
     if options.build:
         return build_times(options.build)
     torch = torch_includes(options.torch)
-    command = [options.compiler, "-std=c++20", *options.flags.split(), f"-I{ROOT}/include", "-isystem/usr/include/eigen3"]
+    command = [options.compiler, "-std=c++20", *options.flags.split(), f"-I{ROOT}/include",
+               "-isystem/usr/include/eigen3"]
     figures = {}
     print(f"{'unit':42} {'seconds':>8} {'MB':>7}")
     for name, (needs_torch, text) in UNITS.items():
@@ -84,7 +88,8 @@ def main():
         figures[name] = {"seconds": round(seconds, 2), "megabytes": round(megabytes)}
         print(f"{name:42} {seconds:8.1f} {megabytes:7.0f}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"compiler": options.compiler, "flags": options.flags, "units": figures}, indent=1) + "\n")
+        result = {"compiler": options.compiler, "flags": options.flags, "units": figures}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

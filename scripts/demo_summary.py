@@ -28,7 +28,8 @@ def table(summary):
         "",
         f"trained for               {summary['train_seconds']:8.0f} s",
         f"peak memory, measured     {peak / 2**20:8.0f} MiB",
-        f"stored scores would add   {stored / 2**20:8.0f} MiB to the same step: {(peak + stored) / peak:.1f} times as much",
+        f"stored scores would add   {stored / 2**20:8.0f} MiB to the same step: "
+        f"{(peak + stored) / peak:.1f} times as much",
     ]
     return "\n".join(lines)
 

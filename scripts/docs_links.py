@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Follows every link between the pages of a site: docs_links.py FOLDER names those that lead nowhere: a page, or a place
-in a chapter. (Doxygen's own links within its lists are left alone: some lead to what it left out.)"""
+"""Follows every link between the pages of a site: docs_links.py FOLDER names those that lead nowhere: a page, or a
+place in a chapter. (Doxygen's own links within its lists are left alone: some lead to what it left out.)"""
 
 import re
 import sys

@@ -5,14 +5,16 @@
 #
 # Without LibTorch: safetensors zip pickle legacy (weights), demucs (the model in a checkpoint), yaml, json, container
 # (lengths in headers of audio files), table (CSV of a data set). With LibTorch: configuration, profile (of a device),
-# words (that have a syntax of their own on a command line), audio (through libsndfile), state (saved, up to its archive).
+# words (that have a syntax of their own on a command line), audio (through libsndfile), state (saved, up to its
+# archive).
 #
 # HEADROOM_FUZZ_LENGTH in the environment is the longest input (4096 bytes); with 256 there are three times as many a
-# second. Blocks do not keep who allocated them, which costs a third: the input that breaks a reader tells it when run alone.
+# second. Blocks do not keep who allocated them, which costs a third: the input that breaks a reader tells it when run
+# alone.
 #
-# Needs clang 16 or newer, in CLANG or by Debian's name (clang-19 libclang-rt-19-dev), and is skipped without. The inputs
-# that reached something new are kept in build/fuzz/FORMAT, or below HEADROOM_FUZZ_FOLDER, and are where the next run
-# begins; an input that breaks a reader is then FORMAT-crash-* there. tests/fuzz/found has those that once did.
+# Needs clang 16 or newer, in CLANG or by Debian's name (clang-19 libclang-rt-19-dev), and is skipped without. The
+# inputs that reached something new are kept in build/fuzz/FORMAT, or below HEADROOM_FUZZ_FOLDER, and are where the next
+# run begins; an input that breaks a reader is then FORMAT-crash-* there. tests/fuzz/found has those that once did.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 runs=${1:-100000}
 formats=("${@:2}")

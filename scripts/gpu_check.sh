@@ -70,7 +70,8 @@ make_bundle() {
   done
   for name in libsndfile.so.1 libsoxr.so.0 libyaml-cpp.so.0.7 librubberband.so.2; do
     library=$(ldconfig -p | awk -v name="$name" '$1 == name {print $NF; exit}')
-    for library in "$library" $(ldd "$library" | awk '/=> .*\/lib(FLAC|ogg|vorbis|vorbisenc|opus|mpg123|mp3lame)\.so/ {print $3}'); do
+    for library in "$library" $(ldd "$library" |
+        awk '/=> .*\/lib(FLAC|ogg|vorbis|vorbisenc|opus|mpg123|mp3lame)\.so/ {print $3}'); do
       cp -L --parents "/usr${library#/usr}" "$bundle"
     done
     ln -sf "$name" "$(dirname "$(find "$bundle" -name "$name")")/${name%%.so*}.so"

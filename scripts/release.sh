@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes what a release consists of, from what is committed, and tries it out: build/releases/VERSION with the sources
-# (headroom_core.hpp in them), the single header, the site, Debian packages (of headers, and with the kernels compiled for
-# this architecture), a Python wheel and SHA256SUMS. Then the unpacked sources are configured, and the consumer tests
-# install and use them. The same commit gives the same sources and the same header.
+# (headroom_core.hpp in them), the single header, the site, Debian packages (of headers, and with the kernels compiled
+# for this architecture), a Python wheel and SHA256SUMS. Then the unpacked sources are configured, and the consumer
+# tests install and use them. The same commit gives the same sources and the same header.
 #
 #   scripts/release.sh                all of it
 #   scripts/release.sh --no-tests     without the consumer tests

@@ -30,7 +30,8 @@ def single_header():
     licence = "".join(f"// {line}".rstrip() + "\n" for line in (ROOT / "LICENSE").read_text().splitlines())
     body = "".join(inlined("headroom/core.hpp", set()))
     body = re.sub(r"\n{3,}", "\n\n", body).lstrip("\n")
-    return f"// headroom::core {version} in one file, made by scripts/single_header.py.\n//\n{licence}#pragma once\n\n{body}"
+    head = f"// headroom::core {version} in one file, made by scripts/single_header.py.\n//\n"
+    return f"{head}{licence}#pragma once\n\n{body}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tries core with each compiler: its warnings (tests/static/core_warnings.py), then its tests, with kernels of their own and
-# the flags given; those for ARM are run by qemu. Prints a table.
+# Tries core with each compiler: its warnings (tests/static/core_warnings.py), then its tests, with kernels of their own
+# and the flags given; those for ARM are run by qemu. Prints a table.
 #
 #   scripts/toolchains.sh                 all that are installed of those that Debian 12 and 13 have
 #   scripts/toolchains.sh COMPILER...     only these, as g++-12 clang++-16 aarch64-linux-gnu-g++
@@ -8,7 +8,8 @@
 #
 # HEADROOM_FLAGS in the environment is what they are given beyond -O3: HEADROOM_FLAGS="-mavx2 -mfma".
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-packages=(g++-12 clang-14 clang-15 clang-16 clang-19 g++-aarch64-linux-gnu qemu-user cmake ninja-build libeigen3-dev catch2)
+packages=(g++-12 clang-14 clang-15 clang-16 clang-19 g++-aarch64-linux-gnu qemu-user cmake ninja-build libeigen3-dev
+          catch2)
 compilers=(g++-11 g++-12 g++-13 g++-14 clang++-14 clang++-15 clang++-16 clang++-19 aarch64-linux-gnu-g++)
 if [ "${1:-}" = --install ]; then
   shift
@@ -24,7 +25,8 @@ for_target() {
   case "$1" in
     aarch64-linux-gnu-*)
       run=(qemu-aarch64 -L /usr/aarch64-linux-gnu)
-      cross=(-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 "-DCMAKE_CROSSCOMPILING_EMULATOR=${run[0]};-L;${run[2]}")
+      cross=(-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64
+             "-DCMAKE_CROSSCOMPILING_EMULATOR=${run[0]};-L;${run[2]}")
       ;;
   esac
 }
@@ -46,7 +48,8 @@ try_compiler() {
     build=$(tail -n 3 "$folder/tests.log" | grep -E 'passed|failed' | tr -s ' \n' ' ') || true
   fi
   tests=${build:-"stopped: $(tail -n 1 "$folder/tests.log")"}
-  printf '| %s %s | %s | %s | %s | %s s |\n' "$compiler" "$("$compiler" -dumpfullversion 2> /dev/null || "$compiler" -dumpversion)" \
+  printf '| %s %s | %s | %s | %s | %s s |\n' "$compiler" \
+         "$("$compiler" -dumpfullversion 2> /dev/null || "$compiler" -dumpversion)" \
     "${flags:-plain}" "${warnings:-?}" "$tests" $((SECONDS - seconds))
 }
 

@@ -207,9 +207,9 @@ def write_readme(out, vocals, song_count):
     }[vocals]
     (out / "README.md").write_text(f"""# Rendered songs in the MUSDB18-HQ layout
 
-{song_count} songs for trying out a separator: train/ and test/ or valid/ hold one folder a song with mixture, vocals, drums,
-bass and other as 16-bit WAV at 44.1 kHz. Each mixture is the sum of its stems bit for bit. song.json in each folder
-tells the settings, levels and SHA-256 of the files.
+{song_count} songs for trying out a separator: train/ and test/ or valid/ hold one folder a song with mixture, vocals,
+drums, bass and other as 16-bit WAV at 44.1 kHz. Each mixture is the sum of its stems bit for bit. song.json in each
+folder tells the settings, levels and SHA-256 of the files.
 
 Made by examples/data/render_musdb.py of the project headroom.
 
@@ -249,7 +249,8 @@ def divide(available, arguments):
     """Returns {part: song names} of the data set that the command line asks for."""
     tested = [] if arguments.held_out else choose(available, arguments.test_songs)
     songs = [name for name in choose(available, arguments.songs) if name not in tested
-             and (arguments.fullness == 0 or fullest_excerpt(available[name], arguments.seconds)[2] >= arguments.fullness)]
+             and (arguments.fullness == 0
+                  or fullest_excerpt(available[name], arguments.seconds)[2] >= arguments.fullness)]
     if arguments.held_out >= max(len(songs), 1):
         sys.exit(f"--held-out {arguments.held_out} of {len(songs)} songs leaves none to train on")
     held_out = random.Random(arguments.seed).sample(sorted(songs), arguments.held_out)

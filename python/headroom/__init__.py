@@ -18,29 +18,32 @@ from headroom.memory import MemoryReport, measure
 
 __all__ = ["MemoryReport", "attention", "instruction_set", "measure", "replace_sdpa", "scaled_dot_product_attention"]
 
-# PyTorch's C++ interface is another in each minor version: with another one the library may load, and read the wrong bytes
+# PyTorch's C++ interface is another in each minor version: with another one the library may load, and read the wrong
+# bytes
 if torch.__version__.split(".")[:2] != TORCH.split("."):
     raise ImportError(f"[headroom.python.torch] this headroom was built for PyTorch {TORCH}.*, and here is PyTorch "
                       f"{torch.__version__}; build it beside this one, or install torch=={TORCH}.*")
 torch.ops.load_library(Path(__file__).with_name("libheadroom_ops.so"))
 
 
-def attention(q, k, v, *, scale=None, alignment="top_left", query_offset=0, causal=False, window=(-1, -1), global_keys=0, key_lengths=None,
-              sequence_starts=None, key_sequence_starts=None, mask=None, hidden=None, block_mask=None, block_size=128,
-              bias=None, relative_bias=None, alibi_slopes=None, sink=None, softcap=None, rotary=None, polar=None, polar_phase=None,
-              dropout=0.0, seed=None, backend="automatic", return_lse=False):
+def attention(q, k, v, *, scale=None, alignment="top_left", query_offset=0, causal=False, window=(-1, -1),
+              global_keys=0, key_lengths=None, sequence_starts=None, key_sequence_starts=None, mask=None, hidden=None,
+              block_mask=None, block_size=128, bias=None, relative_bias=None, alibi_slopes=None, sink=None,
+              softcap=None, rotary=None, polar=None, polar_phase=None, dropout=0.0, seed=None, backend="automatic",
+              return_lse=False):
     """softmax(softcap(scale·q·kᵀ) + bias + relative_bias - alibi_slopes·|distance|, over the allowed keys)·v.
 
-    q [..., H, Lq, D], k [..., Hk, Lk, D], v [..., Hk, Lk, Dv]: three dimensions or more, any strides, one floating-point
-    dtype. Hk divides H, batch dimensions of k and v broadcast to those of q. Returns [..., H, Lq, Dv]; with
-    `return_lse` also the log-sum-exp of the scores [..., H, Lq]. Differentiable in q, k, v, bias, relative_bias,
-    alibi_slopes, sink and polar_phase. A query that sees no key gets output 0,
-    log-sum-exp -inf (or its head's sink) and gradient 0.
+    q [..., H, Lq, D], k [..., Hk, Lk, D], v [..., Hk, Lk, Dv]: three dimensions or more, any strides, one
+    floating-point dtype. Hk divides H, batch dimensions of k and v broadcast to those of q. Returns [..., H, Lq, Dv];
+    with `return_lse` also the log-sum-exp of the scores [..., H, Lq]. Differentiable in q, k, v, bias, relative_bias,
+    alibi_slopes, sink and polar_phase. A query that sees no key gets output 0, log-sum-exp -inf (or its head's sink)
+    and gradient 0.
 
     The options are those of headroom::AttentionOptions (docs/020_attention.md); all of them hold at once:
 
     scale                factor of q·kᵀ, 1/sqrt(D) unless given
-    alignment            "top_left": query i of a sequence stands at key i; "bottom_right": the last query at the last key
+    alignment            "top_left": query i of a sequence stands at key i; "bottom_right": the last query at the last
+                         key
     query_offset         is added to the positions of the queries
     causal               a query sees keys up to its position
     window               (left, right): keys from position - left to position + right; negative: unlimited
@@ -56,8 +59,8 @@ def attention(q, k, v, *, scale=None, alignment="top_left", query_offset=0, caus
     sink                 [H]: a score without a value
     softcap              s becomes softcap·tanh(s / softcap)
     rotary               complex [positions, R/2]: turns neighbouring pairs of the first R features of q and k
-    polar                float or double [positions, 2D], cosines and then sines: q·kᵀ becomes the sum over features d of
-                         softplus(q_d)·softplus(k_d)·cos(angle of the key - angle of the query), not with rotary
+    polar                float or double [positions, 2D], cosines and then sines: q·kᵀ becomes the sum over features d
+                         of softplus(q_d)·softplus(k_d)·cos(angle of the key - angle of the query), not with rotary
     polar_phase          [Hk, D]: angles that those of keys have more
     dropout              probability that a weight is dropped, always applied; nothing is stored for it
     seed                 int, or int64 tensor of one element: the same seed drops the same weights. Drawn from PyTorch's
@@ -68,11 +71,12 @@ def attention(q, k, v, *, scale=None, alignment="top_left", query_offset=0, caus
         seed = torch.tensor(seed, dtype=torch.int64)
     operator = torch.ops.headroom.attention_with_lse if return_lse else torch.ops.headroom.attention
     return operator(
-        q, k, v, scale=scale, alignment=alignment, query_offset=query_offset, causal=causal, window_left=window[0], window_right=window[1],
-        global_keys=global_keys, key_lengths=key_lengths, sequence_starts=sequence_starts, key_sequence_starts=key_sequence_starts, mask=mask,
-        hidden=hidden, block_mask=block_mask, block_size=block_size, bias=bias, relative_bias=relative_bias,
-        alibi_slopes=alibi_slopes, sink=sink, softcap=softcap, rotary=rotary, polar=polar,
-        polar_phase=polar_phase, dropout=dropout, seed=seed, backend=backend)
+        q, k, v, scale=scale, alignment=alignment, query_offset=query_offset, causal=causal, window_left=window[0],
+        window_right=window[1], global_keys=global_keys, key_lengths=key_lengths, sequence_starts=sequence_starts,
+        key_sequence_starts=key_sequence_starts, mask=mask, hidden=hidden, block_mask=block_mask,
+        block_size=block_size, bias=bias, relative_bias=relative_bias, alibi_slopes=alibi_slopes, sink=sink,
+        softcap=softcap, rotary=rotary, polar=polar, polar_phase=polar_phase, dropout=dropout, seed=seed,
+        backend=backend)
 
 
 def instruction_set():

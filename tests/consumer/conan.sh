@@ -6,5 +6,6 @@ mkdir -p "$3"
 export CONAN_HOME="$3/home"
 "$1" profile detect > "$3/log" 2>&1
 printf 'include(default)\n[platform_requires]\neigen/3.4.0\n' > "$3/profile"
-"$1" create "$2/packaging/conan" --profile:all "$3/profile" --no-remote --conf "tools.cmake.cmake_layout:test_folder=$3/test" \
+"$1" create "$2/packaging/conan" --profile:all "$3/profile" --no-remote \
+  --conf "tools.cmake.cmake_layout:test_folder=$3/test" \
   --conf tools.cmake.cmaketoolchain:user_presets= 2>&1

@@ -1,4 +1,5 @@
-"""The programs of "From nothing to running" in docs/010_getting_started.md, built and run by the commands that stand there.
+"""The programs of "From nothing to running" in docs/010_getting_started.md, built and run by the commands that stand
+there.
 
     first_steps.py CHAPTER FOLDER [--torch TORCH]     without what installs packages; TORCH is LibTorch's folder
     first_steps.py CHAPTER PACKAGE --root ROOT        all commands, in the system ROOT, and how long each took
@@ -31,7 +32,8 @@ def programs():
     text = options.chapter.read_text().split("\n## From nothing to running\n")[1].split("\n## ")[0]
     for section in text.split("\n### A program on ")[1:]:
         blocks = dict(re.findall(r"^```(cpp|cmake|sh)\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
-        yield section.split("\n")[0], {"main.cpp": blocks["cpp"], "CMakeLists.txt": blocks["cmake"]}, blocks["sh"].splitlines()
+        files = {"main.cpp": blocks["cpp"], "CMakeLists.txt": blocks["cmake"]}
+        yield section.split("\n")[0], files, blocks["sh"].splitlines()
 
 
 def run(command, folder):

@@ -1,7 +1,8 @@
 # Installs the build into `first`, moves it to `prefix`, and looks for paths of this machine in what was installed. With
 # `component`, what is installed only where it is asked for comes along.
 file(REMOVE_RECURSE "${first}" "${prefix}")
-execute_process(COMMAND "${CMAKE_COMMAND}" --install "${build}" --prefix "${first}" OUTPUT_QUIET COMMAND_ERROR_IS_FATAL ANY)
+execute_process(COMMAND "${CMAKE_COMMAND}" --install "${build}" --prefix "${first}"
+                OUTPUT_QUIET COMMAND_ERROR_IS_FATAL ANY)
 if(component)
   execute_process(COMMAND "${CMAKE_COMMAND}" --install "${build}" --prefix "${first}" --component "${component}"
                   OUTPUT_QUIET COMMAND_ERROR_IS_FATAL ANY)

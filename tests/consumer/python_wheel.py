@@ -61,7 +61,8 @@ platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
 assert wheel.name.endswith(f"-py3-none-{platform}.whl"), wheel.name  # of no Python version
 with zipfile.ZipFile(wheel) as files:
     names = {name for name in files.namelist() if ".dist-info/" not in name}
-    assert names == {f"headroom/{name}" for name in ("__init__.py", "_built_for.py", "memory.py", "libheadroom_ops.so")}, names
+    expected = ("__init__.py", "_built_for.py", "memory.py", "libheadroom_ops.so")
+    assert names == {f"headroom/{name}" for name in expected}, names
     [metadata] = (files.read(name).decode() for name in files.namelist() if name.endswith(".dist-info/METADATA"))
     assert f"Requires-Dist: torch=={'.'.join(version)}.*" in metadata, metadata
     library = files.read("headroom/libheadroom_ops.so")

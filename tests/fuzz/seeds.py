@@ -35,7 +35,8 @@ def weights():
         else:
             put("zip", path.name, path.read_bytes())
             archive = zipfile.ZipFile(path)
-            put("pickle", path.name, archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl"))))
+            data = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            put("pickle", path.name, archive.read(data))
 
 
 def demucs():
@@ -43,7 +44,8 @@ def demucs():
     module = sys.modules["demucs.htdemucs"] = types.ModuleType("demucs.htdemucs")
     sys.modules["demucs"] = types.ModuleType("demucs")
     module.HTDemucs = type("HTDemucs", (), {"__module__": "demucs.htdemucs"})
-    arguments = {"audio_channels": 2, "samplerate": 44100, "segment": fractions.Fraction(39, 5), "channels": 4, "cac": True,
+    arguments = {"audio_channels": 2, "samplerate": 44100, "segment": fractions.Fraction(39, 5), "channels": 4,
+                 "cac": True,
                  "channels_time": None, "multi_freqs": [], "t_emb": "sin", "t_sin_random_shift": 0, "t_heads": 2}
     for name, args, kwargs in [("args.th", (["drums", "bass"],), arguments), ("kwargs.th", (), {"sources": ["a"]})]:
         file = io.BytesIO()
@@ -70,13 +72,15 @@ def configurations():
     (OUT / "configuration.dict").write_text("".join(f'"\\"{key}\\":"\n' for key in keys))
     profile = {"name": "a", "type": "cuda", "total_bytes": 2**30, "context_bytes": 1, "workspace_bytes": 5,
                "flops_per_second": 1e12, "caching_allocator": True, "expandable_segments": False}
-    profile.update({f"{key}_source": "x" for key in ["total_bytes", "context_bytes", "workspace_bytes", "flops_per_second"]})
+    known = ["total_bytes", "context_bytes", "workspace_bytes", "flops_per_second"]
+    profile.update({f"{key}_source": "x" for key in known})
     put("profile", "whole.json", json.dumps(profile).encode())
 
 
 def audio():
     """The beginnings of the kinds whose length is read, and a WAV file that is whole."""
-    chunks = b"fmt " + struct.pack("<IHHIIHH", 16, 1, 2, 44100, 176400, 4, 16) + b"data" + struct.pack("<I", 8) + b"\1" * 8
+    chunks = b"fmt " + struct.pack("<IHHIIHH", 16, 1, 2, 44100, 176400, 4, 16)
+    chunks += b"data" + struct.pack("<I", 8) + b"\1" * 8
     whole = {
         "wav": b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks,
         "rf64": b"RF64\xff\xff\xff\xffWAVEds64" + struct.pack("<IQQQI", 28, 80, 8, 2, 0) + chunks,
@@ -86,10 +90,12 @@ def audio():
         "caf": b"caff\0\1\0\0desc" + struct.pack(">QdIIIIII", 32, 44100, 0x6C70636D, 0, 4, 1, 2, 16)
                + b"data" + struct.pack(">QI", 12, 0) + b"\1" * 8,
         "w64": b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\0\0" + struct.pack("<Q", 80) + bytes(56),
-        "flac": b"fLaC\0\0\0\x22" + bytes([16, 0, 16, 0]) + bytes(6) + bytes([0x0A, 0xC4, 0x42, 0xF0, 0, 0, 16, 0]) + bytes(16)
+        "flac": b"fLaC\0\0\0\x22" + bytes([16, 0, 16, 0]) + bytes(6) +
+                bytes([0x0A, 0xC4, 0x42, 0xF0, 0, 0, 16, 0]) + bytes(16)
                 + bytes([0xFF, 0xF8, 0xC9, 0x18, 0, 0xC2]),
         "ogg": b"OggS\0\6" + bytes(8) + bytes(12) + b"\1\4abcd",
-        "mp3": b"ID3\4" + bytes(6) + b"\xff\xfb\x90\x64" + bytes(32) + b"Xing" + struct.pack(">III", 3, 1, 80) + bytes(40),
+        "mp3": b"ID3\4" + bytes(6) + b"\xff\xfb\x90\x64" + bytes(32) + b"Xing" +
+               struct.pack(">III", 3, 1, 80) + bytes(40),
     }
     for name, content in whole.items():
         put("container", name, content)

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Runs scripts/gpu_check.sh with the programs of a build folder: without a GPU every part that needs one is reported as
-skipped, none as failed. With one there is nothing to test here. Where PyTorch's side of train_step fails, ours is reported.
+skipped, none as failed. With one there is nothing to test here. Where PyTorch's side of train_step fails, ours is
+reported.
 
 check.py BUILD_FOLDER
 """

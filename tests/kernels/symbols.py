@@ -1,6 +1,6 @@
-"""What the object of an instruction set defines under a name that others may define too is in a namespace of that set: the
-linker takes one definition of each name, and one with wider vectors ends a program on a processor without them. Data may
-have any name.
+"""What the object of an instruction set defines under a name that others may define too is in a namespace of that set:
+the linker takes one definition of each name, and one with wider vectors ends a program on a processor without them.
+Data may have any name.
 
 Usage: symbols.py <nm> <instruction set> <object>
 """

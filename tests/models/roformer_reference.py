@@ -6,9 +6,9 @@ Run by hand, with einops, einx, torch-einops-utils, beartype, librosa and rotary
     roformer_reference.py SOURCES tests/models/roformers
 
 A file is for one small model: its output, gradients and loss in double precision ("output", "grad.NAME", "loss"), each
-flat with one number more, the RMS error of the same in float. Of 20 numbers or fewer there are those of all mixtures, of
-more those of the first (hashed.with_errors says why). Parameters and signals are not in the file: both sides make them
-of hashed counters.
+flat with one number more, the RMS error of the same in float. Of 20 numbers or fewer there are those of all mixtures,
+of more those of the first (hashed.with_errors says why). Parameters and signals are not in the file: both sides make
+them of hashed counters.
 """
 
 import sys
@@ -155,7 +155,8 @@ ONE_BLOCK = dict(stereo=True, time_transformer_depth=1, freq_transformer_depth=1
 PUBLISHED = {
     "BS-RoFormer 512/12": (infer_bs.BSRoformer, dict(dim=512, depth=12, stft_hop_length=441)),
     "BS-RoFormer 384/12": (infer_bs.BSRoformer, dict(dim=384, depth=12)),
-    "BS-RoFormer 384/8, 4 stems": (separator_bs.BSRoformer, dict(dim=384, depth=8, num_stems=4, mlp_expansion_factor=2)),
+    "BS-RoFormer 384/8, 4 stems": (separator_bs.BSRoformer,
+                                       dict(dim=384, depth=8, num_stems=4, mlp_expansion_factor=2)),
     "Mel-Band RoFormer 384/6": (separator_mel.MelBandRoformer, dict(dim=384, depth=6, mask_estimator_depth=2)),
     "small, linear attention": (separator_bs.BSRoformer, dict(dim=64, depth=2, linear_transformer_depth=1)),
     "BS-RoFormer 384/12, 4 streams": (streams_bs.BSRoformer, dict(dim=384, depth=12, use_pope=True)),

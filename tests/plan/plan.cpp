@@ -2,9 +2,11 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <atomic>
 #include <set>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "headroom/audio.hpp"
@@ -540,4 +542,24 @@ TEST_CASE("a plan names the operators whose memory it estimates") {
   CHECK(plan(recurrent, device_profile("h100-80gb")).estimated.empty());
   const auto exact = [] { torch::nn::Linear(8, 8)->forward(torch::ones({5, 8})).sum().backward(); };
   CHECK(plan(exact, this_machine()).estimated.empty());
+}
+
+TEST_CASE("blocks that go at once go in the order in which they came") {
+  TraceRecorder recorder;
+  std::vector<Tensor> tensors;
+  for (int64_t i = 1; i <= 5; ++i) tensors.push_back(torch::empty({i}, torch::kByte));
+  tensors[3].reset();
+  const Tensor between = torch::empty({9}, torch::kByte);
+  for (const size_t i : {4, 0, 2}) tensors[i].reset();
+  {
+    const Phase phase("other");
+    tensors[1].reset();
+  }
+  const MemoryTrace trace = recorder.finish();
+  std::vector<std::pair<int64_t, int64_t>> ends;  // time, bytes
+  for (const auto& block : trace.blocks) ends.emplace_back(block.end, block.bytes);
+  std::ranges::sort(ends);
+  std::vector<int64_t> order;
+  for (const auto& [time, bytes] : ends) order.push_back(bytes);
+  CHECK(order == std::vector<int64_t>{4, 1, 3, 5, 2, 9});
 }

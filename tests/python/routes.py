@@ -1,7 +1,8 @@
 """Requests for which PyTorch stores L x L on the CPU without a word, and headroom does not.
 
-Each route runs forward and, where PyTorch can, backward. PyTorch must be seen to allocate a block for L² numbers, which keeps the list
-honest; headroom must never ask for a block of L² bytes, and give the same result where nothing is random.
+Each route runs forward and, where PyTorch can, backward. PyTorch must be seen to allocate a block for L² numbers, which
+keeps the list honest; headroom must never ask for a block of L² bytes, and give the same result where nothing is
+random.
 """
 
 import unittest

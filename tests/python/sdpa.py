@@ -148,7 +148,8 @@ class Replacement(unittest.TestCase):
     def test_however_it_is_called(self):
         q = noise(1, 2, 7, 6)
         calls = [lambda: F.scaled_dot_product_attention(q, q, q), lambda: imported_by_name(q, q, q),
-                 lambda: torch._C._nn.scaled_dot_product_attention(q, q, q), lambda: imported_by_name(*[q.detach()] * 3)]
+                 lambda: torch._C._nn.scaled_dot_product_attention(q, q, q),
+                 lambda: imported_by_name(*[q.detach()] * 3)]
         for call in calls:
             with headroom.replace_sdpa(), Operators() as operators:
                 call()
@@ -188,7 +189,8 @@ class Replacement(unittest.TestCase):
                         self.assertLess(largest((output - expected)[valid]), 1e-13)
                         if gradient:
                             inputs = [x, *layer.parameters()]
-                            for ours, exact in zip(gradients(output[valid], inputs), gradients(expected[valid], inputs)):
+                            for ours, exact in zip(gradients(output[valid], inputs),
+                                                   gradients(expected[valid], inputs)):
                                 self.assertLess(largest(ours - exact), 1e-12)
 
     def test_compiled_encoder_layer(self):

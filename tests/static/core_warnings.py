@@ -20,7 +20,8 @@ if not shutil.which(compiler):
 
 # One unit: what all of them include is read once
 units = [*sorted(root.glob("examples/010*.cpp")), *sorted(root.glob("tests/core/*.cpp"))]
-command = [compiler, "-std=c++20", "-fsyntax-only", *WARNINGS, *flags, f"-I{root}/include", f"-I{root}/tests", "-x", "c++", "-"]
+command = [compiler, "-std=c++20", "-fsyntax-only", *WARNINGS, *flags, f"-I{root}/include", f"-I{root}/tests",
+           "-x", "c++", "-"]
 unit = "".join(f'#include "{path}"\n' for path in units)
 run = subprocess.run(command, input=unit, capture_output=True, text=True)
 found = sorted(set(re.findall(r"^\S*include/headroom/\S+ warning: .*|^.* error: .*", run.stderr, re.MULTILINE)))

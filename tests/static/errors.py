@@ -1,4 +1,5 @@
-"""Every error id that include/ uses has a section in docs/errors.md (a line `### headroom.module.what`), and vice versa.
+"""Every error id that include/ uses has a section in docs/errors.md (a line `### headroom.module.what`), and vice
+versa.
 
 Usage: errors.py <project folder>; exit code 77 when there is no docs/errors.md.
 """

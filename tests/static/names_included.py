@@ -38,7 +38,8 @@ def found(name, beside):
 
 @cache
 def includes(path):
-    inner = [found(quoted or angled, path.parent if quoted else None) for quoted, angled in INCLUDE.findall(text_of(path))]
+    inner = [found(quoted or angled, path.parent if quoted else None)
+             for quoted, angled in INCLUDE.findall(text_of(path))]
     return [file for file in inner if file]
 
 

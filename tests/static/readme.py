@@ -1,6 +1,6 @@
 """Every C++ and Python block of README.md and of the chapters stands word for word, up to indentation, in a program
-under examples/, tests/docs/ or tests/python/ that the tests compile or run. (tests/consumer/first_steps.py takes the programs of "From
-nothing to running" from the chapter itself.)
+under examples/, tests/docs/ or tests/python/ that the tests compile or run. (tests/consumer/first_steps.py takes the
+programs of "From nothing to running" from the chapter itself.)
 
 Usage: readme.py <project folder>; exit code 77 when there is no README.md.
 """
@@ -32,6 +32,7 @@ for page in pages:
     for match in re.finditer(r"^```(?:cpp|c\+\+|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         block = dedent(match[1]).splitlines()
         if not any(stands_in(block, lines) for lines in examples):
-            found.append(f"{page.name}: no program under examples/, tests/docs/ or tests/python/ has this block:\n{match[1]}")
+            found.append(f"{page.name}: no program under examples/, tests/docs/ or tests/python/ has this block:\n"
+                         f"{match[1]}")
 print("\n".join(found))
 sys.exit(bool(found))

@@ -1,5 +1,5 @@
-"""What a reader has to hold in mind at once: a header has at most 400 lines, a function 60, and in core/ five parameters.
-More want a named struct; outside of core/ LibTorch's own signatures have more.
+"""What a reader has to hold in mind at once: a header has at most 400 lines, a function 60, and in core/ five
+parameters. More want a named struct; outside of core/ LibTorch's own signatures have more.
 
 Usage: sizes.py <project folder>
 """
@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 HEADER_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 5
-NO_FUNCTION = {"if", "for", "while", "switch", "catch", "return", "requires", "decltype", "sizeof", "alignas", "noexcept"}
+NO_FUNCTION = {"if", "for", "while", "switch", "catch", "return", "requires", "decltype", "sizeof", "alignas",
+               "noexcept"}
 COMMENT_OR_STRING = re.compile(r'//[^\n]*|/\*.*?\*/|R"(\w*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'', re.S)
 # What may stand between the parameters of a function and its body
 TRAILER = re.compile(r"(?:\s|const\b|noexcept(?:\([^()]*\))?|override\b|final\b|&&?|__attribute__\(\([^()]*\)\)|"
-                     r"->[\w:<>,\s*&\[\]]+|requires [\w:<>,\s&|]+|:\s*(?:[\w:<>]+\s*(?:\([^;]*?\)|\{[^;]*?\})\s*,?\s*)+)*\Z", re.S)
+                     r"->[\w:<>,\s*&\[\]]+|requires [\w:<>,\s&|]+|"
+                      r":\s*(?:[\w:<>]+\s*(?:\([^;]*?\)|\{[^;]*?\})\s*,?\s*)+)*\Z", re.S)
 
 
 def blank(text):
@@ -63,7 +65,8 @@ def functions(text):
         if before.endswith((".", "->", "=", "(", ",", "return", "!", "&&", "||")):
             continue  # a call
         end = matching(text, body)
-        yield name, text.count("\n", 0, m.start()) + 1, text.count("\n", m.start(), end) + 1, split(text[opening + 1 : closing])
+        line, lines = text.count("\n", 0, m.start()) + 1, text.count("\n", m.start(), end) + 1
+        yield name, line, lines, split(text[opening + 1 : closing])
         end_of_last = end
 
 

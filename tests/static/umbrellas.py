@@ -1,5 +1,5 @@
-"""Umbrella headers (include/headroom/*.hpp) hold includes only and name every header of their folder. Those that a program
-includes by itself because of what they link are installed with headroom::training.
+"""Umbrella headers (include/headroom/*.hpp) hold includes only and name every header of their folder. Those that a
+program includes by itself because of what they link are installed with headroom::training.
 
 Usage: umbrellas.py <project folder>
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 OPT_IN = {
     "attention/register_ops.hpp": "registers operators when it is included: for one unit of a program",
     **dict.fromkeys((f"audio/{name}.hpp" for name in (
-        "file", "format", "reader", "recording_level", "resampler", "separate_file", "sound_file", "stem_files", "writer")),
+        "file", "format", "reader", "recording_level", "resampler", "separate_file", "sound_file", "stem_files",
+        "writer")),
         "needs libsndfile or libsoxr, which headroom::headroom does not link"),
 }
 
@@ -41,8 +42,8 @@ def problems(include):
 def problems_of_targets(build_file):
     if not build_file.exists():
         return
-    [names] = re.findall(r"\|audio/\(([\w|]+)\)", build_file.read_text())
-    installed = {f"audio/{name}.hpp" for name in names.split("|")}
+    [names] = re.findall(r"training_audio ([\w ]+)\)", build_file.read_text())
+    installed = {f"audio/{name}.hpp" for name in names.split()}
     for header in sorted(installed ^ {name for name in OPT_IN if name.startswith("audio/")}):
         yield f"CMakeLists.txt: training_headers and tests/static/umbrellas.py disagree whether {header} is one"
 

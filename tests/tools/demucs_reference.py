@@ -30,13 +30,15 @@ def mixture():
 
 
 def save(model, path):
-    """As demucs' trainer saves a model: what makes it in Python, weights in half precision, settings of the training."""
+    """As demucs' trainer saves a model: what makes it in Python, weights in half precision, settings of the
+    training."""
     import torch
 
     args, kwargs = model._init_args_kwargs
     state = {name: x.half() for name, x in model.state_dict().items()}
     settings = {"optim": {"lr": 3e-4, "epochs": 360}, "dset": {"samplerate": 44100}}
-    torch.save({"klass": model.__class__, "args": args, "kwargs": kwargs, "state": state, "training_args": settings}, path)
+    torch.save({"klass": model.__class__, "args": args, "kwargs": kwargs, "state": state, "training_args": settings},
+               path)
 
 
 def save_small(path, seed, **options):

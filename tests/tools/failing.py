@@ -1,10 +1,12 @@
-"""Every call of a tool that changes a file fails once, every one that gets memory for tensors, and what else gets memory, once
-at each place: on a full disk, on a dying one, with too little memory. A tool then says so and leaves whole files or none;
-writes that are cut short are continued. Left out are places in the headers of LibTorch, which may end the program when it
-has no memory for a graph or a dictionary (of save_state, where they are inlined), and of nlohmann_json, whose destructor takes
-memory, and what glibc ends the program for.
+"""Every call of a tool that changes a file fails once, every one that gets memory for tensors, and what else gets
+memory, once at each place: on a full disk, on a dying one, with too little memory. A tool then says so and leaves whole
+files or none; writes that are cut short are continued. Left out are places in the headers of LibTorch, which may end
+the program when it has no memory for a graph or a dictionary (of save_state, where they are inlined), and of
+nlohmann_json, whose destructor takes memory, and what glibc ends the program for.
 
-Usage: failing.py <folder with the tools> <failing_calls library> [<points>]      so many calls of each kind, default all
+Usage: failing.py <folder with the tools> <failing_calls library> [<points>]
+
+<points>: so many calls of each kind, default all
 """
 
 import json
@@ -58,7 +60,8 @@ class Failing(unittest.TestCase):
 
     def function_at(self, tool, place):
         """The name of the program's function that got no memory."""
-        table = subprocess.run(["nm", "-C", "--defined-only", "--numeric-sort", TOOLS / tool], capture_output=True, text=True)
+        table = subprocess.run(["nm", "-C", "--defined-only", "--numeric-sort", TOOLS / tool],
+                               capture_output=True, text=True)
         name = "unknown"
         for line in table.stdout.splitlines():
             address, _, function = line.split(" ", 2)
@@ -68,7 +71,8 @@ class Failing(unittest.TestCase):
         return name
 
     def files(self):
-        return {path.relative_to(self.out).as_posix(): path.read_bytes() for path in self.out.rglob("*") if path.is_file()}
+        return {path.relative_to(self.out).as_posix(): path.read_bytes()
+                for path in self.out.rglob("*") if path.is_file()}
 
     def clear(self, tool):
         shutil.rmtree(self.out, ignore_errors=True)
@@ -88,7 +92,8 @@ class Failing(unittest.TestCase):
             for call in (1 + point * count // points for point in range(points)):
                 with self.subTest(tool=tool, way=way, call=call, of=count):
                     self.clear(tool)
-                    result = self.run_tool(tool, *arguments, FAILING=failing, FAIL_FROM=call, FAIL_WITH=way, PLACE=place)
+                    result = self.run_tool(tool, *arguments, FAILING=failing, FAIL_FROM=call, FAIL_WITH=way,
+                                           PLACE=place)
                     left = self.files()
                     if failing == "places" and result.returncode not in (0, 1):
                         function = self.function_at(tool, place)

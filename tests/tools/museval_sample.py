@@ -1,5 +1,5 @@
-"""Writes museval_sample.json, which tools.py compares `evaluate` with: the frames that museval 0.4.1 finds in estimates of
-the real track of sample_track.py. Run by hand, with museval, numpy and soundfile.
+"""Writes museval_sample.json, which tools.py compares `evaluate` with: the frames that museval 0.4.1 finds in estimates
+of the real track of sample_track.py. Run by hand, with museval, numpy and soundfile.
 """
 
 import importlib.util
@@ -28,7 +28,8 @@ with tempfile.TemporaryDirectory() as folder:
     write_sample_estimates(track, Path(folder) / "estimates")
     scores = metrics.bss_eval(read(track), read(Path(folder) / "estimates"), window=44100, hop=44100)[:4]
 result = {
-    stem: [{name: score[i, t] for name, score in zip(("SDR", "ISR", "SIR", "SAR"), scores)} for t in range(scores[0].shape[1])]
+    stem: [{name: score[i, t] for name, score in zip(("SDR", "ISR", "SIR", "SAR"), scores)}
+           for t in range(scores[0].shape[1])]
     for i, stem in enumerate(STEMS)
 }
 (Path(__file__).parent / "museval_sample.json").write_text(json.dumps(result, indent=1) + "\n")

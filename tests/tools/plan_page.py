@@ -79,7 +79,8 @@ class Page(unittest.TestCase):
         for label, box in page["sizes"]:
             number, unit = label.split()
             middle = (box["top"] + box["bottom"]) / 2
-            self.assertAlmostEqual((bottom - middle) / height, float(number) * units[unit] / plan["peak_bytes"], delta=0.02)
+            share = float(number) * units[unit] / plan["peak_bytes"]
+            self.assertAlmostEqual((bottom - middle) / height, share, delta=0.02)
         phases = [name for name, _ in page["phases"]]
         self.assertEqual(phases.count("backward"), 2, "two steps are replayed")
         self.assertTrue(all(a["right"] < b["left"] for (_, a), (_, b) in zip(page["phases"], page["phases"][1:])))

@@ -1,5 +1,5 @@
-"""Writes small published models for tests/tools/tools.py: the YAML file, the weights as PyTorch saves them, and the stems
-that the Python package makes of `mixture`.
+"""Writes small published models for tests/tools/tools.py: the YAML file, the weights as PyTorch saves them, and the
+stems that the Python package makes of `mixture`.
 
 Run by hand, with the packages that tests/models/roformer_reference.py asks for, and PyYAML:
     published_reference.py SOURCES tests/tools/published

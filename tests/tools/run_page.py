@@ -35,11 +35,13 @@ document.title = JSON.stringify({
     last: [...f.querySelectorAll("span")].map(s => s.innerText.trim()),
     marks: [...f.querySelectorAll(".size")].map(t => t.textContent),
     lines: f.querySelectorAll(".line").length,
-    inside: [...f.querySelectorAll("svg *")].filter(e => e.getBBox).every(e => inside(box(e), box(f.querySelector("svg")))),
+    inside: [...f.querySelectorAll("svg *")].filter(e => e.getBBox)
+      .every(e => inside(box(e), box(f.querySelector("svg")))),
     plotted: [...f.querySelectorAll(".line")].every(l => inside(box(l), box(f.querySelector("rect")))),
   })),
   phases: [...document.querySelectorAll("#phases tr")].map(r => r.innerText.split("\\t")),
-  pictures: [...document.querySelectorAll("#pictures img")].map(i => [i.alt, i.complete, i.naturalWidth, i.naturalHeight]),
+  pictures: [...document.querySelectorAll("#pictures img")]
+    .map(i => [i.alt, i.complete, i.naturalWidth, i.naturalHeight]),
   heads: [...document.querySelectorAll("#pictures tr:first-child th")].map(t => t.innerText),
 });"""
 

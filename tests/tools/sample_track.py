@@ -1,5 +1,5 @@
-"""A configuration and WAV files of tests, and a real MUSDB18 track, where there is one, with estimates of its stems: what tools.py evaluates,
-and museval_sample.py."""
+"""A configuration and WAV files of tests, and a real MUSDB18 track, where there is one, with estimates of its stems:
+what tools.py evaluates, and museval_sample.py."""
 
 import array
 import os

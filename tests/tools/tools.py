@@ -70,7 +70,8 @@ def write_wav(path, samples, rate=RATE, channels=2):
 def write_floats(path, samples):
     """Writes a stereo WAV file in float, a pair of samples after the other."""
     data = array.array("f", samples).tobytes()
-    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16, 3, 2, RATE, 8 * RATE, 8, 32,
+    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16, 3, 2, RATE, 8 * RATE, 8,
+                         32,
                          b"data", len(data))
     path.write_bytes(header + data)
 
@@ -160,7 +161,8 @@ class Tools(unittest.TestCase):
         every = self.root / "every"
         self.assertEqual(self.separate(song, every, "--format", "wav24", "--residual", "rest").returncode, 0)
         few = self.root / "few"
-        result = self.separate("--stems", "vocals,bass", "--format", "wav24", song, few, "--name", "{model}/{track} {stem}")
+        result = self.separate("--stems", "vocals,bass", "--format", "wav24", song, few, "--name",
+                               "{model}/{track} {stem}")
         self.assertEqual(result.returncode, 0, result.stderr)
         names = [few / "last" / f"mixture {stem}.wav" for stem in ["vocals", "bass"]]
         self.assertEqual(result.stdout.splitlines(), [str(name) for name in names])
@@ -181,7 +183,8 @@ class Tools(unittest.TestCase):
             self.fails(self.separate(song, self.root / "never", *arguments), "headroom.separate.stems", *parts)
         for name in ["{song}", "{stem", "../{stem}", "/{stem}", "{track}", "{stem}/"]:
             self.fails(self.separate(song, self.root / "never", "--name", name), "headroom.separate.name")
-        self.fails(self.separate(song, self.root / "never", "--stems", "bass", "--two-stems", "bass"), "excludes", code=2)
+        self.fails(self.separate(song, self.root / "never", "--stems", "bass", "--two-stems", "bass"), "excludes",
+                   code=2)
         self.fails(self.separate(song), code=2)
         self.assertFalse((self.root / "never").exists())
 
@@ -233,7 +236,8 @@ class Tools(unittest.TestCase):
         result = self.separate(songs, out)
         self.fails(result, "2 could not be separated", "broken.mp3", "late.wav", "1 file of 32000 Hz", "2/2 first")
         expected = [f"{folder}/{stem}.wav" for folder in ["album/second", "first"] for stem in STEMS]
-        self.assertEqual(sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()), sorted(expected))
+        self.assertEqual(sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()),
+                         sorted(expected))
         self.assertFalse((out / "album/late").exists())
         self.assertEqual(read_wav(out / "album/second/bass.wav"), (9000, 2, 32000))
         # What lies in the output folder is no input, and what is there is kept
@@ -263,7 +267,8 @@ class Tools(unittest.TestCase):
         write_floats(songs / "b.wav", [0.0] * 150000 + [math.nan] + [0.0] * 49999)
         out = self.root / "broken half way"
         self.fails(self.separate(songs, out, "--format", "flac16"), "headroom.audio.file.not_finite", "b.wav")
-        self.assertEqual(sorted(path.name for path in out.rglob("*")), sorted(["a", *[f"{stem}.flac" for stem in STEMS]]))
+        self.assertEqual(sorted(path.name for path in out.rglob("*")),
+                         sorted(["a", *[f"{stem}.flac" for stem in STEMS]]))
         if os.geteuid() != 0:
             out.chmod(0o500)
             self.fails(self.separate(songs / "a.wav", out / "x"), "headroom.separate.output")
@@ -277,9 +282,11 @@ class Tools(unittest.TestCase):
         truncated.write_bytes(self.model.read_bytes()[:-1000])
         self.fails(run("separate", "--model", truncated, self.song / "mixture.wav", out), "truncated.pt",
                    "headroom.training.state.corrupt")
-        self.fails(run("separate", "--model", self.model, self.root / "text.wav", self.root / "refused/below/it"), "text.wav")
+        self.fails(run("separate", "--model", self.model, self.root / "text.wav", self.root / "refused/below/it"),
+                   "text.wav")
         self.assertFalse(out.exists())
-        self.fails(self.separate(self.song / "mixture.wav", out, "--device", "meta"), "headroom.tools.device", "no device meta")
+        self.fails(self.separate(self.song / "mixture.wav", out, "--device", "meta"), "headroom.tools.device",
+                   "no device meta")
         self.fails(self.separate(self.song / "mixture.wav", out, "--num-overlap", 5000), "headroom.separate.overlap",
                    "--num-overlap 5000 is more than the 4096 samples")
 
@@ -293,7 +300,8 @@ class Tools(unittest.TestCase):
         self.fails(result, "1 could not be separated", "bell\\x07.wav", "red\\x1b[31m, ")
         self.assertFalse({"\x1b", "\a"} & set(result.stderr))
         self.assertEqual(read_wav(out / ("n" * 250 + ".wav")), (6000, 2, RATE))
-        self.fails(self.separate(songs / "red\x1b[31m.wav", out, "--stems", "bass", "--name", "n" * 252), "File name too long")
+        self.fails(self.separate(songs / "red\x1b[31m.wav", out, "--stems", "bass", "--name", "n" * 252),
+                   "File name too long")
         track = self.root / "odd tracks/a\x1bb"
         shutil.copytree(self.song, track)
         write_wav(track / "bass.wav", [0] * self.frames)
@@ -422,7 +430,8 @@ class Tools(unittest.TestCase):
         out = self.root / "all or none"
         (out / "other.wav").mkdir(parents=True)
         self.fails(self.separate(self.song / "mixture.wav", out), "headroom.separate.exists", "other.wav")
-        self.fails(self.separate(self.song / "mixture.wav", out, "--overwrite"), "headroom.audio.file.write", "it is a folder")
+        self.fails(self.separate(self.song / "mixture.wav", out, "--overwrite"), "headroom.audio.file.write",
+                   "it is a folder")
         self.assertEqual([path.name for path in out.iterdir()], ["other.wav"])
         track = self.root / "true stems"
         shutil.copytree(self.song, track)
@@ -495,11 +504,13 @@ class Tools(unittest.TestCase):
         for value in ["inf", "nan", "0", "-5GiB", "1e300", "9" * 400, "0x10", "5 parsecs", "1.5.2MB"]:
             self.fails(run("train", *training, f"--budget={value}"), "headroom.tools.bytes")
         for value in ["1", "-0.1", "nan", "x"]:
-            self.fails(self.separate(self.song / "mixture.wav", self.root / "never", f"--overlap={value}"), "--overlap", code=2)
+            self.fails(self.separate(self.song / "mixture.wav", self.root / "never", f"--overlap={value}"), "--overlap",
+                       code=2)
         for value in ["batch_size=nan,1", "batch_size=1..inf", "segment_length=1e300s,2"]:
             self.fails(run("plan", "--config", self.root / "config.json", "--sweep", value), "headroom.training.sweep")
         for value in ["nanx3s", "1xinf", "1x1e400", "0x10x3"]:
-            self.fails(run("plan", "--config", self.root / "config.json", "--bucket", value), "headroom.training.bucket")
+            self.fails(run("plan", "--config", self.root / "config.json", "--bucket", value),
+                       "headroom.training.bucket")
         self.assertFalse((self.root / "never").exists())
 
     def test_memory_that_runs_out_is_explained(self):
@@ -581,7 +592,8 @@ class Tools(unittest.TestCase):
         scores = [run("evaluate", "--reference", reference, "--estimate", track).stdout.splitlines()[-1]
                   for reference in [track, self.root / "data/train/A - One"]]
         self.assertEqual(scores[0], scores[1])
-        self.fails(run("evaluate", "--reference", track, "--estimate", track, "--stems", "../x"), "headroom.evaluate.stems")
+        self.fails(run("evaluate", "--reference", track, "--estimate", track, "--stems", "../x"),
+                   "headroom.evaluate.stems")
 
     def test_data_sets_of_other_layouts(self):
         more = self.root / "more"
@@ -590,7 +602,8 @@ class Tools(unittest.TestCase):
         (self.root / "list.csv").write_text("instrum,path\n" + "".join(f"{s},more/train/{s}/any.wav\n" for s in STEMS))
         config = self.root / "layouts.json"
         arguments = ["--config", config, "--data", self.root / "data", "--out", self.root / "layouts", "--steps", 2]
-        data = {"more_paths": [str(more), str(self.root / "list.csv")], "weights": [1, 1, 2], "equalizer": 1, "noise": 1}
+        data = {"more_paths": [str(more), str(self.root / "list.csv")], "weights": [1, 1, 2], "equalizer": 1,
+                "noise": 1}
         config.write_text(json.dumps({**CONFIG, "data": data}))
         result = run("train", *arguments)
         self.assertEqual(result.returncode, 0, result.stderr)
@@ -665,15 +678,27 @@ class Tools(unittest.TestCase):
         self.fails(run("plan", "--config", config, "--budget", "much"), "headroom.tools.bytes")
         self.fails(run("plan", "--config", config, "--budget", "1B"), "headroom.memory.plan.budget")
 
+    def test_the_same_plan_is_the_same_files(self):
+        config = self.root / "same.json"
+        config.write_text(json.dumps(CONFIG))
+        kinds = ("json", "trace", "html", "snapshot")
+        runs = [{kind: self.root / f"same {number}.{kind}" for kind in kinds} for number in range(3)]
+        for files in runs:
+            paths = [argument for kind, path in files.items() for argument in (f"--{kind}", path)]
+            self.assertEqual(run("plan", "--config", config, "--device", "rtx-4060-8gb", *paths).returncode, 0)
+        for kind in kinds:
+            self.assertEqual(len({files[kind].read_bytes() for files in runs}), 1, kind)
+
     def test_sweep(self):
         config, table = self.root / "sweep.json", self.root / "table.json"
         config.write_text(json.dumps(CONFIG))
         length = CONFIG["training"]["segment_length"]
-        result = run("plan", "--config", config, config, "--sweep", f"segment_length={length}..{3 * length}:3", "--json",
-                     table, "--device", "rtx-4060-8gb")
+        result = run("plan", "--config", config, config, "--sweep", f"segment_length={length}..{3 * length}:3",
+                     "--json", table, "--device", "rtx-4060-8gb")
         self.assertEqual(result.returncode, 0, result.stderr)
         rows = json.loads(table.read_text())["rows"]
-        self.assertEqual([row["value"] for row in rows[:6]], [v for v in (length, 2 * length, 3 * length) for _ in "ab"])
+        self.assertEqual([row["value"] for row in rows[:6]],
+                         [v for v in (length, 2 * length, 3 * length) for _ in "ab"])
         self.assertEqual(len(rows), 12)
         for stored, none in zip(rows[::2], rows[1::2]):
             self.assertEqual((stored["attention"], none["attention"]), ("reference", "automatic"))
@@ -694,7 +719,8 @@ class Tools(unittest.TestCase):
     def test_published_weights_give_the_stems_of_the_python_package(self):
         song = self.write_mixture()
         for name, stems in [("bs", ["vocals"]), ("mel", ["vocals", "other"])]:
-            config, weights, out = PUBLISHED / f"{name}.yaml", PUBLISHED / f"{name}.ckpt", self.root / f"stems of {name}"
+            config, weights = PUBLISHED / f"{name}.yaml", PUBLISHED / f"{name}.ckpt"
+            out = self.root / f"stems of {name}"
             self.assertEqual(config.read_text(), published_reference.FILES[name])
             result = run("separate", "--config", config, "--weights", weights, song, out, "--format", "wav32f")
             self.assertEqual(result.returncode, 0, result.stderr)
@@ -740,7 +766,8 @@ class Tools(unittest.TestCase):
         song, bag, config = self.write_mixture(demucs_reference.mixture()), DEMUCS / "bag.yaml", self.root / "tiny.json"
         others = ["--like", "demucs", song, self.root / "stems of a bag and others", "--overwrite"]
         config.write_text("{}")
-        self.fails(run("separate", "--model", bag, "--config", config, *others), "[headroom.separate.configs]", "for a bag")
+        self.fails(run("separate", "--model", bag, "--config", config, *others), "[headroom.separate.configs]",
+                   "for a bag")
         others = ["--model", DEMUCS / "tiny.th", "--config", config, *others]
         self.fails(run("separate", "--model", bag, *others), "tiny.json")  # which is read for tiny.th
         self.fails(run("separate", "--model", bag, "--config", config, *others),
@@ -755,7 +782,8 @@ class Tools(unittest.TestCase):
             for model in ["bag.yaml", "third.th"]:
                 out = self.root / f"{len(stems)} stems of {model}"
                 only = ["--stems", *stems] if len(stems) == 1 else []
-                result = run("separate", "--model", bag / model, "--like", "demucs", song, out, "--format", "wav32f", *only)
+                result = run("separate", "--model", bag / model, "--like", "demucs", song, out, "--format", "wav32f",
+                             *only)
                 self.assertEqual(result.returncode, 0, result.stderr)
                 self.assertEqual(sorted(path.stem for path in out.iterdir()), stems)
                 found.append([read_floats(out / f"{stem}.wav") for stem in stems])
@@ -769,7 +797,8 @@ class Tools(unittest.TestCase):
         found = []
         for only in [[], ["--stems", "vocals"]]:
             out = self.root / f"silences {len(only)}"
-            result = run("separate", "--model", bag / "bag.yaml", "--like", "demucs", "--shifts", 2, song, out, "--format",
+            result = run("separate", "--model", bag / "bag.yaml", "--like", "demucs", "--shifts", 2, song, out,
+                         "--format",
                          "wav32f", *only)
             self.assertEqual(result.returncode, 0, result.stderr)
             found.append(read_floats(out / "vocals.wav"))
@@ -777,7 +806,8 @@ class Tools(unittest.TestCase):
 
     def test_a_published_file_may_ask_for_a_level_and_a_batch(self):
         song, config, leveled = self.write_mixture(), self.root / "leveled.yaml", self.root / "leveled.wav"
-        config.write_text((PUBLISHED / "bs.yaml").read_text().replace("inference:\n", "inference:\n  normalize: true\n"))
+        config.write_text((PUBLISHED / "bs.yaml").read_text().replace("inference:\n",
+                                                                     "inference:\n  normalize: true\n"))
         left, right = ([s / 32768 for s in channel] for channel in published_reference.mixture())
         mono = [(a + b) / 2 for a, b in zip(left, right)]
         mean = sum(mono) / len(mono)
@@ -807,7 +837,8 @@ class Tools(unittest.TestCase):
         result = run("train", "--config", config, "--weights", weights, *arguments)
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assertRegex(result.stdout, r"weights:  \d+ of the model's \d+ tensors from \S+bs.ckpt\n")
-        self.assertEqual(json.loads((out / "config.json").read_text())["data"]["accompaniment"], ["drums", "bass", "other"])
+        self.assertEqual(json.loads((out / "config.json").read_text())["data"]["accompaniment"],
+                         ["drums", "bass", "other"])
         # The weights alone have their configuration with them, and are those of the saved state
         for name in ["last", "best"]:
             for file in [f"{name}.pt", f"{name}.safetensors"]:

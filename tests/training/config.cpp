@@ -5,6 +5,9 @@
 #include <set>
 #include <sstream>
 
+#include "headroom/training/course.hpp"
+#include "headroom/training/score_json.hpp"
+#include "headroom/training/split.hpp"
 #include "support/catch.hpp"
 #include "support/config_problems.hpp"
 #include "support/transformer_options.hpp"
@@ -36,6 +39,38 @@ std::vector<std::string> problems_of(const std::string& text) { return testing::
 using Lines = std::vector<std::string>;
 
 }  // namespace
+
+TEST_CASE("words for what can be chosen are those that a configuration takes") {
+  const auto options = [](const std::string& layout, const std::string& missing, const std::string& draw) {
+    return dataset_options(parse_config(
+        with(R"({"data": {"layout": ")" + layout + R"(", "missing": ")" + missing + R"(", "draw": ")" + draw + "\"}}"),
+        "a.json"));
+  };
+  const DatasetOptions first = options("automatic", "error", "uniform");
+  CHECK(first.layout == Layout::automatic);
+  CHECK(first.missing == MissingStem::error);
+  CHECK(first.draw == TrackDraw::uniform);
+  const DatasetOptions second = options("tracks", "leave_out", "by_length");
+  CHECK(second.layout == Layout::tracks);
+  CHECK(second.missing == MissingStem::leave_out);
+  CHECK(second.draw == TrackDraw::by_length);
+  const DatasetOptions third = options("stems", "silence", "by_stem");
+  CHECK(third.layout == Layout::stems);
+  CHECK(third.missing == MissingStem::silence);
+  CHECK(third.draw == TrackDraw::by_stem);
+  CHECK(options("csv", "error", "uniform").layout == Layout::csv);
+
+  Config config = parse_config(kSmallest, "a.json");
+  config.data.layout = "folders";
+  CHECK(error_of([&] { dataset_options(config); }).what() ==
+        std::string("[headroom.training.config] got \"folders\", expected one of automatic, tracks, stems, csv"));
+  config.training.schedule = "steep";
+  CHECK(contains(error_of([&] { schedule_of(config.training); }).what(), "got \"steep\", expected one of cosine"));
+}
+
+TEST_CASE("scores become JSON by stem") {
+  CHECK(score_json({"vocals", "bass"}, {1.5, std::nullopt, 1.5}).dump() == R"({"vocals":1.5,"bass":null,"mean":1.5})");
+}
 
 TEST_CASE("a configuration needs six keys, the rest has defaults") {
   const Config config = parse_config(kSmallest, "a.json");

@@ -82,7 +82,8 @@ optimizer.step()
 write_plain("layer", layer.state_dict())
 around = {
     "epoch": 3, "best": 0.25, "done": False, "big": 2**70, "negative": -(2**40), "bytes": b"\x00\xff", "tags": {"a"},
-    "scale": torch.tensor(1.0), "args": argparse.Namespace(lr=1e-3, path=Path("x")), "optimizer": optimizer.state_dict(),
+    "scale": torch.tensor(1.0), "args": argparse.Namespace(lr=1e-3, path=Path("x")),
+    "optimizer": optimizer.state_dict(),
     "losses": [1.0, 0.5], "rng": torch.get_rng_state(), "size": torch.Size([1, 2]), "dtype": torch.float16,
     "device": torch.device("cpu"), "klass": torch.nn.Linear, "defaults": collections.defaultdict(list, a=[1]),
 }  # fmt: skip

@@ -214,15 +214,20 @@ inline std::optional<ContainerLength> length_of_mp3(const UntaggedFile& file) {
   return length;
 }
 
+/// FLAC: the number of four bytes at `at`; 0 where the file ends before.
+inline std::uint64_t flac_number(const io::InputFile& file, std::uint64_t at, std::endian order = std::endian::big) {
+  return stored_number(file.read(at, 4), 0, 4, order);
+}
+
 /// FLAC: where those fields of a block of metadata [begin, end) end that say how long they are, of tags and pictures.
 inline std::uint64_t end_of_flac_fields(const UntaggedFile& file, std::uint64_t type, std::uint64_t begin,
                                         std::uint64_t end) {
   constexpr std::uint64_t kTags = 4, kPicture = 6;
   std::uint64_t at = begin;
-  const auto skip = [&](std::endian order) { at += 4 + stored_number(file.read(at, 4), 0, 4, order); };
+  const auto skip = [&](std::endian order) { at += 4 + flac_number(file, at, order); };
   if (type == kTags) {
     skip(std::endian::little);  // who wrote it
-    std::uint64_t count = stored_number(file.read(at, 4), 0, 4, std::endian::little);
+    std::uint64_t count = flac_number(file, at, std::endian::little);
     for (at += 4; count > 0 && at < std::min(end, file.size()); --count) skip(std::endian::little);
     at += 4 * count;
   } else if (type == kPicture) {
@@ -237,7 +242,7 @@ inline std::uint64_t end_of_flac_fields(const UntaggedFile& file, std::uint64_t 
 inline std::uint64_t end_of_flac_metadata(const UntaggedFile& file) {
   std::uint64_t promised = 0, at = 4;
   for (bool last = false; !last && at < file.size();) {
-    const std::uint64_t header = stored_number(file.read(at, 4), 0, 4, std::endian::big), begin = at + 4;
+    const std::uint64_t header = flac_number(file, at), begin = at + 4;
     last = (header >> 31) != 0;
     at = begin + (header & 0xffffff);
     promised = std::max({promised, at, end_of_flac_fields(file, header >> 24 & 0x7f, begin, at)});

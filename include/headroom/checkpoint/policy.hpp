@@ -63,6 +63,7 @@ struct CheckpointPolicy {
 ///
 /// As text, `6*full,none`: six blocks `full`, the rest `none`. Every part but the last says how many blocks it is for.
 struct StackPolicy {
+  /// So many blocks, one after the other, with one policy.
   struct Part {
     int64_t blocks;
     CheckpointPolicy policy;
@@ -73,6 +74,7 @@ struct StackPolicy {
   CheckpointPolicy rest;    ///< of all others
 
   StackPolicy() = default;
+  /// One policy for all blocks; true and false as in CheckpointPolicy.
   StackPolicy(CheckpointPolicy all) : rest(std::move(all)) {}          // NOLINT
   StackPolicy(std::same_as<bool> auto recompute) : rest(recompute) {}  // NOLINT
   StackPolicy(std::vector<Part> first, CheckpointPolicy rest) : first(std::move(first)), rest(std::move(rest)) {}
@@ -85,6 +87,7 @@ struct StackPolicy {
     for (const Part& part : first) blocks += part.blocks;
     return blocks;
   }
+  /// As text, from which a policy can be made again.
   std::string text() const {
     std::string text;
     for (const Part& part : first) text += std::to_string(part.blocks) + "*" + part.policy.text() + ",";

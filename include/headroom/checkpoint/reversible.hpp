@@ -17,6 +17,7 @@ namespace headroom::inline v0 {
 /// A pair of branches that two streams of equal shape go through: y1 = x1 + first(x2), y2 = x2 + second(y1). The inputs
 /// follow from the outputs: x2 = y2 - second(y1), x1 = y1 - first(x2).
 struct ReversibleLayer {
+  /// A function of tokens that keeps their shape.
   struct Branch {
     std::function<at::Tensor(const at::Tensor&)> forward;
     std::vector<at::Tensor> parameters;  ///< all that forward uses and that need gradients

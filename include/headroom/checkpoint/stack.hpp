@@ -19,6 +19,7 @@ namespace headroom::inline v0 {
 
 /// One of a stack of blocks that keep the shape of their tokens [..., features]: stages one after the other.
 struct StackBlock {
+  /// A function of tokens that keeps their shape.
   struct Stage {
     std::function<at::Tensor(const at::Tensor&)> forward;
     std::vector<at::Tensor> parameters;     ///< all that forward uses
@@ -26,6 +27,7 @@ struct StackBlock {
   };
   std::vector<Stage> stages;
 
+  /// All stages, x of [..., features].
   at::Tensor forward(at::Tensor x) const {
     for (const Stage& stage : stages) x = stage.forward(x);
     return x;

@@ -10,11 +10,13 @@
 
 namespace headroom::inline v0::core {
 
+/// What BSSEval v4 compares, and in what pieces.
 struct BssOptions {
   Eigen::Index sources = 4, channels = 2;
   Eigen::Index window = 44100, hop = 44100;  ///< of frames, in samples; museval's tools take one second
   Eigen::Index filter_length = 512;          ///< taps
 
+  /// Channels of all sources together.
   Eigen::Index rows() const { return sources * channels; }
 
   /// Throws headroom.core.bsseval.options.

@@ -35,15 +35,19 @@ inline bool is_bss_metric(std::string_view metric) {
   return metric == "sdr" || metric == "isr" || metric == "sir" || metric == "sar";
 }
 
+/// What a track is scored with, and what it is made of.
 struct TrackOptions {
   Eigen::Index sources = 4, channels = 2;
   double sample_rate = 44100;                   ///< Hz; frames of BSSEval have one second
   std::vector<std::string> metrics = {"nsdr"};  ///< of kMetrics
 
+  /// Whether `metric` is one of `metrics`.
   bool asks_for(std::string_view metric) const { return std::ranges::find(metrics, metric) != metrics.end(); }
   /// Samples that a track has at least.
   Eigen::Index least_samples() const { return asks_for("l1_freq") ? L1FrequencyScore::kLeastSamples : 1; }
+  /// Whether one of BSSEval's four is.
   bool asks_for_bss() const { return std::ranges::any_of(metrics, is_bss_metric); }
+  /// Whether a track is read twice, from its beginning: once for what the second reading needs.
   bool reads_twice() const { return asks_for_bss() || asks_for("bleedless") || asks_for("fullness"); }
 
   /// Throws headroom.core.track_scores.options.
@@ -63,12 +67,15 @@ struct TrackBlock {
   Eigen::MatrixXf mixture;                ///< [channels, n]
 };
 
+/// The scores of a track.
 struct TrackScores {
   /// By metric, for each source; nothing where a ratio says nothing: nSDR and SI-SDR of a silent reference, SI-SDR of a
   /// silent estimate, BSSEval where each frame has something silent.
   std::map<std::string, std::vector<std::optional<double>>, std::less<>> metrics;
   std::vector<std::optional<double>> mixture_nsdr;  ///< nSDR of the mixture in the place of each estimate
+  /// Of each source, whether it is silent from beginning to end.
   std::vector<bool> silent_reference, silent_estimate;
+  /// BSSEval of each second; none where it was not asked for.
   std::vector<BssFrame> frames;
 };
 

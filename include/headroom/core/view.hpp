@@ -7,6 +7,7 @@
 
 namespace headroom::inline v0::core {
 
+/// Of elements, rows and heads: signed, as Eigen's are.
 using Index = Eigen::Index;
 
 /// A strided matrix [rows, cols] over memory that somebody else owns; strides count elements.
@@ -66,6 +67,7 @@ auto matrix_view(Eigen::DenseBase<Derived>& matrix, Index heads = 1) {
   return TensorView<Scalar>{
       m.data(), {1, heads, m.rows(), dim}, {0, dim * m.colStride(), m.rowStride(), m.colStride()}};
 }
+/// The same of a matrix that is only read.
 template <class Derived>
 auto matrix_view(const Eigen::DenseBase<Derived>& matrix, Index heads = 1) {
   const Derived& m = matrix.derived();

@@ -57,6 +57,7 @@ class MemoryMeter {
   MemoryMeter(const MemoryMeter&) = delete;
   MemoryMeter& operator=(const MemoryMeter&) = delete;
 
+  /// The device that is measured.
   c10::Device device() const { return device_; }
 
   /// Bytes in use now. CPU: allocated while any meter was installed and not freed since.

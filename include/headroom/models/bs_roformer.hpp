@@ -19,6 +19,7 @@ inline std::vector<int64_t> default_freqs_per_bands() {
   return sizes;
 }
 
+/// Options of BsRoformer, named as in the published YAML files.
 struct BsRoformerOptions : RoformerOptions {
   /// Bins of each band, stft_n_fft / 2 + 1 together.
   TORCH_ARG(std::vector<int64_t>, freqs_per_bands) = default_freqs_per_bands();
@@ -26,6 +27,7 @@ struct BsRoformerOptions : RoformerOptions {
   TORCH_ARG(bool, zero_dc) = true;
 
  public:
+  /// Tokens of a frame.
   int64_t band_count() const { return static_cast<int64_t>(freqs_per_bands_.size()); }
   /// Throws headroom.models.bands.
   std::vector<Band> bands() const { return adjacent_bands(freqs_per_bands_, bins()); }

@@ -9,8 +9,10 @@
 
 namespace headroom::inline v0::models {
 
+/// Options of MelBandRoformer, named as in the published YAML files.
 struct MelBandRoformerOptions : RoformerOptions {
   MelBandRoformerOptions() { attn_dropout(0.1).ff_dropout(0.1).mask_estimator_depth(1); }
+  /// Mel bands, which overlap.
   TORCH_ARG(int64_t, num_bands) = 60;
   /// Of the mixture, Hz: where the mel bands lie.
   TORCH_ARG(int64_t, sample_rate) = 44100;
@@ -18,6 +20,7 @@ struct MelBandRoformerOptions : RoformerOptions {
   TORCH_ARG(bool, match_input_audio_length) = false;
 
  public:
+  /// Tokens of a frame.
   int64_t band_count() const { return num_bands_; }
   /// Throws headroom.models.bands.
   std::vector<Band> bands() const { return mel_bands(num_bands_, stft_n_fft(), sample_rate_); }

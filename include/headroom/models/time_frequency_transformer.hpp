@@ -8,11 +8,17 @@
 
 namespace headroom::inline v0::models {
 
+/// Options of TimeFrequencyTransformer, named as in a configuration.
 struct TimeFrequencyTransformerOptions {
+  /// Size of the STFT and of its Hann window, samples.
   TORCH_ARG(int64_t, n_fft) = 4096;
+  /// Samples between frames.
   TORCH_ARG(int64_t, hop_length) = 1024;
+  /// Encoder layers, each of a block along frequency and one along time.
   TORCH_ARG(int64_t, n_layers) = 8;
+  /// Features of a token, a multiple of 2·n_heads.
   TORCH_ARG(int64_t, emb_dim) = 192;
+  /// Attention heads.
   TORCH_ARG(int64_t, n_heads) = 12;
   /// Hidden widths of the feed-forward networks.
   TORCH_ARG(std::vector<int64_t>, ffn_hidden_dim) = {768, 768};
@@ -26,7 +32,9 @@ struct TimeFrequencyTransformerOptions {
   TORCH_ARG(AttentionBackend, attention) = AttentionBackend::automatic;
 
  public:
+  /// Frequencies of a frame.
   int64_t bins() const { return n_fft_ / 2 + 1; }
+  /// Frames of so many samples.
   int64_t frames(int64_t samples) const { return 1 + samples / hop_length_; }
   /// Encoder blocks, in the order in which they run: each layer has one along frequency and one along time.
   int64_t blocks() const { return 2 * n_layers_; }

@@ -18,10 +18,12 @@
 
 namespace headroom::inline v0::nn {
 
+/// Options of CrossTransformer.
 struct CrossTransformerOptions {
   CrossTransformerOptions(int64_t dim, int64_t heads, int64_t layers) : layer_(dim, heads), layers_(layers) {}
   /// What each layer of either stream is.
   TORCH_ARG(CrossTransformerLayerOptions, layer);
+  /// Layers of each stream.
   TORCH_ARG(int64_t, layers);
   /// The first layer has cross attention, the second self attention and so on; else the other way round.
   TORCH_ARG(bool, cross_first) = false;

@@ -19,6 +19,7 @@
 
 namespace headroom::inline v0::nn {
 
+/// Options of CrossTransformerLayer.
 struct CrossTransformerLayerOptions {
   CrossTransformerLayerOptions(int64_t dim, int64_t heads) : dim_(dim), heads_(heads) {}
   /// Features of a token.

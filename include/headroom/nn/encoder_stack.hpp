@@ -11,11 +11,14 @@
 // How encoder blocks run one after the other, under checkpoint policies.
 namespace headroom::inline v0::nn {
 
+/// Options of Encoder and AxialEncoder.
 struct EncoderOptions {
   EncoderOptions(int64_t dim, int64_t heads, std::vector<int64_t> ffn_hidden, int64_t layers)
       : attention_(dim, heads), feed_forward_(dim, std::move(ffn_hidden)), layers_(layers) {}
+  /// What the attention of each block is, and what its feed-forward network.
   TORCH_ARG(SelfAttentionOptions, attention);
   TORCH_ARG(FeedForwardOptions, feed_forward);
+  /// Layers of the encoder.
   TORCH_ARG(int64_t, layers);
   /// What of the blocks is kept for the backward pass; true: the input of each block, the rest is computed again.
   TORCH_ARG(StackPolicy, gradient_checkpointing) = {};
@@ -25,6 +28,7 @@ struct EncoderOptions {
   TORCH_ARG(bool, reversible) = false;
 
  public:
+  /// A new block.
   EncoderBlock block() const {
     return EncoderBlock(attention_.dim(), SelfAttention(attention_), FeedForward(feed_forward_));
   }

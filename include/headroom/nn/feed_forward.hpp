@@ -8,12 +8,14 @@
 
 namespace headroom::inline v0::nn {
 
+/// Options of FeedForward.
 struct FeedForwardOptions {
   FeedForwardOptions(int64_t dim, std::vector<int64_t> hidden) : dim_(dim), hidden_(std::move(hidden)) {}
   /// Features in and out.
   TORCH_ARG(int64_t, dim);
   /// Widths of the hidden layers, one or more.
   TORCH_ARG(std::vector<int64_t>, hidden);
+  /// Biases of all its layers.
   TORCH_ARG(bool, bias) = true;
 };
 

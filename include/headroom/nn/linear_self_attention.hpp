@@ -15,6 +15,7 @@
 
 namespace headroom::inline v0::nn {
 
+/// Options of LinearSelfAttention.
 struct LinearSelfAttentionOptions {
   LinearSelfAttentionOptions(int64_t dim, int64_t heads) : dim_(dim), heads_(heads) {}
   /// Features of a token.
@@ -22,6 +23,7 @@ struct LinearSelfAttentionOptions {
   TORCH_ARG(int64_t, heads);
   /// Features of a head; heads · head_dim need not be dim.
   TORCH_ARG(int64_t, head_dim) = 32;
+  /// Factor of the scores before the learned temperature of their head.
   TORCH_ARG(double, scale) = 8.0;
   /// Probability that a weight is dropped while training.
   TORCH_ARG(double, dropout) = 0.0;

@@ -20,10 +20,12 @@
 
 namespace headroom::inline v0::nn {
 
+/// Options of RMSNorm.
 struct RMSNormOptions {
   RMSNormOptions(int64_t dim) : dim_(dim) {}
   /// Size of the last dimension.
   TORCH_ARG(int64_t, dim);
+  /// Is added to the mean of squares.
   TORCH_ARG(double, eps) = 1e-6;
   /// What the weight is called in files; some models say gamma.
   TORCH_ARG(std::string, weight_name) = "weight";

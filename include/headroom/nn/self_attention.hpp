@@ -10,6 +10,7 @@
 
 namespace headroom::inline v0::nn {
 
+/// Options of SelfAttention.
 struct SelfAttentionOptions {
   SelfAttentionOptions(int64_t dim, int64_t heads) : dim_(dim), heads_(heads) {}
   /// Features of a token.
@@ -21,6 +22,7 @@ struct SelfAttentionOptions {
   TORCH_ARG(std::optional<int64_t>, head_dim) = std::nullopt;
   /// Rotary position embedding of q and k.
   TORCH_ARG(bool, rotary) = true;
+  /// Base of the angles of the rotary embedding.
   TORCH_ARG(double, rotary_theta) = 10000.0;
   /// Bias of the two projections.
   TORCH_ARG(bool, bias) = false;

@@ -57,6 +57,8 @@ inline void move_by_ratio(const at::Tensor& exact, const at::Tensor& average, co
 /// amsgrad is not offered (headroom.optim.amsgrad).
 class AdamW : public Optimizer {
  public:
+  /// Over groups of parameters, each with options of its own or `defaults`; `format` is that of its state.
+  /// Throws headroom.optim.amsgrad.
   explicit AdamW(const std::vector<torch::optim::OptimizerParamGroup>& groups,
                  const torch::optim::AdamWOptions& defaults = {}, MomentFormat format = MomentFormat::full)
       : AdamW(std::make_unique<torch::optim::AdamWOptions>(defaults), groups, format) {
@@ -65,6 +67,7 @@ class AdamW : public Optimizer {
               "amsgrad is on, which headroom::optim::AdamW does not have; use torch::optim::AdamW for it");
     }
   }
+  /// Over one group.
   explicit AdamW(std::vector<torch::Tensor> parameters, const torch::optim::AdamWOptions& defaults = {},
                  MomentFormat format = MomentFormat::full)
       : AdamW({torch::optim::OptimizerParamGroup(std::move(parameters))}, defaults, format) {}

@@ -88,9 +88,11 @@ inline torch::Tensor orthogonalised(const torch::Tensor& matrix, int64_t iterati
 /// for each element of a matrix: full 4, bf16 2, 8bit 1.02.
 class Muon : public AdamW {
  public:
+  /// Over groups of parameters, each with options of its own or `defaults`; `format` is that of its state.
   explicit Muon(const std::vector<torch::optim::OptimizerParamGroup>& groups,
                 const MuonOptions& defaults = MuonOptions(), MomentFormat format = MomentFormat::full)
       : AdamW(std::make_unique<MuonOptions>(defaults), groups, format) {}
+  /// Over one group.
   explicit Muon(std::vector<torch::Tensor> parameters, const MuonOptions& defaults = MuonOptions(),
                 MomentFormat format = MomentFormat::full)
       : Muon({torch::optim::OptimizerParamGroup(std::move(parameters))}, defaults, format) {}

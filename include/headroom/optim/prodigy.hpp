@@ -73,9 +73,11 @@ struct ProdigyOptions : torch::optim::OptimizerCloneableOptions<ProdigyOptions> 
 /// bf16 12, 8bit 10.03, of which 8 are where it began and a sum of its gradients.
 class Prodigy : public Optimizer {
  public:
+  /// Over groups of parameters, each with options of its own or `defaults`; `format` is that of its state.
   explicit Prodigy(const std::vector<torch::optim::OptimizerParamGroup>& groups,
                    const ProdigyOptions& defaults = ProdigyOptions(), MomentFormat format = MomentFormat::full)
       : Optimizer(groups, std::make_unique<ProdigyOptions>(defaults), format), d_(first().d0()) {}
+  /// Over one group.
   explicit Prodigy(std::vector<torch::Tensor> parameters, const ProdigyOptions& defaults = ProdigyOptions(),
                    MomentFormat format = MomentFormat::full)
       : Prodigy({torch::optim::OptimizerParamGroup(std::move(parameters))}, defaults, format) {}

@@ -23,6 +23,7 @@ namespace headroom::inline v0::optim {
 /// to the gradient. Bytes of state for each element of a parameter: full 4, bf16 2, 8bit 1.02; none without momentum.
 class Sgd : public Optimizer {
  public:
+  /// Over groups of parameters, each with options of its own or `defaults`; `format` is that of its state.
   Sgd(const std::vector<torch::optim::OptimizerParamGroup>& groups, const torch::optim::SGDOptions& defaults,
       MomentFormat format = MomentFormat::full)
       : Optimizer(groups, std::make_unique<torch::optim::SGDOptions>(defaults), format) {
@@ -30,6 +31,7 @@ class Sgd : public Optimizer {
       has_momentum_ |= options_of<torch::optim::SGDOptions>(group).momentum() != 0;
     }
   }
+  /// Over one group.
   Sgd(std::vector<torch::Tensor> parameters, const torch::optim::SGDOptions& defaults,
       MomentFormat format = MomentFormat::full)
       : Sgd({torch::optim::OptimizerParamGroup(std::move(parameters))}, defaults, format) {}

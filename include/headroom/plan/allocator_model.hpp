@@ -64,6 +64,7 @@ class CachingAllocatorModel {
     return true;
   }
 
+  /// Frees a block. Throws headroom.memory.allocator_model for one that is not allocated.
   void release(int64_t id) {
     const auto found = live_.find(id);
     require(found != live_.end(), "headroom.memory.allocator_model", "released block ", id,
@@ -116,6 +117,7 @@ class CachingAllocatorModel {
     int64_t address, size;
     std::optional<int64_t> id;  ///< of the block; none: a gap
   };
+  /// A piece of the device's memory that the allocator holds, and what lies in it.
   struct SegmentView {
     int64_t address, size;
     bool large;                           ///< belongs to the pool of large blocks

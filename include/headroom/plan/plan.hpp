@@ -17,6 +17,7 @@
 
 namespace headroom::inline v0 {
 
+/// What a plan is asked beside the step and the device.
 struct PlanOptions {
   /// Bytes that tensors may take; the device's usable bytes unless given.
   std::optional<int64_t> budget = {};

@@ -95,6 +95,7 @@ class TraceRecorder : private detail::AllocationListener {
     stop();
     if (failure_ != nullptr) std::rethrow_exception(failure_);
     mark_gradients();
+    detail::order_releases(trace_);
     detail::attribute_operators(trace_, name_, users_);
     detail::attribute_blocks(trace_, name_);
     return std::move(trace_);

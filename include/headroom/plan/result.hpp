@@ -43,6 +43,7 @@ struct Plan {
   /// What the system's own tools will show at the peak, top or nvidia-smi: with what the process and its libraries
   /// take.
   int64_t occupied_bytes() const { return device.context_bytes + device.workspace_bytes + reserved_bytes; }
+  /// The largest of all blocks; nullptr where there are none.
   const Block* largest_block() const { return trace.blocks.empty() ? nullptr : &trace.blocks[largest]; }
   /// "encoder.layers.0.frequency.attention"; empty outside of all modules.
   const std::string& module_of(const Block& block) const { return trace.names[static_cast<size_t>(block.module)]; }
@@ -56,6 +57,7 @@ struct Plan {
     }
     return trace.names[static_cast<size_t>(op->name)];
   }
+  /// The phase in which it was allocated, such as "forward".
   const std::string& phase_of(const Block& block) const { return trace.names[static_cast<size_t>(block.phase)]; }
 };
 

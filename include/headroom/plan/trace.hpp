@@ -89,6 +89,27 @@ class NameTable {
   std::unordered_map<std::string, int32_t, Hash, std::equal_to<>> index_;
 };
 
+/// Lets blocks that go one right after the other, in the same phase, go in the order in which they came. Where many go
+/// at once, those of an optimizer or of autocast's cache, LibTorch goes through a map of addresses: the order would be
+/// another one in each process.
+inline void order_releases(MemoryTrace& trace) {
+  std::vector<MemoryTrace::Block*> released;
+  for (auto& block : trace.blocks) {
+    if (block.end != MemoryTrace::kForever) released.push_back(&block);
+  }
+  std::ranges::sort(released, {}, &MemoryTrace::Block::end);
+  for (auto run = released.begin(); run != released.end();) {
+    const int64_t time = (*run)->end;
+    const auto next = std::adjacent_find(run, released.end(), [](const auto* a, const auto* b) {
+      return b->end != a->end + 1 || b->end_phase != a->end_phase;
+    });
+    const auto run_end = next == released.end() ? next : next + 1;
+    std::ranges::sort(run, run_end, {}, &MemoryTrace::Block::begin);
+    for (auto block = run; block != run_end; ++block) (*block)->end = time + (block - run);
+    run = run_end;
+  }
+}
+
 /// Begin and end of a block as one event each, in the order of time: {time, block, is begin}.
 struct BlockEvent {
   int64_t time;

@@ -16,6 +16,18 @@
 
 namespace headroom::inline v0::detail {
 
+/// The state of a generator, which other threads may be drawing from.
+inline at::Tensor generator_state(at::Generator generator) {
+  const std::scoped_lock lock(generator.mutex());
+  return generator.get_state();
+}
+
+/// Puts a state from generator_state() into a generator. Allocates no tensor, so that it works when memory is full.
+inline void set_generator_state(at::Generator generator, const at::Tensor& state) {
+  const std::scoped_lock lock(generator.mutex());
+  generator.set_state(state);
+}
+
 /// The states of the default random generators: the CPU's and that of the accelerator in use.
 class RandomState {
  public:
@@ -37,38 +49,29 @@ class RandomState {
       if (DryRun::draws() == draws_) states_.clear();
       return;
     }
-    std::erase_if(states_, [](const auto& entry) { return equal(entry.second, read(entry.first)); });
+    std::erase_if(states_, [](const auto& entry) { return equal(entry.second, generator_state(entry.first)); });
   }
 
   /// The same generators as they are now.
   RandomState current() const {
     RandomState now;
     for (const auto& [generator, state] : states_) {
-      now.states_.emplace_back(generator, read(generator));
+      now.states_.emplace_back(generator, generator_state(generator));
     }
     return now;
   }
 
-  /// Puts the captured states in place. Allocates no tensor, so that it works when memory is full. Does nothing in a
-  /// dry run, which has not drawn: others may have.
+  /// Puts the captured states in place. Allocates no tensor, as set_generator_state. Does nothing in a dry run, which
+  /// has not drawn: others may have.
   void apply() const {
     if (DryRun::device().has_value()) return;
-    for (const auto& [generator, state] : states_) {
-      at::Generator target = generator;
-      const std::scoped_lock lock(target.mutex());
-      target.set_state(state);
-    }
+    for (const auto& [generator, state] : states_) set_generator_state(generator, state);
   }
 
  private:
   void add(c10::Device device) {
     const at::Generator& generator = at::globalContext().defaultGenerator(device);
-    states_.emplace_back(generator, read(generator));
-  }
-
-  static at::Tensor read(at::Generator generator) {
-    const std::scoped_lock lock(generator.mutex());
-    return generator.get_state();
+    states_.emplace_back(generator, generator_state(generator));
   }
 
   static bool equal(const at::Tensor& a, const at::Tensor& b) {

@@ -49,6 +49,7 @@ inline std::string to_string(const Bucket& bucket) {
   return std::to_string(bucket.batch_size) + "x" + std::to_string(bucket.segment_length);
 }
 
+/// The shape of the batches of a configuration.
 inline Bucket bucket_of(const Config& config) { return {config.training.batch_size, config.training.segment_length}; }
 
 /// The configuration with batches of another shape.

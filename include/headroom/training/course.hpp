@@ -7,6 +7,7 @@
 #include <limits>
 #include <optional>
 
+#include "headroom/training/choice.hpp"
 #include "headroom/training/run.hpp"
 #include "headroom/training/schedule.hpp"
 #include "headroom/training/sections.hpp"
@@ -22,13 +23,12 @@ inline double steady_seconds() {
 
 }  // namespace detail
 
-/// The schedule of a configuration.
+/// The schedule of a configuration. Throws headroom.training.config for a name that is none of kDecayNames.
 inline Schedule schedule_of(const TrainingConfig& training) {
-  const auto decay = std::ranges::find(kDecayNames, training.schedule) - kDecayNames.begin();
   return {.learning_rate = training.learning_rate,
           .warmup_steps = training.warmup_steps,
           .min_ratio = training.min_learning_rate_ratio,
-          .decay = static_cast<Decay>(decay),
+          .decay = chosen<Decay>(kDecayNames, training.schedule),
           .factor = training.plateau_factor};
 }
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "headroom/training/augmentation_options.hpp"
+#include "headroom/training/data_choices.hpp"
 #include "headroom/training/field.hpp"
 
 namespace headroom::inline v0::training {
@@ -28,9 +29,9 @@ struct DataConfig : AugmentationOptions {
     field("more_paths", self.more_paths, {.may_be_empty = true}, "further data sets that are drawn from as well");
     field("weights", self.weights, {.at_most = 1e9, .above = 0, .may_be_empty = true},
           "how often `path` and each of `more_paths` are drawn from; none: all tracks are alike");
-    field("layout", self.layout, {.choices = {"automatic", "tracks", "stems", "csv"}},
+    field("layout", self.layout, {.choices = {kLayoutNames.begin(), kLayoutNames.end()}},
           "how files lie, docs/075_data.md has a table");
-    field("missing", self.missing, {.choices = {"error", "leave_out", "silence"}},
+    field("missing", self.missing, {.choices = {kMissingStemNames.begin(), kMissingStemNames.end()}},
           "what becomes of a track that lacks stems; `silence`: they are silent there");
     field("damaged", self.damaged, {.choices = {"error", "leave_out"}},
           "what becomes of a track with a file that is truncated or no audio");
@@ -38,7 +39,7 @@ struct DataConfig : AugmentationOptions {
           "take files of another sample rate, and mono for stereo or stereo for mono; else they are refused");
     field("accompaniment", self.accompaniment, {.may_be_empty = true, .file_names = true},
           "file names without extension of what is in the mixture and no stem of the model");
-    field("draw", self.draw, {.choices = {"uniform", "by_length", "by_stem"}},
+    field("draw", self.draw, {.choices = {kTrackDrawNames.begin(), kTrackDrawNames.end()}},
           "every track equally often, or every segment of the data set, or every stem");
     field("remix", self.remix, {.at_least = 0, .at_most = 1},
           "probability that an example takes each stem from a track and position of its own");

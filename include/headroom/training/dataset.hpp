@@ -16,6 +16,7 @@
 #include "headroom/core/error.hpp"
 #include "headroom/io/file_name.hpp"
 #include "headroom/training/augmentation.hpp"
+#include "headroom/training/data_choices.hpp"
 #include "headroom/training/example.hpp"
 #include "headroom/training/random.hpp"
 #include "headroom/training/sampler.hpp"
@@ -24,13 +25,6 @@
 #include "headroom/training/track_list.hpp"
 
 namespace headroom::inline v0::training {
-
-/// How a track is drawn.
-enum class TrackDraw {
-  uniform,    ///< every track equally often
-  by_length,  ///< every segment of the whole data set equally often
-  by_stem,    ///< every stem equally often, of it every track that has it: rare stems are heard as often as others
-};
 
 /// What a Dataset draws.
 struct DatasetOptions {
@@ -83,10 +77,12 @@ class Dataset {
             roots.front(), " belong to no tracks, so that examples have to be remixed, and remix is ", options_.remix,
             "; give folders of tracks or, where they are trained on, set data.remix to 1");
   }
+  /// Of one root.
   Dataset(const std::filesystem::path& root, DatasetOptions options)
       : Dataset(std::vector<std::filesystem::path>{root}, std::move(options)) {}
 
   std::int64_t size() const { return static_cast<std::int64_t>(tracks().size()); }  ///< tracks
+  /// The tracks that examples are drawn from, root by root in the order of find_tracks.
   const std::vector<Track>& tracks() const { return list_.tracks(); }
   const DatasetOptions& options() const { return options_; }
 

@@ -15,16 +15,9 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/io/input_file.hpp"
+#include "headroom/training/data_choices.hpp"
 
 namespace headroom::inline v0::training {
-
-/// How the files of a data set lie.
-enum class Layout {
-  automatic,  ///< csv for a file, stems where a folder has the name of a stem and audio in it, else tracks
-  tracks,     ///< ROOT/<Artist - Title>/<stem>.wav, as in MUSDB18-HQ
-  stems,      ///< ROOT/<stem>/<any name>.wav
-  csv,        ///< a table with the columns `instrum` (or `type`) and `path`
-};
 
 /// The files of a track as they were found.
 struct FoundTrack {

@@ -48,6 +48,7 @@ struct LoadedModel {
 /// configuration, and headroom.training.raw_weights where weights that are not averaged are asked of another file than
 /// a saved state.
 HEADROOM_TRAINING LoadedModel load_model(const ModelFiles& files, std::vector<std::string>* notices = nullptr);
+/// The same from one file that tells its configuration, such as a saved state.
 inline LoadedModel load_model(const std::filesystem::path& weights) { return load_model(ModelFiles{weights}); }
 
 /// Copies weights of any format into the model of a configuration, see weights::load_weights. Throws

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -13,6 +12,7 @@
 #include "headroom/memory/phase_meter.hpp"
 #include "headroom/training/json.hpp"
 #include "headroom/training/run.hpp"
+#include "headroom/training/score_json.hpp"
 #include "headroom/training/validation.hpp"
 
 // What a run tells about itself, as JSON lines: docs/070_training.md has the schema.
@@ -47,12 +47,7 @@ inline Json step_line(const StepReport& report) {
 /// The line of a validation that took `seconds` after step number `step`.
 inline Json validation_line(int64_t step, double seconds, const Validation& validation) {
   Json scores = Json::object();
-  for (const auto& [metric, row] : validation.scores) {
-    Json& of_metric = scores[metric] = Json::object();
-    for (std::size_t i = 0; i < row.size(); ++i) {
-      of_metric[i < validation.stems.size() ? validation.stems[i] : "mean"] = row[i] ? Json(*row[i]) : Json(nullptr);
-    }
-  }
+  for (const auto& [metric, row] : validation.scores) scores[metric] = score_json(validation.stems, row);
   return {{"kind", "validation"}, {"step", step}, {"seconds", seconds}, {"scores", scores}};
 }
 

@@ -20,6 +20,7 @@ namespace headroom::inline v0::training {
 /// Parameters by name, in the order of their module.
 using NamedParameters = std::vector<std::pair<std::string, torch::Tensor>>;
 
+/// All parameters of a module, those of its submodules with their path in front.
 inline NamedParameters named_parameters(const torch::nn::Module& module) {
   NamedParameters parameters;
   for (const auto& parameter : module.named_parameters()) parameters.emplace_back(parameter.key(), parameter.value());

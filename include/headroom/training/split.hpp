@@ -7,17 +7,18 @@
 #include <utility>
 #include <vector>
 
+#include "headroom/training/choice.hpp"
+#include "headroom/training/data_choices.hpp"
 #include "headroom/training/data_section.hpp"
 #include "headroom/training/dataset.hpp"
 #include "headroom/training/example.hpp"
-#include "headroom/training/layout.hpp"
 #include "headroom/training/prefetch.hpp"
 #include "headroom/training/sections.hpp"
 #include "headroom/training/track_list.hpp"
 
 namespace headroom::inline v0::training {
 
-/// What a configuration draws from a data set.
+/// What a configuration draws from a data set. Throws headroom.training.config for a word that is none of the choices.
 inline DatasetOptions dataset_options(const Config& config) {
   const DataConfig& data = config.data;
   return {.segment_length = config.training.segment_length,
@@ -25,19 +26,12 @@ inline DatasetOptions dataset_options(const Config& config) {
           .sample_rate = config.audio.sample_rate,
           .stems = config.audio.stems,
           .accompaniment = data.accompaniment,
-          .layout = data.layout == "tracks"  ? Layout::tracks
-                    : data.layout == "stems" ? Layout::stems
-                    : data.layout == "csv"   ? Layout::csv
-                                             : Layout::automatic,
+          .layout = chosen<Layout>(kLayoutNames, data.layout),
           .weights = data.weights,
-          .missing = data.missing == "error"       ? MissingStem::error
-                     : data.missing == "leave_out" ? MissingStem::leave_out
-                                                   : MissingStem::silence,
+          .missing = chosen<MissingStem>(kMissingStemNames, data.missing),
           .leave_out_damaged = data.damaged == "leave_out",
           .convert = data.convert,
-          .draw = data.draw == "uniform"     ? TrackDraw::uniform
-                  : data.draw == "by_length" ? TrackDraw::by_length
-                                             : TrackDraw::by_stem,
+          .draw = chosen<TrackDraw>(kTrackDrawNames, data.draw),
           .remix = data.remix,
           .augmentation = static_cast<const AugmentationOptions&>(data),
           .augment_aligned = data.augment_aligned};

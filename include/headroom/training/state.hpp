@@ -17,7 +17,6 @@
 #include <initializer_list>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -26,6 +25,7 @@
 
 #include "headroom/core/error.hpp"
 #include "headroom/io/atomic_file.hpp"
+#include "headroom/runtime/random_state.hpp"
 #include "headroom/training/cause.hpp"
 #include "headroom/training/schedule.hpp"
 #include "headroom/training/separate.hpp"
@@ -267,9 +267,7 @@ inline std::uint64_t file_bytes(const TensorMap& tensors) {
 
 /// The state of LibTorch's default generator of a device.
 inline torch::Tensor random_state(c10::Device device = c10::kCPU) {
-  at::Generator generator = at::globalContext().defaultGenerator(device);
-  const std::scoped_lock lock(generator.mutex());
-  return generator.get_state();
+  return headroom::detail::generator_state(at::globalContext().defaultGenerator(device));
 }
 
 /// Throws headroom.training.state.random unless it is a state of LibTorch's CPU generator; `what` names its source.
@@ -284,9 +282,7 @@ inline void check_random_state(const torch::Tensor& state, const std::string& wh
 
 /// Puts a state from random_state() back.
 inline void set_random_state(const torch::Tensor& state, c10::Device device = c10::kCPU) {
-  at::Generator generator = at::globalContext().defaultGenerator(device);
-  const std::scoped_lock lock(generator.mutex());
-  generator.set_state(state);
+  headroom::detail::set_generator_state(at::globalContext().defaultGenerator(device), state);
 }
 
 /// What a saved state holds of a model for use: its averaged weights where it has some, and the rest.

@@ -12,17 +12,11 @@
 
 #include "headroom/audio/reader.hpp"
 #include "headroom/core/error.hpp"
+#include "headroom/training/data_choices.hpp"
 #include "headroom/training/layout.hpp"
 #include "headroom/training/stem_file.hpp"
 
 namespace headroom::inline v0::training {
-
-/// What becomes of a track that lacks some of the stems.
-enum class MissingStem {
-  error,
-  leave_out,  ///< the track is left out
-  silence,    ///< the stem is silent there
-};
 
 /// A recording and the files of its stems.
 struct Track {

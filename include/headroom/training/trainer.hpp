@@ -45,6 +45,7 @@ class Trainer {
  public:
   /// With the loss of the configuration's model.
   Trainer(models::Separator model, const Config& config, BatchSource source);
+  /// With another loss.
   Trainer(models::Separator model, const Config& config, BatchSource source, Loss loss);
   Trainer(const Trainer&) = delete;
   Trainer& operator=(const Trainer&) = delete;

@@ -14,6 +14,7 @@
 
 namespace headroom::inline v0::models {
 
+/// Options of Convolution.
 struct ConvolutionOptions {
   ConvolutionOptions(int64_t in, int64_t out, std::vector<int64_t> kernel)
       : in_(in), out_(out), kernel_(std::move(kernel)), stride_(kernel_.size(), 1), padding_(kernel_.size(), 0) {}
@@ -24,6 +25,7 @@ struct ConvolutionOptions {
   TORCH_ARG(std::vector<int64_t>, kernel);
   TORCH_ARG(std::vector<int64_t>, stride);
   TORCH_ARG(std::vector<int64_t>, padding);
+  /// Of all axes.
   TORCH_ARG(int64_t, dilation) = 1;
   /// The transposed convolution, which has no padding.
   TORCH_ARG(bool, transposed) = false;

@@ -75,7 +75,9 @@ struct HTDemucsOptions {
   TORCH_ARG(AttentionBackend, attention) = AttentionBackend::automatic;
 
  public:
+  /// Samples between frames.
   int64_t hop() const { return nfft_ / 4; }
+  /// Frames of so many samples.
   int64_t frames(int64_t samples) const { return (samples + hop() - 1) / hop(); }
   /// Channels behind encoder layer `index`.
   int64_t width(int64_t index) const { return index == 0 ? channels_ : growth_ * width(index - 1); }

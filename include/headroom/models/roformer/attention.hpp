@@ -18,6 +18,7 @@
 
 namespace headroom::inline v0::models {
 
+/// Options of GatedAttention.
 struct GatedAttentionOptions {
   /// Features of a token.
   TORCH_ARG(int64_t, dim) = 0;
@@ -28,6 +29,7 @@ struct GatedAttentionOptions {
   TORCH_ARG(double, dropout) = 0;
   /// The tokens themselves are added to what attention gives.
   TORCH_ARG(bool, residual) = true;
+  /// Whether the values of the first block along the axis are mixed into its own.
   TORCH_ARG(ValueResidual, value_residual) = ValueResidual::none;
   /// The gates of the values are named as in Mel-Band RoFormers.
   TORCH_ARG(bool, of_mel) = false;

@@ -10,6 +10,7 @@
 // A band is a run of neighbouring frequency bins that make one token together.
 namespace headroom::inline v0::models {
 
+/// The bins first, …, first + count - 1.
 struct Band {
   int64_t first = 0, count = 0;  ///< bins
   bool operator==(const Band&) const = default;

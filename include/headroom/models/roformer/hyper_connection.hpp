@@ -15,9 +15,11 @@
 
 namespace headroom::inline v0::models {
 
+/// Options of HyperConnection.
 struct HyperConnectionOptions {
   /// Features of a token.
   TORCH_ARG(int64_t, dim) = 0;
+  /// Residual streams; 1: the branch alone.
   TORCH_ARG(int64_t, streams) = 4;
   /// Rounds of Sinkhorn's algorithm.
   TORCH_ARG(int64_t, sinkhorn_iters) = 2;

@@ -13,13 +13,17 @@
 
 namespace headroom::inline v0::models {
 
+/// Options of MaskEstimator.
 struct MaskEstimatorOptions {
   /// Features of a token.
   TORCH_ARG(int64_t, dim) = 0;
+  /// Width of the hidden layers.
   TORCH_ARG(int64_t, hidden) = 0;
   /// Hidden layers, none or more.
   TORCH_ARG(int64_t, hidden_layers) = 1;
+  /// Channels of the stem.
   TORCH_ARG(int64_t, channels) = 2;
+  /// The bins of each token of a frame.
   TORCH_ARG(std::vector<Band>, bands) = {};
 };
 

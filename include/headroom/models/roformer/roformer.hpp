@@ -27,13 +27,19 @@ struct RoformerOptions {
   TORCH_ARG(int64_t, freq_transformer_depth) = 2;
   /// Blocks of linear attention over all tokens at the start of each layer.
   TORCH_ARG(int64_t, linear_transformer_depth) = 0;
+  /// Features of an attention head, even.
   TORCH_ARG(int64_t, dim_head) = 64;
+  /// Attention heads; heads · dim_head need not be dim.
   TORCH_ARG(int64_t, heads) = 8;
+  /// Probability that a weight or result of attention is dropped while training.
   TORCH_ARG(double, attn_dropout) = 0;
+  /// The same of an activation or result of a feed-forward network.
   TORCH_ARG(double, ff_dropout) = 0;
+  /// Size of the STFT, hop and Hann window, samples; the window is at most the size.
   TORCH_ARG(int64_t, stft_n_fft) = 2048;
   TORCH_ARG(int64_t, stft_hop_length) = 512;
   TORCH_ARG(int64_t, stft_win_length) = 2048;
+  /// Layers of the mask estimators, see docs/110_models.md.
   TORCH_ARG(int64_t, mask_estimator_depth) = 2;
   /// Hidden width of the mask estimators, as a multiple of dim.
   TORCH_ARG(int64_t, mlp_expansion_factor) = 4;
@@ -42,6 +48,7 @@ struct RoformerOptions {
   /// 0: the classic layout. Else the layout of the PyPI package bs-roformer 1.2: residual streams, which
   /// hyper-connections mix, or with 1 plain sums; 4 is that package's default.
   TORCH_ARG(int64_t, num_residual_streams) = 0;
+  /// Rounds of Sinkhorn's algorithm in the hyper-connections.
   TORCH_ARG(int64_t, mc_hyper_conn_sinkhorn_iters) = 2;
   /// From the second layer on, attention mixes the values of the first block along its axis into its own.
   TORCH_ARG(bool, add_value_residual) = false;
@@ -60,7 +67,9 @@ struct RoformerOptions {
   TORCH_ARG(AttentionBackend, attention) = AttentionBackend::automatic;
 
  public:
+  /// Frequencies of a frame.
   int64_t bins() const { return stft_n_fft_ / 2 + 1; }
+  /// Frames of so many samples.
   int64_t frames(int64_t samples) const { return 1 + samples / stft_hop_length_; }
   /// Transformer blocks, in the order in which they run.
   int64_t blocks() const {

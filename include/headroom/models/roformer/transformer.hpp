@@ -65,14 +65,19 @@ class RoformerFeedForwardImpl : public torch::nn::Module {
 };
 TORCH_MODULE(RoformerFeedForward);
 
+/// Options of RoformerTransformer.
 struct RoformerTransformerOptions {
+  /// What the attention of each block is.
   TORCH_ARG(GatedAttentionOptions, attention) = {};
+  /// Blocks.
   TORCH_ARG(int64_t, depth) = 1;
+  /// Probability that an activation or result of a feed-forward network is dropped while training.
   TORCH_ARG(double, ff_dropout) = 0;
   /// A norm after the last block.
   TORCH_ARG(bool, norm_output) = false;
   /// Residual streams that hyper-connections mix. 0: none, and layers have no `branch` in their names.
   TORCH_ARG(int64_t, streams) = 0;
+  /// Rounds of Sinkhorn's algorithm in the hyper-connections.
   TORCH_ARG(int64_t, sinkhorn_iters) = 2;
 };
 

@@ -70,6 +70,7 @@ class KernelProbe : private AllocationListener {
   AllocationScript record(Run&& run, Stop stop = {}) {
     script_ = {};
     live_.clear();
+    failure_ = nullptr;
     stop_ = std::move(stop);
     recording_ = true;
     try {

@@ -215,7 +215,7 @@ inline std::optional<ContainerLength> length_of_mp3(const UntaggedFile& file) {
 }
 
 /// FLAC: the number of four bytes at `at`; 0 where the file ends before.
-inline std::uint64_t flac_number(const io::InputFile& file, std::uint64_t at, std::endian order = std::endian::big) {
+inline std::uint64_t flac_number(const UntaggedFile& file, std::uint64_t at, std::endian order = std::endian::big) {
   return stored_number(file.read(at, 4), 0, 4, order);
 }
 

@@ -80,6 +80,8 @@ std::string printable(std::string_view text) {
   return result;
 }
 
+void say(const std::string& text) { std::cout << printable(text) + "\n" << std::flush; }
+
 c10::Device find_device(const std::string& name) {
   try {
     const torch::Device device(name);

@@ -28,6 +28,9 @@ std::int64_t parse_bytes(const std::string& text);
 /// A text for a terminal: control characters, which the name of a file may have, are written as \x1b; a new line stays.
 std::string printable(std::string_view text);
 
+/// A line on standard output, printable() and at once.
+void say(const std::string& text);
+
 /// The device called `name`, once a tensor was there and had elements. Throws headroom.tools.device.
 c10::Device find_device(const std::string& name);
 

@@ -68,7 +68,7 @@ headroom::PlanOptions plan_options(const Arguments& arguments) {
 training::Config load(const fs::path& path) {
   std::vector<std::string> notices;
   training::Config config = training::load_config(path, &notices);
-  for (const std::string& notice : notices) std::cout << path.filename().string() << ": " << notice << '\n';
+  for (const std::string& notice : notices) say(path.filename().string() + ": " + notice);
   return config;
 }
 

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <string>
 
+#include "command_line.hpp"
 #include "headroom/training/run.hpp"
 
 /// 3 minutes and 7 seconds as "03:07", from an hour on as "1:03:07".
@@ -71,7 +72,7 @@ class ProgressBar {
   /// A line of its own.
   void note(const std::string& text) {
     close();
-    std::printf("%s\n", text.c_str());
+    std::printf("%s\n", printable(text).c_str());
     std::fflush(stdout);
   }
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <system_error>
 
+#include "command_line.hpp"
 #include "headroom/core/error.hpp"
 #include "headroom/io/file_name.hpp"
 #include "headroom/io/folder_lock.hpp"
@@ -38,8 +39,8 @@ inline headroom::io::FolderLock open_run_folder(const std::filesystem::path& out
 /// Goes on from a saved state, the file or the newest whole one of a folder, and prints which one and what changed.
 inline void resume_run(std::ostream& out, headroom::training::Trainer& trainer, const std::filesystem::path& path) {
   const headroom::training::FoundState found = headroom::training::find_state(path);
-  for (const std::string& notice : found.notices) out << "resume:   " << notice << "\n";
+  for (const std::string& notice : found.notices) out << "resume:   " << printable(notice) << "\n";
   for (const auto& change : trainer.resume(found.state, found.path.string())) {
-    out << "resume:   " << headroom::training::describe(change) << "\n";
+    out << "resume:   " << printable(headroom::training::describe(change)) << "\n";
   }
 }

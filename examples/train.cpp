@@ -117,7 +117,7 @@ int finish(const training::Summary& summary, const training::Config& config, con
 int run(const Arguments& arguments) {
   std::vector<std::string> notices;
   training::Config config = training::load_config(arguments.config, &notices);
-  for (const std::string& notice : notices) std::cout << "config:   " << notice << "\n";
+  for (const std::string& notice : notices) say("config:   " + notice);
   const fs::path data = arguments.data.empty() ? fs::path(config.data.path) : arguments.data;
   headroom::require(!data.empty(), "headroom.train.data", "no data: ", arguments.config.string(),
                     " has no data.path; give --data the folder that holds `train`");
@@ -139,10 +139,9 @@ int run(const Arguments& arguments) {
   // Before a run in the folder is overwritten: the weights may be in it
   const headroom::models::Separator model = first_model(config, arguments);
   const auto lock = open_run_folder(arguments.out, arguments.resume, arguments.overwrite);
-  for (const std::string& line : training::describe(split.dataset)) std::cout << "data:     " << line << "\n";
+  for (const std::string& line : training::describe(split.dataset)) say("data:     " + line);
   model->to(device);
-  training::Redraw redraw(std::cref(split),
-                          [](const std::string& text) { std::cout << "data:     " + text << std::endl; });
+  training::Redraw redraw(std::cref(split), [](const std::string& text) { say("data:     " + text); });
   const training::BatchSource source = arguments.strict ? training::BatchSource(std::cref(split)) : std::ref(redraw);
   training::Prefetch examples(source, training::prefetch_options(config.training));
   training::Trainer trainer(model, config, std::ref(examples));

@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 
+#include "command_line.hpp"
 #include "headroom/core/score_rows.hpp"
 #include "headroom/memory/format.hpp"
 #include "headroom/models/separator.hpp"
@@ -92,7 +93,7 @@ class Watch {
     const headroom::core::MetricName& name = headroom::core::metric_name(metric);
     std::cout << "validation " << name.name << " " << text(row.back()) << (name.unit.empty() ? "" : " ") << name.unit;
     for (std::size_t stem = 0; stem + 1 < row.size(); ++stem) {
-      std::cout << (stem == 0 ? ": " : ", ") << config_.audio.stems[stem] << " " << text(row[stem]);
+      std::cout << (stem == 0 ? ": " : ", ") << printable(config_.audio.stems[stem]) << " " << text(row[stem]);
     }
     std::cout << std::endl;
   }

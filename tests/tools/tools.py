@@ -309,6 +309,22 @@ class Tools(unittest.TestCase):
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assertIn("a\\x1bb: the true bass is silent", result.stderr)
         self.assertNotIn("\x1b", result.stdout + result.stderr)
+        shutil.copytree(self.song, self.root / "odd data/train/whole")
+        for stem in STEMS:
+            write_wav(self.root / "odd data/train/a\x1bb" / f"{stem}.wav", [1] * 100)
+        result = run("train", "--config", self.root / "config.json", "--data", self.root / "odd data", "--out",
+                     self.root / "odd run", "--steps", 1)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn("a\\x1bb is left out: it has 100 frames", result.stdout)
+        self.assertNotIn("\x1b", result.stdout + result.stderr)
+        config = self.root / "odd.yaml"
+        published = published_reference.FILES["bs"]
+        self.assertIn("optimizer: adam\n", published)
+        config.write_text(published.replace("optimizer: adam\n", 'optimizer: "a\\eb"\n'))
+        result = run("plan", "--config", config)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn("training.optimizer: a\\x1bb is not here", result.stdout)
+        self.assertNotIn("\x1b", result.stdout + result.stderr)
 
     def test_names_of_files_that_are_no_utf_8_get_into_json(self):
         odd, result = os.fsdecode(b"caf\xe9"), self.root / "odd.json"

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <filesystem>
-#include <ostream>
 #include <string>
 #include <system_error>
 
@@ -37,10 +36,10 @@ inline headroom::io::FolderLock open_run_folder(const std::filesystem::path& out
 }
 
 /// Goes on from a saved state, the file or the newest whole one of a folder, and prints which one and what changed.
-inline void resume_run(std::ostream& out, headroom::training::Trainer& trainer, const std::filesystem::path& path) {
+inline void resume_run(headroom::training::Trainer& trainer, const std::filesystem::path& path) {
   const headroom::training::FoundState found = headroom::training::find_state(path);
-  for (const std::string& notice : found.notices) out << "resume:   " << printable(notice) << "\n";
+  for (const std::string& notice : found.notices) say("resume:   " + notice);
   for (const auto& change : trainer.resume(found.state, found.path.string())) {
-    out << "resume:   " << printable(headroom::training::describe(change)) << "\n";
+    say("resume:   " + headroom::training::describe(change));
   }
 }

@@ -145,7 +145,7 @@ int run(const Arguments& arguments) {
   const training::BatchSource source = arguments.strict ? training::BatchSource(std::cref(split)) : std::ref(redraw);
   training::Prefetch examples(source, training::prefetch_options(config.training));
   training::Trainer trainer(model, config, std::ref(examples));
-  if (!arguments.resume.empty()) resume_run(std::cout, trainer, arguments.resume);
+  if (!arguments.resume.empty()) resume_run(trainer, arguments.resume);
   training::write_atomically(arguments.out / "config.json", {training::to_json(config)});
   print_start(std::cout, config, *model, device);
   const auto origin = [&](int64_t i) { return split.dataset.origin(split.seed, redraw.drawn_as(i)); };

@@ -5,10 +5,9 @@ Run by hand, with einops, einx, torch-einops-utils, beartype, librosa and rotary
     pip download --no-deps bs-roformer==1.2.4 hyper-connections==0.4.11 PoPE-pytorch==0.2.1   (into SOURCES/streams)
     roformer_reference.py SOURCES tests/models/roformers
 
-A file is for one small model: its output, gradients and loss in double precision ("output", "grad.NAME", "loss"), each
-flat with one number more, the RMS error of the same in float. Of 20 numbers or fewer there are those of all mixtures,
-of more those of the first (hashed.with_errors says why). Parameters and signals are not in the file: both sides make
-them of hashed counters.
+A file is for one small model: its output, gradients and loss for one mixture in double precision ("output",
+"grad.NAME", "loss"), each flat and followed by the RMS errors of the same in float for eight mixtures, of which it is
+the first. Parameters and signals are not in the file: both sides make them of hashed counters.
 """
 
 import sys

@@ -23,10 +23,11 @@ using ModelResults = std::function<std::map<std::string, torch::Tensor>(uint32_t
 /// all mixtures by their geometric mean, which is 1 for equals: to within 1.25 for the whole model, and 4 for a tensor,
 /// which may have one number.
 inline void check_against_python(const std::string& file, const ModelResults& results) {
+  constexpr int64_t mixtures = 8;
   const weights::TensorMap reference = weights::load_tensors(file);
   const auto rms = [](const torch::Tensor& x) { return x.square().mean().sqrt(); };
+  const auto theirs = [&](const std::string& name) { return reference.at(name).slice(0, -mixtures); };  // errors
   std::map<std::string, std::vector<torch::Tensor>> errors;
-  constexpr uint32_t mixtures = 8;
   for (uint32_t mixture = 0; mixture < mixtures; ++mixture) {
     const auto exact = results(mixture, torch::kDouble), inexact = results(mixture, torch::kFloat);
     REQUIRE(exact.size() == reference.size());
@@ -35,17 +36,16 @@ inline void check_against_python(const std::string& file, const ModelResults& re
       REQUIRE(reference.contains(name));
       errors[name].push_back(rms(inexact.at(name) - x));
       if (mixture > 0) continue;
-      const torch::Tensor &known = reference.at(name), values = known.slice(0, 0, -int64_t{mixtures});
+      const torch::Tensor values = reference.at(name).slice(0, 0, -mixtures);
       REQUIRE(values.numel() == x.numel());
-      CHECK((rms(x.flatten() - values) / known.slice(0, -int64_t{mixtures}).max()).item<double>() <= 1e-6);
+      CHECK((rms(x.flatten() - values) / theirs(name).max()).item<double>() <= 1e-6);
     }
   }
   std::vector<torch::Tensor> ratios;
   for (const auto& [name, ours] : errors) {
     INFO(file << ": " << name);
-    const torch::Tensor theirs = reference.at(name).slice(0, -int64_t{mixtures});
-    const torch::Tensor nothing = 0.1 * theirs.mean();  // one number may by chance be without an error
-    ratios.push_back(((torch::stack(ours) + nothing) / (theirs + nothing)).log());
+    const torch::Tensor nothing = 0.1 * theirs(name).mean();  // one number may by chance be without an error
+    ratios.push_back(((torch::stack(ours) + nothing) / (theirs(name) + nothing)).log());
     CHECK(ratios.back().mean().exp().item<double>() <= 4);
   }
   INFO(file);
